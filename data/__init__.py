@@ -1,0 +1,1 @@
+"""Trajectories to tokens with one loss weight per target token."""

@@ -1,0 +1,1 @@
+"""Evaluation: predictions, metrics, reports. Import as `from eval.x import y` only."""

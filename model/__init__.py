@@ -1,0 +1,1 @@
+"""The hand-written LLaMA: configuration, transformer, weights, tokenizer, sampling."""

@@ -1,0 +1,1 @@
+"""Tests; this file lets pytest run from any folder."""
