@@ -1,0 +1,129 @@
+"""Encoded trajectories to micro-batches: order, shares of the ranks, packing. No state: a step number says it all.
+
+A micro-batch is one row of several trajectories end to end, without padding. `segment_lengths` tells the model where
+each begins; attention stays inside a segment and positions restart at 0, so packing changes nothing but speed.
+Legend: T tokens of the packed row, K of them trained.
+"""
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import ceil
+
+import torch
+
+from data.loss_weights import EncodedTrajectory
+from data.trajectories import DataError
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class PackedBatch:
+    """One micro-batch."""
+
+    input_ids_T: torch.Tensor  # int64
+    target_ids_T: torch.Tensor  # int64, aligned with input_ids_T: nothing downstream shifts
+    loss_weights_T: torch.Tensor  # float32, 0 = not trained
+    position_ids_T: torch.Tensor  # int64, from 0 in every segment
+    trained_index_K: torch.Tensor  # int64, positions of T with weight != 0, ascending
+    segment_lengths: list[int]  # tokens per trajectory, sum = T
+    ids: list[str]  # trajectory ids, one per segment
+    denominator: float  # sum of the trajectories' shares of the global denominator
+    trained_turns: int
+    trained_tokens: int  # K
+
+
+# -------------------------------------------------------------------------------- what can be trained
+
+
+def drop_unusable(encoded: Sequence[EncodedTrajectory], max_tokens: int) -> tuple[list[EncodedTrajectory], list[str]]:
+    """Trajectories that fit into `max_tokens` and train something, and one line per reason for those that do not.
+
+    A row that is too long is dropped whole: a cut one would lose its tools or its calls and still look trained. Length
+    is the number of input positions, BOS included. Raises DataError when nothing is left.
+    """
+    too_long = [row for row in encoded if len(row) > max_tokens]
+    untrained = [row for row in encoded if len(row) <= max_tokens and row.trained_tokens == 0]
+    kept = [row for row in encoded if len(row) <= max_tokens and row.trained_tokens > 0]
+    notes = []
+    if too_long:
+        listing = ", ".join(f"{row.id} ({len(row)})" for row in too_long)
+        notes.append(f"dropped {len(too_long)} of {len(encoded)} trajectories, longer than {max_tokens} tokens: "
+                     f"{listing}")
+    if untrained:
+        listing = ", ".join(row.id for row in untrained)
+        notes.append(f"dropped {len(untrained)} of {len(encoded)} trajectories, without a trained turn: {listing}")
+    if not kept:
+        raise DataError(f"found {len(encoded)} trajectories, {len(too_long)} longer than {max_tokens} tokens and "
+                        f"{len(untrained)} without a trained turn, expected at least one to train on")
+    return kept, notes
+
+
+# -------------------------------------------------------------------------------- packing
+
+
+def pack(rows: Sequence[EncodedTrajectory]) -> PackedBatch:
+    """Rows end to end as one micro-batch. Raises ValueError for an empty list."""
+    if not rows:
+        raise ValueError("rows: found none, expected at least one trajectory to pack")
+    loss_weights_T = torch.cat([torch.tensor(row.loss_weights, dtype=torch.float32) for row in rows])
+    return PackedBatch(
+        input_ids_T=torch.cat([torch.tensor(row.input_ids, dtype=torch.int64) for row in rows]),
+        target_ids_T=torch.cat([torch.tensor(row.target_ids, dtype=torch.int64) for row in rows]),
+        loss_weights_T=loss_weights_T,
+        position_ids_T=torch.cat([torch.arange(len(row)) for row in rows]),
+        trained_index_K=loss_weights_T.nonzero().flatten(),
+        segment_lengths=[len(row) for row in rows],
+        ids=[row.id for row in rows],
+        denominator=sum(row.denominator for row in rows),
+        trained_turns=sum(row.trained_turns for row in rows),
+        trained_tokens=sum(row.trained_tokens for row in rows),
+    )
+
+
+def idle_batch(token_id: int) -> PackedBatch:
+    """One token of weight 0 for a rank without rows: all ranks must join every collective of a forward."""
+    ids_T = torch.tensor([token_id], dtype=torch.int64)
+    return PackedBatch(input_ids_T=ids_T, target_ids_T=ids_T.clone(), loss_weights_T=torch.zeros(1),
+                       position_ids_T=torch.zeros(1, dtype=torch.int64),
+                       trained_index_K=torch.zeros(0, dtype=torch.int64),
+                       segment_lengths=[1], ids=[], denominator=0.0, trained_turns=0, trained_tokens=0)
+
+
+# -------------------------------------------------------------------------------- order and shares
+
+
+def epoch_order(n: int, seed: int, epoch: int) -> list[int]:
+    """A permutation of range(n) that depends on (n, seed, epoch) alone.
+
+    The generator is private: a draw from torch's global one would let any other draw shift the data of a resumed run.
+    """
+    generator = torch.Generator()
+    generator.manual_seed((seed * 1_000_003 + epoch) % 2**63)
+    return torch.randperm(n, generator=generator).tolist()
+
+
+def steps_per_epoch(n: int, global_batch_size: int) -> int:
+    """Optimizer steps of one epoch; the last one takes what is left and never borrows from the next epoch."""
+    return ceil(n / global_batch_size)
+
+
+def step_batches(encoded: Sequence[EncodedTrajectory], step: int, *, seed: int, global_batch_size: int,
+                 micro_batch_size: int, rank: int, world_size: int) -> list[PackedBatch]:
+    """The micro-batches of `rank` for global optimizer step `step`, counted from 0 over all epochs.
+
+    The step's trajectories are dealt to the ranks in turn, so which trajectories a step trains depends on neither ranks
+    nor micro-batches. All ranks get the same number of micro-batches; one that runs out of rows gets idle ones.
+    Raises ValueError for sizes below 1 or a rank outside the world, DataError for a trajectory that trains nothing.
+    """
+    if min(global_batch_size, micro_batch_size, world_size) < 1 or not 0 <= rank < world_size or step < 0:
+        raise ValueError(f"found step={step}, global_batch_size={global_batch_size}, "
+                         f"micro_batch_size={micro_batch_size}, rank={rank}, world_size={world_size}, "
+                         "expected sizes >= 1, step >= 0, 0 <= rank < world_size")
+    epoch, step_in_epoch = divmod(step, steps_per_epoch(len(encoded), global_batch_size))
+    order = epoch_order(len(encoded), seed, epoch)
+    chosen = [encoded[i] for i in order[step_in_epoch * global_batch_size:(step_in_epoch + 1) * global_batch_size]]
+    for row in chosen:
+        if row.trained_tokens == 0:
+            raise DataError(f"trajectory {row.id}: found no trained token, expected drop_unusable to have dropped it")
+    mine = chosen[rank::world_size]
+    n_micro_batches = ceil(ceil(len(chosen) / world_size) / micro_batch_size)
+    groups = [mine[i * micro_batch_size:(i + 1) * micro_batch_size] for i in range(n_micro_batches)]
+    return [pack(group) if group else idle_batch(chosen[0].input_ids[0]) for group in groups]

@@ -1,0 +1,55 @@
+"""Which tokens of a call decide between the offered tools, and how much more they weigh (PKT).
+
+Worked example, LLaMA-2 pieces (`.` = the leading space), call `search_advice(query="love")` beside `search_movies`:
+
+    .search   _   ad    vice   (   query   ="   lo   ve   ")
+    key       -   key   -      -   -       -    -    -    -        |K| = 2, |NK| = 8, w = 8 / 2 = 4
+
+`.search` opens the name; `ad` is the first token after `.search _`, which `search_movies` shares.
+"""
+from collections.abc import Sequence
+from math import isfinite
+
+
+def find_key_tokens(call_ids: Sequence[int], other_name_ids: Sequence[Sequence[int]]) -> list[int]:
+    """Sorted positions in `call_ids` of the key tokens K (E3, paper section 3.2).
+
+    call_ids: ids of `name(args)` as they stand in the sample, without EOS and without leading whitespace-only tokens.
+    other_name_ids: per other tool offered the ids of its name with the opening bracket, encoded in the same place (same
+    leading space), because merges differ otherwise.
+
+    K = the first token of the name, and for every other tool that shares a non-empty token prefix with the call, the
+    first token after that prefix. A name that is itself a prefix of another one therefore gets its bracket as key
+    token, also where the tokenizer merges brackets (`()`). A name equal to the called one decides nothing: skipped.
+    """
+    if not call_ids:
+        return []
+    key_positions = {0}
+    for other_ids in other_name_ids:
+        shared = 0
+        while shared < min(len(call_ids), len(other_ids)) and call_ids[shared] == other_ids[shared]:
+            shared += 1
+        names_differ = shared < len(other_ids)  # shared == len: the same name up to and with its bracket
+        if 0 < shared < len(call_ids) and names_differ:
+            key_positions.add(shared)  # E3
+    return sorted(key_positions)
+
+
+def key_token_weights(call_ids: Sequence[int], other_name_ids: Sequence[Sequence[int]],
+                      max_weight: float) -> list[float]:
+    """One weight per id of the call: `w = clip(|NK| / |K|, 1, max_weight)` for key tokens, 1 for the rest (E4).
+
+    call_ids, other_name_ids: as in find_key_tokens; |K| + |NK| = len(call_ids), so EOS is in neither set.
+    max_weight: w_max, the paper takes 9. Raises ValueError when it is not a finite number >= 1.
+    """
+    if not (isfinite(max_weight) and max_weight >= 1):
+        raise ValueError(f"max_weight: found {max_weight}, expected a finite number >= 1")
+    key_positions = find_key_tokens(call_ids, other_name_ids)
+    if not key_positions:
+        return []
+    n_normal = len(call_ids) - len(key_positions)
+    weight = min(max(n_normal / len(key_positions), 1.0), float(max_weight))  # E4
+    weights = [1.0] * len(call_ids)
+    for position in key_positions:
+        weights[position] = weight
+    return weights
