@@ -1,0 +1,1 @@
+"""Measurements; each script prints a table and one JSON line, and may import peers."""
