@@ -264,7 +264,7 @@ def render_tool_call(call: ToolCall) -> str:
     not strings, types that JSON lacks, too deep or endless nesting, integers beyond Python's digit limit.
     """
     if not isinstance(call.name, str) or not _NAME.fullmatch(call.name):
-        raise ToolCallError(f"found {_shown(str(call.name))}, expected a name without whitespace, quotes, brackets, '='")
+        raise ToolCallError(f"found {_shown(str(call.name))}, expected a name without whitespace, quotes, brackets, =")
     if not isinstance(call.arguments, dict):
         raise ToolCallError(f"found {type(call.arguments).__name__}, expected a dict of arguments")
     _check_json_value(call.arguments)

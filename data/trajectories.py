@@ -1,0 +1,479 @@
+"""Files of tool-use dialogues to `Trajectory` objects, whichever of two forms they come in (docs/data_format.md).
+
+    authors' form   {"id", "conversations": [{"role", "content"}]}: tools in the system message, calls "name\\n{json}"
+    OpenAI form     {"id", "tools": [...], "messages": [{"role", "content", "tool_calls", "tool_call_id"}]}
+
+Either may stand in one JSON list or one object per line; the first record decides and the rest must agree. Whatever is
+malformed raises `DataError` as `file:line: where: found ..., expected ...`, also for one record inside a long list.
+"""
+import json
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from data.tool_calls import ToolCall, ToolCallError, render_tool_call
+
+
+class DataError(ValueError):
+    """The user's data file is not what it should be; the message is one line with file, line, finding, expectation."""
+
+
+@dataclass(frozen=True, slots=True)
+class Message:
+    """One message. An assistant message is a call, plain text (`call` None) or a call that does not parse (`fault`)."""
+
+    role: str  # "user", "assistant" or "tool"; "system" only first, for the system text of OpenAI-form data
+    content: str  # as in the file; for a call of the OpenAI form the text beside it, which is not rendered
+    call: ToolCall | None = None
+    fault: str | None = None  # why the call does not parse; such a turn is context only (category `unparsable`)
+
+
+@dataclass(frozen=True, slots=True)
+class Trajectory:
+    """One dialogue: `tools` as OpenAI function dicts (`required` inside `parameters`), messages in prompt order."""
+
+    id: str
+    tools: list[dict]
+    messages: list[Message]
+    source: str  # "file:line" where the record begins
+
+
+_WHITESPACE = re.compile(r"[ \t\r\n]*")
+_LONE_SURROGATE = re.compile(r"[\ud800-\udfff]")
+_UNPARSABLE = ("error", "mask")
+
+
+# ---------------------------------------------------------------------------------------------------------- reading
+
+
+def read_trajectories(path: str | Path, *, unparsable_calls: str = "error") -> list[Trajectory]:
+    """All trajectories of a file, in its order. Records without id get their index.
+
+    `unparsable_calls`: "error" refuses a call that does not parse; "mask" keeps it as context with `fault` set.
+    Raises DataError for every malformed thing, naming file and line.
+    """
+    if unparsable_calls not in _UNPARSABLE:
+        raise ValueError(f"unparsable_calls is {unparsable_calls!r}, expected one of {_UNPARSABLE}")
+    trajectories: list[Trajectory] = []
+    first_seen: dict[str, str] = {}
+    form = None
+    for index, (line, record) in enumerate(_records(path)):
+        source = f"{path}:{line}"
+        form = form or _detect_form(record, source)
+        trajectory = _read_record(record, form, source, index, unparsable_calls == "mask")
+        if trajectory.id in first_seen:
+            raise DataError(f"{source}: found id {_shown(trajectory.id)} again, expected another than that of "
+                            f"{first_seen[trajectory.id]}")
+        first_seen[trajectory.id] = source
+        trajectories.append(trajectory)
+    return trajectories
+
+
+def _detect_form(record: object, source: str) -> str:
+    if isinstance(record, dict):
+        for form in ("conversations", "messages"):
+            if form in record:
+                return form
+    found = f"the keys {_shown(sorted(record))}" if isinstance(record, dict) else _kind(record)
+    raise DataError(f'{source}: found {found}, expected an object with "conversations" (the authors\' form) '
+                    'or "messages" and "tools" (OpenAI form)')
+
+
+def _read_record(record: object, form: str, source: str, index: int, mask: bool) -> Trajectory:
+    name = "the authors' form" if form == "conversations" else "OpenAI form"
+    if not isinstance(record, dict) or form not in record:
+        found = _kind(record) if not isinstance(record, dict) else f"no key {form!r}"
+        raise DataError(f"{source}: found {found}, expected an object with {form!r} ({name}) like the first record")
+    identity = record.get("id", index)
+    if isinstance(identity, bool) or not isinstance(identity, (str, int)):
+        raise DataError(f"{source}: id: found {_kind(identity)}, expected a string or an integer")
+    if not isinstance(record[form], list) or not record[form]:
+        found = "an empty list" if record[form] == [] else _kind(record[form])
+        raise DataError(f"{source}: {form}: found {found}, expected a list of messages ({name})")
+    read_messages = _read_authors_messages if form == "conversations" else _read_openai_messages
+    tools, messages = read_messages(record, source, mask)
+    if not any(message.role == "assistant" for message in messages):
+        raise DataError(f"{source}: {form}: found no assistant message, expected at least one")
+    return Trajectory(str(identity), tools, messages, source)
+
+
+# ------------------------------------------------------------------------------------------------ records and lines
+
+
+def _records(path: str | Path) -> Iterator[tuple[int, object]]:
+    """(line, parsed record) of a JSON list or of JSON lines, one record in memory at a time beside the text."""
+    try:
+        content = Path(path).read_bytes()
+    except OSError as error:
+        raise DataError(f"{path}: found {error.strerror or error}, expected a readable data file") from error
+    try:
+        text = content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = content.count(b"\n", 0, error.start) + 1
+        raise DataError(f"{path}:{line}: found byte {content[error.start]:#04x}, expected UTF-8 text") from error
+    del content
+    start = _WHITESPACE.match(text).end()
+    if start == len(text):
+        raise DataError(f"{path}:1: found an empty file, expected a JSON list or one JSON object per line")
+    if text[start] == "[":
+        return _list_records(text, start, path)
+    if text[start] == "{":
+        return _line_records(text, path)
+    line = text.count("\n", 0, start) + 1
+    raise DataError(f"{path}:{line}: found {_shown(text[start])}, expected '[' of a JSON list or '{{' of a JSON line")
+
+
+def _list_records(text: str, start: int, path: str | Path) -> Iterator[tuple[int, object]]:
+    """Walk over the list record by record, so that a fault lies in one of them; newlines are counted only once."""
+    decoder = _strict_decoder()
+    position, counted, line = start + 1, 0, 1
+    wanted = "a record or ']'"
+    while True:
+        position = _WHITESPACE.match(text, position).end()
+        line, counted = line + text.count("\n", counted, position), position
+        character = text[position:position + 1]
+        if character == "]" and wanted != "a record":
+            break
+        if wanted == "',' or ']'":
+            if character != ",":
+                raise DataError(f"{path}:{line}: found {_shown(text[position:position + 20])}, expected {wanted}")
+            wanted, position = "a record", position + 1
+            continue
+        record, position = _decode(decoder, text, position, f"{path}:", line)
+        yield line, record
+        wanted = "',' or ']'"
+    if wanted == "a record or ']'":
+        raise DataError(f"{path}:{line}: found an empty list, expected records")
+    after = _WHITESPACE.match(text, position + 1).end()
+    if after != len(text):
+        line += text.count("\n", counted, after)
+        raise DataError(f"{path}:{line}: found {_shown(text[after:after + 20])}, expected nothing after the list")
+
+
+def _line_records(text: str, path: str | Path) -> Iterator[tuple[int, object]]:
+    """One record per line. Only "\\n" ends a line: U+2028 and the like may stand inside JSON strings."""
+    decoder = _strict_decoder()
+    for line, content in enumerate(text.split("\n"), 1):
+        position = _WHITESPACE.match(content).end()
+        if position == len(content):
+            continue
+        record, position = _decode(decoder, content, position, f"{path}:", line)
+        after = _WHITESPACE.match(content, position).end()
+        if after != len(content):
+            raise DataError(f"{path}:{line}: found {_shown(content[after:after + 20])}, expected one object per line")
+        yield line, record
+
+
+class _DuplicateKeyError(ValueError):
+    """A JSON object names a key twice; json would keep the last and say nothing."""
+
+
+def _unique_keys(pairs: list[tuple[str, object]]) -> dict:
+    result = dict(pairs)
+    if len(result) != len(pairs):
+        seen: set[str] = set()
+        repeated = next(key for key, _ in pairs if key in seen or seen.add(key))
+        raise _DuplicateKeyError(f"found the key {_shown(repeated)} twice in one object, expected it once")
+    return result
+
+
+def _reject_constant(name: str) -> None:
+    raise _DuplicateKeyError(f"found {name}, expected JSON, which has no such number")
+
+
+def _strict_decoder() -> json.JSONDecoder:
+    return json.JSONDecoder(object_pairs_hook=_unique_keys, parse_constant=_reject_constant)
+
+
+def _decode(decoder: json.JSONDecoder, text: str, position: int, prefix: str, line: int) -> tuple[object, int]:
+    """raw_decode with DataErrors; `line` is that of `position`."""
+    try:
+        return decoder.raw_decode(text, position)
+    except json.JSONDecodeError as error:
+        fault_line = line + text.count("\n", position, error.pos)
+        begins = "" if fault_line == line else f" in the record that begins at line {line}"
+        found = _shown(text[error.pos:error.pos + 20]) if error.pos < len(text) else "the end"
+        raise DataError(f"{prefix}{fault_line}: found {found} at column {error.colno}{begins}, expected JSON "
+                        f"({error.msg})") from error
+    except _DuplicateKeyError as error:
+        raise DataError(f"{prefix}{line}: {error}") from error
+    except RecursionError as error:
+        raise DataError(f"{prefix}{line}: found lists or objects nested too deeply, expected fewer levels") from error
+    except ValueError as error:
+        raise DataError(f"{prefix}{line}: found an integer of too many digits, expected fewer") from error
+
+
+# ------------------------------------------------------------------------------------------------------------ tools
+
+
+def normalize_tools(tools: object, where: str) -> list[dict]:
+    """Tools as OpenAI function dicts with `parameters` = {"type", "properties", "required", ...}, input untouched.
+
+    Accepts bare function dicts and `required` inside `parameters` or beside it. Equal tool names are kept (RoTBench has
+    them). Raises DataError, prefixed by `where`, for anything that cannot be rendered as a document.
+    """
+    if not isinstance(tools, list):
+        raise DataError(f"{where}: found {_kind(tools)}, expected a list of tools")
+    return [_normalize_tool(tool, f"{where}[{index}]") for index, tool in enumerate(tools)]
+
+
+def _normalize_tool(tool: object, where: str) -> dict:
+    function = tool.get("function", tool) if isinstance(tool, dict) else tool
+    if not isinstance(function, dict):
+        raise DataError(f"{where}: found {_kind(function)}, expected a function object")
+    name = function.get("name")
+    if not isinstance(name, str) or not name.strip():
+        found = "no name" if "name" not in function else _shown(name)
+        raise DataError(f"{where}: found {found}, expected a tool with a name")
+    where = f"{where} ({_shown(name)})"
+    parameters = _or_empty(function.get("parameters"), {})
+    if not isinstance(parameters, dict):
+        raise DataError(f"{where}: parameters: found {_kind(parameters)}, expected an object")
+    properties = _or_empty(parameters.get("properties"), {})
+    if not isinstance(properties, dict):
+        raise DataError(f"{where}: properties: found {_kind(properties)}, expected an object")
+    required = parameters.get("required")
+    required = _or_empty(function.get("required") if required is None else required, [])
+    if not isinstance(required, list) or not all(isinstance(entry, str) for entry in required):
+        raise DataError(f"{where}: required: found {_shown(required)}, expected a list of parameter names")
+    for parameter, schema in properties.items():
+        if not isinstance(schema, dict):
+            raise DataError(f"{where}: parameter {_shown(parameter)}: found {_kind(schema)}, expected an object")
+        _check_text(_or_empty(schema.get("description"), ""), f"{where}: parameter {_shown(parameter)}: description")
+        _check_text(parameter, f"{where}: parameter name")
+    for parameter in required:
+        if parameter not in properties:
+            raise DataError(f"{where}: required: found {_shown(parameter)}, expected one of the documented parameters")
+    _check_text(_or_empty(function.get("description"), ""), f"{where}: description")
+    _check_text(name, f"{where}: name")
+    parameters = {"type": "object", **parameters, "properties": properties, "required": required}
+    return {"type": "function", "function": {**_without(function, "required"), "parameters": parameters}}
+
+
+def tool_parameters(function: dict) -> tuple[dict, list[str]]:
+    """(properties, required) of the `function` part of a tool, read leniently: benchmarks have documents of all sorts.
+
+    `required` may stand inside `parameters` or beside it; what is absent or null is empty.
+    """
+    parameters = function.get("parameters") or {}
+    required = parameters.get("required")
+    required = function.get("required") if required is None else required
+    return parameters.get("properties") or {}, list(dict.fromkeys(required or []))
+
+
+def _or_empty(value: object, empty: object) -> object:
+    return empty if value is None else value
+
+
+def _without(mapping: dict, key: str) -> dict:
+    return {k: v for k, v in mapping.items() if k != key}
+
+
+# ----------------------------------------------------------------------------------------------------- authors' form
+
+
+def _read_authors_messages(record: dict, source: str, mask: bool) -> tuple[list[dict], list[Message]]:
+    """Tools and messages of `conversations`; the keys `from` and `value` are taken for `role` and `content`."""
+    raw = record["conversations"]
+    tools: list[dict] = []
+    messages: list[Message] = []
+    previous = "the start"
+    for index, entry in enumerate(raw):
+        where = f"{source}: conversations[{index}]"
+        if not isinstance(entry, dict):
+            raise DataError(f"{where}: found {_kind(entry)}, expected a message object")
+        role = entry.get("role", entry.get("from"))
+        content = entry.get("content", entry.get("value"))
+        _check_order(role, previous, where, {"system", "user", "assistant", "function"})
+        if role == "system":
+            tools = _tools_of_system_message(content, where)
+        else:
+            _check_text(content, where)
+            if role == "assistant":
+                messages.append(_call_message(content, *_authors_call(content), where, mask))
+            else:
+                messages.append(Message("tool" if role == "function" else "user", content))
+        previous = role
+    return tools, messages
+
+
+def _tools_of_system_message(content: object, where: str) -> list[dict]:
+    if isinstance(content, str):
+        try:
+            content, end = _strict_decoder().raw_decode(content, _WHITESPACE.match(content).end())
+        except (ValueError, RecursionError) as error:
+            reason = "too deep" if isinstance(error, RecursionError) else error
+            raise DataError(f"{where}: found a system message that is not JSON ({reason}), expected the JSON list "
+                            "of tools") from error
+    return normalize_tools(content, f"{where}: tools")
+
+
+def _authors_call(content: str) -> tuple[ToolCall | None, str | None]:
+    """(call, None) from "name\\n{json}", the JSON on any number of lines, or (None, what is wrong)."""
+    name, newline, arguments = content.partition("\n")
+    if not newline:
+        return None, f"found {_shown(content)}, expected the tool's name, a newline and a JSON object"
+    return _build_call(name.strip(), arguments)
+
+
+def _build_call(name: object, arguments: object) -> tuple[ToolCall | None, str | None]:
+    """(call, None), or (None, reason) if the arguments are no JSON object or the call cannot be rendered."""
+    if isinstance(arguments, str):
+        try:
+            start = _WHITESPACE.match(arguments).end()
+            parsed, end = _strict_decoder().raw_decode(arguments, start)
+        except RecursionError:
+            return None, "found arguments nested too deeply, expected fewer levels"
+        except ValueError as error:
+            return None, f"found arguments that are not JSON ({error}), expected a JSON object"
+        if arguments[end:].strip(" \t\r\n"):
+            return None, f"found {_shown(arguments[end:])} after the arguments, expected one JSON object"
+        arguments = parsed
+    if not isinstance(arguments, dict):
+        return None, f"found {_kind(arguments)} as arguments, expected a JSON object"
+    call = ToolCall(name, arguments)
+    try:
+        render_tool_call(call)
+    except ToolCallError as error:
+        return None, str(error)
+    return call, None
+
+
+def _call_message(content: str, call: ToolCall | None, fault: str | None, where: str, mask: bool) -> Message:
+    if fault and not mask:
+        raise DataError(f"{where}: {fault}")
+    return Message("assistant", content, call, fault)
+
+
+# ------------------------------------------------------------------------------------------------------ OpenAI form
+
+
+def _read_openai_messages(record: dict, source: str, mask: bool) -> tuple[list[dict], list[Message]]:
+    """Tools and messages. Parallel calls become consecutive turns, each followed by its own tool message."""
+    tools = normalize_tools(_or_empty(record.get("tools"), []), f"{source}: tools")
+    messages: list[Message] = []
+    calls: list[tuple[object, Message]] = []  # of the latest assistant message, with their ids
+    feedback: dict[int, Message] = {}  # tool messages by index into `calls`
+    previous = "the start"
+    for index, entry in enumerate(record["messages"]):
+        where = f"{source}: messages[{index}]"
+        if not isinstance(entry, dict):
+            raise DataError(f"{where}: found {_kind(entry)}, expected a message object")
+        role = "system" if entry.get("role") == "developer" else entry.get("role")
+        _check_order(role, previous, where, {"system", "user", "assistant", "tool"})
+        if role == "tool":
+            feedback[_answered_call(entry, calls, feedback, where)] = Message("tool", _openai_text(entry, where))
+        else:
+            _flush_calls(calls, feedback, messages, where)
+            calls, feedback = [], {}
+            if role == "assistant" and entry.get("tool_calls"):
+                calls = _openai_calls(entry, where, mask)
+            else:
+                messages.append(Message(role, _openai_text(entry, where)))
+        previous = role if role != "assistant" or calls else "assistant text"
+    _flush_calls(calls, feedback, messages, None)
+    return tools, messages
+
+
+def _flush_calls(calls: list, feedback: dict[int, Message], messages: list[Message], where: str | None) -> None:
+    """Append call, its feedback, next call, ... Only at the end of a record (`where` None) may feedback be absent."""
+    for index, (identity, message) in enumerate(calls):
+        messages.append(message)
+        if index in feedback:
+            messages.append(feedback[index])
+        elif feedback:
+            raise DataError(f"{where or 'the record'}: found no tool message for call {index} (id {_shown(identity)}), "
+                            "expected one for each parallel call")
+
+
+def _openai_calls(entry: dict, where: str, mask: bool) -> list[tuple[object, Message]]:
+    tool_calls = entry["tool_calls"]
+    if not isinstance(tool_calls, list):
+        raise DataError(f"{where}: tool_calls: found {_kind(tool_calls)}, expected a list")
+    text = "" if entry.get("content") is None else _openai_text(entry, where)
+    result: list[tuple[object, Message]] = []
+    for index, tool_call in enumerate(tool_calls):
+        place = f"{where}: tool_calls[{index}]"
+        function = tool_call.get("function") if isinstance(tool_call, dict) else None
+        if not isinstance(function, dict) or "name" not in function:
+            raise DataError(f'{place}: found {_shown(tool_call)}, expected "id" and "function": "name", "arguments"')
+        identity = tool_call.get("id")
+        if identity is not None and any(identity == other for other, _ in result):
+            raise DataError(f"{place}: found id {_shown(identity)} again, expected another per call")
+        arguments = function.get("arguments")
+        call, fault = _build_call(function["name"], {} if arguments in (None, "") else arguments)
+        content = f"{function['name']}({arguments})" if fault else text
+        if fault:
+            _check_text(content, place)
+        result.append((identity, _call_message(content, call, fault, place, mask)))
+    return result
+
+
+def _answered_call(entry: dict, calls: list, feedback: dict[int, Message], where: str) -> int:
+    """Index of the call that a tool message answers: by tool_call_id, or in order where ids are absent."""
+    identity = entry.get("tool_call_id")
+    ids = [other for other, _ in calls]
+    if identity is None or all(other is None for other in ids):
+        open_calls = [index for index in range(len(calls)) if index not in feedback]
+        if not open_calls:
+            raise DataError(f"{where}: found a tool message more than there are calls, expected one per call")
+        return open_calls[0]
+    if identity not in ids:
+        raise DataError(f"{where}: found tool_call_id {_shown(identity)}, expected one of {_shown(ids)}")
+    index = ids.index(identity)
+    if index in feedback:
+        raise DataError(f"{where}: found tool_call_id {_shown(identity)} again, expected one tool message per call")
+    return index
+
+
+def _openai_text(entry: dict, where: str) -> str:
+    """`content` as text: a string or a list of text parts."""
+    content = entry.get("content")
+    if isinstance(content, list) and all(isinstance(part, dict) and isinstance(part.get("text"), str)
+                                         for part in content):
+        content = "".join(part["text"] for part in content)
+    if content is None and entry.get("role") == "assistant":
+        raise DataError(f"{where}: found neither text nor tool_calls, expected one of them")
+    _check_text(content, where)
+    return content
+
+
+# ----------------------------------------------------------------------------------------------------------- checks
+
+# Who may speak after whom. A call without feedback may precede the user's answer: ask_to_user(question).
+_MAY_FOLLOW = {
+    "system": ("the start",),
+    "user": ("the start", "system", "assistant", "assistant text", "function", "tool"),
+    "assistant": ("user", "function", "tool"),
+    "function": ("assistant",),
+    "tool": ("assistant", "tool"),
+}
+
+
+def _check_order(role: object, previous: str, where: str, roles: set[str]) -> None:
+    if not isinstance(role, str) or role not in roles:
+        raise DataError(f"{where}: found role {_shown(role)}, expected one of {', '.join(sorted(roles))}")
+    if previous == "the start" and role != "system" and "function" in roles:
+        raise DataError(f"{where}: found role {role!r} first, expected 'system' with the JSON list of tools")
+    if previous not in _MAY_FOLLOW[role]:
+        after = " or ".join(_MAY_FOLLOW[role]).replace("assistant or", "a call or")
+        raise DataError(f"{where}: found role {role!r} after {previous}, expected it only after {after}")
+
+
+def _check_text(content: object, where: str) -> None:
+    """Raise unless `content` is text that UTF-8, and so a tokenizer, can hold."""
+    if not isinstance(content, str):
+        raise DataError(f"{where}: found {_kind(content)} as text, expected a string")
+    if match := _LONE_SURROGATE.search(content):
+        raise DataError(f"{where}: found the lone surrogate {match[0]!a}, expected Unicode text")
+
+
+def _kind(value: object) -> str:
+    names = {dict: "an object", list: "a list", str: "a string", bool: "a boolean", int: "a number", float: "a number"}
+    return "null" if value is None else names.get(type(value), type(value).__name__)
+
+
+def _shown(value: object) -> str:
+    text = ascii(value)
+    return text if len(text) <= 60 else text[:57] + "..."
