@@ -1,0 +1,68 @@
+"""Prediction files: one JSON object `{"index": 0, "output": "raw model text"}` per line, `"format"` where not `tl`."""
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from data.trajectories import DataError
+from eval.json_lines import read_json_lines
+from eval.output_formats import OUTPUT_FORMATS
+
+# Why generation ended, written as "stop" by generate_predictions; files of other origin need not have it.
+STOP_REASONS = ("end", "max_new_tokens", "prompt_too_long")
+
+
+@dataclass(frozen=True, slots=True)
+class Prediction:
+    """One model output."""
+    index: int     # position of the record in the benchmark, from 0
+    output: str    # raw text, not parsed
+    format: str    # one of OUTPUT_FORMATS
+    stop: str      # one of STOP_REASONS, "" where unknown
+    line: int      # line in its file, from 1, for messages
+
+
+def read_predictions(path: Path) -> tuple[list[Prediction], bool]:
+    """The predictions in file order, and whether a partial last line of a killed writer was dropped.
+
+    Raises DataError with `file:line` for anything malformed, also a line that is only partial but not the last.
+    """
+    rows, has_dropped = read_json_lines(path, drop_partial_last_line=True)
+    return [_prediction(row, line, f"{path}:{line}") for line, row in rows], has_dropped
+
+
+def _prediction(row: dict, line: int, where: str) -> Prediction:
+    index, output = row.get("index"), row.get("output")
+    if type(index) is not int:  # bool is an int to isinstance
+        raise DataError(f"{where}: found index {index!a}, expected the record's number, an integer from 0")
+    if not isinstance(output, str):
+        raise DataError(f"{where}: found {type(output).__name__} as 'output', expected the raw model text")
+    output_format, stop = row.get("format", "tl"), row.get("stop", "")
+    if output_format not in OUTPUT_FORMATS:
+        raise DataError(f"{where}: found format {output_format!a}, expected one of {', '.join(OUTPUT_FORMATS)}")
+    if stop not in ("", *STOP_REASONS):
+        raise DataError(f"{where}: found stop {stop!a}, expected one of {', '.join(STOP_REASONS)}")
+    return Prediction(index=index, output=output, format=output_format, stop=stop, line=line)
+
+
+def match_predictions(predictions: Sequence[Prediction], count: int, limit: int | None, *,
+                      path: Path) -> list[Prediction]:
+    """The predictions of records 0, 1, ... in order: exactly one for each of the benchmark's `count` records.
+
+    With a `limit`, one for each of the first `limit` records; those of later records are left aside. Raises DataError
+    for a record twice, an index outside the benchmark, or records without prediction.
+    """
+    by_index: dict[int, Prediction] = {}
+    for prediction in predictions:
+        if not 0 <= prediction.index < count:
+            raise DataError(f"{path}:{prediction.line}: found index {prediction.index}, expected 0 to {count - 1}")
+        if prediction.index in by_index:
+            first = by_index[prediction.index].line
+            raise DataError(f"{path}:{prediction.line}: found index {prediction.index} again, expected it once "
+                            f"(first in line {first})")
+        by_index[prediction.index] = prediction
+    needed = count if limit is None else min(limit, count)
+    missing = [index for index in range(needed) if index not in by_index]
+    if missing:
+        raise DataError(f"{path}: found {needed - len(missing)} of {needed} predictions, expected all "
+                        f"(first missing index {missing[0]})")
+    return [by_index[index] for index in range(needed)]
