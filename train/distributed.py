@@ -1,0 +1,158 @@
+"""The only place for process groups: start-up, FSDP2 wrapping, sums and agreement over ranks, gradient clipping.
+
+One process is a group of one rank, so 1 and N ranks run the same code. Two backends live side by side: gloo carries
+host tensors (flags, counts), nccl carries CUDA tensors (parameters, gradients); without CUDA gloo carries both.
+
+Gradient reduction is a plain SUM in fp32. FSDP2 would divide by the world size, which is right only when every rank
+holds the same number of trained tokens; our loss is already divided by the global denominator.
+"""
+
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+@dataclass(frozen=True, slots=True)
+class World:
+    """This process among its ranks. `mesh` is the one-dimensional device mesh over which parameters are sharded."""
+
+    rank: int
+    size: int
+    device: torch.device
+    mesh: DeviceMesh
+
+    @property
+    def is_main(self) -> bool:
+        """True on the rank that writes logs and the run folder's small files."""
+        return self.rank == 0
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Start-up and shut-down
+
+
+def init_world(device: str) -> World:
+    """Join the process group that torchrun describes in the environment, or make a group of one rank.
+
+    device: "auto" (CUDA where present), "cpu" or "cuda". Raises ValueError when CUDA is asked for and absent.
+    """
+    has_cuda = torch.cuda.is_available()
+    if device == "cuda" and not has_cuda:
+        raise ValueError("device: found cuda, expected cpu or auto (this machine has no usable CUDA device)")
+    on_cuda = has_cuda and device != "cpu"
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    if on_cuda:
+        torch.cuda.set_device(local_rank)
+    if not dist.is_initialized():
+        backend = "cpu:gloo,cuda:nccl" if on_cuda else "gloo"
+        if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
+            dist.init_process_group(backend)
+        else:
+            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+    mesh = init_device_mesh("cuda" if on_cuda else "cpu", (dist.get_world_size(),))
+    torch_device = torch.device("cuda", local_rank) if on_cuda else torch.device("cpu")
+    return World(rank=dist.get_rank(), size=dist.get_world_size(), device=torch_device, mesh=mesh)
+
+
+def close_world() -> None:
+    """Leave the process group. Safe to call twice."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Agreement over ranks (all are collectives: every rank must call them, in the same order)
+
+
+def global_sum(values: list[float]) -> list[float]:
+    """Element-wise sums over all ranks, in fp64 on the host (counts stay exact up to 2**53)."""
+    totals = torch.tensor(values, dtype=torch.float64)
+    dist.all_reduce(totals, op=dist.ReduceOp.SUM)
+    return totals.tolist()
+
+
+def any_rank(flag: bool) -> bool:
+    """True on every rank if `flag` is true on at least one."""
+    return global_sum([float(flag)])[0] > 0
+
+
+def gather_objects(value: object) -> list:
+    """The JSON-like `value` of every rank, in rank order, on every rank."""
+    gathered = [None] * dist.get_world_size()
+    dist.all_gather_object(gathered, value)
+    return gathered
+
+
+def wait_for_all() -> None:
+    """Barrier on the host group."""
+    any_rank(False)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Sharding
+
+
+def shard_model(model: torch.nn.Module, world: World, *, dtype: str) -> None:
+    """Shard a Transformer in place with FSDP2, from outside, in a fixed order: every block, then the root.
+
+    dtype: compute type, "float32" or "bfloat16". Parameters given to the optimizer stay fp32 shards (master weights) and
+    gradients are reduced in fp32 either way. The model may live on the meta device or hold weights.
+    The root group (embeddings, final norm, head) stays gathered between forward and backward: train_step uses the head
+    after the forward call, and its gradient joins the root's reduction at the end of backward.
+    Build the optimizer after this call: the parameters are replaced by DTensors.
+    """
+    compute = DTYPES[dtype]
+    policy = MixedPrecisionPolicy(
+        param_dtype=None if compute == torch.float32 else compute, reduce_dtype=torch.float32, cast_forward_inputs=False
+    )
+    for layer in model.layers:
+        fully_shard(layer, mesh=world.mesh, mp_policy=policy, reshard_after_forward=True)
+    fully_shard(model, mesh=world.mesh, mp_policy=policy, reshard_after_forward=False)
+    for module in fsdp_modules(model):
+        module.set_gradient_divide_factor(1.0)
+        # gloo knows no AVG and no pre-multiplied sum: reduce with SUM only
+        module.set_force_sum_reduction_for_comms(True)
+
+
+def fsdp_modules(model: torch.nn.Module) -> list[FSDPModule]:
+    """All modules that own an FSDP parameter group, the root first."""
+    return [module for module in model.modules() if isinstance(module, FSDPModule)]
+
+
+def set_gradient_sync(model: FSDPModule, *, synchronize: bool, is_last: bool) -> None:
+    """Reduce gradients over ranks in the next backward or keep them local; `is_last` = last micro-batch of the step."""
+    model.set_requires_gradient_sync(synchronize)
+    model.set_is_last_backward(is_last)
+
+
+def local_part(tensor: torch.Tensor) -> torch.Tensor:
+    """This rank's shard of a DTensor; an ordinary tensor as it is."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Gradient norm
+
+
+def clip_gradients(parameters: Iterable[torch.nn.Parameter], max_grad_norm: float) -> float:
+    """Scale all gradients by min(1, max_grad_norm / norm), where norm is the global L2 norm (E14); returns norm.
+
+    Each gradient entry lives on exactly one rank, so squared norms of the shards add up. Squares are summed in fp64:
+    7e9 fp32 squares would lose digits. max_grad_norm = 0 only measures. A non-finite norm leaves gradients alone.
+    """
+    gradients = [local_part(parameter.grad) for parameter in parameters if parameter.grad is not None]
+    squares = [torch.linalg.vector_norm(gradient, dtype=torch.float64).square() for gradient in gradients if gradient.numel()]
+    local_square = torch.stack(squares).sum().item() if squares else 0.0
+    norm = global_sum([local_square])[0] ** 0.5  # E14
+    # NaN compares false, inf would multiply everything by 0: the caller refuses to step on both
+    if 0 < max_grad_norm < norm < float("inf"):
+        torch._foreach_mul_(gradients, max_grad_norm / norm)  # E14
+    return norm

@@ -1,0 +1,202 @@
+"""The run folder: config.json, run_identity.json, environment.json, metrics.jsonl, the loss plot. Rank 0 writes."""
+
+import hashlib
+import json
+import os
+import platform
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+
+class RunFolderError(ValueError):
+    """The output folder cannot be used for this run. One line: path, what was found, what was expected."""
+
+
+def log_line(message: str) -> None:
+    """One line for the user on stdout, printed above a running progress bar."""
+    tqdm.write(message, file=sys.stdout)
+    sys.stdout.flush()
+
+
+def write_json_atomically(path: Path, content: object) -> None:
+    """Write JSON beside `path`, flush to disk, then rename: a reader sees the old or the new file, never half of one."""
+    temporary = path.with_name(f".{path.name}.part")
+    with open(temporary, "w", encoding="utf-8") as file:
+        file.write(json.dumps(content, indent=2, ensure_ascii=True) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Identity of a run
+
+
+def fingerprint(content: object) -> str:
+    """sha256 over the canonical JSON of `content`, as 64 hex digits."""
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode("utf-8")).hexdigest()
+
+
+def file_sha256(path: Path) -> str:
+    """sha256 of a file, read in blocks of 1 MiB."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def open_run_folder(output: Path, identity: dict, *, resume: str) -> None:
+    """Make `output`, or check that it holds this very run (equal `identity`); writes run_identity.json.
+
+    Raises RunFolderError for a folder of another run, and with resume = "never" for a folder that has checkpoints:
+    nothing of an earlier run is ever overwritten.
+    """
+    if output.exists() and not output.is_dir():
+        raise RunFolderError(f"{output}: found a file, expected a folder for the run's output")
+    identity_path = output / "run_identity.json"
+    has_results = any((output / name).exists() for name in ("config.json", "metrics.jsonl", "checkpoints", "final"))
+    if identity_path.exists():
+        _check_identity(identity_path, identity)
+    elif has_results:
+        raise RunFolderError(f"{output}: found files but no run_identity.json, expected a new folder or one of this run")
+    checkpoints = sorted((output / "checkpoints").glob("step_*")) if (output / "checkpoints").is_dir() else []
+    if resume == "never" and checkpoints:
+        raise RunFolderError(
+            f"{output}: found checkpoint {checkpoints[-1].name}, expected a folder without checkpoints for --resume never; "
+            "choose another --output or --resume auto"
+        )
+    output.mkdir(parents=True, exist_ok=True)
+    write_json_atomically(identity_path, identity)
+
+
+def _check_identity(identity_path: Path, identity: dict) -> None:
+    try:
+        found = json.loads(identity_path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError):
+        raise RunFolderError(f"{identity_path}:1: found text that is not JSON, expected the identity of a run") from None
+    found = found if isinstance(found, dict) else {}
+    for name in sorted(set(found) | set(identity)):
+        if found.get(name) != identity.get(name):
+            raise RunFolderError(
+                f"{identity_path}: found {name} = {found.get(name)!r}, expected {identity.get(name)!r}: "
+                "the folder belongs to another run; choose another --output"
+            )
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Environment
+
+
+def describe_environment(world_size: int, device: torch.device) -> dict:
+    """What the run ran on: versions, device, commit, command. No host name, user name or absolute path."""
+    try:
+        commit = subprocess.run(
+            ["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True, timeout=10
+        ).stdout.strip()
+    except (OSError, subprocess.TimeoutExpired):
+        commit = ""
+    return {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "cuda": torch.version.cuda,
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine(),
+        "device_type": device.type,
+        "world_size": world_size,
+        "threads_per_rank": torch.get_num_threads(),
+        "git_commit": commit or None,
+        "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
+        "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+    }
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Metrics
+
+
+def cut_metrics(path: Path, last_step: int) -> int:
+    """Keep only the lines of steps <= last_step, so that each step stands once after a resume; returns lines removed.
+
+    A torn last line (killed while writing) goes too.
+    """
+    if not path.exists():
+        return 0
+    kept, removed = [], 0
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        try:
+            keep = json.loads(line)["step"] <= last_step
+        except (json.JSONDecodeError, KeyError, TypeError):
+            keep = False
+        if keep:
+            kept.append(line + "\n")
+        else:
+            removed += 1
+    if removed:
+        temporary = path.with_name(f".{path.name}.part")
+        with open(temporary, "w", encoding="utf-8") as file:
+            file.write("".join(kept))
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    return removed
+
+
+class MetricsFile:
+    """Append-only metrics.jsonl: one flat JSON object per optimizer step, flushed at once, on disk at `sync`."""
+
+    def __init__(self, path: Path) -> None:
+        self.file = open(path, "a", encoding="utf-8")
+
+    def write(self, metrics: dict[str, float]) -> None:
+        self.file.write(json.dumps(metrics) + "\n")
+        self.file.flush()
+
+    def sync(self) -> None:
+        """Force the lines to disk: called before a checkpoint claims their steps."""
+        os.fsync(self.file.fileno())
+
+    def close(self) -> None:
+        self.file.close()
+
+
+def read_metrics(path: Path) -> list[dict]:
+    """All complete lines of a metrics.jsonl."""
+    if not path.exists():
+        return []
+    lines = path.read_text(encoding="utf-8").splitlines()
+    return [json.loads(line) for line in lines if line.endswith("}")]
+
+
+def plot_losses(output: Path) -> str:
+    """Draw OUTPUT/plots/loss.png from metrics.jsonl; returns a line that says where it is or why there is none."""
+    rows = read_metrics(output / "metrics.jsonl")
+    try:
+        import matplotlib
+
+        matplotlib.use("Agg")
+        from matplotlib import pyplot
+    except ImportError:
+        return "no loss plot: matplotlib is not installed (requirements-optional.txt)"
+    if not rows:
+        return "no loss plot: metrics.jsonl holds no step"
+    steps = [row["step"] for row in rows]
+    figure, (loss_axis, rate_axis) = pyplot.subplots(2, 1, sharex=True, figsize=(8, 6), height_ratios=(3, 1))
+    loss_axis.plot(steps, [row["sft/loss"] for row in rows], linewidth=0.8, alpha=0.5, label="each step")
+    width = max(1, len(rows) // 25)
+    means = [sum(r["sft/loss"] for r in rows[i : i + width]) / len(rows[i : i + width]) for i in range(0, len(rows), width)]
+    loss_axis.plot(steps[::width], means, linewidth=2, label=f"mean of {width} steps")
+    loss_axis.set_ylabel("sft/loss (nats)")
+    loss_axis.legend()
+    rate_axis.plot(steps, [row["sft/learning_rate"] for row in rows])
+    rate_axis.set_ylabel("learning rate")
+    rate_axis.set_xlabel("optimizer step")
+    (output / "plots").mkdir(exist_ok=True)
+    figure.tight_layout()
+    figure.savefig(output / "plots" / "loss.png", dpi=120)
+    pyplot.close(figure)
+    return f"loss plot: {output / 'plots' / 'loss.png'}"
