@@ -1,0 +1,393 @@
+"""Weights in and out in Hugging Face's layout, one tensor at a time.
+
+Reading copies each tensor (under FSDP2: this rank's slice of it) from the safetensors file into the parameter; writing appends
+each tensor to the file as it is gathered. Neither ever holds a second model: peak host memory is one tensor above what the
+model itself holds on this rank (benchmarks/benchmark_load_memory.py measures it).
+"""
+import json
+import os
+import shutil
+import struct
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from model.config import ModelConfig, ModelFolderError, config_from_hf, config_to_hf
+from model.tokenizer import load_tokenizer
+from model.transformer import Transformer
+
+WEIGHTS_FILE = "model.safetensors"
+INDEX_FILE = "model.safetensors.index.json"
+DEFAULT_SHARD_BYTES = 5_000_000_000
+
+# Files that belong to the tokenizer or to generation: copied unchanged from the folder the run started with.
+COMPANION_FILES = (
+    "tokenizer.model", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
+    "vocab.json", "merges.txt", "chat_template.jinja", "generation_config.json",
+)
+
+_FLOAT_NAMES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+_OUTER_NAMES = {
+    "tok_embeddings.weight": "model.embed_tokens.weight",
+    "norm.weight": "model.norm.weight",
+    "output.weight": "lm_head.weight",
+}
+_BLOCK_NAMES = {
+    "attention.wq": "self_attn.q_proj", "attention.wk": "self_attn.k_proj", "attention.wv": "self_attn.v_proj",
+    "attention.wo": "self_attn.o_proj", "attention_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm",
+    "feed_forward.w1": "mlp.gate_proj", "feed_forward.w2": "mlp.down_proj", "feed_forward.w3": "mlp.up_proj",
+}
+
+
+def hf_name(our_name: str) -> str:
+    """Hugging Face's name of one of our parameters: layers.3.attention.wq.bias -> model.layers.3.self_attn.q_proj.bias."""
+    if our_name in _OUTER_NAMES:
+        return _OUTER_NAMES[our_name]
+    _, layer, rest = our_name.split(".", 2)
+    stem, kind = rest.rsplit(".", 1)
+    return f"model.layers.{layer}.{_BLOCK_NAMES[stem]}.{kind}"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Reading
+
+
+def load_pretrained(model_dir: str | Path, dtype: torch.dtype = torch.float32,
+                    device: torch.device | str = "cpu") -> Transformer:
+    """The model of a folder in Hugging Face layout (config.json and safetensors), in the given dtype on the given device.
+
+    Raises ModelFolderError, one line, for whatever is wrong with the folder.
+    """
+    with torch.device("meta"):  # no memory and no random numbers are spent on weights about to be overwritten
+        model = Transformer(read_config(model_dir)).to(dtype)
+    load_weights_into(model, model_dir, device=device)
+    return model
+
+
+def read_config(model_dir: str | Path) -> ModelConfig:
+    """The ModelConfig of a folder's config.json. Raises ModelFolderError naming the file."""
+    path = Path(model_dir) / "config.json"
+    try:
+        return config_from_hf(_read_json(path))
+    except ModelFolderError as error:
+        message = str(error)
+        raise ModelFolderError(message if message.startswith(str(path)) else
+                               f"{path}: {message.removeprefix('config.json: ')}") from error
+
+
+@torch.no_grad()
+def load_weights_into(model: Transformer, model_dir: str | Path, *, device: torch.device | str = "cpu") -> None:
+    """Fills a model's parameters from the folder's safetensors, tensor by tensor, converting to the parameters' dtype.
+
+    1. find the file of every tensor, 2. compare names, shapes and dtypes of the headers with the model, 3. give parameters
+    on the meta device storage on `device`, 4. copy. FSDP2 parameters (DTensor) receive this rank's slice, nothing else of the
+    tensor is read, and no collective is used. Raises ModelFolderError before any parameter is touched if a tensor is
+    missing, unexpected or mis-shaped (all are named).
+    """
+    files = _tensor_files(Path(model_dir))
+    targets = {hf_name(name): parameter for name, parameter in model.state_dict().items()}
+    _check_headers(Path(model_dir), files, targets, model.config.tie_embeddings)
+    if any(parameter.is_meta for parameter in targets.values()):
+        model.to_empty(device=device)
+        targets = {hf_name(name): parameter for name, parameter in model.state_dict().items()}
+    for name, parameter in targets.items():
+        _copy_slice(files[name], name, parameter)
+    if model.config.tie_embeddings and "lm_head.weight" in files:
+        _check_tied_head(files)
+
+
+def _tensor_files(model_dir: Path) -> dict[str, Path]:
+    """Which file holds each tensor: by the index if there is one, else by the headers of all *.safetensors."""
+    if not model_dir.is_dir():
+        raise ModelFolderError(f"{model_dir}: no such folder, expected a model in Hugging Face layout")
+    index = model_dir / INDEX_FILE
+    if index.is_file():
+        return _files_of_index(index)
+    paths = [model_dir / WEIGHTS_FILE] if (model_dir / WEIGHTS_FILE).is_file() else sorted(model_dir.glob("*.safetensors"))
+    if not paths:
+        others = sorted(p.name for pattern in ("*.bin", "*.pth", "*.pt", "*.gguf") for p in model_dir.glob(pattern))
+        found = f"found {', '.join(others)}" if others else "found none"
+        raise ModelFolderError(f"{model_dir}: no weights, {found}, expected {WEIGHTS_FILE} or shards with {INDEX_FILE}")
+    files: dict[str, Path] = {}
+    for path in paths:
+        for name in _open_names(path):
+            if name in files:
+                raise ModelFolderError(f"{path}: tensor {name} is also in {files[name].name}, expected each tensor once")
+            files[name] = path
+    return files
+
+
+def _files_of_index(index: Path) -> dict[str, Path]:
+    weight_map = _read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map or not all(isinstance(f, str) for f in weight_map.values()):
+        raise ModelFolderError(f"{index}: found no weight_map object of tensor names to file names")
+    outside = sorted({f for f in weight_map.values() if Path(f).name != f})
+    if outside:
+        raise ModelFolderError(f"{index}: weight_map points to {', '.join(outside)}, expected names of files beside it")
+    absent = sorted({f for f in weight_map.values() if not (index.parent / f).is_file()})
+    if absent:
+        raise ModelFolderError(f"{index}: weight files missing from the folder: {', '.join(absent)}")
+    held = {f: set(_open_names(index.parent / f)) for f in sorted(set(weight_map.values()))}
+    wrong = [f"{name} ({f})" for name, f in weight_map.items() if name not in held[f]]
+    if wrong:
+        raise ModelFolderError(f"{index}: tensors that are not in the file the index names: {', '.join(wrong)}")
+    return {name: index.parent / f for name, f in weight_map.items()}
+
+
+def _check_headers(model_dir: Path, files: dict[str, Path], targets: dict[str, Tensor], tied: bool) -> None:
+    """Compares the files' headers with the model and reports everything that differs in one error."""
+    # Old checkpoints store RoPE's frequencies; they follow from the config. A tied head may be stored a second time.
+    ignored = {name for name in files if name.endswith("rotary_emb.inv_freq") or (tied and name == "lm_head.weight")}
+    missing = [name for name in targets if name not in files]
+    unexpected = sorted(name for name in files if name not in targets and name not in ignored)
+    misshaped, not_float = [], []
+    for path in sorted({files[name] for name in targets if name in files}):
+        with _open(path) as file:
+            for name in (n for n in targets if files.get(n) == path):
+                header = file.get_slice(name)
+                if list(header.get_shape()) != list(targets[name].shape):
+                    misshaped.append(f"{name} (found {list(header.get_shape())}, expected {list(targets[name].shape)})")
+                if header.get_dtype() not in _FLOAT_NAMES:
+                    not_float.append(f"{name} ({header.get_dtype()})")
+    problems = [f"{len(names)} {kind}: {', '.join(names)}" for kind, names in
+                (("missing", missing), ("unexpected", unexpected), ("mis-shaped", misshaped),
+                 ("not floating-point", not_float)) if names]
+    if problems:
+        raise ModelFolderError(f"{model_dir}: weights do not fit config.json; {'; '.join(problems)}")
+
+
+def _copy_slice(path: Path, name: str, parameter: Tensor) -> None:
+    # The file is opened anew for each tensor: closing it unmaps the pages read so far, which would otherwise count as
+    # resident until the end and look like a second model.
+    with _open(path) as file:
+        if isinstance(parameter, DTensor):
+            ranges = _local_ranges(parameter)
+            local = parameter.to_local()
+            if local.numel():
+                local.copy_(file.get_slice(name)[tuple(slice(start, end) for start, end in ranges)])
+        else:
+            parameter.copy_(file.get_tensor(name))
+
+
+def _local_ranges(parameter: DTensor) -> list[tuple[int, int]]:
+    """[start, end) per dimension of the part of a sharded parameter that lives on this rank (torch.chunk's division)."""
+    ranges = [(0, size) for size in parameter.shape]
+    for mesh_dim, placement in enumerate(parameter.placements):
+        if placement.is_replicate():
+            continue
+        if not placement.is_shard():
+            raise ValueError(f"cannot load into a parameter placed as {placement}, expected Shard or Replicate")
+        start, end = ranges[placement.dim]
+        chunk = -(-(end - start) // parameter.device_mesh.size(mesh_dim))  # rounded up; the last ranks may get less or none
+        first = min(start + chunk * parameter.device_mesh.get_local_rank(mesh_dim), end)
+        ranges[placement.dim] = (first, min(first + chunk, end))
+    return ranges
+
+
+def _check_tied_head(files: dict[str, Path]) -> None:
+    """config.json ties the head to the embedding; a stored head that differs would be dropped silently otherwise."""
+    with _open(files["lm_head.weight"]) as head_file, _open(files["model.embed_tokens.weight"]) as embedding_file:
+        head, embedding = head_file.get_slice("lm_head.weight"), embedding_file.get_slice("model.embed_tokens.weight")
+        same = list(head.get_shape()) == list(embedding.get_shape())
+        rows = embedding.get_shape()[0]
+        for start in range(0, rows if same else 0, 4096):
+            same = same and torch.equal(head[start:start + 4096], embedding[start:start + 4096])
+    if not same:
+        raise ModelFolderError(f"{files['lm_head.weight']}: lm_head.weight differs from model.embed_tokens.weight, but "
+                               "config.json has tie_word_embeddings true")
+
+
+def _open(path: Path) -> Any:
+    try:
+        return safe_open(str(path), framework="pt", device="cpu")
+    except (SafetensorError, OSError) as error:
+        raise ModelFolderError(f"{path}: not a readable safetensors file, it may be truncated ({_one_line(error)})") from error
+
+
+def _open_names(path: Path) -> list[str]:
+    with _open(path) as file:
+        return list(file.keys())
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise ModelFolderError(f"{path}: no such file, expected a model folder in Hugging Face layout") from error
+    except json.JSONDecodeError as error:
+        raise ModelFolderError(f"{path}:{error.lineno}: not valid JSON ({error.msg})") from error
+    except (OSError, ValueError) as error:
+        raise ModelFolderError(f"{path}: cannot be read ({_one_line(error)})") from error
+    if not isinstance(value, dict):
+        raise ModelFolderError(f"{path}: found {type(value).__name__}, expected a JSON object")
+    return value
+
+
+def _one_line(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Writing
+
+
+def save_pretrained(model: Transformer, model_dir: str | Path) -> None:
+    """Writes config.json and the weights, in their own dtype, as a folder that transformers and load_pretrained read."""
+    save_pretrained_streamed(model, model_dir)
+
+
+@torch.no_grad()
+def save_pretrained_streamed(model: Transformer, model_dir: str | Path, *, dtype: torch.dtype | None = None,
+                             companions_from: str | Path | None = None,
+                             max_shard_bytes: int = DEFAULT_SHARD_BYTES) -> None:
+    """Writes the model in Hugging Face layout, gathering one tensor at a time; all ranks call it, rank 0 writes.
+
+    1. plan the shards from shapes, 2. write everything into a folder with a temporary name, 3. re-open and verify, 4. rename,
+    so that the final name is either absent, the previous export, or complete. dtype: of the stored tensors (default: as
+    they are). companions_from: model folder whose tokenizer files are copied and whose BOS/EOS ids go into config.json.
+    Raises ModelFolderError on every rank when rank 0 could not write (for example a full disk), leaving no temporary files.
+    """
+    final = Path(model_dir)
+    is_writer = not (dist.is_initialized() and dist.get_rank() != 0)
+    temporary = final.with_name(f".{final.name}.incomplete")
+    parameters = {hf_name(name): parameter for name, parameter in model.state_dict().items()}
+    shards = _plan_shards(parameters, dtype, max_shard_bytes)
+    failure: Exception | None = None
+    try:
+        if is_writer:
+            _prepare_folder(final, temporary)
+            _write_config(model.config, temporary, dtype or next(iter(parameters.values())).dtype, companions_from)
+    except (OSError, ModelFolderError) as error:
+        failure = error
+    for file_name, names in shards.items():
+        tensors = _gathered(parameters, names, dtype, keep=is_writer)
+        try:
+            if is_writer and failure is None:
+                _write_safetensors(temporary / file_name, {n: parameters[n] for n in names}, dtype, tensors)
+        except (OSError, ModelFolderError) as error:
+            failure = error
+        for _ in tensors:  # after a failure the other ranks still take part in the remaining collectives: join them
+            pass
+    try:
+        if is_writer and failure is None:
+            _finish_folder(final, temporary, shards, parameters, dtype)
+    except (OSError, ModelFolderError) as error:
+        failure = error
+    if failure is not None:
+        shutil.rmtree(temporary, ignore_errors=True)
+    _raise_on_all_ranks(final, failure, next(iter(parameters.values())))
+
+
+def _plan_shards(parameters: dict[str, Tensor], dtype: torch.dtype | None, max_shard_bytes: int) -> dict[str, list[str]]:
+    """File name -> tensor names, in the model's order, each file at most max_shard_bytes (a larger tensor has its own)."""
+    groups: list[list[str]] = [[]]
+    used = 0
+    for name, parameter in parameters.items():
+        size = parameter.numel() * (dtype or parameter.dtype).itemsize
+        if groups[-1] and used + size > max_shard_bytes:
+            groups.append([])
+            used = 0
+        groups[-1].append(name)
+        used += size
+    if len(groups) == 1:
+        return {WEIGHTS_FILE: groups[0]}
+    return {f"model-{i:05d}-of-{len(groups):05d}.safetensors": names for i, names in enumerate(groups, start=1)}
+
+
+def _gathered(parameters: dict[str, Tensor], names: list[str], dtype: torch.dtype | None, *, keep: bool) -> Iterator[Tensor]:
+    """The full tensors one after the other, on the CPU in the stored dtype; a collective per tensor if sharded."""
+    for name in names:
+        parameter = parameters[name]
+        full = parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
+        yield full.to(device="cpu", dtype=dtype or parameter.dtype).contiguous() if keep else full[:0]
+
+
+def _write_safetensors(path: Path, parameters: dict[str, Tensor], dtype: torch.dtype | None,
+                       tensors: Iterator[Tensor]) -> None:
+    """One safetensors file, written front to back: 8 bytes of header length, the JSON header, the tensors' bytes in order."""
+    stored_names = {stored: name for name, stored in _FLOAT_NAMES.items()}
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}  # transformers refuses files without the format
+    end = 0
+    for name, parameter in parameters.items():
+        stored = dtype or parameter.dtype
+        start, end = end, end + parameter.numel() * stored.itemsize
+        header[name] = {"dtype": stored_names[stored], "shape": list(parameter.shape), "data_offsets": [start, end]}
+    encoded = json.dumps(header, separators=(",", ":")).encode()
+    encoded += b" " * (-len(encoded) % 8)  # keeps the data aligned to 8 bytes
+    with path.open("wb") as file:
+        file.write(struct.pack("<Q", len(encoded)) + encoded)
+        for tensor in tensors:
+            file.write(memoryview(tensor.reshape(-1).view(torch.uint8).numpy()))
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _write_config(config: ModelConfig, folder: Path, dtype: torch.dtype, companions_from: str | Path | None) -> None:
+    hf_config = config_to_hf(config)
+    hf_config["torch_dtype"] = str(dtype).removeprefix("torch.")
+    if companions_from is not None:
+        source = Path(companions_from)
+        for name in COMPANION_FILES:
+            if (source / name).is_file():
+                shutil.copyfile(source / name, folder / name)
+        hf_config.update(_token_ids(source))
+    (folder / "config.json").write_text(json.dumps(hf_config, indent=2) + "\n", encoding="utf-8")
+
+
+def _token_ids(source: Path) -> dict[str, Any]:
+    """BOS/EOS/padding ids for config.json: those of the source's config.json, else the tokenizer's."""
+    if (source / "config.json").is_file():
+        stated = _read_json(source / "config.json")
+        return {key: stated[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id") if key in stated}
+    tokenizer = load_tokenizer(source)
+    return {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id}
+
+
+def _is_ours(name: str) -> bool:
+    return name in COMPANION_FILES or name in ("config.json", INDEX_FILE) or name.endswith(".safetensors")
+
+
+def _prepare_folder(final: Path, temporary: Path) -> None:
+    if final.exists() and not final.is_dir():
+        raise ModelFolderError(f"{final}: exists and is not a folder, expected a folder to write the model to")
+    foreign = sorted(p.name for p in final.iterdir() if not _is_ours(p.name)) if final.is_dir() else []
+    if foreign:
+        raise ModelFolderError(f"{final}: holds {', '.join(foreign[:5])}, expected a new, empty or model folder to replace")
+    shutil.rmtree(temporary, ignore_errors=True)  # left by a killed run
+    temporary.mkdir(parents=True)
+
+
+def _finish_folder(final: Path, temporary: Path, shards: dict[str, list[str]], parameters: dict[str, Tensor],
+                   dtype: torch.dtype | None) -> None:
+    if len(shards) > 1:
+        total = sum(p.numel() * (dtype or p.dtype).itemsize for p in parameters.values())
+        weight_map = {name: file_name for file_name, names in shards.items() for name in names}
+        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        (temporary / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+    _check_headers(temporary, _tensor_files(temporary), parameters, tied=False)
+    old = final.with_name(f".{final.name}.replaced")
+    shutil.rmtree(old, ignore_errors=True)
+    if final.is_dir():
+        final.rename(old)
+    temporary.rename(final)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _raise_on_all_ranks(final: Path, failure: Exception | None, any_parameter: Tensor) -> None:
+    """One flag from rank 0 to all, so that no rank goes on as if the export existed."""
+    if dist.is_initialized() and dist.get_world_size() > 1:
+        local = any_parameter.to_local() if isinstance(any_parameter, DTensor) else any_parameter
+        failed = torch.tensor([float(failure is not None)], device=local.device)
+        dist.all_reduce(failed, op=dist.ReduceOp.MAX)
+        if failure is None and failed.item():
+            raise ModelFolderError(f"{final}: rank 0 could not write the model")
+    if isinstance(failure, ModelFolderError):
+        raise failure
+    if failure is not None:
+        raise ModelFolderError(f"{final}: the model could not be written ({_one_line(failure)})") from failure
