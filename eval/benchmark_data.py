@@ -2,7 +2,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from data.trajectories import DataError, Message
+from data.trajectories import DataError, Message, normalize_tools
 from eval.json_lines import read_json_lines
 from eval.tool_call_metrics import GoldAnswer, GoldCall
 
@@ -44,8 +44,8 @@ def load_tiny(path: Path) -> list[EvalExample]:
 
 def _example(row: dict, index: int, where: str) -> EvalExample:
     record_id = _field(row, "id", str, where)
-    tools = _field(row, "tools", list, where)
-    offered = set(IMPLICIT_TOOLS) | {_tool_name(tool, where) for tool in tools}
+    tools = normalize_tools(_field(row, "tools", list, where), f"{where}: tools")
+    offered = {*IMPLICIT_TOOLS, *(tool["function"]["name"] for tool in tools)}
     messages = [_message(message, where) for message in _field(row, "messages", list, where)]
     if not messages:
         raise DataError(f"{where}: found no message, expected at least the user's request")
@@ -62,13 +62,6 @@ def _field(row: object, name: str, kind: type, where: str) -> object:
         found = type(row[name]).__name__ if name in row else "nothing"
         raise DataError(f"{where}: found {found} as {name!a}, expected {kind.__name__}")
     return row[name]
-
-
-def _tool_name(tool: object, where: str) -> str:
-    name = _field(_field(tool, "function", dict, f"{where}: tool"), "name", str, f"{where}: tool")
-    if not name:
-        raise DataError(f"{where}: found a tool with an empty name")
-    return name
 
 
 def _message(message: object, where: str) -> Message:
