@@ -82,10 +82,10 @@ def message_segments(tools: list[dict], messages: list[Message]) -> list[Segment
 
 
 def encode_segments(segments: list[Segment], tokenizer) -> list[list[int]]:
-    """Token ids per segment. BOS opens the first; every later one is encoded as the continuation of a line."""
+    """Token ids per segment. BOS, where the tokenizer has one, opens the first; later ones continue a line of text."""
     first, *rest = segments
-    return [[tokenizer.bos_id, *tokenizer.encode(first.text)],
-            *(tokenizer.encode_continuation(segment.text) for segment in rest)]
+    bos = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
+    return [bos + tokenizer.encode(first.text), *(tokenizer.encode_continuation(segment.text) for segment in rest)]
 
 
 def encode_prompt(tools: list[dict], messages: list[Message], tokenizer) -> list[int]:

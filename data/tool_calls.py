@@ -81,6 +81,18 @@ def parse_tool_call(text: str) -> ToolCall:
     return ToolCall(name, arguments)
 
 
+def parse_value(text: str) -> object:
+    """Read one JSON value or Python literal of the same shapes (`{'error': None}`), by the rules for values in a call.
+
+    Raises ToolCallError for everything else, also for text after the value.
+    """
+    value, position = _scan_value(text, 0)
+    position = _skip_whitespace(text, position)
+    if position != len(text):
+        raise _fault(text, position, "the end of the text after the value")
+    return value
+
+
 def _scan_arguments(text: str, position: int) -> tuple[dict, int]:
     """The arguments from behind the opening bracket, and the position behind the closing one."""
     arguments: dict = {}
