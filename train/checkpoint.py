@@ -23,7 +23,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
 
-from train.distributed import World, any_rank, gather_objects
+from train.distributed import World, gather_objects
 from train.run_logging import file_sha256, write_json_atomically
 from train.seeding import random_state, restore_random_state
 
@@ -76,7 +76,9 @@ def _named_trained_parameters(model: torch.nn.Module, optimizer: torch.optim.Opt
     return names
 
 
-def _optimizer_tensors(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> tuple[dict[str, torch.Tensor], dict]:
+def _optimizer_tensors(
+    model: torch.nn.Module, optimizer: torch.optim.Optimizer
+) -> tuple[dict[str, torch.Tensor], dict]:
     """Split the optimizer's state into parameter-shaped tensors and JSON-ready scalars {NAME: {KEY: description}}."""
     names = _named_trained_parameters(model, optimizer)
     tensors: dict[str, torch.Tensor] = {}
@@ -100,7 +102,9 @@ def _optimizer_tensors(model: torch.nn.Module, optimizer: torch.optim.Optimizer)
     return tensors, layout
 
 
-def _make_optimizer_state(model: torch.nn.Module, optimizer: torch.optim.Optimizer, layout: dict) -> dict[str, torch.Tensor]:
+def _make_optimizer_state(
+    model: torch.nn.Module, optimizer: torch.optim.Optimizer, layout: dict
+) -> dict[str, torch.Tensor]:
     """Give the optimizer the state that `layout` describes; returns its (still empty) tensors, to be read in place."""
     parameters = dict(model.named_parameters())
     _named_trained_parameters(model, optimizer)
@@ -108,7 +112,9 @@ def _make_optimizer_state(model: torch.nn.Module, optimizer: torch.optim.Optimiz
     tensors = {}
     for name, entries in layout.items():
         if name not in parameters:
-            raise CheckpointError(f"optimizer state of {name}: found in the checkpoint, expected only the model's parameters")
+            raise CheckpointError(
+                f"optimizer state of {name}: found in the checkpoint, expected only the model's parameters"
+            )
         parameter, state = parameters[name], {}
         for key, entry in entries.items():
             if entry["kind"] == "number":
@@ -160,7 +166,14 @@ def _run_on_all(action: Callable[[], None], what: str) -> None:
 
 
 def save_checkpoint(
-    folder: Path, step: int, model: torch.nn.Module, optimizer: torch.optim.Optimizer, world: World, *, identity: str, keep: int
+    folder: Path,
+    step: int,
+    model: torch.nn.Module,
+    optimizer: torch.optim.Optimizer,
+    world: World,
+    *,
+    identity: str,
+    keep: int,
 ) -> Path:
     """Save the state after `step` optimizer steps into folder/step_N; a collective. Returns the folder.
 

@@ -17,6 +17,10 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
+from model.config import ModelFolderError
+from model.pretrained_weights import load_weights_into, read_config
+from model.transformer import Transformer
+
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -103,8 +107,8 @@ def wait_for_all() -> None:
 def shard_model(model: torch.nn.Module, world: World, *, dtype: str) -> None:
     """Shard a Transformer in place with FSDP2, from outside, in a fixed order: every block, then the root.
 
-    dtype: compute type, "float32" or "bfloat16". Parameters given to the optimizer stay fp32 shards (master weights) and
-    gradients are reduced in fp32 either way. The model may live on the meta device or hold weights.
+    dtype: compute type, "float32" or "bfloat16". Parameters given to the optimizer stay fp32 shards (master weights)
+    and gradients are reduced in fp32 either way. The model may live on the meta device or hold weights.
     The root group (embeddings, final norm, head) stays gathered between forward and backward: train_step uses the head
     after the forward call, and its gradient joins the root's reduction at the end of backward.
     Build the optimizer after this call: the parameters are replaced by DTensors.
@@ -120,6 +124,24 @@ def shard_model(model: torch.nn.Module, world: World, *, dtype: str) -> None:
         module.set_gradient_divide_factor(1.0)
         # gloo knows no AVG and no pre-multiplied sum: reduce with SUM only
         module.set_force_sum_reduction_for_comms(True)
+
+
+def load_sharded_model(model_dir: str, world: World, *, dtype: str, tokenizer_size: int) -> Transformer:
+    """A pretrained model, sharded; built without memory, then filled tensor by tensor: no rank ever holds all of it.
+
+    Raises ModelFolderError when the folder is unusable or the embedding has fewer rows than the tokenizer has ids.
+    """
+    config = read_config(model_dir)
+    if tokenizer_size > config.vocab_size:
+        raise ModelFolderError(
+            f"{model_dir}: found a tokenizer of {tokenizer_size} ids, expected at most {config.vocab_size}, "
+            "the rows of the embedding"
+        )
+    with torch.device("meta"):
+        model = Transformer(config)
+    shard_model(model, world, dtype=dtype)
+    load_weights_into(model, model_dir, device=world.device)
+    return model
 
 
 def fsdp_modules(model: torch.nn.Module) -> list[FSDPModule]:
@@ -149,7 +171,9 @@ def clip_gradients(parameters: Iterable[torch.nn.Parameter], max_grad_norm: floa
     7e9 fp32 squares would lose digits. max_grad_norm = 0 only measures. A non-finite norm leaves gradients alone.
     """
     gradients = [local_part(parameter.grad) for parameter in parameters if parameter.grad is not None]
-    squares = [torch.linalg.vector_norm(gradient, dtype=torch.float64).square() for gradient in gradients if gradient.numel()]
+    squares = [
+        torch.linalg.vector_norm(gradient, dtype=torch.float64).square() for gradient in gradients if gradient.numel()
+    ]
     local_square = torch.stack(squares).sum().item() if squares else 0.0
     norm = global_sum([local_square])[0] ** 0.5  # E14
     # NaN compares false, inf would multiply everything by 0: the caller refuses to step on both

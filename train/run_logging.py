@@ -24,7 +24,7 @@ def log_line(message: str) -> None:
 
 
 def write_json_atomically(path: Path, content: object) -> None:
-    """Write JSON beside `path`, flush to disk, then rename: a reader sees the old or the new file, never half of one."""
+    """Write JSON beside `path`, flush to disk, rename: a reader sees the old or the new file, never half of one."""
     temporary = path.with_name(f".{path.name}.part")
     with open(temporary, "w", encoding="utf-8") as file:
         file.write(json.dumps(content, indent=2, ensure_ascii=True) + "\n")
@@ -51,6 +51,30 @@ def file_sha256(path: Path) -> str:
     return digest.hexdigest()
 
 
+def model_fingerprint(model_dir: str) -> str:
+    """sha256 over config, tokenizer and weight files of a model folder.
+
+    Of files above 64 MiB only size, first and last 16 MiB count: another model differs there too, and hashing 13 GB would
+    delay every start.
+    """
+    names = ("config.json", "tokenizer.model", "tokenizer.json")
+    paths = [Path(model_dir) / name for name in names] + sorted(Path(model_dir).glob("*.safetensors"))
+    parts = {}
+    for path in paths:
+        if not path.is_file():
+            continue
+        size = path.stat().st_size
+        if size <= 64 * 2**20:
+            parts[path.name] = file_sha256(path)
+        else:
+            with open(path, "rb") as file:
+                digest = hashlib.sha256(file.read(16 * 2**20))
+                file.seek(-16 * 2**20, os.SEEK_END)
+                digest.update(file.read())
+            parts[path.name] = f"{size} {digest.hexdigest()}"
+    return fingerprint(parts)
+
+
 def open_run_folder(output: Path, identity: dict, *, resume: str) -> None:
     """Make `output`, or check that it holds this very run (equal `identity`); writes run_identity.json.
 
@@ -64,12 +88,14 @@ def open_run_folder(output: Path, identity: dict, *, resume: str) -> None:
     if identity_path.exists():
         _check_identity(identity_path, identity)
     elif has_results:
-        raise RunFolderError(f"{output}: found files but no run_identity.json, expected a new folder or one of this run")
+        raise RunFolderError(
+            f"{output}: found files but no run_identity.json, expected a new folder or one of this run"
+        )
     checkpoints = sorted((output / "checkpoints").glob("step_*")) if (output / "checkpoints").is_dir() else []
     if resume == "never" and checkpoints:
         raise RunFolderError(
-            f"{output}: found checkpoint {checkpoints[-1].name}, expected a folder without checkpoints for --resume never; "
-            "choose another --output or --resume auto"
+            f"{output}: found checkpoint {checkpoints[-1].name}, expected a folder without checkpoints for "
+            "--resume never; choose another --output or --resume auto"
         )
     output.mkdir(parents=True, exist_ok=True)
     write_json_atomically(identity_path, identity)
@@ -79,7 +105,9 @@ def _check_identity(identity_path: Path, identity: dict) -> None:
     try:
         found = json.loads(identity_path.read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError):
-        raise RunFolderError(f"{identity_path}:1: found text that is not JSON, expected the identity of a run") from None
+        raise RunFolderError(
+            f"{identity_path}:1: found text that is not JSON, expected the identity of a run"
+        ) from None
     found = found if isinstance(found, dict) else {}
     for name in sorted(set(found) | set(identity)):
         if found.get(name) != identity.get(name):
@@ -97,7 +125,12 @@ def describe_environment(world_size: int, device: torch.device) -> dict:
     """What the run ran on: versions, device, commit, command. No host name, user name or absolute path."""
     try:
         commit = subprocess.run(
-            ["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True, timeout=10
+            ["git", "rev-parse", "HEAD"],
+            cwd=Path(__file__).parent,
+            capture_output=True,
+            text=True,
+            timeout=10,
+            check=False,
         ).stdout.strip()
     except (OSError, subprocess.TimeoutExpired):
         commit = ""
@@ -188,7 +221,9 @@ def plot_losses(output: Path) -> str:
     figure, (loss_axis, rate_axis) = pyplot.subplots(2, 1, sharex=True, figsize=(8, 6), height_ratios=(3, 1))
     loss_axis.plot(steps, [row["sft/loss"] for row in rows], linewidth=0.8, alpha=0.5, label="each step")
     width = max(1, len(rows) // 25)
-    means = [sum(r["sft/loss"] for r in rows[i : i + width]) / len(rows[i : i + width]) for i in range(0, len(rows), width)]
+    means = [
+        sum(r["sft/loss"] for r in rows[i : i + width]) / len(rows[i : i + width]) for i in range(0, len(rows), width)
+    ]
     loss_axis.plot(steps[::width], means, linewidth=2, label=f"mean of {width} steps")
     loss_axis.set_ylabel("sft/loss (nats)")
     loss_axis.legend()

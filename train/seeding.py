@@ -8,8 +8,11 @@ import torch
 
 
 def seed_everything(seed: int, rank: int = 0) -> None:
-    """Seed Python, numpy and torch (CPU and CUDA) with `seed + rank`. Batch order does not depend on any of them:
-    data.batches draws from a private generator (a stray draw by some library would otherwise break bit-exact resume)."""
+    """Seed Python, numpy and torch (CPU and CUDA) with `seed + rank`.
+
+    The batch order depends on none of them: data.batches draws from a private generator, because a stray draw by some
+    library would otherwise break bit-exact resume.
+    """
     random.seed(seed + rank)
     numpy.random.seed((seed + rank) % 2**32)
     torch.manual_seed(seed + rank)

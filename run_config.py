@@ -1,0 +1,170 @@
+"""Settings of a run: a slots dataclass becomes flags, a `--config file.json` and a checked object. Flags win.
+
+Every field carries metadata: help (meaning, unit, source), choices, low, high. Anything wrong is a ConfigError of one
+line, `--flag: found ..., expected ...` or `file:line: found ..., expected ...`; scripts end with it and exit code 2.
+"""
+
+import argparse
+import json
+import math
+import os
+import re
+import sys
+from collections.abc import Sequence
+from dataclasses import MISSING, Field, fields
+from pathlib import Path
+from typing import NoReturn, TypeVar
+
+Config = TypeVar("Config")
+EXIT_BAD_INPUT = 2
+_TYPE_NAMES = {int: "a whole number", float: "a number", str: "text"}
+
+
+class ConfigError(ValueError):
+    """A flag or config key is unknown or has an impossible value. One line: where, what was found, what was expected."""
+
+
+class _OneLineParser(argparse.ArgumentParser):
+    """argparse prints its usage before an error; we want one line."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError(message)
+
+
+def read_config(config_class: type[Config], description: str, arguments: Sequence[str] | None = None) -> Config:
+    """Build `config_class` from its defaults, then `--config FILE`, then the flags; every value is checked.
+
+    Raises ConfigError. `--help` prints one line per field and exits with code 0.
+    """
+    parser = _make_parser(config_class, description)
+    given, unknown = parser.parse_known_args(arguments)
+    if unknown:
+        name = unknown[0].split("=")[0]
+        raise ConfigError(f"{name}: found an unknown flag, expected one of those in --help")
+    by_name = {each.name: each for each in fields(config_class)}
+    values, places = {}, {}
+    if given.config is not None:
+        values, places = _read_file(Path(given.config), by_name)
+    for name, text in vars(given).items():
+        if name != "config" and text is not None:
+            values[name] = _from_text(by_name[name], text)
+            places[name] = f"--{name}"
+    for name, value in values.items():
+        _check(by_name[name], value, places[name])
+    config = config_class(**values)
+    try:
+        config.validate()
+    except ValueError as error:
+        field_name, _, rest = str(error).partition(":")
+        raise ConfigError(f"{places.get(field_name, f'--{field_name}')}:{rest}") from None
+    return config
+
+
+def fail(error: BaseException) -> NoReturn:
+    """End the process with one line on stderr (of rank 0 only, under torchrun) and exit code 2."""
+    if os.environ.get("RANK", "0") == "0":
+        sys.stderr.write(" ".join(str(error).split()) + "\n")
+        sys.stderr.flush()
+    raise SystemExit(EXIT_BAD_INPUT) from None
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Flags
+
+
+def _make_parser(config_class: type, description: str) -> argparse.ArgumentParser:
+    # wide: one line per flag, whatever the terminal (a pager can scroll, grep cannot join)
+    parser = _OneLineParser(
+        description=description,
+        allow_abbrev=False,
+        usage="%(prog)s [--config FILE] [--FLAG VALUE ...]",
+        formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=60, width=260),
+    )
+    parser.add_argument("--config", metavar="FILE", help="JSON object of the fields below; flags win over it")
+    for each in fields(config_class):
+        choices = each.metadata["choices"]
+        metavar = "{" + ",".join(choices) + "}" if choices else each.type.__name__.upper().replace("STR", "TEXT")
+        text = f"{each.metadata['help']} [{_default(each)}]".replace("%", "%%")
+        parser.add_argument(f"--{each.name}", metavar=metavar, help=text)
+    return parser
+
+
+def _default(each: Field) -> object:
+    assert each.default is not MISSING, f"{each.name} has no default: every run must work without flags"
+    return each.default
+
+
+def _from_text(each: Field, text: str) -> object:
+    """The flag's text as a value of the field's type."""
+    try:
+        return each.type(text)
+    except ValueError:
+        raise ConfigError(f"--{each.name}: found {text!r}, expected {_TYPE_NAMES[each.type]}") from None
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# File
+
+
+def _read_file(path: Path, by_name: dict[str, Field]) -> tuple[dict, dict[str, str]]:
+    """Values of a config file and where each stands ("file:line")."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(f"{path}: found no readable file ({error.strerror}), expected a JSON config") from None
+    except UnicodeDecodeError:
+        raise ConfigError(f"{path}:1: found bytes that are not UTF-8, expected a JSON config") from None
+    try:
+        values = json.loads(text, object_pairs_hook=lambda pairs: _without_duplicates(pairs, path, text))
+    except json.JSONDecodeError as error:
+        raise ConfigError(f"{path}:{error.lineno}: found malformed JSON ({error.msg}), expected one object") from None
+    except RecursionError:
+        raise ConfigError(f"{path}:1: found JSON nested too deeply, expected one flat object") from None
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path}:1: found a JSON {type(values).__name__}, expected an object of settings")
+    places = {name: f"{path}:{_line_of(text, name)}" for name in values}
+    for name, value in values.items():
+        if name not in by_name:
+            raise ConfigError(
+                f"{places[name]}: found unknown key {name!r}, expected one of {', '.join(sorted(by_name))}"
+            )
+        wanted = by_name[name].type
+        if wanted is float and type(value) is int:
+            values[name] = float(value)
+        elif type(value) is not wanted:  # exact: True is an int to isinstance
+            raise ConfigError(f"{places[name]}: found {name} = {json.dumps(value)}, expected {_TYPE_NAMES[wanted]}")
+    return values, places
+
+
+def _without_duplicates(pairs: list[tuple[str, object]], path: Path, text: str) -> dict:
+    names = [name for name, _ in pairs]
+    for name in names:
+        if names.count(name) > 1:
+            raise ConfigError(
+                f"{path}:{_line_of(text, name)}: found key {name!r} {names.count(name)} times, expected once"
+            )
+    return dict(pairs)
+
+
+def _line_of(text: str, name: str) -> int:
+    """Line of the first `"name":` in the file, from 1."""
+    found = re.search(re.escape(json.dumps(name)) + r"\s*:", text)
+    return text.count("\n", 0, found.start()) + 1 if found else 1
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Values
+
+
+def _check(each: Field, value: object, place: str) -> None:
+    """Choices and bounds of one field."""
+    choices, low, high = each.metadata["choices"], each.metadata["low"], each.metadata["high"]
+    shown = json.dumps(value)
+    if choices and value not in choices:
+        raise ConfigError(f"{place}: found {each.name} = {shown}, expected one of {', '.join(choices)}")
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ConfigError(f"{place}: found {each.name} = {shown}, expected a finite number")
+    if low is not None and value < low:
+        raise ConfigError(f"{place}: found {each.name} = {shown}, expected at least {low}")
+    if high is not None and value > high:
+        raise ConfigError(f"{place}: found {each.name} = {shown}, expected at most {high}")

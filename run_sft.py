@@ -1,0 +1,86 @@
+"""Supervised fine-tuning of a tool-calling model: `python run_sft.py`, or `torchrun --nproc_per_node N run_sft.py`.
+
+Without flags: the bundled tiny model and data. Exit codes: 0 all steps done and final/ written; 2 bad input, with one
+line on stderr; 130 or 143 stopped by SIGINT or SIGTERM after saving: go on with the same command.
+"""
+
+import shlex
+import sys
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+
+from data.batches import drop_unusable, step_batches, steps_per_epoch
+from data.loss_weights import EncodedTrajectory, encode_trajectory
+from data.trajectories import DataError, read_trajectories
+from model.config import ModelFolderError
+from model.pretrained_weights import save_pretrained_streamed
+from model.tokenizer import load_tokenizer
+from run_config import ConfigError, fail, read_config
+from train.checkpoint import CheckpointError
+from train.distributed import DTYPES, close_world, init_world, load_sharded_model
+from train.optimizer import make_adamw
+from train.run_logging import RunFolderError, file_sha256, log_line, model_fingerprint, plot_losses
+from train.sft_loop import SFTConfig, TrainingError, train_sft
+
+USER_ERRORS = (ConfigError, DataError, ModelFolderError, RunFolderError, CheckpointError, TrainingError)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """One SFT run from the command line; returns the exit code."""
+    try:
+        return run(read_config(SFTConfig, "Supervised fine-tuning with MAE and PKT.", arguments))
+    except USER_ERRORS as error:
+        fail(error)
+    finally:
+        close_world()
+
+
+def run(config: SFTConfig) -> int:
+    """Data, model, optimizer, training, export; returns the exit code."""
+    tokenizer = load_tokenizer(config.model)
+    encoded, notes = encode_data(config, tokenizer)
+    world = init_world(config.device)
+    say = log_line if world.is_main else lambda line: None
+    for note in notes:
+        say(note)
+    model = load_sharded_model(config.model, world, dtype=config.dtype, tokenizer_size=tokenizer.vocab_size)
+    optimizer = make_adamw(model, learning_rate=config.learning_rate, beta1=config.adam_beta1, beta2=config.adam_beta2,
+                           epsilon=config.adam_epsilon, weight_decay=config.weight_decay)
+    result = train_sft(
+        config, model, optimizer, world,
+        step_batches=lambda step: step_batches(
+            encoded, step, seed=config.seed, global_batch_size=config.global_batch_size,
+            micro_batch_size=config.micro_batch_size, rank=world.rank, world_size=world.size),
+        total_steps=config.epochs * steps_per_epoch(len(encoded), config.global_batch_size),
+        sources={"data_sha256": file_sha256(Path(config.data)), "model_sha256": model_fingerprint(config.model)},
+    )
+    if result.stopped_by:
+        return 128 + result.stopped_by
+    final = Path(config.output) / "final"
+    save_pretrained_streamed(model, final, dtype=DTYPES[config.final_dtype], companions_from=config.model)
+    if world.is_main and config.plot == "on":
+        say(plot_losses(Path(config.output)))
+    say(f"trained {result.step} steps; model: {final}")
+    say(f"next: python run_eval.py --model {shlex.quote(str(final))}")
+    return 0
+
+
+def encode_data(config: SFTConfig, tokenizer: object) -> tuple[list[EncodedTrajectory], list[str]]:
+    """Read, filter, weigh and encode all trajectories; also lines on what was dropped, masked and is trained."""
+    encoded, notes = drop_unusable([
+        encode_trajectory(trajectory, tokenizer, error_filter=config.error_filter, key_tokens=config.key_tokens == "on",
+                          max_key_token_weight=config.max_key_token_weight,
+                          loss_normalization=config.loss_normalization)
+        for trajectory in read_trajectories(config.data, unparsable_calls=config.unparsable_calls)
+    ], config.max_tokens)
+    masked = Counter(turn.category for row in encoded for turn in row.turn_decisions if turn.masked)
+    counts = ", ".join(f"{category} {count}" for category, count in sorted(masked.items())) or "none"
+    notes.append(f"{len(encoded)} trajectories of {sum(map(len, encoded))} tokens; trained: "
+                 f"{sum(row.trained_turns for row in encoded)} turns, {sum(row.trained_tokens for row in encoded)} tokens")
+    notes.append(f"turns masked by error_filter={config.error_filter}: {counts}")
+    return encoded, notes
+
+
+if __name__ == "__main__":
+    sys.exit(main())
