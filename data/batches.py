@@ -111,12 +111,14 @@ def step_batches(encoded: Sequence[EncodedTrajectory], step: int, *, seed: int, 
 
     The step's trajectories are dealt to the ranks in turn, so which trajectories a step trains depends on neither ranks
     nor micro-batches. All ranks get the same number of micro-batches; one that runs out of rows gets idle ones.
-    Raises ValueError for sizes below 1 or a rank outside the world, DataError for a trajectory that trains nothing.
+    Raises ValueError for no rows, sizes below 1 or a rank outside the world, DataError for a row that trains nothing.
     """
     if min(global_batch_size, micro_batch_size, world_size) < 1 or not 0 <= rank < world_size or step < 0:
         raise ValueError(f"found step={step}, global_batch_size={global_batch_size}, "
                          f"micro_batch_size={micro_batch_size}, rank={rank}, world_size={world_size}, "
                          "expected sizes >= 1, step >= 0, 0 <= rank < world_size")
+    if not encoded:
+        raise ValueError("encoded: found none, expected at least one trajectory")
     epoch, step_in_epoch = divmod(step, steps_per_epoch(len(encoded), global_batch_size))
     order = epoch_order(len(encoded), seed, epoch)
     chosen = [encoded[i] for i in order[step_in_epoch * global_batch_size:(step_in_epoch + 1) * global_batch_size]]

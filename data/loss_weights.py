@@ -1,9 +1,9 @@
 """A trajectory as ids with one loss weight per target token, in a single row.
 
-The released code writes one row per assistant turn, each with its whole prefix encoded again. Under causal attention one
-row over the whole trajectory gives the same log-probabilities, because position i sees ids 0..i in both. One detail makes
-the two exactly equal: behind a trained call the model has to say EOS, while the context of the later turns goes on with a
-newline. So `target_ids` is not `input_ids` shifted by one:
+The released code writes one row per assistant turn, each with its whole prefix encoded again. Under causal attention
+one row over the whole trajectory gives the same log-probabilities, because position i sees ids 0..i in both. One detail
+makes the two exactly equal: behind a trained call the model has to say EOS, while the context of the later turns goes
+on with a newline. So `target_ids` is not `input_ids` shifted by one:
 
     input_ids   ...  Assistant :   .get  (   )    \\n  Output ...
     target_ids  ...  :         .get  (   )    EOS  Output  :  ...
@@ -19,7 +19,7 @@ from typing import Protocol
 
 from data.error_filter import TurnDecision, decide_masked_turns
 from data.key_tokens import find_key_tokens, key_token_weights
-from data.prompt_format import trajectory_segments
+from data.prompt_format import encode_segments, trajectory_segments
 from data.trajectories import Trajectory
 
 TOKEN_CLASSES = ("context", "masked", "normal", "key", "eos")
@@ -30,7 +30,7 @@ CONTEXT, MASKED, NORMAL, KEY, EOS = range(len(TOKEN_CLASSES))
 class TextEncoder(Protocol):
     """What is needed of a tokenizer: `model.tokenizer.load_tokenizer` returns one."""
 
-    bos_id: int
+    bos_id: int | None  # None: the tokenizer has none (Qwen-2) and rows start with text
     eos_id: int
 
     def encode(self, text: str) -> list[int]: ...
@@ -45,7 +45,7 @@ class EncodedTrajectory:
     """One trajectory, T input positions. Position i belongs to the token that it has to predict, `target_ids[i]`."""
 
     id: str
-    input_ids: array  # (T,) int32, BOS first
+    input_ids: array  # (T,) int32, BOS first where the tokenizer has one
     target_ids: array  # (T,) int32: the next id, or EOS at the last token of a trained turn
     loss_weights: array  # (T,) float64, already scaled for the normalisation; 0 = not trained
     class_codes: bytes  # (T,) index into TOKEN_CLASSES of the target token
@@ -81,7 +81,7 @@ def without_leading_blanks(ids: Sequence[int], tokenizer: TextEncoder) -> Sequen
 def encode_other_names(call_name: str, offered_names: Sequence[str], tokenizer: TextEncoder) -> list[Sequence[int]]:
     """Ids of every other offered name as it would stand in the sample: leading space and bracket included.
 
-    Equal names are dropped by their text: merged brackets (`get()` against `get(`) would hide from ids that they are equal.
+    Equal names are dropped by their text: merged brackets (`get()` against `get(`) would hide that they are equal.
     """
     others = dict.fromkeys(name for name in offered_names if name != call_name)  # keeps the order, drops duplicates
     return [without_leading_blanks(tokenizer.encode_continuation(f" {name}("), tokenizer) for name in others]
@@ -138,12 +138,13 @@ def encode_trajectory(trajectory: Trajectory, tokenizer: TextEncoder, *, error_f
     decisions = tuple(decide_masked_turns(trajectory, error_filter))
     masked = {decision.message_index: decision.masked for decision in decisions}
     offered_names = [tool["function"]["name"] for tool in trajectory.tools]
-    input_ids, target_ids = [tokenizer.bos_id], []
+    input_ids, target_ids = [], []
     loss_weights, codes, message_indices = [], [], []
     trained_turns, trained_tokens, denominator = 0, 0, 0.0
-    for index, segment in enumerate(trajectory_segments(trajectory)):
-        ids = tokenizer.encode(segment.text) if index == 0 else tokenizer.encode_continuation(segment.text)
-        n_filled = len(target_ids) - (len(input_ids) - 1)  # 1 behind a trained turn: EOS is already the target there
+    segments = trajectory_segments(trajectory)
+    for segment, ids in zip(segments, encode_segments(segments, tokenizer), strict=True):
+        # 1 for the row's first id, which nothing predicts, and behind a trained turn, where EOS is the target already.
+        n_filled = len(target_ids) - (len(input_ids) - 1)
         input_ids += ids
         message_index = -1 if segment.message_index is None else segment.message_index
         if segment.is_target and not masked[message_index]:
@@ -183,14 +184,12 @@ def expand_per_turn(trajectory: Trajectory, tokenizer: TextEncoder, *, error_fil
     decisions = tuple(decide_masked_turns(trajectory, error_filter))
     masked = {decision.message_index: decision.masked for decision in decisions}
     offered_names = [tool["function"]["name"] for tool in trajectory.tools]
-    segments, rows = list(trajectory_segments(trajectory)), []
+    segments, rows = trajectory_segments(trajectory), []
     for last, segment in enumerate(segments):
         if not segment.is_target or masked[segment.message_index]:
             continue
-        prefix_ids = [tokenizer.bos_id, *tokenizer.encode(segments[0].text)]
-        for earlier in segments[1:last]:
-            prefix_ids += tokenizer.encode_continuation(earlier.text)
-        turn_ids = tokenizer.encode_continuation(segment.text)
+        *prefix, turn_ids = encode_segments(segments[:last + 1], tokenizer)
+        prefix_ids = [token_id for ids in prefix for token_id in ids]
         call = trajectory.messages[segment.message_index].call
         raw_weights, codes = weigh_turn(turn_ids, None if call is None else call.name, offered_names, tokenizer,
                                         key_tokens=key_tokens, max_key_token_weight=max_key_token_weight)
