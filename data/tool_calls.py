@@ -135,16 +135,17 @@ def _scan_value(text: str, position: int) -> tuple[object, int]:
         # 1. Here a value, a dict key or a closing bracket may stand.
         position = _skip_whitespace(text, position)
         character = text[position:position + 1]
-        if character and character in "[{(":
-            if len(stack) == MAX_NESTING:
-                raise ToolCallError(f"character {position}: found more than {MAX_NESTING} nested brackets")
-            stack.append([character, {} if character == "{" else [], None, 0])
-            position += 1
-            continue
-        if stack and character and character == _CLOSER[stack[-1][0]] and stack[-1][2] is None:
+        if stack and character == _CLOSER[stack[-1][0]] and stack[-1][2] is None:
             value, position = _close(stack.pop()), position + 1
         elif stack and stack[-1][0] == "{" and stack[-1][2] is None:
             position = _scan_key(text, position, stack[-1])
+            continue
+        elif character in _CLOSER:
+            if len(stack) == MAX_NESTING:
+                raise ToolCallError(f"character {position}: found more than {MAX_NESTING} nested brackets, "
+                                    "expected fewer")
+            stack.append([character, {} if character == "{" else [], None, 0])
+            position += 1
             continue
         else:
             value, position = _scan_scalar(text, position)
