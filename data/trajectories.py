@@ -372,18 +372,18 @@ def _read_openai_messages(record: dict, source: str, mask: bool) -> tuple[list[d
             else:
                 messages.append(Message(role, _openai_text(entry, where)))
         previous = role if role != "assistant" or calls else "assistant text"
-    _flush_calls(calls, feedback, messages, None)
+    _flush_calls(calls, feedback, messages, source)
     return tools, messages
 
 
-def _flush_calls(calls: list, feedback: dict[int, Message], messages: list[Message], where: str | None) -> None:
-    """Append call, its feedback, next call, ... Only at the end of a record (`where` None) may feedback be absent."""
+def _flush_calls(calls: list, feedback: dict[int, Message], messages: list[Message], where: str) -> None:
+    """Append call, its feedback, next call, ... Either all calls of a message have feedback or none has."""
     for index, (identity, message) in enumerate(calls):
         messages.append(message)
         if index in feedback:
             messages.append(feedback[index])
         elif feedback:
-            raise DataError(f"{where or 'the record'}: found no tool message for call {index} (id {_shown(identity)}), "
+            raise DataError(f"{where}: found no tool message for call {index} (id {_shown(identity)}), "
                             "expected one for each parallel call")
 
 
