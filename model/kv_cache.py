@@ -12,16 +12,16 @@ from model.config import ModelConfig
 class KVCache:
     """Keys and values per layer, (R, K, L, H) each, and the number of filled slots per row.
 
-    `selected_rows` says which rows the segments of the next forward belong to, in order; the sampler narrows it as sequences
-    finish. Raises ValueError when a row would overflow.
+    Storage is allocated by the first forward, in the dtype and on the device it computes in (under mixed precision these are
+    not the parameters'). `selected_rows` says which rows the segments of the next forward belong to, in order. Raises
+    ValueError when a row would overflow.
     """
 
-    def __init__(self, config: ModelConfig, n_rows: int, max_tokens: int, *, dtype: torch.dtype,
-                 device: torch.device | str) -> None:
-        shape = (n_rows, config.n_kv_heads, max_tokens, config.head_dim)
-        self.keys_RKLH = [torch.empty(shape, dtype=dtype, device=device) for _ in range(config.n_layers)]
-        self.values_RKLH = [torch.empty(shape, dtype=dtype, device=device) for _ in range(config.n_layers)]
-        self.max_tokens = max_tokens
+    def __init__(self, config: ModelConfig, n_rows: int, max_tokens: int) -> None:
+        self.max_tokens = -(-max_tokens // 64) * 64  # rows begin on cache lines: BLAS may sum in another order if they do not
+        self.shape = (n_rows, config.n_kv_heads, self.max_tokens, config.head_dim)
+        self.keys_RKLH: list[Tensor | None] = [None] * config.n_layers
+        self.values_RKLH: list[Tensor | None] = [None] * config.n_layers
         self.lengths = [0] * n_rows
         self.selected_rows = list(range(n_rows))
 
@@ -34,13 +34,17 @@ class KVCache:
 
         Lengths move on only with advance(), after the last layer, because every layer writes at the same slots.
         """
+        keys_RKLH, values_RKLH = self.keys_RKLH[layer], self.values_RKLH[layer]
+        if keys_RKLH is None or values_RKLH is None:
+            keys_RKLH = self.keys_RKLH[layer] = torch.empty(self.shape, dtype=k_1KTH.dtype, device=k_1KTH.device)
+            values_RKLH = self.values_RKLH[layer] = torch.empty_like(keys_RKLH)
         row = self.selected_rows[segment]
         start, end = self.lengths[row], self.lengths[row] + k_1KTH.shape[2]
         if end > self.max_tokens:
             raise ValueError(f"key/value cache row {row} holds {self.max_tokens} tokens, {end} are needed")
-        self.keys_RKLH[layer][row, :, start:end] = k_1KTH[0]
-        self.values_RKLH[layer][row, :, start:end] = v_1KTH[0]
-        return self.keys_RKLH[layer][row:row + 1, :, :end], self.values_RKLH[layer][row:row + 1, :, :end]
+        keys_RKLH[row, :, start:end] = k_1KTH[0]
+        values_RKLH[row, :, start:end] = v_1KTH[0]
+        return keys_RKLH[row:row + 1, :, :end], values_RKLH[row:row + 1, :, :end]
 
     def advance(self, segment_lengths: list[int]) -> None:
         """Counts the tokens of a finished forward as filled."""

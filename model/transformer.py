@@ -185,20 +185,22 @@ class Transformer(nn.Module):
                 parameter.normal_(0.0, std, generator=generator)
 
     def forward(self, input_ids_BT: Tensor, *, position_ids_BT: Tensor | None = None, segment_lengths: list[int] | None = None,
-                kv_cache: KVCache | None = None, return_hidden: bool = False) -> Tensor:
+                kv_cache: KVCache | None = None, return_hidden: bool = False, last_only: bool = False) -> Tensor:
         """Logits (B, T, V), or the final normed hidden states (B, T, D) with return_hidden.
 
         segment_lengths: the row (B must be 1) is several sequences end to end, of these lengths; each attends only to itself.
         position_ids_BT: default 0, 1, ... from each segment's start (from the cached length on, with a cache).
         kv_cache: new keys and values are appended to its selected rows, one row per segment, and attention reads the whole row;
-        without segment_lengths each of the B rows is one segment. Raises ValueError when lengths and shapes disagree.
+        without segment_lengths each of the B rows is one segment.
+        last_only: compute norm and head for the last token of each segment only; T becomes the number of segments.
+        Raises ValueError when lengths and shapes disagree.
         """
         B, T = input_ids_BT.shape
         if kv_cache is not None and segment_lengths is None and B > 1:
             flat = self.forward(input_ids_BT.reshape(1, B * T), segment_lengths=[T] * B, kv_cache=kv_cache,
                                 position_ids_BT=None if position_ids_BT is None else position_ids_BT.reshape(1, B * T),
-                                return_hidden=return_hidden)
-            return flat.view(B, T, -1)
+                                return_hidden=return_hidden, last_only=last_only)
+            return flat.view(B, -1, flat.shape[-1])
         segment_lengths = self._checked_segments(B, T, segment_lengths, kv_cache)
         device = input_ids_BT.device
         if position_ids_BT is None:
@@ -216,6 +218,8 @@ class Transformer(nn.Module):
                 x_BTD = block(x_BTD, cos, sin, segment_lengths, kv_cache)
         if kv_cache is not None:
             kv_cache.advance(segment_lengths)
+        if last_only:
+            x_BTD = x_BTD[:, torch.tensor(segment_lengths, device=device).cumsum(0) - 1]
         hidden_BTD = self.norm(x_BTD)
         return hidden_BTD if return_hidden else F.linear(hidden_BTD, self.head_weight())
 
