@@ -113,14 +113,14 @@ def test_linear_loss_in_bf16(chunk_rows):
         assert error < 8e-3, error
 
 
-def test_bf16_head_gradient_does_not_lose_small_chunks():
-    # 512 chunks that each add 2^-9 of the running total: summed in bf16 the total stops growing at 1/2 of the truth.
-    n_rows = 512
-    hidden_MD = torch.ones(n_rows, 1, dtype=torch.bfloat16)
+def test_bf16_head_gradient_is_accumulated_in_fp32():
+    # Two logits, both 0: gradients +-1/2. Chunks of two rows add -(1 + 2^-9) / 2 and +1 / 2 in turn to head row 0; the
+    # 2^-9 is lost if a chunk's product, or the running total, is rounded to bf16 (8 bits). Truth: 256 * -2^-10.
+    hidden_MD = torch.tensor([1.0, 2**-9, 1.0, 0.0], dtype=torch.bfloat16).repeat(256)[:, None]
+    target_ids_M = torch.tensor([0, 0, 1, 1]).repeat(256)
     head_weight_VD = torch.zeros(2, 1, dtype=torch.bfloat16, requires_grad=True)
-    linear_weighted_cross_entropy(hidden_MD, head_weight_VD, torch.zeros(n_rows, dtype=torch.long), torch.ones(n_rows),
-                                  chunk_rows=1).backward()
-    assert head_weight_VD.grad.flatten().tolist() == [-256.0, 256.0]  # 512 * (1/2 - 1), 512 * 1/2
+    linear_weighted_cross_entropy(hidden_MD, head_weight_VD, target_ids_M, torch.ones(1024), chunk_rows=2).backward()
+    assert head_weight_VD.grad.flatten().tolist() == [-0.25, 0.25]
 
 
 @pytest.mark.parametrize("chunk_rows", CHUNKS)
