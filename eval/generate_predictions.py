@@ -40,28 +40,30 @@ def folder_sha256(model_dir: Path) -> str:
     return digest.hexdigest()
 
 
-def check_settings(path: Path, settings: dict[str, str | int], *, resume: str) -> None:
+def check_settings(path: Path, settings: dict[str, str | int], *, resume: str, is_writer: bool) -> None:
     """Make sure that predictions at `path` were or will be made with `settings`, kept beside them as .settings.json.
 
-    Raises DataError if earlier predictions have other settings or none, or if there are any and `resume` is "never":
-    earlier results are never overwritten.
+    Every rank calls it, so that all of them stop; only the one with `is_writer` writes. Raises DataError if earlier
+    predictions have other settings or none, or if there are any and `resume` is "never": nothing is ever overwritten.
     """
     settings_path = path.with_suffix(".settings.json")
     if not path.exists() and not _rank_journals(path):
-        write_text(settings_path, json.dumps(settings, indent=2) + "\n")
+        if is_writer:
+            write_text(settings_path, json.dumps(settings, indent=2) + "\n")
         return
     if resume == "never":
         raise DataError(f"{path}: found predictions, expected none for --resume never; choose another --output")
     try:
         found = json.loads(settings_path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
+        found = None
+    if not isinstance(found, dict):
         raise DataError(f"{settings_path}: found no settings beside earlier predictions, expected those of this run; "
-                        "choose another --output") from None
+                        "choose another --output")
     for name, value in settings.items():
-        if not isinstance(found, dict) or found.get(name) != value:
-            earlier = found.get(name) if isinstance(found, dict) else found
-            raise DataError(f"{settings_path}: found {name} {earlier!a}, expected {value!a}: the predictions belong to "
-                            "another run; choose another --output")
+        if found.get(name) != value:
+            raise DataError(f"{settings_path}: found {name} {found.get(name)!a}, expected {value!a}: the predictions "
+                            "belong to another run; choose another --output")
 
 
 # ---------------------------------------------------------------------------------------------------------------- journal
@@ -75,27 +77,31 @@ def _rank_journals(path: Path) -> list[Path]:
     return sorted(path.parent.glob(f"{path.stem}.rank[0-9]*.jsonl"))
 
 
-def merge_journals(path: Path) -> int:
-    """Gather the lines of all ranks into `path`, sorted by index; returns how many partial lines were dropped.
+def read_journals(path: Path) -> tuple[list[dict], int]:
+    """The lines of all ranks, sorted by index, and how many partial lines killed writers left.
 
     Raises DataError for malformed lines and for an index with two different outputs.
     """
     row_of_index: dict[int, dict] = {}
     dropped = 0
-    sources = [source for source in (path, *_rank_journals(path)) if source.exists()]
-    for source in sources:
+    for source in (path, *_rank_journals(path)):
+        if not source.exists():
+            continue
         read_predictions(source)  # raises on anything malformed
         rows, has_dropped = read_json_lines(source, drop_partial_last_line=True)
         dropped += has_dropped
         for line, row in rows:
-            # A kill between the rename and the removal below leaves lines in both files: equal ones are no conflict.
+            # A kill between the rename and the removal in merge_journals leaves lines in both files: no conflict.
             if row_of_index.setdefault(row["index"], row) != row:
                 raise DataError(f"{source}:{line}: found a second, different output for index {row['index']}")
-    if sources:
-        write_json_lines(path, [row_of_index[index] for index in sorted(row_of_index)])
+    return [row_of_index[index] for index in sorted(row_of_index)], dropped
+
+
+def merge_journals(path: Path, rows: list[dict]) -> None:
+    """Put `rows`, those of all journals, into `path` and remove the other ranks' files. Rank 0 only."""
+    write_json_lines(path, rows)
     for source in _rank_journals(path):
         source.unlink()
-    return dropped
 
 
 def _wait_for_all_ranks() -> None:
@@ -113,51 +119,72 @@ def length_sorted_batches(prompts: dict[int, list[int]], batch_size: int) -> lis
 
 
 def generate_predictions(model: Transformer, tokenizer: Tokenizer, examples: Sequence[EvalExample], path: Path, *,
-                         prompt_format: str, max_new_tokens: int, batch_size: int, rank: int, world_size: int) -> None:
+                         prompt_format: str, max_new_tokens: int, batch_size: int, rank: int,
+                         world_size: int) -> list[str]:
     """Write the greedy output for every example to the JSONL file `path`; what is already there is not made again.
 
     All ranks call it with the same arguments but `rank`. A prompt that leaves less than `max_new_tokens` of the model's
     positions gets the empty output with `"stop": "prompt_too_long"`. The result does not depend on batch_size or ranks.
+    Returns notices for the user. Raises DataError, on all ranks, for journals that cannot be continued.
     """
-    # 1. One file with everything that earlier processes left, read by all ranks before any of them appends to it.
-    if rank == 0:
-        merge_journals(path)
+    # 1. Everything that earlier processes left becomes one file, before any rank appends to its own journal.
+    earlier, dropped = read_journals(path)
     _wait_for_all_ranks()
-    done = {prediction.index for prediction in read_predictions(path)[0]} if path.exists() else set()
+    if rank == 0:
+        merge_journals(path, earlier)
     _wait_for_all_ranks()
 
     # 2. The prompts that are left, and this rank's batches. Both formats share the prompt; only the answers differ.
+    done = {row["index"] for row in earlier}
     prompts = {example.index: encode_prompt(example.tools, example.messages, tokenizer)
                for example in examples if example.index not in done}
     own_batches = length_sorted_batches(prompts, batch_size)[rank::world_size]
-    longest_prompt = model.config.max_positions - max_new_tokens
 
     # 3. Generate, and append item by item.
-    progress = tqdm(total=sum(map(len, own_batches)), desc=path.stem, unit="item", disable=rank != 0 or not own_batches)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(_journal(path, rank), "a", encoding="utf-8") as journal:
+    label = {} if prompt_format == "tl" else {"format": prompt_format}
+    with open(_journal(path, rank), "a", encoding="utf-8") as journal, \
+            tqdm(total=sum(map(len, own_batches)), desc=path.stem, unit="item", disable=rank != 0 or not own_batches) as bar:
         for batch in own_batches:
-            fitting = [index for index in batch if len(prompts[index]) <= longest_prompt]
-            rows = {index: {"index": index, "output": "", "stop": "prompt_too_long"} for index in batch}
-            if fitting:
-                responses = generate(model, [prompts[index] for index in fitting], max_new_tokens=max_new_tokens,
-                                     eos_id=tokenizer.eos_id)
-                rows |= {index: _row(index, ids, tokenizer) for index, (ids, _) in zip(fitting, responses)}
-            for index in batch:
-                row = rows[index] if prompt_format == "tl" else {**rows[index], "format": prompt_format}
-                journal.write(json.dumps(row) + "\n")
+            for row in _predict_batch(model, tokenizer, {index: prompts[index] for index in batch}, max_new_tokens):
+                journal.write(json.dumps({**row, **label}) + "\n")
                 journal.flush()
-                progress.update()
-    progress.close()
+                bar.update()
 
     # 4. The complete file, in order.
     _wait_for_all_ranks()
-    if rank == 0:
-        merge_journals(path)
+    rows, _ = read_journals(path)
     _wait_for_all_ranks()
+    if rank == 0:
+        merge_journals(path, rows)
+    _wait_for_all_ranks()
+    return _notices(path, rows, resumed=len(examples) - len(prompts), dropped=dropped)
+
+
+def _predict_batch(model: Transformer, tokenizer: Tokenizer, prompts: dict[int, list[int]],
+                   max_new_tokens: int) -> list[dict]:
+    """One row per prompt, in their order; prompts that do not fit the model are not generated."""
+    room = model.config.max_positions - max_new_tokens
+    fitting = [index for index, prompt in prompts.items() if len(prompt) <= room]
+    responses = generate(model, [prompts[index] for index in fitting], max_new_tokens=max_new_tokens,
+                         eos_id=tokenizer.eos_id) if fitting else []
+    ids_of_index = {index: response_ids for index, (response_ids, _) in zip(fitting, responses, strict=True)}
+    return [_row(index, ids_of_index[index], tokenizer) if index in ids_of_index else
+            {"index": index, "output": "", "stop": "prompt_too_long"} for index in prompts]
 
 
 def _row(index: int, response_ids: Sequence[int], tokenizer: Tokenizer) -> dict:
     has_ended = bool(response_ids) and response_ids[-1] == tokenizer.eos_id
     text_ids = list(response_ids[:-1] if has_ended else response_ids)
     return {"index": index, "output": tokenizer.decode(text_ids), "stop": "end" if has_ended else "max_new_tokens"}
+
+
+def _notices(path: Path, rows: Sequence[dict], *, resumed: int, dropped: int) -> list[str]:
+    too_long = [row["index"] for row in rows if row.get("stop") == "prompt_too_long"]
+    notices = []
+    if resumed:
+        notices.append(f"{path}: kept {resumed} predictions of an earlier run")
+    if dropped:
+        notices.append(f"{path}: dropped {dropped} partial line(s) of a killed run")
+    if too_long:
+        notices.append(f"{path}: {len(too_long)} prompts too long for the model, counted as wrong: {too_long}")
+    return notices

@@ -46,14 +46,15 @@ def format_table(rows: Sequence[Sequence[str]]) -> str:
 
 def format_report(run: Mapping) -> str:
     """report.md of one run, `run` as in summary.json: what was scored, the rates, the errors by category."""
-    source = f"predictions `{run['predictions']}`" if run["predictions"] else f"model `{run['model']}`, greedy"
+    source = f"predictions `{run['predictions']}`" if run["predictions"] else \
+        f"greedy output of `{run['model']}`, prompt format `{run['prompt_format']}`"
     rates = [["benchmark", "n", *(f"{metric} % [95 %]" for metric in METRICS)]]
     errors = [["benchmark", "error", "records", "%"]]
     for name, summary in run["benchmarks"].items():
         rates.append([name, str(summary["n"]), *(format_rate(summary, metric) for metric in METRICS)])
         errors += [[name, category, str(count), f"{100 * count / summary['n']:.1f}"]
                    for category, count in summary["errors"].items()]
-    parts = ["# Evaluation", f"Scored: {source}, prompt format `{run['prompt_format']}`.", format_table(rates),
+    parts = ["# Evaluation", f"Scored: {source}.", format_table(rates),
              "TS tool selection, PI parameter identification, CF content filling; brackets: 95 % Wilson intervals."]
     if len(errors) > 1:
         parts += ["## Errors", format_table(errors)]

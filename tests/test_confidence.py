@@ -40,6 +40,11 @@ def test_mirror_image_and_narrower_with_more_data():
     assert widths[0] > widths[1] > widths[2]
 
 
+def test_ends_are_exact_for_every_n():
+    for n in range(1, 500):
+        assert wilson_interval(0, n, Z_95)[0] == 0.0 and wilson_interval(n, n, Z_95)[1] == 1.0
+
+
 def test_coverage_is_near_95_percent():
     n = 60
     intervals = [wilson_interval(k, n, Z_95) for k in range(n + 1)]

@@ -61,6 +61,13 @@ def test_wildcard_needs_the_name_but_not_the_value():
     assert score([("translate", {"text": "Hi"})], answer) == (True, False, False)
 
 
+def test_content_of_a_pair_includes_its_names():
+    one = WEATHER.calls[0]
+    assert is_same_content(ToolCall("get_weather", {"city": "Oslo", "days": 3}), one, equal_strict)
+    assert not is_same_content(ToolCall("get_weather", {"city": "Oslo", "days": 3, "unit": "C"}), one, equal_strict)
+    assert not is_same_content(ToolCall("get_forecast", {"city": "Oslo", "days": 3}), one, equal_strict)
+
+
 def test_several_calls():
     calls = (("a", {"x": 1}, ()), ("b", {"y": 2}, ()))
     swapped = [("b", {"y": 2}), ("a", {"x": 1})]
