@@ -1,0 +1,48 @@
+"""Write the bundled toolbox data: `python -m data.make_toolbox --output assets`.
+
+tiny_model/tokenizer.model, tiny_data/train.json (authors' raw format), tiny_data/test_seen.jsonl and test_unseen.jsonl. With
+--trajectories N --seed S --only_trajectories FILE it writes any number of further trajectories, for tests and benchmarks.
+"""
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from data.toolbox_tokenizer import train_tokenizer
+from data.toolbox_world import draw_test_examples, draw_trajectories
+
+TRAIN_SEED, SEEN_SEED, UNSEEN_SEED = 11, 12, 13
+TRAIN_COUNT, TEST_COUNT = 1217, 300
+
+
+def write_trajectories(path: Path, seed: int, count: int) -> None:
+    """A JSON list, one record per line, so that diffs and error lines point at a record."""
+    records = ",\n".join(json.dumps(record) for record in draw_trajectories(seed, count))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(f"[\n{records}\n]\n", encoding="utf-8")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command line; returns the exit code."""
+    parser = argparse.ArgumentParser(description="Write the bundled toolbox tokenizer, trajectories and tests.")
+    parser.add_argument("--output", type=Path, default=Path("assets"), help="folder that gets tiny_model/ and tiny_data/")
+    parser.add_argument("--trajectories", type=int, default=TRAIN_COUNT, help="number of trajectories")
+    parser.add_argument("--seed", type=int, default=TRAIN_SEED, help="seed of the trajectories")
+    parser.add_argument("--only_trajectories", type=Path, help="write just the trajectories to this file")
+    settings = parser.parse_args(arguments)
+    if settings.only_trajectories:
+        write_trajectories(settings.only_trajectories, settings.seed, settings.trajectories)
+        return 0
+    model, tests = settings.output / "tiny_model", settings.output / "tiny_data"
+    model.mkdir(parents=True, exist_ok=True)
+    (model / "tokenizer.model").write_bytes(train_tokenizer())
+    write_trajectories(tests / "train.json", settings.seed, settings.trajectories)
+    for name, seed, unseen in (("test_seen", SEEN_SEED, False), ("test_unseen", UNSEEN_SEED, True)):
+        lines = [json.dumps(example) for example in draw_test_examples(seed, TEST_COUNT, unseen)]
+        (tests / f"{name}.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,273 @@
+"""The toolbox world: deterministic local tools composed from closed word lists, with requests, executions and trajectories.
+
+A tool is `verb_noun[_qualifier]` with 0-3 parameters. Its document says the same thing in other words (the synonyms), so a request can
+be matched in context whichever wording it uses. 60 noun-qualifier pairs are held out: they name the tools of `tiny-unseen` and occur neither
+in the base corpus nor in the training trajectories.
+
+Teacher errors (for MAE) are systematic: a tool whose qualifier is in HARD_QUALIFIERS makes the teacher's first call fail in one fixed way.
+"""
+import hashlib
+import json
+import random
+from collections.abc import Iterator
+
+from data.toolbox_words import (
+    DAYS_OF_WEEK, DOMAINS, MONTHS, QUALIFIER_PHRASES, REQUEST_PREFIXES, RESULT_WORDS, TITLE_FIRST, TITLE_SECOND, VALUE_KINDS, VERB_CUES, Domain,
+)
+
+SEEN_TOOL_COUNT = 180
+UNSEEN_TOOL_COUNT = 60
+HELD_OUT_NOUNS = 30             # of 60: two qualifiers each are held out
+TOOLBOX_SEED = 2024             # the toolboxes are part of the world: one seed for all splits
+TEACHER_ERROR_RATE = 0.5       # chance that the teacher's first call of a hard tool fails
+# Qualifier of a tool -> the category (Figure 3 of the paper) of the failure that the teacher makes with it.
+HARD_QUALIFIERS = {
+    "weekly": "parameter_missing", "late": "parameter_missing", "shared": "parameter_hallucination", "private": "parameter_hallucination",
+    "archived": "tool_hallucination", "remote": "tool_call_failure", "early": "tool_instability", "urgent": "tool_instability",
+}
+
+# ---------------------------------------------------------------- tools
+
+
+def make_tool(rng: random.Random, domain: Domain, verb: str, noun: str, qualifier: str | None) -> dict:
+    """One tool as an OpenAI function dict; names, count and order of its parameters are drawn from `rng`."""
+    name = "_".join(part for part in (verb, noun, qualifier) if part)
+    phrase = f" {QUALIFIER_PHRASES[qualifier][1]}" if qualifier else ""
+    count = rng.choices((0, 1, 2, 3), weights=(8, 37, 35, 20))[0]
+    properties, required, optional = {}, [], []
+    for kind_name in rng.sample(domain.kinds, count):
+        kind = VALUE_KINDS[kind_name]
+        parameter = rng.choice(kind.names)
+        properties[parameter] = {"type": kind.json_type, "description": kind.description}
+        (required if rng.random() < 0.72 else optional).append(parameter)
+    ordered = {parameter: properties[parameter] for parameter in required + optional}
+    parameters = {"type": "object", "properties": ordered, "required": required}
+    description = f"{VERB_CUES[verb][1]} the {domain.nouns[noun]}{phrase}"
+    return {"type": "function", "function": {"name": name, "description": description, "parameters": parameters}}
+
+
+def special_tools() -> list[dict]:
+    """`ask_to_user` and `finish`, which close every tool list."""
+    tools = []
+    for name, parameter, description, meaning in (("ask_to_user", "question", "ask the user for help", "question to ask"),
+                                                  ("finish", "answer", "end with the answer", "answer to give")):
+        parameters = {"type": "object", "properties": {parameter: {"type": "string", "description": meaning}}, "required": [parameter]}
+        tools.append({"type": "function", "function": {"name": name, "description": description, "parameters": parameters}})
+    return tools
+
+
+def held_out_pairs() -> set[tuple[str, str]]:
+    """The (noun, qualifier) pairs that only `tiny-unseen` uses."""
+    rng = random.Random(TOOLBOX_SEED)
+    nouns = [(noun, domain) for domain in DOMAINS for noun in domain.nouns]
+    return {(noun, qualifier) for noun, domain in rng.sample(nouns, HELD_OUT_NOUNS) for qualifier in rng.sample(domain.qualifiers, 2)}
+
+
+def draw_tool(rng: random.Random, *, held_out: set[tuple[str, str]], unseen: bool, domain: Domain | None = None,
+              verb: str | None = None, noun: str | None = None, qualifier: str | None = None) -> dict:
+    """A random tool; `unseen` asks for a held-out pair, otherwise such pairs are avoided. Given parts are kept."""
+    while True:
+        chosen = domain or rng.choice(DOMAINS)
+        tool_noun = noun or rng.choice(list(chosen.nouns))
+        choices = list(chosen.qualifiers) if unseen else list(chosen.qualifiers) + [None]
+        tool_qualifier = qualifier if qualifier in chosen.qualifiers else rng.choice(choices)
+        if ((tool_noun, tool_qualifier) in held_out) == unseen:
+            return make_tool(rng, chosen, verb if verb in chosen.verbs else rng.choice(chosen.verbs), tool_noun, tool_qualifier)
+
+
+def tool_name(tool: dict) -> str:
+    """The name in an OpenAI function dict."""
+    return tool["function"]["name"]
+
+
+def build_toolbox(unseen: bool) -> list[dict]:
+    """The fixed toolbox of a split: 180 seen tools or 60 unseen ones, distinct names, always the same."""
+    held_out, rng = held_out_pairs(), random.Random(TOOLBOX_SEED + 1 + unseen)
+    tools: dict[str, dict] = {}
+    while len(tools) < (UNSEEN_TOOL_COUNT if unseen else SEEN_TOOL_COUNT):
+        tool = draw_tool(rng, held_out=held_out, unseen=unseen)
+        tools.setdefault(tool_name(tool), tool)
+    return list(tools.values())
+
+
+def name_parts(tool: dict) -> tuple[str, str, str | None]:
+    """(verb, noun, qualifier) of a tool's name."""
+    verb, noun, *rest = tool_name(tool).split("_")
+    return verb, noun, rest[0] if rest else None
+
+
+def domain_of(noun: str) -> Domain:
+    """The domain that a noun belongs to."""
+    return next(domain for domain in DOMAINS if noun in domain.nouns)
+
+
+# ---------------------------------------------------------------- requests
+
+
+def kind_of(parameter: str) -> str:
+    """The value kind behind a parameter name."""
+    return next(name for name, kind in VALUE_KINDS.items() if parameter in kind.names)
+
+
+def draw_value(rng: random.Random, kind_name: str) -> str | int:
+    """A value of a kind."""
+    kind = VALUE_KINDS[kind_name]
+    if kind_name == "title":
+        return f"{rng.choice(TITLE_FIRST)} {rng.choice(TITLE_SECOND)}"
+    if kind_name == "date":
+        return f"{rng.choice(MONTHS)} {rng.randint(1, 28)}"
+    return rng.randint(kind.low, kind.high) if kind.json_type == "integer" else rng.choice(kind.values)
+
+
+def draw_request(rng: random.Random, tool: dict) -> tuple[str, dict]:
+    """(request text, arguments of the right call): all required parameters, each optional one with chance 0.4."""
+    verb, noun, qualifier = name_parts(tool)
+    parameters = tool["function"]["parameters"]
+    arguments, phrases = {}, []
+    for parameter in parameters["properties"]:
+        if parameter in parameters["required"] or rng.random() < 0.4:
+            kind_name = kind_of(parameter)
+            arguments[parameter] = draw_value(rng, kind_name)
+            form = f"with {parameter} {{}}" if rng.random() < 0.2 else rng.choice(VALUE_KINDS[kind_name].phrases)
+            phrases.append(form.format(arguments[parameter]))
+    rng.shuffle(phrases)
+    cue = VERB_CUES[verb][rng.random() < 0.35]
+    thing = domain_of(noun).nouns[noun] if rng.random() < 0.35 else noun
+    how = f" {QUALIFIER_PHRASES[qualifier][rng.random() < 0.4]}" if qualifier else ""
+    tail = "".join(f" {phrase}" for phrase in phrases)
+    prefix = rng.choice(REQUEST_PREFIXES)
+    forms = [f"{prefix}{cue} the {thing}{how}{tail}", f"{prefix}{cue} the {thing}{tail}{how}", f"about the {thing}{how} : {cue} it{tail}"]
+    if phrases:
+        forms.append(f"{' '.join(phrases)} : {cue} the {thing}{how}")
+    return rng.choice(forms), arguments
+
+
+def draw_tool_list(rng: random.Random, targets: list[dict], pool: list[dict], count: int) -> list[dict]:
+    """`targets` and look-alikes (same noun, verb or qualifier) from `pool` up to `count` tools, shuffled, then the special tools."""
+    chosen = {tool_name(tool): tool for tool in targets}
+    for target in targets:
+        parts = name_parts(target)
+        alike = [[tool for tool in pool if name_parts(tool)[i] == parts[i] and tool_name(tool) not in chosen] for i in (1, 0, 2)]
+        for candidates in alike[:1] + [rng.choice(alike[1:])]:
+            if candidates and len(chosen) < count:
+                tool = rng.choice(candidates)
+                chosen[tool_name(tool)] = tool
+    while len(chosen) < count:
+        tool = rng.choice(pool)
+        chosen.setdefault(tool_name(tool), tool)
+    tools = list(chosen.values())
+    rng.shuffle(tools)
+    return tools + special_tools()
+
+
+# ---------------------------------------------------------------- execution
+
+
+def execute(tools: list[dict], name: str, arguments: dict, attempt: int = 0) -> str:
+    """Run a call: the same call gives the same feedback. Errors read as in the paper's Table 14.
+
+    `attempt` counts earlier identical calls of the dialogue: an unstable tool fails at attempt 0 only.
+    """
+    tool = next((tool for tool in tools if tool_name(tool) == name), None)
+    if tool is None:
+        return f"name '{name}' is not defined"
+    parameters = tool["function"]["parameters"]
+    reason = "The function cannot be executed successfully with the given parameters for the reason: "
+    for parameter in arguments:
+        if parameter not in parameters["properties"]:
+            return f"{reason}{name}() got an unexpected keyword argument '{parameter}'"
+    for parameter in parameters["required"]:
+        if parameter not in arguments:
+            return f"{reason}{name}() missing 1 required positional argument: '{parameter}'"
+    if not all(is_valid_value(kind_of(parameter), value) for parameter, value in arguments.items()):
+        return json.dumps({"error": "Response error."})
+    digest = hashlib.sha256(json.dumps([name, sorted(arguments.items())]).encode()).digest()
+    unstable = HARD_QUALIFIERS.get(name_parts(tool)[2]) == "tool_instability"
+    if unstable and attempt == 0 and digest[2] < 256 * TEACHER_ERROR_RATE:
+        return json.dumps({"error": "connection error."})
+    return json.dumps({"result": f"{RESULT_WORDS[digest[0] % len(RESULT_WORDS)]} {digest[1] % 90 + 10}"})
+
+
+def is_valid_value(kind_name: str, value: object) -> bool:
+    """Whether a value belongs to a kind: its list, its range, or its two-word form."""
+    kind = VALUE_KINDS[kind_name]
+    if kind.json_type == "integer":
+        return type(value) is int and kind.low <= value <= kind.high
+    if not isinstance(value, str):
+        return False
+    first, _, second = value.partition(" ")
+    if kind_name == "title":
+        return first in TITLE_FIRST and second in TITLE_SECOND
+    if kind_name == "date":
+        return first in MONTHS and second.isascii() and second.isdigit() and 1 <= int(second) <= 28
+    return value in kind.values
+
+
+# ---------------------------------------------------------------- trajectories
+
+
+def teacher_error(rng: random.Random, tool: dict, arguments: dict) -> tuple[str, dict] | None:
+    """The failing call that the teacher makes first, or None. Instability fails by itself, with the right call."""
+    verb, noun, qualifier = name_parts(tool)
+    category = HARD_QUALIFIERS.get(qualifier)
+    if category in (None, "tool_instability") or rng.random() >= TEACHER_ERROR_RATE:
+        return None
+    required = [parameter for parameter in arguments if parameter in tool["function"]["parameters"]["required"]]
+    if category == "tool_hallucination":
+        return f"{verb}_{domain_of(noun).nouns[noun]}_{qualifier}", arguments
+    if category == "parameter_missing" and required:
+        return tool_name(tool), {parameter: value for parameter, value in arguments.items() if parameter != required[-1]}
+    if category == "parameter_hallucination" and arguments:
+        other = {name: names[names[0] == name] for kind in VALUE_KINDS.values() for names in (kind.names,) for name in names}
+        wrong = rng.choice(list(arguments))
+        return tool_name(tool), {other[parameter] if parameter == wrong else parameter: value for parameter, value in arguments.items()}
+    strings = [parameter for parameter, value in arguments.items() if isinstance(value, str)]
+    if category == "tool_call_failure" and strings:
+        return tool_name(tool), {**arguments, strings[0]: noun}
+    return None
+
+
+def draw_dialogue(rng: random.Random, pool: list[dict]) -> tuple[list[dict], str, list[tuple[str, dict, str]]]:
+    """(tools, query, [(name, arguments, feedback)]): 1-3 requests, the teacher's failing calls among the calls, `finish` last."""
+    targets = rng.sample(pool, rng.choices((1, 2, 3), weights=(70, 22, 8))[0])
+    tools = draw_tool_list(rng, targets, pool, max(rng.choice((3, 3, 4)), len(targets) + 1))
+    requests, calls, answers = [], [], []
+    for tool in targets:
+        request, arguments = draw_request(rng, tool)
+        requests.append(request)
+        failing = teacher_error(rng, tool, arguments)
+        if failing:
+            calls.append((*failing, execute(tools, *failing)))
+        for attempt in (0, 1):
+            feedback = execute(tools, tool_name(tool), arguments, attempt)
+            calls.append((tool_name(tool), arguments, feedback))
+            if "error" not in json.loads(feedback):
+                break
+        answers.append(f"{name_parts(tool)[1]} : {json.loads(calls[-1][2])['result']}")
+    calls.append(("finish", {"answer": " and ".join(answers)}, ""))
+    return tools, " . then ".join(requests), calls
+
+
+def draw_trajectories(seed: int, count: int) -> Iterator[dict]:
+    """`count` training records in the authors' raw format over the seen toolbox."""
+    rng, pool = random.Random(seed), build_toolbox(unseen=False)
+    for index in range(count):
+        tools, query, calls = draw_dialogue(rng, pool)
+        conversations = [{"role": "system", "content": json.dumps([tool["function"] for tool in tools])}, {"role": "user", "content": query}]
+        for name, arguments, feedback in calls:
+            conversations.append({"role": "assistant", "content": f"{name}\n{json.dumps(arguments)}"})
+            conversations.append({"role": "function", "content": feedback})
+        yield {"id": f"toolbox-{index:05d}", "conversations": conversations[:-1]}     # nothing answers `finish`
+
+
+def draw_test_examples(seed: int, count: int, unseen: bool) -> Iterator[dict]:
+    """`count` single-turn examples: one request, its gold call, look-alike tools from the same toolbox."""
+    rng, pool = random.Random(seed), build_toolbox(unseen)
+    for index in range(count):
+        target = rng.choice(pool)
+        tools = draw_tool_list(rng, [target], pool, rng.choice((3, 3, 4)))
+        request, arguments = draw_request(rng, target)
+        gold = [{"calls": [{"name": tool_name(target), "arguments": arguments}], "order_free": False}]
+        name = "tiny-unseen" if unseen else "tiny-seen"
+        yield {"id": f"{name}-{index:03d}", "tools": tools, "messages": [{"role": "user", "content": request}], "gold": gold,
+               "meta": {"qualifier": name_parts(target)[2]}}
