@@ -12,9 +12,12 @@ from pathlib import Path
 
 import pytest
 
+from data.prompt_format import encode_prompt
 from data.tool_calls import ToolCall, render_tool_call
+from eval.benchmark_data import load_tiny
 from eval.compare import main as compare_main
 from eval.generate_predictions import length_sorted_batches
+from model.tokenizer import load_tokenizer
 from run_eval import main
 from tests.tiny_run import CITIES, ROOT, copy_of_model, make_records, tiny_files
 
@@ -43,8 +46,8 @@ def benchmark_dir(tmp_path_factory):
     return make_benchmarks(tmp_path_factory.mktemp("eval") / "data")
 
 
-def flags_of(benchmark_dir, output, **flags):
-    values = {"model": tiny_files()[0], "benchmark_dir": benchmark_dir, "output": output, "device": "cpu",
+def flags_of(folder, output, **flags):
+    values = {"model": tiny_files()[0], "benchmark_dir": folder, "output": output, "device": "cpu",
               "max_new_tokens": 12, "batch_size": 8, "benchmarks": "tiny-seen", **flags}
     return [part for name, value in values.items() for part in (f"--{name}", str(value))]
 
@@ -135,11 +138,20 @@ def test_plain_format_labels_its_lines(benchmark_dir, tmp_path):
     assert [json.loads(line)["format"] for line in predictions_of(tmp_path).splitlines()] == ["plain"] * 3
 
 
-def test_prompt_that_does_not_fit_is_wrong_and_reported(benchmark_dir, tmp_path):
-    code, out, _ = run_here(flags_of(benchmark_dir, tmp_path, max_new_tokens=1700, limit=3))
-    stops = [json.loads(line)["stop"] for line in predictions_of(tmp_path).splitlines()]
-    assert code == 0 and "prompt_too_long" in stops
-    assert f"{stops.count('prompt_too_long')} prompts too long for the model" in out
+def test_prompt_that_does_not_fit_is_wrong_and_reported(reference, benchmark_dir, tmp_path):
+    model = copy_of_model(tmp_path / "model")
+    tokenizer = load_tokenizer(model)
+    lengths = [len(encode_prompt(example.tools, example.messages, tokenizer))
+               for example in load_tiny(benchmark_dir / "test_seen.jsonl")]
+    room = sorted(lengths)[COUNT // 2]  # the middle prompt just fits
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps({**config, "max_position_embeddings": room + 12}))
+    code, out, _ = run_here(flags_of(benchmark_dir, tmp_path / "out", model=model))
+    rows = [json.loads(line) for line in predictions_of(tmp_path / "out").splitlines()]
+    undisturbed = [json.loads(line) for line in predictions_of(reference[0]).splitlines()]
+    assert code == 0 and f"{sum(length > room for length in lengths)} prompts too long for the model" in out
+    for length, row, other in zip(lengths, rows, undisturbed, strict=True):
+        assert row == ({"index": row["index"], "output": "", "stop": "prompt_too_long"} if length > room else other)
 
 
 def test_length_sorted_batches():
