@@ -65,7 +65,8 @@ def fault_of(path: Path) -> str:
     with pytest.raises(DataError) as raised:
         read_trajectories(path)
     message = str(raised.value)
-    assert message.startswith(str(path)) and "\n" not in message and "found" in message and "expected" in message, message
+    assert message.startswith(str(path)) and "\n" not in message, message
+    assert "found" in message and "expected" in message, message
     return message
 
 
@@ -157,7 +158,7 @@ def test_openai_calls_without_arguments(tmp_path, arguments):
     assert read_trajectories(write(tmp_path, json.dumps(record)))[0].messages[3].call == ToolCall("ping", {})
 
 
-# ------------------------------------------------------------------------------------------------ calls that do not parse
+# ---------------------------------------------------------------------------------------------- calls that do not parse
 
 
 @pytest.mark.parametrize("content", [
@@ -181,7 +182,8 @@ def test_openai_calls_that_do_not_parse(tmp_path):
         path = write(tmp_path, json.dumps(changed(OPENAI, "messages", 1, "tool_calls", 0, "function", function)))
         assert ":1: messages[1]: tool_calls[0]: " in fault_of(path)
         message = read_trajectories(path, unparsable_calls="mask")[0].messages[1]
-        assert message.call is None and message.fault and message.content == f"{function['name']}({function['arguments']})"
+        assert message.call is None and message.fault
+        assert message.content == f"{function['name']}({function['arguments']})"
 
 
 def test_unknown_way_to_treat_them_is_a_value_error(tmp_path):
@@ -189,7 +191,7 @@ def test_unknown_way_to_treat_them_is_a_value_error(tmp_path):
         read_trajectories(write(tmp_path, [AUTHORS]), unparsable_calls="ignore")
 
 
-# ------------------------------------------------------------------------------------------------------- malformed files
+# ----------------------------------------------------------------------------------------------------- malformed files
 
 
 @pytest.mark.parametrize(("content", "line", "words"), [
