@@ -157,7 +157,7 @@ class _LinearWeightedCrossEntropy(torch.autograd.Function):
                 chunk_rows=chunk_rows, need_hidden=need_hidden, need_head=need_head)
             ctx.save_for_backward(grad_hidden_KD, grad_head_VD)
         ctx.head_dtype = head_weight_VD.dtype
-        return loss_K.sum()
+        return loss_K.sum()  # E1: over the tokens of a micro-batch; E2-E8 are in the weights
 
     @staticmethod
     @torch.autograd.function.once_differentiable
