@@ -1,0 +1,250 @@
+"""Which tokens are trained, with what weight, and why not: a sample in the terminal or as a page, or a file's report.
+
+    python -m data.inspect_loss_weights --data train.json --index 3
+    python -m data.inspect_loss_weights --data train.json --id 17 --html sample.html
+    python -m data.inspect_loss_weights --data train.json --report decisions.jsonl
+
+It calls the same functions as training (data.loss_weights, data.error_filter), so what is shown is what is trained.
+"""
+import argparse
+import json
+import os
+import sys
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+
+from data.error_filter import CATEGORIES, ERROR_FILTERS, TurnDecision, compare_filters, decide_masked_turns
+from data.loss_weights import LOSS_NORMALIZATIONS, encode_trajectory
+from data.loss_weights_page import render_page
+from data.token_view import SampleView, TokenView, TurnView, printable, view_sample
+from data.trajectories import DataError, Trajectory, read_trajectories
+from model.tokenizer import load_tokenizer
+
+# Colours repeat what the markers say; --no_color, NO_COLOR or a pipe leave the markers alone.
+COLORS = {"context": "\x1b[2m", "masked": "\x1b[90;9m", "normal": "\x1b[32m", "key": "\x1b[30;43;1m", "eos": "\x1b[36m",
+          "evidence": "\x1b[31;4m", "title": "\x1b[1m"}
+RESET = "\x1b[0m"
+LEGEND = (("key", "[ get*4.5]", "key token with its weight w"), ("normal", "|x|", "trained with w = 1"),
+          ("eos", "|</s>|", "end of turn, trained with w = 1"),
+          ("masked", "~x~", "masked turn, weight 0, stays context"), ("context", "x", "context, not trained"),
+          ("evidence", ">>x<<", "the text for which the turn before is masked"))
+
+
+# -------------------------------------------------------------------------------- terminal
+
+
+def paint(text: str, kind: str, *, color: bool) -> str:
+    return f"{COLORS[kind]}{text}{RESET}" if color and text else text
+
+
+def format_number(value: float) -> str:
+    """Up to four significant digits, without an exponent or a trailing .0: 4.5, 9, 0.2368."""
+    return f"{value:.4g}" if value == 0 or abs(value) >= 1e-4 else f"{value:.2e}"
+
+
+def status_of(turn: TurnView) -> str:
+    """Trained or masked and why, in one line; empty for turns that are never trained."""
+    if turn.decision is None:
+        return ""
+    if turn.decision.masked:
+        matched = f", matched {json.dumps(turn.decision.matched_text)}" if turn.decision.matched_text else ""
+        return f"MASKED: {turn.decision.category} ({turn.decision.rule}{matched})"
+    trained = [token for token in turn.tokens if token.loss_weight]
+    n_key = sum(token.kind == "key" for token in trained)
+    w_sum = sum(token.key_weight for token in trained)
+    return (f"TRAINED: {len(trained)} tokens, {n_key} key, sum of w {format_number(w_sum)}, "
+            f"loss weights sum {format_number(turn.loss_weight_sum)}")
+
+
+def format_tokens(tokens: Sequence[TokenView], *, color: bool, max_context: int | None) -> str:
+    """The turn's text with markers (LEGEND); context beyond `max_context` tokens is cut with a note."""
+    parts, previous = [], None
+    n_context = 0
+    for index, token in enumerate(tokens):
+        text = token.text if index else token.text.lstrip("\n")  # the newline before "Assistant:" is not shown
+        kind = "evidence" if token.is_evidence else token.kind
+        n_context += kind == "context"
+        if kind == "context" and max_context is not None and n_context > max_context:
+            continue
+        if previous != kind:
+            parts.append(_between(previous, kind))
+        if kind == "key":
+            parts.append(paint(f"[{text}*{format_number(token.key_weight)}]", kind, color=color))
+        elif kind in ("normal", "eos"):
+            parts.append(paint(text, kind, color=color) + "|")
+        else:
+            parts.append(paint(text, kind, color=color))
+        previous = kind
+    parts.append(_between(previous, None))
+    if max_context is not None and n_context > max_context:
+        note = f" ... {n_context - max_context} more context tokens (--full_context)"
+        parts.append(paint(note, "context", color=color))
+    return "".join(parts)
+
+
+def _between(previous: str | None, kind: str | None) -> str:
+    """The marker where a run of one class ends and one of another begins."""
+    closing = {"masked": "~", "evidence": "<<"}.get(previous, "")
+    opening = {"masked": "~", "evidence": ">>", "normal": "|" if previous != "eos" else "", "eos": "|"}.get(kind, "")
+    return closing + ("" if previous == "normal" and kind == "eos" else opening)
+
+
+def format_sample(sample: SampleView, *, color: bool, max_context: int | None) -> str:
+    """The whole sample for a terminal."""
+    lines = [paint(f"sample {printable(sample.id)} ({printable(sample.source)})", "title", color=color),
+             ", ".join(f"{name} {value}" for name, value in sample.settings.items()),
+             f"{sample.n_positions} input positions, {sample.trained_turns} trained turns, "
+             f"{sample.trained_tokens} trained tokens, loss weights sum {format_number(sample.loss_weight_sum)}, "
+             f"denominator {format_number(sample.denominator)}",
+             *(f"  {paint(mark, kind, color=color)}{' ' * (12 - len(mark))}{meaning}"
+               for kind, mark, meaning in LEGEND), ""]
+    for turn in sample.turns:
+        number = "" if turn.message_index < 0 else f"message {turn.message_index} "
+        status = status_of(turn)
+        title = f"-- {number}{turn.title}" + (f"  {printable(status)}" if status else "")
+        lines.append(paint(title, "title", color=color))
+        lines.append(format_tokens(turn.tokens, color=color, max_context=max_context))
+    return "\n".join(lines)
+
+
+# -------------------------------------------------------------------------------- report over a file
+
+
+def decision_records(trajectories: Sequence[Trajectory], error_filter: str) -> list[dict]:
+    """One flat dict per assistant turn, masked or kept, with rule, matched text and a verdict on the substring filter.
+
+    verdict: "suspected false hit" where substring masks what documents and patterns find all right, "missed" where it
+    keeps what they condemn, else ""; always "" for the two other filters.
+    """
+    records = []
+    for trajectory in trajectories:
+        verdicts = {}
+        if error_filter == "substring":
+            verdicts = {difference.substring.message_index: difference.verdict
+                        for difference in compare_filters(trajectory)}
+        for decision in decide_masked_turns(trajectory, error_filter):
+            records.append(_record(trajectory, decision, verdicts.get(decision.message_index, "")))
+    return records
+
+
+def _record(trajectory: Trajectory, decision: TurnDecision, verdict: str) -> dict:
+    call = trajectory.messages[decision.message_index].call
+    return {"id": trajectory.id, "source": trajectory.source, "message": decision.message_index,
+            "tool": None if call is None else call.name, "masked": decision.masked, "category": decision.category,
+            "rule": decision.rule, "matched_text": decision.matched_text, "verdict": verdict}
+
+
+def format_report(records: Sequence[dict], error_filter: str) -> str:
+    """Masked and doubtful turns one by one, then totals per category over turns and over trajectories (Figure 1)."""
+    lines = [f"decisions of error_filter {error_filter}"]
+    for record in records:
+        if record["masked"] or record["verdict"]:
+            state = "masked" if record["masked"] else "kept"
+            verdict = f"  <- {record['verdict']}" if record["verdict"] else ""
+            where = printable(f"{record['id']} message {record['message']} {record['tool'] or '(text)'}")
+            lines.append(f"{where}: {state}, {record['category']}, rule {record['rule'] or '-'}, "
+                         f"matched {json.dumps(record['matched_text'])}{verdict}")
+    ids = {record["id"] for record in records}
+    n_turns, n_trajectories = max(len(records), 1), max(len(ids), 1)
+    lines += ["", f"{'category':<26}{'turns':>8}{'share':>9}{'masked':>8}{'trajectories':>14}{'share':>9}"]
+    with_error = {record["id"] for record in records if record["category"] != "all_right"}
+    turns = Counter(record["category"] for record in records)
+    masked = Counter(record["category"] for record in records if record["masked"])
+    for category in CATEGORIES:
+        having = {record["id"] for record in records if record["category"] == category}
+        having = ids - with_error if category == "all_right" else having
+        lines.append(f"{category:<26}{turns[category]:>8}{turns[category] / n_turns:>9.1%}{masked[category]:>8}"
+                     f"{len(having):>14}{len(having) / n_trajectories:>9.1%}")
+    lines.append(f"{'total':<26}{len(records):>8}{'':>9}{masked.total():>8}{len(ids):>14}")
+    lines.append(f"{len(with_error)} of {len(ids)} trajectories ({len(with_error) / n_trajectories:.1%}) hold a "
+                 "failing call; all_right counts those without any, the others may stand in several rows")
+    for verdict, meaning in (("suspected false hit", "masked by substring, all right by documents and patterns"),
+                             ("missed", "kept by substring, condemned by documents or patterns")):
+        if error_filter == "substring":
+            lines.append(f"{verdict}: {sum(record['verdict'] == verdict for record in records)} turns ({meaning})")
+    return "\n".join(lines)
+
+
+# -------------------------------------------------------------------------------- command line
+
+
+def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m data.inspect_loss_weights", description=__doc__.split("\n")[0])
+    parser.add_argument("--data", required=True, help="training file, the authors' JSON or OpenAI JSON lines")
+    parser.add_argument("--model", default="assets/tiny_model", help="model folder or tokenizer file, for the tokens")
+    parser.add_argument("--index", type=int, help="which trajectory of the file, from 0 (0 without --id and --report)")
+    parser.add_argument("--id", help="which trajectory, by its id")
+    parser.add_argument("--error_filter", choices=ERROR_FILTERS, default="structured", help="which turns are masked")
+    parser.add_argument("--key_tokens", choices=("on", "off"), default="on", help="weigh key tokens")
+    parser.add_argument("--max_key_token_weight", type=float, default=9.0, help="w_max")
+    parser.add_argument("--loss_normalization", choices=LOSS_NORMALIZATIONS, default="turn_mean",
+                        help="how weights are scaled")
+    parser.add_argument("--unparsable_calls", choices=("error", "mask"), default="error",
+                        help="a call that does not parse: stop, or keep it as a masked turn")
+    parser.add_argument("--html", type=Path, help="write the sample as a self-contained page")
+    parser.add_argument("--report", nargs="?", const="-", metavar="FILE",
+                        help="masking decisions of the whole file; with FILE also there, as JSON lines")
+    parser.add_argument("--full_context", action="store_true", help="print all context tokens, not 60 per turn")
+    parser.add_argument("--no_color", action="store_true", help="markers only")
+    return parser.parse_args(arguments)
+
+
+def choose_trajectory(trajectories: Sequence[Trajectory], arguments: argparse.Namespace) -> Trajectory:
+    """The trajectory of --id or --index. Raises DataError when there is none."""
+    if arguments.id is not None:
+        found = [trajectory for trajectory in trajectories if trajectory.id == arguments.id]
+        if not found:
+            raise DataError(f"{arguments.data}: found no trajectory with id {arguments.id!r}, expected one among "
+                            f"{len(trajectories)}")
+        return found[0]
+    index = arguments.index or 0
+    if not 0 <= index < len(trajectories):
+        raise DataError(f"{arguments.data}: found --index {index}, expected 0 to {len(trajectories) - 1}")
+    return trajectories[index]
+
+
+def load_sample(trajectory: Trajectory, arguments: argparse.Namespace) -> SampleView:
+    """The trajectory encoded as training would, as a view."""
+    tokenizer = load_tokenizer(arguments.model)
+    settings = {"error_filter": arguments.error_filter, "key_tokens": arguments.key_tokens == "on",
+                "max_key_token_weight": arguments.max_key_token_weight}
+    row = encode_trajectory(trajectory, tokenizer, **settings, loss_normalization=arguments.loss_normalization)
+    raw_row = encode_trajectory(trajectory, tokenizer, **settings, loss_normalization="sum")
+    shown = {"error_filter": arguments.error_filter, "key_tokens": arguments.key_tokens,
+             "max_key_token_weight": format_number(arguments.max_key_token_weight),
+             "loss_normalization": arguments.loss_normalization}
+    return view_sample(trajectory, row, raw_row, tokenizer, settings=shown)
+
+
+def run(arguments: argparse.Namespace) -> None:
+    trajectories = read_trajectories(arguments.data, unparsable_calls=arguments.unparsable_calls)
+    if arguments.report is not None:
+        records = decision_records(trajectories, arguments.error_filter)
+        print(format_report(records, arguments.error_filter))
+        if arguments.report != "-":
+            lines = "".join(json.dumps(record) + "\n" for record in records)
+            Path(arguments.report).write_text(lines, encoding="utf-8")
+        if arguments.index is None and arguments.id is None and arguments.html is None:
+            return
+    sample = load_sample(choose_trajectory(trajectories, arguments), arguments)
+    if arguments.html is not None:
+        arguments.html.write_text(render_page(sample), encoding="utf-8")
+        print(f"wrote {arguments.html}")
+        return
+    color = not arguments.no_color and "NO_COLOR" not in os.environ and sys.stdout.isatty()
+    print(format_sample(sample, color=color, max_context=None if arguments.full_context else 60))
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Exit code 0, or 2 with one line on stderr for bad input."""
+    try:
+        run(parse_arguments(arguments))
+    except (ValueError, OSError) as error:
+        print(" ".join(str(error).split("\n")), file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
