@@ -41,18 +41,23 @@ def rope_inverse_frequencies(config: ModelConfig) -> Tensor:
 
 
 def rope_cos_sin(position_ids_BT: Tensor, inverse_frequencies: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """cos and sin of position * omega, each (B, T, 1, H/2). Angles in fp32 (bf16 angles are useless beyond position 256)."""
+    """cos and signed sin of position * omega, each (B, T, 1, H): halves (cos, cos) and (-sin, sin), as apply_rope wants them.
+
+    The angles are fp32: in bf16 whole numbers above 256 are rounded, and with them the positions.
+    """
     angles = position_ids_BT[:, :, None, None].float() * inverse_frequencies
-    return angles.cos().to(dtype), angles.sin().to(dtype)
+    cos, sin = angles.cos().to(dtype), angles.sin().to(dtype)
+    return torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)
 
 
-def apply_rope(x_BTNH: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turns the pairs (x_j, x_{j + H/2}) of every head by the angle of their position (E16).
+def apply_rope(x_BTNH: Tensor, cos: Tensor, signed_sin: Tensor) -> Tensor:
+    """Turns the pairs (x_j, x_{j + H/2}) of every head by the angle of their position (E16):
 
-    The pairing by halves is Hugging Face's; Meta's own files pair neighbours and would need their wq/wk rows permuted.
+    x_j cos - x_{j + H/2} sin and x_{j + H/2} cos + x_j sin. The pairing by halves is Hugging Face's; Meta's own files pair
+    neighbours and would need their wq/wk rows permuted.
     """
     first, second = x_BTNH.chunk(2, dim=-1)
-    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)  # E16
+    return torch.addcmul(x_BTNH * cos, torch.cat((second, first), dim=-1), signed_sin)  # E16
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -68,9 +73,7 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(dim))
 
     def forward(self, x: Tensor) -> Tensor:
-        x_fp32 = x.float()
-        scale = torch.rsqrt(x_fp32.square().mean(-1, keepdim=True) + self.eps)
-        return self.weight * (x_fp32 * scale).to(x.dtype)  # E15
+        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)  # E15; PyTorch's own takes the mean in fp32
 
 
 class Attention(nn.Module):
@@ -86,11 +89,11 @@ class Attention(nn.Module):
         self.wv = nn.Linear(config.dim, kv_width, bias=config.qkv_bias)
         self.wo = nn.Linear(query_width, config.dim, bias=False)
 
-    def forward(self, x_BTD: Tensor, cos: Tensor, sin: Tensor, segment_lengths: list[int], kv_cache: KVCache | None,
+    def forward(self, x_BTD: Tensor, cos: Tensor, signed_sin: Tensor, segment_lengths: list[int], kv_cache: KVCache | None,
                 layer: int) -> Tensor:
         B, T, _ = x_BTD.shape
-        q_BTNH = apply_rope(self.wq(x_BTD).view(B, T, -1, self.head_dim), cos, sin)
-        k_BTKH = apply_rope(self.wk(x_BTD).view(B, T, -1, self.head_dim), cos, sin)
+        q_BTNH = apply_rope(self.wq(x_BTD).view(B, T, -1, self.head_dim), cos, signed_sin)
+        k_BTKH = apply_rope(self.wk(x_BTD).view(B, T, -1, self.head_dim), cos, signed_sin)
         v_BTKH = self.wv(x_BTD).view(B, T, -1, self.head_dim)
         q_BNTH, k_BKTH, v_BKTH = q_BTNH.transpose(1, 2), k_BTKH.transpose(1, 2), v_BTKH.transpose(1, 2)
         outputs, start = [], 0
@@ -138,9 +141,9 @@ class TransformerBlock(nn.Module):
         self.attention_norm = RMSNorm(config.dim, config.norm_eps)
         self.ffn_norm = RMSNorm(config.dim, config.norm_eps)
 
-    def forward(self, x_BTD: Tensor, cos: Tensor, sin: Tensor, segment_lengths: list[int],
+    def forward(self, x_BTD: Tensor, cos: Tensor, signed_sin: Tensor, segment_lengths: list[int],
                 kv_cache: KVCache | None) -> Tensor:
-        x_BTD = x_BTD + self.attention(self.attention_norm(x_BTD), cos, sin, segment_lengths, kv_cache, self.layer)
+        x_BTD = x_BTD + self.attention(self.attention_norm(x_BTD), cos, signed_sin, segment_lengths, kv_cache, self.layer)
         return x_BTD + self.feed_forward(self.ffn_norm(x_BTD))
 
 
@@ -210,12 +213,12 @@ class Transformer(nn.Module):
         if self.inverse_frequencies.device != device:
             self.inverse_frequencies = self.inverse_frequencies.to(device)
         x_BTD = self.tok_embeddings(input_ids_BT)
-        cos, sin = rope_cos_sin(position_ids_BT, self.inverse_frequencies, x_BTD.dtype)  # once, not per layer
+        cos, signed_sin = rope_cos_sin(position_ids_BT, self.inverse_frequencies, x_BTD.dtype)  # once, not per layer
         for block in self.layers:
             if self.activation_checkpointing and torch.is_grad_enabled():
-                x_BTD = checkpoint(block, x_BTD, cos, sin, segment_lengths, kv_cache, use_reentrant=False)
+                x_BTD = checkpoint(block, x_BTD, cos, signed_sin, segment_lengths, kv_cache, use_reentrant=False)
             else:
-                x_BTD = block(x_BTD, cos, sin, segment_lengths, kv_cache)
+                x_BTD = block(x_BTD, cos, signed_sin, segment_lengths, kv_cache)
         if kv_cache is not None:
             kv_cache.advance(segment_lengths)
         if last_only:
