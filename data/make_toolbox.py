@@ -1,8 +1,11 @@
 """Write the bundled toolbox data: `python -m data.make_toolbox --output assets`.
 
-tiny_model/tokenizer.model, tiny_data/train.json (authors' raw format), tiny_data/test_seen.jsonl and test_unseen.jsonl. With
---trajectories N --seed S --only_trajectories FILE it writes any number of further trajectories, for tests and benchmarks.
+tiny_model/tokenizer.model, tiny_data/train.json (authors' raw format), tiny_data/test_seen.jsonl and
+test_unseen.jsonl. With
+--trajectories N --seed S --only_trajectories FILE it writes any number of further trajectories, for tests and
+benchmarks.
 """
+
 import argparse
 import json
 import sys
@@ -26,7 +29,9 @@ def write_trajectories(path: Path, seed: int, count: int) -> None:
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line; returns the exit code."""
     parser = argparse.ArgumentParser(description="Write the bundled toolbox tokenizer, trajectories and tests.")
-    parser.add_argument("--output", type=Path, default=Path("assets"), help="folder that gets tiny_model/ and tiny_data/")
+    parser.add_argument(
+        "--output", type=Path, default=Path("assets"), help="folder that gets tiny_model/ and tiny_data/"
+    )
     parser.add_argument("--trajectories", type=int, default=TRAIN_COUNT, help="number of trajectories")
     parser.add_argument("--seed", type=int, default=TRAIN_SEED, help="seed of the trajectories")
     parser.add_argument("--only_trajectories", type=Path, help="write just the trajectories to this file")

@@ -1,24 +1,37 @@
-"""The corpus that the tiny base is pre-trained on: dialogues over freshly drawn tools, calls written in a plain form of their own.
+"""The corpus that the tiny base is pre-trained on: dialogues over freshly drawn tools, calls written in a plain form
+of their own.
 
-A document shows tools as the SFT prompt does, but a call reads `name(p: "v", q: 3).` instead of `name(p="v", q=3)`, so the base has to be
-fine-tuned to speak the format of the paper. Every document draws its own tools (names, parameters, order), so nothing can be
-learned by heart but the words. Held-out noun-qualifier pairs never occur. Two cures of known traps:
-* every vocabulary entry occurs: noise rows hold uniformly drawn ids (an entry that never occurs ends as a huge vector that ruins fine-tuning);
+A document shows tools as the SFT prompt does, but a call reads `name(p: "v", q: 3).` instead of `name(p="v", q=3)`,
+so the base has to be fine-tuned to speak the format of the paper. Every document draws its own tools (names,
+parameters, order), so nothing can be learned by heart but the words. Held-out noun-qualifier pairs never occur. Two
+cures of known traps:
+* every vocabulary entry occurs: noise rows hold uniformly drawn ids (an entry that never occurs ends as a huge vector
+  that ruins fine-tuning);
 * several requests in one query occur, as in the training trajectories.
 """
+
 import json
 import random
 
 from data.prompt_format import render_tools
 from data.toolbox_words import RESULT_WORDS
-from data.toolbox_world import domain_of, draw_request, draw_tool, name_parts, special_tools, teacher_error, execute, tool_name
+from data.toolbox_world import (
+    domain_of,
+    draw_request,
+    draw_tool,
+    execute,
+    name_parts,
+    special_tools,
+    teacher_error,
+    tool_name,
+)
 
 # Weight of a token in the pre-training loss, by what it is: decisions count fully, what cannot be predicted little.
 CALL_WEIGHT, ANSWER_WEIGHT, ECHO_WEIGHT, CONTEXT_WEIGHT = 1.0, 0.5, 0.3, 0.05
-NOISE_SHARE = 0.01          # documents that are uniformly drawn ids
-ECHO_SHARE = 0.25           # outputs that repeat the arguments as `p="v", q=3` instead of giving a result
-ERROR_SHARE = 0.06          # calls preceded by a failing one and its error
-TWO_REQUESTS_SHARE = 0.35   # queries that hold two requests
+NOISE_SHARE = 0.01  # documents that are uniformly drawn ids
+ECHO_SHARE = 0.25  # outputs that repeat the arguments as `p="v", q=3` instead of giving a result
+ERROR_SHARE = 0.06  # calls preceded by a failing one and its error
+TWO_REQUESTS_SHARE = 0.35  # queries that hold two requests
 
 
 def render_plain_call(name: str, arguments: dict) -> str:
@@ -26,8 +39,11 @@ def render_plain_call(name: str, arguments: dict) -> str:
     return f"{name}({', '.join(f'{key}: {json.dumps(value)}' for key, value in arguments.items())})."
 
 
-def draw_document_tools(rng: random.Random, held_out: set[tuple[str, str]], target_count: int, count: int) -> tuple[list[dict], list[dict]]:
-    """(targets, all tools shuffled): targets plus look-alikes that share a noun, a verb or a qualifier with one of them."""
+def draw_document_tools(
+    rng: random.Random, held_out: set[tuple[str, str]], target_count: int, count: int
+) -> tuple[list[dict], list[dict]]:
+    """(targets, all tools shuffled): targets plus look-alikes that share a noun, a verb or a qualifier with one of
+    them."""
     tools: dict[str, dict] = {}
     while len(tools) < target_count:
         tool = draw_tool(rng, held_out=held_out, unseen=False)
@@ -37,9 +53,15 @@ def draw_document_tools(rng: random.Random, held_out: set[tuple[str, str]], targ
         verb, noun, qualifier = name_parts(rng.choice(targets))
         domain = domain_of(noun)
         shared = rng.choice(("noun", "noun", "verb", "qualifier", "nothing"))
-        tool = draw_tool(rng, held_out=held_out, unseen=False, domain=None if shared == "nothing" else domain,
-                         noun=noun if shared == "noun" else None, verb=verb if shared in ("verb", "qualifier") else None,
-                         qualifier=qualifier if shared == "qualifier" else None)
+        tool = draw_tool(
+            rng,
+            held_out=held_out,
+            unseen=False,
+            domain=None if shared == "nothing" else domain,
+            noun=noun if shared == "noun" else None,
+            verb=verb if shared in ("verb", "qualifier") else None,
+            qualifier=qualifier if shared == "qualifier" else None,
+        )
         tools.setdefault(tool_name(tool), tool)
     everything = list(tools.values())
     rng.shuffle(everything)
@@ -49,7 +71,9 @@ def draw_document_tools(rng: random.Random, held_out: set[tuple[str, str]], targ
 def draw_document(rng: random.Random, held_out: set[tuple[str, str]], most_tools: int) -> list[tuple[str, float]]:
     """One dialogue as (text, loss weight per token) segments; every tool is asked for at most once."""
     target_count = min(rng.choice((2, 3, 3, 4)), most_tools)
-    targets, tools = draw_document_tools(rng, held_out, target_count, max(target_count, min(rng.choice((3, 4, 4, 5)), most_tools)))
+    targets, tools = draw_document_tools(
+        rng, held_out, target_count, max(target_count, min(rng.choice((3, 4, 4, 5)), most_tools))
+    )
     segments = [("System: " + render_tools(tools), CONTEXT_WEIGHT)]
     while targets:
         asked = [targets.pop() for _ in range(min(len(targets), 1 + (rng.random() < TWO_REQUESTS_SHARE)))]
@@ -77,16 +101,22 @@ def call_segments(name: str, arguments: dict, weight: float) -> list[tuple[str, 
 
 
 def failing_segments(rng: random.Random, tools: list[dict], tool: dict, arguments: dict) -> list[tuple[str, float]]:
-    """Now and then a failing call and its feedback, so that error texts are known words; the failing call is barely trained."""
+    """Now and then a failing call and its feedback, so that error texts are known words; the failing call is barely
+    trained."""
     if rng.random() >= ERROR_SHARE:
         return []
     failing = teacher_error(rng, tool, arguments)
     if failing is None:
-        return [*call_segments(tool_name(tool), arguments, CONTEXT_WEIGHT), ("\nOutput: " + json.dumps({"error": "connection error."}), CONTEXT_WEIGHT)]
+        return [
+            *call_segments(tool_name(tool), arguments, CONTEXT_WEIGHT),
+            ("\nOutput: " + json.dumps({"error": "connection error."}), CONTEXT_WEIGHT),
+        ]
     return [*call_segments(*failing, CONTEXT_WEIGHT), ("\nOutput: " + execute(tools, *failing), CONTEXT_WEIGHT)]
 
 
-def encode_document(rng: random.Random, held_out: set[tuple[str, str]], tokenizer, *, most_tools: int) -> tuple[list[int], list[int], list[float]]:
+def encode_document(
+    rng: random.Random, held_out: set[tuple[str, str]], tokenizer, *, most_tools: int
+) -> tuple[list[int], list[int], list[float]]:
     """(input ids, target ids, loss weights) of one document: BOS first, EOS as the last target; or a row of noise.
 
     `most_tools` bounds the tools beside the two special ones (a small start is learned sooner)."""

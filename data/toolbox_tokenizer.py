@@ -1,6 +1,8 @@
-"""The SentencePiece model of the toolbox world: one piece per word, one per template string, characters and bytes for the rest.
+"""The SentencePiece model of the toolbox world: one piece per word, one per template string, characters and bytes for
+the rest.
 
-The space is a piece of its own (glue phrases hold theirs), so a value has the same ids in a request and in a call: copying it is induction.
+The space is a piece of its own (glue phrases hold theirs), so a value has the same ids in a request and in a call:
+copying it is induction.
 """
 import io
 import string
@@ -8,17 +10,21 @@ import string
 import sentencepiece
 
 from data.toolbox_words import (
-    DOMAINS, QUALIFIER_PHRASES, REQUEST_PREFIXES, RESULT_WORDS, TITLE_FIRST, TITLE_SECOND, VALUE_KINDS, VERB_CUES, MONTHS,
+    DOMAINS, QUALIFIER_PHRASES, REQUEST_PREFIXES, RESULT_WORDS, TITLE_FIRST, TITLE_SECOND, VALUE_KINDS, VERB_CUES,
+    MONTHS,
 )
 from data.toolbox_world import special_tools
 
 # Strings of the prompt template, of both call forms (`p="v"` and the base's `p: "v"`) and of the feedback.
 TEMPLATE_PIECES = (
-    "System: ", "Function:\ndef ", "\n\nFunction:\ndef ", "\nUser: ", "\nAssistant:", "\nOutput: ", ": string", ": integer", ": string = None", ": integer = None",
-    "):\n    \"\"\"\n    ", "():\n    \"\"\"\n    ", "\n\n    Args:\n    ", "\n\n    Args:\n    \"\"\"", "\n    \"\"\"", " (string): ", " (integer): ", "\n    ", ", ", "\", ", "=\"", "\")", ": \"", ": ", "()", ".",
-    "{\"result\": \"", "{\"error\": \"", "\"}", "Response error.", "connection error.", "name '", "' is not defined", "'",
-    "The function cannot be executed successfully with the given parameters for the reason: ", "() got an unexpected keyword argument '",
-    "() missing 1 required positional argument: '", " the ", " of the ", " : ", " . then ", " and ", " it", " km", " people", "about the ", "with ", " with ",
+    "System: ", "Function:\ndef ", "\n\nFunction:\ndef ", "\nUser: ", "\nAssistant:", "\nOutput: ", ": string",
+    ": integer", ": string = None", ": integer = None", "):\n    \"\"\"\n    ", "():\n    \"\"\"\n    ",
+    "\n\n    Args:\n    ", "\n\n    Args:\n    \"\"\"", "\n    \"\"\"", " (string): ", " (integer): ", "\n    ", ", ",
+    "\", ", "=\"", "\")", ": \"", ": ", "()", ".", "{\"result\": \"", "{\"error\": \"", "\"}", "Response error.",
+    "connection error.", "name '", "' is not defined", "'",
+    "The function cannot be executed successfully with the given parameters for the reason: ",
+    "() got an unexpected keyword argument '", "() missing 1 required positional argument: '", " the ", " of the ",
+    " : ", " . then ", " and ", " it", " km", " people", "about the ", "with ", " with ",
 )
 
 
@@ -45,12 +51,16 @@ def vocabulary_strings() -> list[str]:
 
 def train_tokenizer() -> bytes:
     """The serialised SentencePiece model; the same bytes at every call."""
-    symbols = [text.replace(" ", "\u2581") for text in [" ", *vocabulary_strings()]]     # SentencePiece writes the space so
+    # SentencePiece writes the space so
+    symbols = [text.replace(" ", "\u2581") for text in [" ", *vocabulary_strings()]]
     characters = string.ascii_letters + string.digits + string.punctuation
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter([" ".join(characters)] * 10), model_writer=model, model_type="bpe", normalization_rule_name="identity",
-        user_defined_symbols=symbols, required_chars=characters, byte_fallback=True, split_digits=True, add_dummy_prefix=False,
+        sentence_iterator=iter([" ".join(characters)] * 10), model_writer=model, model_type="bpe",
+        normalization_rule_name="identity",
+        user_defined_symbols=symbols, required_chars=characters, byte_fallback=True, split_digits=True,
+        add_dummy_prefix=False,
         remove_extra_whitespaces=False, pad_id=-1,
-        vocab_size=3 + 256 + len(set(symbols) | set(characters)), minloglevel=2, num_threads=1)      # specials, bytes, pieces: no room for a merge
+        # specials, bytes, pieces: no room for a merge
+        vocab_size=3 + 256 + len(set(symbols) | set(characters)), minloglevel=2, num_threads=1)
     return model.getvalue()

@@ -1,29 +1,48 @@
-"""The toolbox world: deterministic local tools composed from closed word lists, with requests, executions and trajectories.
+"""The toolbox world: deterministic local tools composed from closed word lists, with requests, executions and
+trajectories.
 
-A tool is `verb_noun[_qualifier]` with 0-3 parameters. Its document says the same thing in other words (the synonyms), so a request can
-be matched in context whichever wording it uses. 60 noun-qualifier pairs are held out: they name the tools of `tiny-unseen` and occur neither
-in the base corpus nor in the training trajectories.
+A tool is `verb_noun[_qualifier]` with 0-3 parameters. Its document says the same thing in other words (the synonyms),
+so a request can be matched in context whichever wording it uses. 60 noun-qualifier pairs are held out: they name the
+tools of `tiny-unseen` and occur neither in the base corpus nor in the training trajectories.
 
-Teacher errors (for MAE) are systematic: a tool whose qualifier is in HARD_QUALIFIERS makes the teacher's first call fail in one fixed way.
+Teacher errors (for MAE) are systematic: a tool whose qualifier is in HARD_QUALIFIERS makes the teacher's first call
+fail in one fixed way.
 """
+
 import hashlib
 import json
 import random
 from collections.abc import Iterator
 
 from data.toolbox_words import (
-    DAYS_OF_WEEK, DOMAINS, MONTHS, QUALIFIER_PHRASES, REQUEST_PREFIXES, RESULT_WORDS, TITLE_FIRST, TITLE_SECOND, VALUE_KINDS, VERB_CUES, Domain,
+    DAYS_OF_WEEK,
+    DOMAINS,
+    MONTHS,
+    QUALIFIER_PHRASES,
+    REQUEST_PREFIXES,
+    RESULT_WORDS,
+    TITLE_FIRST,
+    TITLE_SECOND,
+    VALUE_KINDS,
+    VERB_CUES,
+    Domain,
 )
 
 SEEN_TOOL_COUNT = 180
 UNSEEN_TOOL_COUNT = 60
-HELD_OUT_NOUNS = 30             # of 60: two qualifiers each are held out
-TOOLBOX_SEED = 2024             # the toolboxes are part of the world: one seed for all splits
-TEACHER_ERROR_RATE = 0.5       # chance that the teacher's first call of a hard tool fails
+HELD_OUT_NOUNS = 30  # of 60: two qualifiers each are held out
+TOOLBOX_SEED = 2024  # the toolboxes are part of the world: one seed for all splits
+TEACHER_ERROR_RATE = 0.5  # chance that the teacher's first call of a hard tool fails
 # Qualifier of a tool -> the category (Figure 3 of the paper) of the failure that the teacher makes with it.
 HARD_QUALIFIERS = {
-    "weekly": "parameter_missing", "late": "parameter_missing", "shared": "parameter_hallucination", "private": "parameter_hallucination",
-    "archived": "tool_hallucination", "remote": "tool_call_failure", "early": "tool_instability", "urgent": "tool_instability",
+    "weekly": "parameter_missing",
+    "late": "parameter_missing",
+    "shared": "parameter_hallucination",
+    "private": "parameter_hallucination",
+    "archived": "tool_hallucination",
+    "remote": "tool_call_failure",
+    "early": "tool_instability",
+    "urgent": "tool_instability",
 }
 
 # ---------------------------------------------------------------- tools
@@ -49,10 +68,18 @@ def make_tool(rng: random.Random, domain: Domain, verb: str, noun: str, qualifie
 def special_tools() -> list[dict]:
     """`ask_to_user` and `finish`, which close every tool list."""
     tools = []
-    for name, parameter, description, meaning in (("ask_to_user", "question", "ask the user for help", "question to ask"),
-                                                  ("finish", "answer", "end with the answer", "answer to give")):
-        parameters = {"type": "object", "properties": {parameter: {"type": "string", "description": meaning}}, "required": [parameter]}
-        tools.append({"type": "function", "function": {"name": name, "description": description, "parameters": parameters}})
+    for name, parameter, description, meaning in (
+        ("ask_to_user", "question", "ask the user for help", "question to ask"),
+        ("finish", "answer", "end with the answer", "answer to give"),
+    ):
+        parameters = {
+            "type": "object",
+            "properties": {parameter: {"type": "string", "description": meaning}},
+            "required": [parameter],
+        }
+        tools.append(
+            {"type": "function", "function": {"name": name, "description": description, "parameters": parameters}}
+        )
     return tools
 
 
@@ -60,11 +87,23 @@ def held_out_pairs() -> set[tuple[str, str]]:
     """The (noun, qualifier) pairs that only `tiny-unseen` uses."""
     rng = random.Random(TOOLBOX_SEED)
     nouns = [(noun, domain) for domain in DOMAINS for noun in domain.nouns]
-    return {(noun, qualifier) for noun, domain in rng.sample(nouns, HELD_OUT_NOUNS) for qualifier in rng.sample(domain.qualifiers, 2)}
+    return {
+        (noun, qualifier)
+        for noun, domain in rng.sample(nouns, HELD_OUT_NOUNS)
+        for qualifier in rng.sample(domain.qualifiers, 2)
+    }
 
 
-def draw_tool(rng: random.Random, *, held_out: set[tuple[str, str]], unseen: bool, domain: Domain | None = None,
-              verb: str | None = None, noun: str | None = None, qualifier: str | None = None) -> dict:
+def draw_tool(
+    rng: random.Random,
+    *,
+    held_out: set[tuple[str, str]],
+    unseen: bool,
+    domain: Domain | None = None,
+    verb: str | None = None,
+    noun: str | None = None,
+    qualifier: str | None = None,
+) -> dict:
     """A random tool; `unseen` asks for a held-out pair, otherwise such pairs are avoided. Given parts are kept."""
     while True:
         chosen = domain or rng.choice(DOMAINS)
@@ -72,7 +111,9 @@ def draw_tool(rng: random.Random, *, held_out: set[tuple[str, str]], unseen: boo
         choices = list(chosen.qualifiers) if unseen else list(chosen.qualifiers) + [None]
         tool_qualifier = qualifier if qualifier in chosen.qualifiers else rng.choice(choices)
         if ((tool_noun, tool_qualifier) in held_out) == unseen:
-            return make_tool(rng, chosen, verb if verb in chosen.verbs else rng.choice(chosen.verbs), tool_noun, tool_qualifier)
+            return make_tool(
+                rng, chosen, verb if verb in chosen.verbs else rng.choice(chosen.verbs), tool_noun, tool_qualifier
+            )
 
 
 def tool_name(tool: dict) -> str:
@@ -136,18 +177,26 @@ def draw_request(rng: random.Random, tool: dict) -> tuple[str, dict]:
     how = f" {QUALIFIER_PHRASES[qualifier][rng.random() < 0.4]}" if qualifier else ""
     tail = "".join(f" {phrase}" for phrase in phrases)
     prefix = rng.choice(REQUEST_PREFIXES)
-    forms = [f"{prefix}{cue} the {thing}{how}{tail}", f"{prefix}{cue} the {thing}{tail}{how}", f"about the {thing}{how} : {cue} it{tail}"]
+    forms = [
+        f"{prefix}{cue} the {thing}{how}{tail}",
+        f"{prefix}{cue} the {thing}{tail}{how}",
+        f"about the {thing}{how} : {cue} it{tail}",
+    ]
     if phrases:
         forms.append(f"{' '.join(phrases)} : {cue} the {thing}{how}")
     return rng.choice(forms), arguments
 
 
 def draw_tool_list(rng: random.Random, targets: list[dict], pool: list[dict], count: int) -> list[dict]:
-    """`targets` and look-alikes (same noun, verb or qualifier) from `pool` up to `count` tools, shuffled, then the special tools."""
+    """`targets` and look-alikes (same noun, verb or qualifier) from `pool` up to `count` tools, shuffled, then the
+    special tools."""
     chosen = {tool_name(tool): tool for tool in targets}
     for target in targets:
         parts = name_parts(target)
-        alike = [[tool for tool in pool if name_parts(tool)[i] == parts[i] and tool_name(tool) not in chosen] for i in (1, 0, 2)]
+        alike = [
+            [tool for tool in pool if name_parts(tool)[i] == parts[i] and tool_name(tool) not in chosen]
+            for i in (1, 0, 2)
+        ]
         for candidates in alike[:1] + [rng.choice(alike[1:])]:
             if candidates and len(chosen) < count:
                 tool = rng.choice(candidates)
@@ -216,11 +265,17 @@ def teacher_error(rng: random.Random, tool: dict, arguments: dict) -> tuple[str,
     if category == "tool_hallucination":
         return f"{verb}_{domain_of(noun).nouns[noun]}_{qualifier}", arguments
     if category == "parameter_missing" and required:
-        return tool_name(tool), {parameter: value for parameter, value in arguments.items() if parameter != required[-1]}
+        return tool_name(tool), {
+            parameter: value for parameter, value in arguments.items() if parameter != required[-1]
+        }
     if category == "parameter_hallucination" and arguments:
-        other = {name: names[names[0] == name] for kind in VALUE_KINDS.values() for names in (kind.names,) for name in names}
+        other = {
+            name: names[names[0] == name] for kind in VALUE_KINDS.values() for names in (kind.names,) for name in names
+        }
         wrong = rng.choice(list(arguments))
-        return tool_name(tool), {other[parameter] if parameter == wrong else parameter: value for parameter, value in arguments.items()}
+        return tool_name(tool), {
+            other[parameter] if parameter == wrong else parameter: value for parameter, value in arguments.items()
+        }
     strings = [parameter for parameter, value in arguments.items() if isinstance(value, str)]
     if category == "tool_call_failure" and strings:
         return tool_name(tool), {**arguments, strings[0]: noun}
@@ -228,7 +283,8 @@ def teacher_error(rng: random.Random, tool: dict, arguments: dict) -> tuple[str,
 
 
 def draw_dialogue(rng: random.Random, pool: list[dict]) -> tuple[list[dict], str, list[tuple[str, dict, str]]]:
-    """(tools, query, [(name, arguments, feedback)]): 1-3 requests, the teacher's failing calls among the calls, `finish` last."""
+    """(tools, query, [(name, arguments, feedback)]): 1-3 requests, the teacher's failing calls among the calls,
+    `finish` last."""
     targets = rng.sample(pool, rng.choices((1, 2, 3), weights=(70, 22, 8))[0])
     tools = draw_tool_list(rng, targets, pool, max(rng.choice((3, 3, 4)), len(targets) + 1))
     requests, calls, answers = [], [], []
@@ -253,11 +309,14 @@ def draw_trajectories(seed: int, count: int) -> Iterator[dict]:
     rng, pool = random.Random(seed), build_toolbox(unseen=False)
     for index in range(count):
         tools, query, calls = draw_dialogue(rng, pool)
-        conversations = [{"role": "system", "content": json.dumps([tool["function"] for tool in tools])}, {"role": "user", "content": query}]
+        conversations = [
+            {"role": "system", "content": json.dumps([tool["function"] for tool in tools])},
+            {"role": "user", "content": query},
+        ]
         for name, arguments, feedback in calls:
             conversations.append({"role": "assistant", "content": f"{name}\n{json.dumps(arguments)}"})
             conversations.append({"role": "function", "content": feedback})
-        yield {"id": f"toolbox-{index:05d}", "conversations": conversations[:-1]}     # nothing answers `finish`
+        yield {"id": f"toolbox-{index:05d}", "conversations": conversations[:-1]}  # nothing answers `finish`
 
 
 def draw_test_examples(seed: int, count: int, unseen: bool) -> Iterator[dict]:
@@ -269,5 +328,10 @@ def draw_test_examples(seed: int, count: int, unseen: bool) -> Iterator[dict]:
         request, arguments = draw_request(rng, target)
         gold = [{"calls": [{"name": tool_name(target), "arguments": arguments}], "order_free": False}]
         name = "tiny-unseen" if unseen else "tiny-seen"
-        yield {"id": f"{name}-{index:03d}", "tools": tools, "messages": [{"role": "user", "content": request}], "gold": gold,
-               "meta": {"qualifier": name_parts(target)[2]}}
+        yield {
+            "id": f"{name}-{index:03d}",
+            "tools": tools,
+            "messages": [{"role": "user", "content": request}],
+            "gold": gold,
+            "meta": {"qualifier": name_parts(target)[2]},
+        }

@@ -1,22 +1,28 @@
 """Muon for matrices and AdamW for everything else, in one optimizer: only the bundled base is pre-trained with it.
 
-Muon replaces a matrix's momentum by the nearest (semi-)orthogonal matrix, so every direction of the update has the same length. On the
-tiny base it learns to read its context in fewer tokens than AdamW. Fine-tuning uses train.optimizer's AdamW. Works on sharded parameters.
+Muon replaces a matrix's momentum by the nearest (semi-)orthogonal matrix, so every direction of the update has the
+same length. On the
+tiny base it learns to read its context in fewer tokens than AdamW. Fine-tuning uses train.optimizer's AdamW. Works on
+sharded parameters.
 
-Why not `torch.optim.Muon`: it takes no sharded tensors and computes in bf16, five times slower than fp32 on a CPU without bf16 units.
+Why not `torch.optim.Muon`: it takes no sharded tensors and computes in bf16, five times slower than fp32 on a CPU
+without bf16 units.
 """
+
 import torch
 import torch.distributed as dist
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from train.distributed import local_part
 
-# Quintic Newton-Schulz coefficients of the Muon reference: they trade exact convergence for speed; singular values end within 0.7..1.2.
+# Quintic Newton-Schulz coefficients of the Muon reference: they trade exact convergence for speed; singular values
+# end within 0.7..1.2.
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
 
 
 def orthogonalize(matrix_RC: torch.Tensor, steps: int) -> torch.Tensor:
-    """About U V^T of the singular value decomposition U S V^T, by `steps` Newton-Schulz iterations. Shapes (R, C) -> (R, C)."""
+    """About U V^T of the singular value decomposition U S V^T, by `steps` Newton-Schulz iterations. Shapes (R, C) ->
+    (R, C)."""
     a, b, c = NEWTON_SCHULZ
     x = matrix_RC / (matrix_RC.norm() + 1e-7)
     is_tall = x.shape[0] > x.shape[1]
@@ -28,16 +34,31 @@ def orthogonalize(matrix_RC: torch.Tensor, steps: int) -> torch.Tensor:
 
 
 class MuonAdamW(torch.optim.Optimizer):
-    """Groups with `is_muon` are updated by Muon, the others by AdamW without weight decay. Parameters are sharded DTensors."""
+    """Groups with `is_muon` are updated by Muon, the others by AdamW without weight decay. Parameters are sharded
+    DTensors."""
 
-    def __init__(self, model: torch.nn.Module, *, muon_learning_rate: float, adam_learning_rate: float, momentum: float,
-                 betas: tuple[float, float], epsilon: float) -> None:
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        *,
+        muon_learning_rate: float,
+        adam_learning_rate: float,
+        momentum: float,
+        betas: tuple[float, float],
+        epsilon: float,
+    ) -> None:
         named = list(model.named_parameters())
-        matrices = [p for name, p in named if p.ndim == 2 and "tok_embeddings" not in name and not name.startswith("output")]
+        matrices = [
+            p for name, p in named if p.ndim == 2 and "tok_embeddings" not in name and not name.startswith("output")
+        ]
         others = [p for _, p in named if not any(p is matrix for matrix in matrices)]
-        super().__init__([{"params": matrices, "lr": muon_learning_rate, "is_muon": True},
-                          {"params": others, "lr": adam_learning_rate, "is_muon": False}],
-                         {"momentum": momentum, "betas": betas, "epsilon": epsilon})
+        super().__init__(
+            [
+                {"params": matrices, "lr": muon_learning_rate, "is_muon": True},
+                {"params": others, "lr": adam_learning_rate, "is_muon": False},
+            ],
+            {"momentum": momentum, "betas": betas, "epsilon": epsilon},
+        )
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:
@@ -63,7 +84,9 @@ class MuonAdamW(torch.optim.Optimizer):
         for index, (parameter, update_RC) in enumerate(zip(group["params"], updates, strict=True)):
             dist.broadcast(update_RC, src=index % dist.get_world_size())
             if isinstance(parameter, DTensor):
-                update_RC = distribute_tensor(update_RC, parameter.device_mesh, parameter.placements, src_data_rank=None)
+                update_RC = distribute_tensor(
+                    update_RC, parameter.device_mesh, parameter.placements, src_data_rank=None
+                )
             # A tall matrix has larger rows after orthogonalization; sqrt(R / C) makes updates comparable over shapes.
             scale = max(1.0, parameter.shape[0] / parameter.shape[1]) ** 0.5
             local_part(parameter).add_(local_part(update_RC), alpha=-group["lr"] * scale)

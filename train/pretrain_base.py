@@ -1,8 +1,11 @@
 """Pre-train the bundled tiny base with the project's own loop: `torchrun --nproc_per_node 2 -m train.pretrain_base`.
 
-Every token is trained, with a weight by its kind (data/toolbox_documents.py). Unusual, and therefore named here: Muon on the matrices,
-the embedding drawn with 5 times the usual deviation, small tool lists in the first quarter, the weights themselves. Resumes like SFT.
+Every token is trained, with a weight by its kind (data/toolbox_documents.py). Unusual, and therefore named here: Muon
+on the matrices,
+the embedding drawn with 5 times the usual deviation, small tool lists in the first quarter, the weights themselves.
+Resumes like SFT.
 """
+
 import os
 import random
 import sys
@@ -27,15 +30,29 @@ OUTPUT = Path("runs/base")
 SEED = 1
 DOCUMENTS_PER_STEP = 16
 TOTAL_STEPS = 2700
-EASY_SHARE = 0.1                # of all steps: two tools per document
-EMBEDDING_STD = 0.1             # 5 times the model's default: with tied embeddings and 0.02 nothing was copied for much longer
+EASY_SHARE = 0.1  # of all steps: two tools per document
+# 5 times the model's default: with tied embeddings and 0.02 nothing was copied for much longer
+EMBEDDING_STD = 0.1
 MUON_LEARNING_RATE, ADAM_LEARNING_RATE = 0.02, 3e-3
 
 
 def base_config(vocab_size: int) -> ModelConfig:
     """The tiny plain LLaMA: about 2 million parameters."""
-    return ModelConfig(vocab_size=vocab_size, dim=192, n_layers=4, n_heads=3, n_kv_heads=3, head_dim=64, ffn_dim=512, norm_eps=1e-5,
-                       rope_theta=10000.0, rope_scaling=None, tie_embeddings=True, qkv_bias=False, max_positions=1024)
+    return ModelConfig(
+        vocab_size=vocab_size,
+        dim=192,
+        n_layers=4,
+        n_heads=3,
+        n_kv_heads=3,
+        head_dim=64,
+        ffn_dim=512,
+        norm_eps=1e-5,
+        rope_theta=10000.0,
+        rope_scaling=None,
+        tie_embeddings=True,
+        qkv_bias=False,
+        max_positions=1024,
+    )
 
 
 def fresh_model(vocab_size: int) -> Transformer:
@@ -47,8 +64,16 @@ def fresh_model(vocab_size: int) -> Transformer:
     return model
 
 
-def document_batch(step: int, *, seed: int, rank: int, world_size: int, tokenizer: Tokenizer, held_out: set[tuple[str, str]],
-                   total_steps: int) -> PackedBatch:
+def document_batch(
+    step: int,
+    *,
+    seed: int,
+    rank: int,
+    world_size: int,
+    tokenizer: Tokenizer,
+    held_out: set[tuple[str, str]],
+    total_steps: int,
+) -> PackedBatch:
     """This rank's documents of a step as one packed row; document k of step s is a pure function of (seed, s, k)."""
     most_tools = 2 if step < EASY_SHARE * total_steps else 5
     names = [f"{seed}:{step}:{k}" for k in range(rank, DOCUMENTS_PER_STEP, world_size)]
@@ -56,10 +81,17 @@ def document_batch(step: int, *, seed: int, rank: int, world_size: int, tokenize
     weights = torch.tensor([w for _, _, row in encoded for w in row])
     lengths = [len(ids) for ids, _, _ in encoded]
     return PackedBatch(
-        input_ids_T=torch.tensor([i for ids, _, _ in encoded for i in ids]), target_ids_T=torch.tensor([i for _, ids, _ in encoded for i in ids]),
-        loss_weights_T=weights, position_ids_T=torch.cat([torch.arange(length) for length in lengths]),
-        trained_index_K=torch.arange(len(weights)), segment_lengths=lengths, ids=names, denominator=float(weights.double().sum()),
-        trained_turns=0, trained_tokens=len(weights))
+        input_ids_T=torch.tensor([i for ids, _, _ in encoded for i in ids]),
+        target_ids_T=torch.tensor([i for _, ids, _ in encoded for i in ids]),
+        loss_weights_T=weights,
+        position_ids_T=torch.cat([torch.arange(length) for length in lengths]),
+        trained_index_K=torch.arange(len(weights)),
+        segment_lengths=lengths,
+        ids=names,
+        denominator=float(weights.double().sum()),
+        trained_turns=0,
+        trained_tokens=len(weights),
+    )
 
 
 def main() -> int:
@@ -69,20 +101,51 @@ def main() -> int:
     if os.environ.get("RANK", "0") == "0" and not (start / "config.json").exists():
         save_pretrained(fresh_model(tokenizer.vocab_size), start)
     world = init_world("cpu")
-    torch.distributed.barrier()     # rank 0 has written the start
-    config = SFTConfig(model=str(start), output=str(OUTPUT), loss_normalization="token_mean", schedule="linear", warmup_ratio=40 / TOTAL_STEPS,
-                       checkpoint_every=100, error_filter="none", key_tokens="off", seed=SEED)
+    torch.distributed.barrier()  # rank 0 has written the start
+    config = SFTConfig(
+        model=str(start),
+        output=str(OUTPUT),
+        loss_normalization="token_mean",
+        schedule="linear",
+        warmup_ratio=40 / TOTAL_STEPS,
+        checkpoint_every=100,
+        error_filter="none",
+        key_tokens="off",
+        seed=SEED,
+    )
     model = load_sharded_model(str(start), world, dtype="float32", tokenizer_size=tokenizer.vocab_size)
-    optimizer = MuonAdamW(model, muon_learning_rate=MUON_LEARNING_RATE, adam_learning_rate=ADAM_LEARNING_RATE, momentum=0.95,
-                          betas=(0.9, 0.95), epsilon=1e-8)
+    optimizer = MuonAdamW(
+        model,
+        muon_learning_rate=MUON_LEARNING_RATE,
+        adam_learning_rate=ADAM_LEARNING_RATE,
+        momentum=0.95,
+        betas=(0.9, 0.95),
+        epsilon=1e-8,
+    )
     held_out = held_out_pairs()
 
     def step_batches(step: int) -> list[PackedBatch]:
-        return [document_batch(step, seed=config.seed, rank=world.rank, world_size=world.size, tokenizer=tokenizer, held_out=held_out,
-                               total_steps=TOTAL_STEPS)]
+        return [
+            document_batch(
+                step,
+                seed=config.seed,
+                rank=world.rank,
+                world_size=world.size,
+                tokenizer=tokenizer,
+                held_out=held_out,
+                total_steps=TOTAL_STEPS,
+            )
+        ]
 
-    result = train_sft(config, model, optimizer, world, step_batches=step_batches, total_steps=TOTAL_STEPS,
-                       sources={"tokenizer_sha256": file_sha256(TOKENIZER_FILE)})
+    result = train_sft(
+        config,
+        model,
+        optimizer,
+        world,
+        step_batches=step_batches,
+        total_steps=TOTAL_STEPS,
+        sources={"tokenizer_sha256": file_sha256(TOKENIZER_FILE)},
+    )
     if result.stopped_by:
         return 128 + result.stopped_by
     save_pretrained_streamed(model, OUTPUT / "final", dtype=torch.bfloat16, companions_from=TOKENIZER_FILE.parent)

@@ -1,0 +1,156 @@
+"""The toolbox world: what the bundled data promises about itself."""
+import json
+import random
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+from data.error_filter import decide_masked_turns
+from data.make_toolbox import main as make_toolbox
+from data.prompt_format import encode_prompt
+from data.toolbox_documents import draw_document, encode_document, render_plain_call
+from data.toolbox_tokenizer import train_tokenizer, vocabulary_strings
+from data.toolbox_words import VALUE_KINDS
+from data.toolbox_world import (
+    HARD_QUALIFIERS, build_toolbox, draw_request, draw_test_examples, draw_trajectories, execute, held_out_pairs,
+    name_parts, tool_name,
+)
+from data.trajectories import Message, read_trajectories
+from eval.plain_calls import parse_plain_call
+from model.tokenizer import load_tokenizer
+
+ASSETS = Path(__file__).parent.parent / "assets"
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return load_tokenizer(ASSETS / "tiny_model" / "tokenizer.model")
+
+
+@pytest.fixture(scope="module")
+def trajectories():
+    return read_trajectories(str(ASSETS / "tiny_data" / "train.json"))
+
+
+def test_committed_files_are_what_the_command_writes(tmp_path):
+    make_toolbox(["--output", str(tmp_path)])
+    for name in ("tiny_model/tokenizer.model", "tiny_data/train.json", "tiny_data/test_seen.jsonl",
+                 "tiny_data/test_unseen.jsonl"):
+        assert (tmp_path / name).read_bytes() == (ASSETS / name).read_bytes(), name
+
+
+def test_any_number_of_further_trajectories(tmp_path):
+    make_toolbox(["--only_trajectories", str(tmp_path / "more.json"), "--trajectories", "25", "--seed", "3"])
+    assert len(read_trajectories(str(tmp_path / "more.json"))) == 25
+
+
+def test_no_held_out_pair_is_ever_trained_on(trajectories):
+    held_out = held_out_pairs()
+    assert len(held_out) == 60
+    trained = {name_parts(tool)[1:] for row in trajectories for tool in row.tools[:-2]}
+    assert not trained & held_out
+    unseen = {name_parts(tool)[1:] for tool in build_toolbox(unseen=True)}
+    assert unseen <= held_out
+    seen_names = {tool_name(tool) for tool in build_toolbox(unseen=False)}
+    for example in draw_test_examples(1, 50, unseen=True):
+        assert not seen_names & {tool_name(tool) for tool in example["tools"]}
+    rng = random.Random(0)
+    for _ in range(200):       # the base corpus
+        text = draw_document(rng, held_out, most_tools=5)[0][0]
+        names = [line[4:line.index("(")].split("_") for line in text.split("\n") if line.startswith("def ")]
+        assert not {(parts[1], parts[2]) for parts in names if len(parts) == 3 and parts[0] != "ask"} & held_out
+
+
+def test_seen_tests_are_new_requests_on_trained_tools(trajectories):
+    queries = {message.content for row in trajectories for message in row.messages if message.role == "user"}
+    examples = [json.loads(line) for line in (ASSETS / "tiny_data" / "test_seen.jsonl").read_text().splitlines()]
+    names = {tool_name(tool) for tool in build_toolbox(unseen=False)}
+    assert len(examples) == 300
+    assert all(example["gold"][0]["calls"][0]["name"] in names for example in examples)
+    repeated = sum(example["messages"][0]["content"] in queries for example in examples)
+    assert repeated <= 15      # tools without parameters have few requests; everything else is new
+
+
+def test_share_of_failing_trajectories_is_figure_1(trajectories):
+    failing = sum(any(turn.masked for turn in decide_masked_turns(row, "structured")) for row in trajectories)
+    assert len(trajectories) == 1217
+    assert 0.15 < failing / len(trajectories) < 0.19
+    categories = Counter(turn.category for row in trajectories for turn in decide_masked_turns(row, "structured"))
+    assert set(HARD_QUALIFIERS.values()) <= set(categories)
+
+
+def test_gold_calls_execute_and_errors_are_classified(trajectories):
+    rng = random.Random(5)
+    for tool in build_toolbox(unseen=False) + build_toolbox(unseen=True):
+        _, arguments = draw_request(rng, tool)
+        feedback = execute([tool], tool_name(tool), arguments, attempt=1)
+        assert set(json.loads(feedback)) == {"result"}
+        assert feedback == execute([tool], tool_name(tool), arguments, attempt=1)
+    tool = next(tool for tool in build_toolbox(unseen=False) if tool["function"]["parameters"]["required"])
+    _, arguments = draw_request(rng, tool)
+    name, first = tool_name(tool), tool["function"]["parameters"]["required"][0]
+    assert execute([tool], "get_nothing", {}) == "name 'get_nothing' is not defined"
+    assert "unexpected keyword argument 'bogus'" in execute([tool], name, {**arguments, "bogus": 1})
+    assert f"missing 1 required positional argument: '{first}'" in execute([tool], name, {})
+    assert json.loads(execute([tool], name, {**arguments, first: "nothing of its kind"})) == {"error": "Response error."}
+
+
+def test_every_masked_turn_of_the_training_data_really_failed(trajectories):
+    """The filter against the generator: a masked turn's feedback is no result, a kept one's is (or it is `finish`)."""
+    for row in trajectories:
+        for turn in decide_masked_turns(row, "structured"):
+            following = row.messages[turn.message_index + 1:turn.message_index + 2]
+            succeeded = not following or following[0].content.startswith('{"result"')
+            assert turn.masked != succeeded, (row.id, turn)
+
+
+def test_request_mentions_every_argument():
+    rng = random.Random(7)
+    for tool in build_toolbox(unseen=False):
+        text, arguments = draw_request(rng, tool)
+        assert all(str(value) in text for value in arguments.values())
+        assert set(tool["function"]["parameters"]["required"]) <= set(arguments)
+
+
+def test_parameter_names_belong_to_one_kind():
+    names = [name for kind in VALUE_KINDS.values() for name in kind.names]
+    assert len(names) == len(set(names)) == 2 * len(VALUE_KINDS)
+
+
+def test_tokenizer_is_reproducible_and_values_copy(tokenizer):
+    assert train_tokenizer() == (ASSETS / "tiny_model" / "tokenizer.model").read_bytes()
+    for text in ("Oslo", "May 12", "Silent River", "37"):
+        asked, called = tokenizer.encode_continuation(f" in {text} : "), tokenizer.encode_continuation(f'="{text}")')
+        alone = tokenizer.encode_continuation(text)
+        assert asked[1:1 + len(alone)] == called[1:1 + len(alone)] == alone
+
+
+def test_prompts_are_short(tokenizer):
+    lengths = [len(encode_prompt(example["tools"], [Message("user", example["messages"][0]["content"], None)], tokenizer))
+               for example in draw_test_examples(1, 100, unseen=False)]
+    assert max(lengths) < 260
+
+
+@pytest.mark.slow
+def test_every_vocabulary_entry_occurs_in_the_base_corpus(tokenizer):
+    """Whole-word and template pieces by the dialogues alone, all ids with the noise rows (both within the run's 43,200)."""
+    held_out, seen = held_out_pairs(), Counter()
+    rng = random.Random(1)
+    for _ in range(2500):
+        for text, _ in draw_document(rng, held_out, most_tools=5):
+            seen.update(tokenizer.encode_continuation(text))
+    wanted = {tokenizer.encode_continuation(text)[0] for text in vocabulary_strings() if len(text) > 1}
+    assert wanted <= set(seen), [tokenizer.piece(i) for i in wanted - set(seen)]
+
+
+def test_documents_align_targets_with_inputs(tokenizer):
+    for seed in range(30):
+        ids, targets, weights = encode_document(random.Random(seed), held_out_pairs(), tokenizer, most_tools=5)
+        assert len(ids) == len(targets) == len(weights) and ids[1:] == targets[:-1] and min(weights) > 0
+
+
+def test_plain_calls_parse_back():
+    arguments = {"city": "Oslo", "limit": 12}
+    call = parse_plain_call(" " + render_plain_call("get_weather_today", arguments))
+    assert (call.name, call.arguments) == ("get_weather_today", arguments)
