@@ -1,0 +1,162 @@
+"""Sharding, gradient sums and clipping: one rank against a plain model, and 1, 2, 4 ranks against each other."""
+
+import math
+
+import pytest
+import torch
+
+from tests.tiny_run import command, metrics_of, random_batch, run_process, tiny_model
+from train.distributed import any_rank, clip_gradients, gather_objects, global_sum, init_world, local_part, shard_model
+from train.sft_loop import batch_loss, train_step
+
+
+@pytest.fixture(scope="module")
+def world():
+    return init_world("cpu")
+
+
+def plain_gradients(model, batches, denominator):
+    """Gradients of an unsharded model through full logits and torch's own cross-entropy: none of our training code."""
+    total = 0.0
+    for batch in batches:
+        start = 0
+        for length in batch.segment_lengths:
+            part = slice(start, start + length)
+            logits_TV = model(batch.input_ids_T[None, part])[0]
+            losses_T = torch.nn.functional.cross_entropy(logits_TV, batch.target_ids_T[part], reduction="none")
+            total = total + (losses_T * batch.loss_weights_T[part]).sum()
+            start += length
+    (total / denominator).backward()
+    return {name: parameter.grad for name, parameter in model.named_parameters()}
+
+
+def test_one_process_is_a_world_of_one(world):
+    assert (world.rank, world.size, world.is_main, world.device.type) == (0, 1, True, "cpu")
+    assert global_sum([1.5, 2**53]) == [1.5, 2**53]
+    assert any_rank(True) and not any_rank(False)
+    assert gather_objects({"a": 1}) == [{"a": 1}]
+
+
+def test_cuda_without_a_device_is_refused(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(ValueError, match="device: found cuda, expected cpu or auto"):
+        init_world("cuda")
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("sync", ["last", "every"])
+def test_sharded_gradients_equal_a_plain_model(world, tied, checkpointing, sync):
+    batches = [random_batch(1), random_batch(2, n_tokens=25), random_batch(3, n_tokens=60)]
+    denominator = sum(batch.denominator for batch in batches)
+    expected = plain_gradients(tiny_model(tie_embeddings=tied), batches, denominator)
+    model = tiny_model(tie_embeddings=tied)
+    shard_model(model, world, dtype="float32")
+    model.activation_checkpointing = checkpointing
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    before = {name: local_part(parameter).detach().clone() for name, parameter in model.named_parameters()}
+    result = train_step(model, optimizer, batches, world, step=1, loss_normalization="token_mean", max_grad_norm=0.0,
+                        gradient_sync=sync)  # fmt: skip
+    assert result.denominator == pytest.approx(denominator)
+    for name, parameter in model.named_parameters():
+        moved = before[name] - local_part(parameter)  # SGD with rate 1: the step is the gradient
+        # 3e-7: subtracting two fp32 weights of size about 1 loses digits of the step
+        torch.testing.assert_close(moved, expected[name], rtol=1e-4, atol=3e-7, msg=lambda text, n=name: f"{n}: {text}")
+
+
+def test_bfloat16_computes_in_bf16_and_keeps_fp32_weights_and_gradients(world):
+    model = tiny_model()
+    shard_model(model, world, dtype="bfloat16")
+    seen = []
+    model.layers[0].register_forward_hook(lambda module, inputs, output: seen.append(output.dtype))
+    batch_loss(model, random_batch(1), world.device).backward()
+    assert seen == [torch.bfloat16]
+    for parameter in model.parameters():
+        assert parameter.dtype == torch.float32 and parameter.grad.dtype == torch.float32
+
+
+def test_idle_batch_gives_zero_gradients_not_none(world):
+    model = tiny_model()
+    shard_model(model, world, dtype="float32")
+    batch_loss(model, random_batch(1, trained_share=0.0), world.device).backward()
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is not None and not local_part(parameter.grad).any(), name
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Clipping
+
+
+def with_gradients(*rows):
+    parameters = [torch.nn.Parameter(torch.zeros(len(row))) for row in rows]
+    for parameter, row in zip(parameters, rows, strict=True):
+        parameter.grad = torch.tensor(row)
+    return parameters
+
+
+def test_clip_by_hand(world):
+    parameters = with_gradients([3.0, 0.0], [4.0])  # norm 5
+    assert clip_gradients(parameters, 1.0) == pytest.approx(5.0)
+    assert parameters[0].grad.tolist() == pytest.approx([0.6, 0.0])
+    assert parameters[1].grad.tolist() == pytest.approx([0.8])
+
+
+@pytest.mark.parametrize("limit", [0.0, 5.0, 7.0])
+def test_no_clipping_at_or_below_the_limit(world, limit):
+    parameters = with_gradients([3.0, 0.0], [4.0])
+    assert clip_gradients(parameters, limit) == pytest.approx(5.0)
+    assert parameters[0].grad.tolist() == [3.0, 0.0]
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_non_finite_norm_is_returned_and_gradients_stay(world, bad):
+    parameters = with_gradients([3.0, bad], [4.0])
+    assert not math.isfinite(clip_gradients(parameters, 1.0))
+    assert parameters[1].grad.tolist() == [4.0]
+
+
+def test_clip_equals_brute_force_on_sharded_gradients(world):
+    model = tiny_model()
+    shard_model(model, world, dtype="float32")
+    batch_loss(model, random_batch(5), world.device).backward()
+    before = torch.cat([local_part(parameter.grad).flatten().double() for parameter in model.parameters()])
+    limit = before.norm().item() / 3
+    assert clip_gradients(model.parameters(), limit) == pytest.approx(before.norm().item(), rel=1e-12)
+    after = torch.cat([local_part(parameter.grad).flatten().double() for parameter in model.parameters()])
+    torch.testing.assert_close(after, before / 3, rtol=1e-6, atol=1e-12)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Ranks
+
+
+def assert_same_training(first, second, steps):
+    rows, others = metrics_of(first), metrics_of(second)
+    assert len(rows) == len(others) == steps
+    for row, other in zip(rows, others, strict=True):
+        for key in ("sft/loss", "sft/grad_norm"):
+            assert other[key] == pytest.approx(row[key], rel=1e-4), (row["step"], key)
+        for key in ("step", "sft/trained_tokens", "sft/trained_turns", "sft/denominator"):
+            assert other[key] == row[key], (row["step"], key)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("normalization", ["turn_mean", "token_mean"])
+def test_two_ranks_train_like_one(tmp_path, normalization):
+    """10 steps of 4 trajectories: 1 rank x 4 micro-batches against 2 x 2, and 2 ranks with ragged shares."""
+    flags = {"global_batch_size": 4, "epochs": 2, "max_steps": 10, "loss_normalization": normalization}
+    ranks = {"a": 0, "b": 2}
+    for name, count in ranks.items():
+        done = run_process(command(tmp_path / name, ranks=count, **flags))
+        assert done.returncode == 0, done.stderr
+    assert_same_training(tmp_path / "a", tmp_path / "b", 10)
+
+
+@pytest.mark.slow
+def test_four_ranks_train_like_one(tmp_path):
+    """4 ranks x 1 micro-batch; the epoch's last step has 2 trajectories, so two ranks are idle in it."""
+    flags = {"global_batch_size": 4, "epochs": 2, "max_steps": 10}
+    for name, count in {"a": 0, "b": 4}.items():
+        done = run_process(command(tmp_path / name, ranks=count, **flags))
+        assert done.returncode == 0, done.stderr
+    assert_same_training(tmp_path / "a", tmp_path / "b", 10)

@@ -1,0 +1,121 @@
+"""Settings: defaults, file, flags, and every way to get them wrong."""
+
+import dataclasses
+import json
+import re
+import sys
+
+import pytest
+
+from run_config import ConfigError, read_config
+from tests.tiny_run import ROOT, run_process
+from train.sft_loop import SFTConfig
+
+
+def read(*arguments: str) -> SFTConfig:
+    return read_config(SFTConfig, "test", list(arguments))
+
+
+def write(tmp_path, text: str):
+    path = tmp_path / "settings.json"
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def test_no_flags_give_the_dataclass_defaults():
+    assert read() == SFTConfig()
+
+
+def test_flags_win_over_the_file_and_the_file_over_defaults(tmp_path):
+    path = write(tmp_path, '{"learning_rate": 1, "seed": 7, "dtype": "bfloat16"}')
+    config = read("--config", str(path), "--seed", "9")
+    assert (config.learning_rate, config.seed, config.dtype, config.epochs) == (1.0, 9, "bfloat16", 1)
+    assert isinstance(config.learning_rate, float)
+
+
+def test_a_written_config_reads_back_equal(tmp_path):
+    config = read("--learning_rate", "3e-7", "--schedule", "linear", "--output", "x y")
+    path = write(tmp_path, json.dumps(dataclasses.asdict(config)))
+    assert read("--config", str(path)) == config
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--epoch", "3"], "--epoch: found an unknown flag"),  # no abbreviations either
+        (["--nonsense=3"], "--nonsense: found an unknown flag"),
+        (["stray"], "stray: found an unknown flag"),
+        (["--epochs", "two"], "--epochs: found 'two', expected a whole number"),
+        (["--epochs", "1.5"], "--epochs: found '1.5', expected a whole number"),
+        (["--epochs", "0"], "--epochs: found epochs = 0, expected at least 1"),
+        (["--learning_rate", "nan"], "--learning_rate: found learning_rate = NaN, expected a finite number"),
+        (["--learning_rate", "-1"], "expected at least 0.0"),
+        (["--dtype", "float16"], '--dtype: found dtype = "float16", expected one of float32, bfloat16'),
+        (["--warmup_ratio", "1.5"], "expected at most 1.0"),
+        (["--adam_beta2", "1"], "--adam_beta2: found 1.0, expected a value below 1"),
+        (["--config", "no/such/file.json"], "no/such/file.json: found no readable file"),
+        (["--epochs"], "expected one argument"),
+    ],
+)
+def test_wrong_flags(arguments, message):
+    with pytest.raises(ConfigError) as caught:
+        read(*arguments)
+    assert message in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "line", "message"),
+    [
+        ('{\n "seed": 1,\n "sede": 2\n}', 3, "found unknown key 'sede', expected one of activation_checkpointing"),
+        ('{\n "seed": 1,\n}', 3, "found malformed JSON"),
+        ('{\n "seed": true}', 2, "found seed = true, expected a whole number"),
+        ('{"seed": "1"}', 1, 'found seed = "1", expected a whole number'),
+        ('{"seed": 1.0}', 1, "found seed = 1.0, expected a whole number"),
+        ('{"model": null}', 1, "found model = null, expected text"),
+        ('{\n\n"resume": "yes"}', 3, 'found resume = "yes", expected one of auto, never'),
+        ('{"seed": 1,\n "seed": 2}', 1, "found key 'seed' 2 times"),
+        ('{"learning_rate": NaN}', 1, "expected a finite number"),
+        ("[1]", 1, "found a JSON list, expected an object"),
+        ("", 1, "found malformed JSON"),
+        ('{"seed": -1}', 1, "found seed = -1, expected at least 0"),
+        ('{\n"adam_beta1": 1}', 2, "found 1.0, expected a value below 1"),
+    ],
+)
+def test_wrong_files_name_file_and_line(tmp_path, text, line, message):
+    path = write(tmp_path, text)
+    with pytest.raises(ConfigError) as caught:
+        read("--config", str(path))
+    assert str(caught.value).startswith(f"{path}:{line}: ") and message in str(caught.value)
+
+
+def test_deeply_nested_json_is_an_error_not_a_crash(tmp_path):
+    with pytest.raises(ConfigError):
+        read("--config", str(write(tmp_path, "[" * 100000)))
+
+
+def test_help_has_one_line_per_field(capsys):
+    with pytest.raises(SystemExit) as stop:
+        read("--help")
+    assert stop.value.code == 0
+    lines = capsys.readouterr().out.splitlines()
+    for field in dataclasses.fields(SFTConfig):
+        found = [line for line in lines if re.match(rf"\s+--{field.name} ", line)]
+        assert len(found) == 1, field.name
+        assert len(found[0].split(None, 2)[2]) > 20, f"{field.name} has no explanation"
+
+
+def test_a_misspelt_attribute_cannot_be_set():
+    with pytest.raises(AttributeError):
+        SFTConfig().learning_rte = 1.0
+
+
+def test_shipped_configs_are_readable():
+    for path in sorted((ROOT / "configs").glob("*.json")):
+        read("--config", str(path))
+
+
+@pytest.mark.slow
+def test_unknown_flag_in_a_process_is_one_line_and_code_2():
+    done = run_process([sys.executable, "run_sft.py", "--sede", "1"])
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == "--sede: found an unknown flag, expected one of those in --help\n"
