@@ -68,7 +68,17 @@ def process(arguments, ranks=1):
     if ranks > 1:
         start += ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)]
     return subprocess.Popen([*start, "run_eval.py", *arguments], cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"},
-                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
+                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def kill_with_workers(running):
+    """SIGKILL to a process and its children. torchrun's workers are no part of its group and would go on writing."""
+    workers = [int(pid) for task in Path(f"/proc/{running.pid}/task").iterdir()
+               for pid in (task / "children").read_text().split()]
+    for pid in (running.pid, *workers):
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+    running.communicate()
 
 
 @pytest.fixture(scope="module")
@@ -203,8 +213,7 @@ def test_sigkill_then_two_ranks_then_one(reference, benchmark_dir, tmp_path):
         deadline = time.monotonic() + 120
         while lines_there() < enough and running.poll() is None and time.monotonic() < deadline:
             time.sleep(0.01)
-        os.killpg(running.pid, signal.SIGKILL)
-        running.communicate()
+        kill_with_workers(running)
         assert enough <= lines_there(), ranks
     assert run_here(arguments)[0] == 0
     assert predictions_of(tmp_path) == predictions_of(reference[0])
