@@ -43,19 +43,19 @@ GOALS = {100: 1.0, 10: 1.4}  # percent trained -> tokens/s over eager
 ADAMW = {"learning_rate": 1e-6, "beta1": 0.9, "beta2": 0.95, "epsilon": 1e-8, "weight_decay": 0.01}
 MAX_GRAD_NORM = 1.0
 HF_NAMES = (  # ours -> transformers
-    ("tok_embeddings", "model.embed_tokens"), ("attention.wq", "self_attn.q_proj"), ("attention.wk", "self_attn.k_proj"),
-    ("attention.wv", "self_attn.v_proj"), ("attention.wo", "self_attn.o_proj"), ("feed_forward.w1", "mlp.gate_proj"),
-    ("feed_forward.w2", "mlp.down_proj"), ("feed_forward.w3", "mlp.up_proj"), ("attention_norm", "input_layernorm"),
-    ("ffn_norm", "post_attention_layernorm"),
+    ("tok_embeddings", "model.embed_tokens"), ("attention.wq", "self_attn.q_proj"),
+    ("attention.wk", "self_attn.k_proj"), ("attention.wv", "self_attn.v_proj"), ("attention.wo", "self_attn.o_proj"),
+    ("feed_forward.w1", "mlp.gate_proj"), ("feed_forward.w2", "mlp.down_proj"), ("feed_forward.w3", "mlp.up_proj"),
+    ("attention_norm", "input_layernorm"), ("ffn_norm", "post_attention_layernorm"),
 )
 
 
-# ------------------------------------------------------------------------------------------------------ models and batch
+# ----------------------------------------------------------------------------------------------------- models and batch
 def make_config(args) -> ModelConfig:
     return ModelConfig(
         vocab_size=args.vocab_size, dim=args.dim, n_layers=args.layers, n_heads=args.dim // 64,
-        n_kv_heads=args.dim // 64, head_dim=64, ffn_dim=args.dim * 8 // 3 // 32 * 32, norm_eps=1e-5, rope_theta=1e4, rope_scaling=None,
-        tie_embeddings=False, qkv_bias=False, max_positions=4096)
+        n_kv_heads=args.dim // 64, head_dim=64, ffn_dim=args.dim * 8 // 3 // 32 * 32, norm_eps=1e-5, rope_theta=1e4,
+        rope_scaling=None, tie_embeddings=False, qkv_bias=False, max_positions=4096)
 
 
 def transformers_copy(model: Transformer) -> torch.nn.Module:
@@ -200,9 +200,11 @@ def main() -> int:
     parser.add_argument("--loop", choices=["on", "off"], default="on", help="measure the side `loop` too")
     args = parser.parse_args()
     world = init_world("cpu")
-    print(f"{args.layers} layers, D {args.dim}, V {args.vocab_size}, {N_SEQUENCES} x {args.tokens // N_SEQUENCES} tokens, "
-          f"{torch.get_num_threads()} threads, torch {torch.__version__}, {args.repeats} alternating rounds, {args.clock} time")
-    print("dtype     trained  eager tok/s  ours tok/s  loop tok/s  ours/eager  loop/eager  matmul GF/s  share  loss diff")
+    print(f"{args.layers} layers, D {args.dim}, V {args.vocab_size}, {N_SEQUENCES} x {args.tokens // N_SEQUENCES} "
+          f"tokens, {torch.get_num_threads()} threads, torch {torch.__version__}, {args.repeats} alternating rounds, "
+          f"{args.clock} time")
+    print("dtype     trained  eager tok/s  ours tok/s  loop tok/s  ours/eager  loop/eager  matmul GF/s  share  "
+          "loss diff")
     rows = []
     for dtype_name in args.dtypes.split(","):
         sides = make_sides(args, getattr(torch, dtype_name), world)

@@ -2,8 +2,8 @@
 import ast
 import json
 import re
-from functools import cache
 from dataclasses import fields
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -52,7 +52,8 @@ def test_equation_stands_where_the_page_says(equation):
     for file, function in places:
         sources = definitions(ROOT / file).get(function, [])
         assert sources, f"{equation}: {file} has no {function}"
-        assert any(names_equation(source, equation) for source in sources), f"{file}:{function} does not name {equation}"
+        is_named = any(names_equation(source, equation) for source in sources)
+        assert is_named, f"{file}:{function} does not name {equation}"
 
 
 def test_marks_in_the_code_are_numbers_of_the_page():
@@ -93,7 +94,7 @@ def headings(document: Path) -> set[str]:
     return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
 
 
-# ------------------------------------------------------------------------------------------------------- shipped configs
+# ------------------------------------------------------------------------------------------------------ shipped configs
 def read_shipped(name: str) -> tuple[SFTConfig, dict]:
     path = ROOT / "configs" / f"{name}.json"
     return read_config(SFTConfig, "test", ["--config", str(path)]), json.loads(path.read_text(encoding="utf-8"))

@@ -1,4 +1,4 @@
-"""Weighted cross-entropy: numbers worked by hand, PyTorch's own loss, finite differences, and the promises about rows."""
+"""Weighted cross-entropy: hand-worked numbers, PyTorch's loss, finite differences, promises about rows."""
 import math
 
 import pytest
@@ -86,7 +86,7 @@ def test_large_logits_do_not_overflow():
     assert linear.item() == pytest.approx(1e4 + math.log(2), rel=1e-6)
 
 
-# ------------------------------------------------------------------------------------------ against PyTorch and gradcheck
+# ---------------------------------------------------------------------------------------- against PyTorch and gradcheck
 @pytest.mark.parametrize("chunk_rows", CHUNKS)
 @pytest.mark.parametrize("dtype, rtol", [(torch.float64, 1e-12), (torch.float32, 2e-5)])
 def test_linear_loss_equals_pytorch(chunk_rows, dtype, rtol):
@@ -195,7 +195,8 @@ def test_inf_in_a_weighted_row_is_not_hidden():
 def test_no_trained_row_gives_a_connected_zero(n_rows):
     hidden_MD, head_weight_VD, target_ids_M, _ = make_rows(torch.float32, n_rows=n_rows)
     empty = torch.zeros(0, dtype=torch.long)
-    loss = linear_weighted_cross_entropy(hidden_MD, head_weight_VD, target_ids_M, torch.zeros(n_rows), trained_index_K=empty)
+    loss = linear_weighted_cross_entropy(hidden_MD, head_weight_VD, target_ids_M, torch.zeros(n_rows),
+                                         trained_index_K=empty)
     assert loss.item() == 0 and loss.dtype == torch.float32
     (loss / 3).backward()
     assert torch.equal(hidden_MD.grad, torch.zeros(n_rows, 5)) and torch.equal(head_weight_VD.grad, torch.zeros(11, 5))
@@ -205,7 +206,7 @@ def test_no_trained_row_gives_a_connected_zero(n_rows):
     assert loss.item() == 0 and torch.equal(logits_MV.grad, torch.zeros(n_rows, 4))
 
 
-# ------------------------------------------------------------------------------------------------------- autograd corners
+# ----------------------------------------------------------------------------------------------------- autograd corners
 @pytest.mark.parametrize("chunk_rows", [None, 2])
 def test_only_one_side_requires_grad(chunk_rows):
     rows = make_rows()
@@ -256,10 +257,11 @@ def test_loss_weights_may_be_any_float_type_and_inputs_stay_unchanged():
     second = linear_weighted_cross_entropy(hidden_MD, head_weight_VD, target_ids_M.int(), loss_weights_M)
     assert torch.equal(first, second)
     first.backward()
-    assert all(torch.equal(row, copy) for row, copy in zip((hidden_MD, head_weight_VD, target_ids_M, loss_weights_M), copies))
+    rows = (hidden_MD, head_weight_VD, target_ids_M, loss_weights_M)
+    assert all(torch.equal(row, copy) for row, copy in zip(rows, copies, strict=True))
 
 
-# ------------------------------------------------------------------------------------------------------------- bad input
+# ------------------------------------------------------------------------------------------------------------ bad input
 @pytest.mark.parametrize("bad", [-1, -100, 11])
 def test_bad_target_on_a_weighted_row_is_named(bad):
     hidden_MD, head_weight_VD, target_ids_M, loss_weights_M = make_rows()

@@ -73,7 +73,7 @@ def linear_token_logprobs(
 ) -> Tensor:
     """Log-probability of each row's target, (M,) fp32 (fp64 for fp64 inputs), <= 0; `-result` is the unreduced E9.
 
-    Differentiable in hidden and head; the backward pass makes the logits again chunk by chunk, so they never live whole.
+    Differentiable in hidden and head; the backward pass makes the logits again, chunk by chunk.
     Raises ValueError as `linear_weighted_cross_entropy`; every target must be inside [0, V).
     """
     _check_rows(hidden_MD, target_ids_M, target_ids_M)
@@ -90,7 +90,7 @@ def chunk_loss_and_gradient_(
     """Weighted cross-entropy of each row, (C,); the logits are overwritten by their gradient (E9, E10).
 
     The only place that touches logits of the linear loss, and all that another backend has to replace: same arguments,
-    same result. `loss_weights_C` has the dtype of the arithmetic. Without `need_gradient` the logits hold scratch after.
+    same result. `loss_weights_C` has the dtype of the arithmetic. Without `need_gradient` the logits end as scratch.
     """
     scores_CV = logits_CV.to(loss_weights_C.dtype)  # the same memory for fp32 and fp64, a copy for bf16
     scores_CV.sub_(scores_CV.amax(dim=1, keepdim=True))
