@@ -1,8 +1,8 @@
 """Evaluate a tool-calling model: `python run_eval.py`, or `torchrun --nproc_per_node N run_eval.py`.
 
-Greedy predictions, then TS/PI/CF with 95 % intervals per benchmark. Without flags: the model of run_sft.py on the bundled
-tiny benchmarks. `--predictions FILE` scores an existing file, no model. A killed run goes on with the same command, under
-any number of ranks. Exit codes: 0 everything scored; 2 bad input (one line on stderr).
+Greedy predictions, then TS/PI/CF with 95 % intervals per benchmark. Without flags: the model of run_sft.py on the
+bundled tiny benchmarks. `--predictions FILE` scores an existing file, no model. A killed run goes on with the same
+command, under any number of ranks. Exit codes: 0 everything scored; 2 bad input (one line on stderr).
 """
 
 import sys
@@ -101,7 +101,7 @@ def run(config: EvalConfig, world: World) -> None:
         log_line(score(config, answers, predictions))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------------------
 # Predictions
 
 
@@ -140,7 +140,7 @@ def load_model(config: EvalConfig, world: World) -> tuple[Transformer, Tokenizer
     return model.eval(), tokenizer
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------------------
 # Scores
 
 

@@ -24,7 +24,7 @@ from model.transformer import Transformer
 HASH_BLOCK = 1 << 20  # bytes read at a time
 
 
-# --------------------------------------------------------------------------------------------------------------- identity
+# ------------------------------------------------------------------------------------------------------------- identity
 
 
 def folder_sha256(model_dir: Path) -> str:
@@ -66,7 +66,7 @@ def check_settings(path: Path, settings: dict[str, str | int], *, resume: str, i
                             "belong to another run; choose another --output")
 
 
-# ---------------------------------------------------------------------------------------------------------------- journal
+# -------------------------------------------------------------------------------------------------------------- journal
 
 
 def _journal(path: Path, rank: int) -> Path:
@@ -109,7 +109,7 @@ def _wait_for_all_ranks() -> None:
         dist.barrier()
 
 
-# ------------------------------------------------------------------------------------------------------------- generation
+# ----------------------------------------------------------------------------------------------------------- generation
 
 
 def length_sorted_batches(prompts: dict[int, list[int]], batch_size: int) -> list[list[int]]:

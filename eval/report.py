@@ -7,7 +7,7 @@ from eval.confidence import Z_95, are_disjoint, wilson_interval
 METRICS = ("TS", "PI", "CF")
 
 
-# -------------------------------------------------------------------------------------------------------------- summaries
+# ------------------------------------------------------------------------------------------------------------ summaries
 
 
 def summarize_results(rows: Sequence[dict]) -> dict:
@@ -33,7 +33,7 @@ def format_rate(summary: Mapping, metric: str) -> str:
     return f"{summary[f'{metric}_percent']:.1f} [{low:.1f}, {high:.1f}]"
 
 
-# ----------------------------------------------------------------------------------------------------------------- tables
+# --------------------------------------------------------------------------------------------------------------- tables
 
 
 def format_table(rows: Sequence[Sequence[str]]) -> str:
@@ -61,7 +61,7 @@ def format_report(run: Mapping) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-# ------------------------------------------------------------------------------------------------------------- comparison
+# ----------------------------------------------------------------------------------------------------------- comparison
 
 
 def compare_rates(baseline: Mapping, other: Mapping, metric: str) -> str:

@@ -39,7 +39,7 @@ class CallScore:
     reason: str
 
 
-# ---------------------------------------------------------------------------------------------------------------- values
+# --------------------------------------------------------------------------------------------------------------- values
 
 
 def equal_strict(predicted: object, gold: object) -> bool:
@@ -56,7 +56,7 @@ def equal_strict(predicted: object, gold: object) -> bool:
     return predicted == gold
 
 
-# --------------------------------------------------------------------------------------------------------------- one call
+# ------------------------------------------------------------------------------------------------------------- one call
 
 
 def is_same_tool(call: ToolCall, gold: GoldCall) -> bool:
@@ -75,7 +75,7 @@ def is_same_content(call: ToolCall, gold: GoldCall, values_equal: Callable[[obje
         key in gold.wildcards or values_equal(call.arguments[key], gold.arguments[key]) for key in gold.arguments)
 
 
-# ----------------------------------------------------------------------------------------------------------- whole answers
+# -------------------------------------------------------------------------------------------------------- whole answers
 
 
 def can_pair(calls: Sequence[ToolCall], answer: GoldAnswer, is_match: Callable[[ToolCall, GoldCall], bool]) -> bool:
@@ -132,7 +132,7 @@ def score_calls(calls: Sequence[ToolCall], answers: Sequence[GoldAnswer], *,
     return CallScore(TS=bool(with_tool), PI=bool(with_parameters), CF=is_correct, reason=reason)  # E21
 
 
-# ---------------------------------------------------------------------------------------------------------------- reasons
+# -------------------------------------------------------------------------------------------------------------- reasons
 
 
 def _show(value: object) -> str:

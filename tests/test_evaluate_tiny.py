@@ -97,7 +97,7 @@ def test_reason_names_a_cut_or_missing_output(tmp_path, capsys):
     assert code == 0 and "cut at max_new_tokens" in rows[0]["reason"] and rows[1]["reason"].startswith("no output:")
 
 
-# ---------------------------------------------------------------------------------------------------- incomplete, malformed
+# ------------------------------------------------------------------------------------------------ incomplete, malformed
 
 
 def change(files, tmp_path, line, text):
@@ -229,7 +229,7 @@ def test_runs_as_a_module_without_importing_torch_or_model_code(files):
     assert result.returncode == 2 and result.stderr == "none: found No such file or directory, expected a readable JSONL file\n"
 
 
-# --------------------------------------------------------------------------------------------------------------- summaries
+# ------------------------------------------------------------------------------------------------------------ summaries
 
 
 def rows_of(correct, n):

@@ -99,7 +99,7 @@ def scores_of(output):
         "summary": json.loads((output / "summary.json").read_text())["benchmarks"]}
 
 
-# ------------------------------------------------------------------------------------------------------------------ files
+# ---------------------------------------------------------------------------------------------------------------- files
 
 
 def test_run_leaves_predictions_results_summary_report(reference, benchmark_dir):
@@ -170,7 +170,7 @@ def test_length_sorted_batches():
     assert length_sorted_batches({}, 3) == []
 
 
-# ------------------------------------------------------------------------------------------------------- kills and ranks
+# ------------------------------------------------------------------------------------------------------ kills and ranks
 
 
 def test_continues_from_every_cut(reference, benchmark_dir, tmp_path):
@@ -230,7 +230,7 @@ def test_two_ranks_equal_one(reference, benchmark_dir, tmp_path):
     assert scores_of(tmp_path) == scores_of(reference[0])
 
 
-# ------------------------------------------------------------------------------------------------------------- score only
+# ----------------------------------------------------------------------------------------------------------- score only
 
 
 def gold_predictions(benchmark_dir, path):
@@ -266,7 +266,7 @@ def test_compare_prints_the_verdicts(reference, benchmark_dir, tmp_path, capsys)
     assert "expected the same ones" in capsys.readouterr().err
 
 
-# -------------------------------------------------------------------------------------------------------------- bad input
+# ------------------------------------------------------------------------------------------------------------ bad input
 
 
 @pytest.mark.parametrize("change, expected", [
