@@ -35,7 +35,7 @@ def read_run(run_dir: Path) -> dict:
 
 def main(arguments: Sequence[str]) -> int:
     """Command line; exit code 0, or 2 after one line on stderr."""
-    parser = argparse.ArgumentParser(prog="compare", description="Compare runs of run_eval.py; the first is the baseline.")
+    parser = argparse.ArgumentParser(prog="compare", description="Compare runs; the first is the baseline.")
     parser.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="folder with a summary.json")
     parser.add_argument("--names", help="comma-separated column names (default: the folders' names)")
     flags = parse_arguments(parser, arguments)
