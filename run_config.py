@@ -21,7 +21,7 @@ _TYPE_NAMES = {int: "a whole number", float: "a number", str: "text"}
 
 
 class ConfigError(ValueError):
-    """A flag or config key is unknown or has an impossible value. One line: where, what was found, what was expected."""
+    """A flag or config key is unknown or has an impossible value. One line: where, found what, expected what."""
 
 
 class _OneLineParser(argparse.ArgumentParser):

@@ -6,13 +6,11 @@ line on stderr; 130 or 143 stopped by SIGINT or SIGTERM after saving: go on with
 
 import shlex
 import sys
-from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
-from data.batches import drop_unusable, step_batches, steps_per_epoch
-from data.loss_weights import EncodedTrajectory, encode_trajectory
-from data.trajectories import DataError, read_trajectories
+from data.batches import step_batches, steps_per_epoch
+from data.trajectories import DataError
 from model.config import ModelFolderError
 from model.pretrained_weights import save_pretrained_streamed
 from model.tokenizer import load_tokenizer
@@ -21,7 +19,7 @@ from train.checkpoint import CheckpointError
 from train.distributed import DTYPES, close_world, init_world, load_sharded_model
 from train.optimizer import make_adamw
 from train.run_logging import RunFolderError, file_sha256, log_line, model_fingerprint, plot_losses
-from train.sft_loop import SFTConfig, TrainingError, train_sft
+from train.sft_loop import SFTConfig, TrainingError, encode_data, train_sft
 
 USER_ERRORS = (ConfigError, DataError, ModelFolderError, RunFolderError, CheckpointError, TrainingError)
 
@@ -64,22 +62,6 @@ def run(config: SFTConfig) -> int:
     say(f"trained {result.step} steps; model: {final}")
     say(f"next: python run_eval.py --model {shlex.quote(str(final))}")
     return 0
-
-
-def encode_data(config: SFTConfig, tokenizer: object) -> tuple[list[EncodedTrajectory], list[str]]:
-    """Read, filter, weigh and encode all trajectories; also lines on what was dropped, masked and is trained."""
-    encoded, notes = drop_unusable([
-        encode_trajectory(trajectory, tokenizer, error_filter=config.error_filter, key_tokens=config.key_tokens == "on",
-                          max_key_token_weight=config.max_key_token_weight,
-                          loss_normalization=config.loss_normalization)
-        for trajectory in read_trajectories(config.data, unparsable_calls=config.unparsable_calls)
-    ], config.max_tokens)
-    masked = Counter(turn.category for row in encoded for turn in row.turn_decisions if turn.masked)
-    counts = ", ".join(f"{category} {count}" for category, count in sorted(masked.items())) or "none"
-    notes.append(f"{len(encoded)} trajectories of {sum(map(len, encoded))} tokens; trained: "
-                 f"{sum(row.trained_turns for row in encoded)} turns, {sum(row.trained_tokens for row in encoded)} tokens")
-    notes.append(f"turns masked by error_filter={config.error_filter}: {counts}")
-    return encoded, notes
 
 
 if __name__ == "__main__":

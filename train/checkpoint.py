@@ -334,6 +334,14 @@ def newest_good_checkpoint(folder: Path, world: World, *, identity: str) -> tupl
     return None, refused
 
 
+def load_weights(path: Path, model: torch.nn.Module) -> int:
+    """Read only the weights of a verified checkpoint into a sharded model; a collective. Returns its optimizer step."""
+    tensors = _model_tensors(model)
+    reader = HuggingFaceStorageReader(str(path / STATE_FOLDER))
+    _run_on_all(lambda: dcp.load(tensors, storage_reader=reader), f"cannot read {path}")
+    return checkpoint_step(path)
+
+
 def load_checkpoint(path: Path, model: torch.nn.Module, optimizer: torch.optim.Optimizer, world: World) -> TrainerState:
     """Read a verified checkpoint into a sharded model and its optimizer, in place; a collective.
 

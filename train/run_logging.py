@@ -54,8 +54,8 @@ def file_sha256(path: Path) -> str:
 def model_fingerprint(model_dir: str) -> str:
     """sha256 over config, tokenizer and weight files of a model folder.
 
-    Of files above 64 MiB only size, first and last 16 MiB count: another model differs there too, and hashing 13 GB would
-    delay every start.
+    Of files above 64 MiB only size, first and last 16 MiB count: another model differs there too, and hashing 13 GB
+    would delay every start.
     """
     names = ("config.json", "tokenizer.model", "tokenizer.json")
     paths = [Path(model_dir) / name for name in names] + sorted(Path(model_dir).glob("*.safetensors"))

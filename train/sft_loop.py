@@ -8,6 +8,7 @@ other micro-batches or over other ranks changes nothing but rounding.
 import math
 import signal
 import time
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -16,7 +17,9 @@ from typing import Self
 import torch
 from tqdm import tqdm
 
-from data.batches import PackedBatch
+from data.batches import PackedBatch, drop_unusable
+from data.loss_weights import EncodedTrajectory, TextEncoder, encode_trajectory
+from data.trajectories import read_trajectories
 from train.checkpoint import CheckpointError, load_checkpoint, newest_good_checkpoint, remove_leftovers, save_checkpoint
 from train.distributed import World, any_rank, clip_gradients, fsdp_modules, global_sum, set_gradient_sync, wait_for_all
 from train.optimizer import SCHEDULES, schedule_factor, set_learning_rates, warmup_steps_of
@@ -177,6 +180,36 @@ def run_identity(config: SFTConfig, sources: dict[str, str]) -> dict:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# Data
+
+
+def encode_data(config: SFTConfig, tokenizer: TextEncoder) -> tuple[list[EncodedTrajectory], list[str]]:
+    """Read, filter, weigh and encode all trajectories; also lines on what was dropped, masked and is trained."""
+    encoded, notes = drop_unusable(
+        [
+            encode_trajectory(
+                trajectory,
+                tokenizer,
+                error_filter=config.error_filter,
+                key_tokens=config.key_tokens == "on",
+                max_key_token_weight=config.max_key_token_weight,
+                loss_normalization=config.loss_normalization,
+            )
+            for trajectory in read_trajectories(config.data, unparsable_calls=config.unparsable_calls)
+        ],
+        config.max_tokens,
+    )
+    masked = Counter(turn.category for row in encoded for turn in row.turn_decisions if turn.masked)
+    counts = ", ".join(f"{category} {count}" for category, count in sorted(masked.items())) or "none"
+    notes.append(
+        f"{len(encoded)} trajectories of {sum(map(len, encoded))} tokens; trained: "
+        f"{sum(row.trained_turns for row in encoded)} turns, {sum(row.trained_tokens for row in encoded)} tokens"
+    )
+    notes.append(f"turns masked by error_filter={config.error_filter}: {counts}")
+    return encoded, notes
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # One optimizer step
 
 
@@ -316,7 +349,7 @@ def train_sft(
     """Train from the newest good checkpoint (or from the given weights) to the end; a collective.
 
     model: sharded by train.distributed.shard_model; optimizer: built after that, one or more groups, each with its own
-    peak `lr`, which the schedule scales. step_batches(s): this rank's micro-batches of optimizer step s, counted from 0,
+    peak `lr`, which the schedule scales. step_batches(s): this rank's micro-batches of optimizer step s, from 0 on,
     a pure function of s. total_steps: length of the schedule; config.max_steps ends the run earlier, not the schedule.
     sources: fingerprints of what goes in, part of the run's identity. Files: docs/checkpoints.md, docs/metrics.md.
     Raises RunFolderError, CheckpointError, TrainingError.
