@@ -1,0 +1,144 @@
+"""model/sampling.py: greedy ids, independence of batching, log-probs, stops, the hook for several ranks."""
+import json
+import random
+
+import pytest
+import torch
+
+from model.pretrained_weights import load_pretrained
+from model.sampling import _choose_tokens, any_unfinished, generate
+from tests.test_transformer import STORIES, tiny_model
+
+
+def random_prompts(n: int, vocab_size: int, longest: int) -> list[list[int]]:
+    rng = random.Random(0)
+    return [[rng.randrange(vocab_size) for _ in range(rng.randint(1, longest))] for _ in range(n)]
+
+
+def slow_greedy(model: torch.nn.Module, prompt: list[int], max_new_tokens: int, eos_id: int) -> tuple[list[int], list[float]]:
+    """The obviously right way: the whole sequence through the model for every token, no cache, no batch."""
+    ids, logprobs = list(prompt), []
+    while len(logprobs) < max_new_tokens and not (logprobs and ids[-1] == eos_id):
+        with torch.no_grad():
+            logits = model(torch.tensor([ids]))[0, -1].double()
+        ids.append(int(logits.argmax()))
+        logprobs.append((logits - logits.logsumexp(0))[ids[-1]].item())
+    return ids[len(prompt):], logprobs
+
+
+@pytest.mark.parametrize("changes", [{}, {"n_kv_heads": 4, "tie_embeddings": True}, {"qkv_bias": True}], ids=str)
+def test_greedy_equals_the_slow_way(changes):
+    model = tiny_model(**changes)
+    prompts = random_prompts(6, 61, 12)
+    found = generate(model, prompts, max_new_tokens=8, eos_id=3)
+    for prompt, (ids, logprobs) in zip(prompts, found, strict=True):
+        expected_ids, expected_logprobs = slow_greedy(model, prompt, 8, 3)
+        assert ids == expected_ids
+        assert logprobs == pytest.approx(expected_logprobs, abs=2e-4)
+
+
+def test_greedy_reference_ids_of_stories260K():
+    if not STORIES.is_dir():
+        pytest.skip(f"{STORIES.name} is not beside the repository")
+    cases = json.loads((STORIES / "reference.json").read_text())["cases"]
+    found = generate(load_pretrained(STORIES), [c["input_ids"] for c in cases], max_new_tokens=40, eos_id=None)
+    assert [ids for ids, _ in found] == [c["greedy40"] for c in cases]
+
+
+def test_greedy_does_not_depend_on_batching():
+    model = tiny_model()
+    prompts = random_prompts(11, 61, 30)
+    together = generate(model, prompts, max_new_tokens=12, eos_id=3)
+    alone = [generate(model, [prompt], max_new_tokens=12, eos_id=3)[0] for prompt in prompts]
+    eights = [r for i in range(0, 11, 8) for r in generate(model, prompts[i:i + 8][::-1], max_new_tokens=12, eos_id=3)[::-1]]
+    assert together == alone == eights  # ids and log-probabilities, bit for bit
+
+
+def test_stories_do_not_depend_on_batching():
+    if not STORIES.is_dir():
+        pytest.skip(f"{STORIES.name} is not beside the repository")
+    model = load_pretrained(STORIES)
+    prompts = [[1] + prompt for prompt in random_prompts(5, 512, 40)]
+    together = generate(model, prompts, max_new_tokens=12, eos_id=2)
+    assert together == [generate(model, [prompt], max_new_tokens=12, eos_id=2)[0] for prompt in prompts]
+
+
+def test_exact_ties_take_the_lowest_id():
+    model = tiny_model()
+    with torch.no_grad():
+        model.output.weight.copy_(model.output.weight[:1].expand(61, -1))  # all logits equal
+    assert generate(model, [[5, 6]], max_new_tokens=3, eos_id=None)[0][0] == [0, 0, 0]
+
+
+def test_each_row_stops_on_its_own():
+    model = tiny_model()
+    prompts = random_prompts(12, 61, 10)
+    free = generate(model, prompts, max_new_tokens=10, eos_id=None)
+    eos_id = free[0][0][2]  # some rows meet it early, others never
+    stopped = generate(model, prompts, max_new_tokens=10, eos_id=eos_id)
+    lengths = set()
+    for (free_ids, free_logprobs), (ids, logprobs) in zip(free, stopped, strict=True):
+        length = free_ids.index(eos_id) + 1 if eos_id in free_ids else 10  # EOS is part of the response
+        assert (ids, logprobs) == (free_ids[:length], free_logprobs[:length])
+        lengths.add(length)
+    assert len(lengths) > 1
+
+
+def test_logprobs_are_those_of_the_sampling_temperature():
+    model = tiny_model()
+    prompts = random_prompts(5, 61, 10)
+    found = generate(model, prompts, max_new_tokens=6, eos_id=3, temperature=0.7, generator=torch.Generator().manual_seed(0))
+    for prompt, (ids, logprobs) in zip(prompts, found, strict=True):
+        with torch.no_grad():
+            logits = model(torch.tensor([prompt + ids]))[0, len(prompt) - 1:-1].double() / 0.7
+        for row, token, logprob in zip(logits, ids, logprobs, strict=True):
+            probabilities = [2.718281828459045 ** float(x - row.max()) for x in row]
+            expected = probabilities[token] / sum(probabilities)
+            assert 2.718281828459045 ** logprob == pytest.approx(expected, rel=1e-3)
+
+
+def test_samples_follow_the_distribution():
+    n, logits = 20000, torch.tensor([1.0, -2.0, 0.0, 2.5, 0.3])
+    tokens, logprobs = _choose_tokens(logits.expand(n, -1), 1.5, torch.Generator().manual_seed(1))
+    expected = (logits.double() / 1.5).softmax(-1)
+    counts = torch.tensor([tokens.count(i) for i in range(5)])
+    assert ((counts / n - expected).abs() < 4.5 * (expected * (1 - expected) / n).sqrt()).all()
+    assert logprobs[0] == pytest.approx(expected[tokens[0]].log().item(), abs=1e-6)
+
+
+def test_seed_reproduces_samples():
+    model, prompts = tiny_model(), random_prompts(5, 61, 10)
+    runs = [generate(model, prompts, max_new_tokens=6, eos_id=3, temperature=1.0, generator=torch.Generator().manual_seed(s))
+            for s in (0, 0, 1)]
+    assert runs[0] == runs[1] != runs[2]
+
+
+def test_hook_keeps_a_finished_rank_in_step():
+    """A rank that is done goes on with empty forwards as long as the hook says so, and its responses do not change."""
+    model = tiny_model()
+    forwards, asked = [], []
+    model.register_forward_pre_hook(lambda module, args: forwards.append(args[0].shape[1]))
+
+    def until_thirty(finished_B: torch.Tensor) -> bool:
+        asked.append(any_unfinished(finished_B))
+        return len(forwards) < 30
+
+    found = generate(model, [[5, 6, 7]], max_new_tokens=4, eos_id=None, should_continue=until_thirty)
+    assert len(forwards) == 30 and not asked[-1]
+    assert found == generate(model, [[5, 6, 7]], max_new_tokens=4, eos_id=None)
+    empty_from = len(forwards)
+    assert generate(model, [], max_new_tokens=4, eos_id=None, should_continue=lambda f: len(forwards) < empty_from + 3) == []
+    assert len(forwards) == empty_from + 3
+
+
+def test_no_prompts_is_no_work():
+    assert generate(tiny_model(), [], max_new_tokens=4, eos_id=3) == []
+
+
+@pytest.mark.parametrize("prompts, changes, words", [
+    ([[1], []], {}, r"prompts \[1\] are empty"), ([[1]], {"max_new_tokens": 0}, "max_new_tokens is 0"),
+    ([[1]], {"temperature": -1.0}, "temperature is -1.0"), ([[1]], {"temperature": float("nan")}, "temperature is nan"),
+], ids=str)
+def test_wrong_arguments_are_errors(prompts, changes, words):
+    with pytest.raises(ValueError, match=words):
+        generate(tiny_model(), prompts, **({"max_new_tokens": 2, "eos_id": 3} | changes))
