@@ -30,8 +30,8 @@ def find_key_tokens(call_ids: Sequence[int], other_name_ids: Sequence[Sequence[i
         while shared < min(len(call_ids), len(other_ids)) and call_ids[shared] == other_ids[shared]:
             shared += 1
         names_differ = shared < len(other_ids)  # shared == len: the same name up to and with its bracket
-        if 0 < shared < len(call_ids) and names_differ:
-            key_positions.add(shared)  # E3
+        if shared < len(call_ids) and names_differ:
+            key_positions.add(shared)  # E3; nothing shared = 0, the first token, which is in K anyway
     return sorted(key_positions)
 
 

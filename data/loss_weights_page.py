@@ -45,6 +45,7 @@ summary { cursor: pointer; }
 .t { unicode-bidi: isolate; border-radius: 3px; padding: 2px 0; cursor: pointer; scroll-margin: 5rem 0 12rem; }
 .t.lead { white-space: normal; }
 .t.nl::before { content: "\\21B5"; color: var(--faint); }
+.key, .eos { display: inline-block; max-width: 100%; line-height: 1.4; }
 .key { background: var(--key); color: var(--key-text); font-weight: 700; padding: 2px 3px; margin: 0 1px;
   border: 2px solid var(--key-text); }
 .key::after { content: "\\D7" attr(data-w); font-size: .72em; margin-left: 2px; }

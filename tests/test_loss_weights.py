@@ -121,6 +121,16 @@ def test_plain_text_weighs_one_and_ends_with_eos():
     assert row.token_classes[-8:] == ["normal"] * 7 + ["eos"]
 
 
+def test_a_name_offered_twice_or_called_itself_adds_no_key_token():
+    # ` get|_|paper|()`: the bracket is merged, so the ids of `get_paper(` alone would look like another name
+    call = trajectory(("user", "x", None), ("assistant", "", ToolCall("get_paper", {})),
+                      tools=[{"type": "function", "function": {"name": "get_paper"}}] * 2)
+    assert [weights for _, weights in trained_runs(encode(call))] == [[3, 1, 1, 1, 1]]  # |K| = 1, |NK| = 3, EOS
+    beside_longer = trajectory(("user", "x", None), ("assistant", "", ToolCall("get_paper", {})), tools=[
+        *call.tools, {"type": "function", "function": {"name": "get_paper_details"}}])
+    assert encode(beside_longer).token_classes[-5:] == ["key", "normal", "normal", "key", "eos"]
+
+
 def test_a_space_that_is_its_own_piece_is_neither_key_nor_counted():
     row = encode(FIND_PAPER, PieceTokenizer(bare_spaces=True))
     # the call's pieces are as above behind one space; finish: `finis|h`, the same 8 pieces without their space
