@@ -16,12 +16,12 @@ from model.pretrained_weights import save_pretrained_streamed
 from model.tokenizer import load_tokenizer
 from run_config import ConfigError, fail, read_config
 from train.checkpoint import CheckpointError
-from train.distributed import DTYPES, close_world, init_world, load_sharded_model
+from train.distributed import DTYPES, DeviceError, close_world, init_world, load_sharded_model
 from train.optimizer import make_adamw
 from train.run_logging import RunFolderError, file_sha256, log_line, model_fingerprint, plot_losses
 from train.sft_loop import SFTConfig, TrainingError, encode_data, train_sft
 
-USER_ERRORS = (ConfigError, DataError, ModelFolderError, RunFolderError, CheckpointError, TrainingError)
+USER_ERRORS = (ConfigError, DataError, DeviceError, ModelFolderError, RunFolderError, CheckpointError, TrainingError)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -39,7 +39,7 @@ def test_one_process_is_a_world_of_one(world):
 
 def test_cuda_without_a_device_is_refused(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with pytest.raises(ValueError, match="device: found cuda, expected cpu or auto"):
+    with pytest.raises(ValueError, match="--device: found cuda, expected cpu or auto"):
         init_world("cuda")
 
 

@@ -6,6 +6,7 @@ import math
 import os
 import re
 import signal
+from pathlib import Path
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ from data.trajectories import read_trajectories
 from model.tokenizer import load_tokenizer
 from tests.tiny_run import ROOT, metrics_of, random_batch, run_here, tiny_files, tiny_model
 from train.distributed import init_world, local_part, shard_model
-from train.run_logging import RunFolderError, cut_metrics, open_run_folder, plot_losses
+from train.run_logging import MetricsFile, RunFolderError, cut_metrics, open_run_folder, plot_losses
 from train.sft_loop import SFTConfig, StopSignal, TrainingError, run_identity, train_sft, train_step
 
 
@@ -244,6 +245,11 @@ def test_metrics_are_cut_to_the_checkpoint(tmp_path):
     assert cut_metrics(path, 2) == 2
     assert path.read_text() == '{"step": 1}\n{"step": 2}\n'
     assert cut_metrics(path, 2) == 0 and cut_metrics(tmp_path / "absent", 0) == 0
+
+
+def test_metrics_on_a_full_disk_are_one_line_of_error():
+    with pytest.raises(RunFolderError, match="/dev/full: found no way to append .No space left on device"):
+        MetricsFile(Path("/dev/full")).write({"step": 1})
 
 
 def test_identity_ignores_where_and_counts_what():

@@ -24,6 +24,10 @@ from model.transformer import Transformer
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
+class DeviceError(ValueError):
+    """The device asked for is not there. One line."""
+
+
 @dataclass(frozen=True, slots=True)
 class World:
     """This process among its ranks. `mesh` is the one-dimensional device mesh over which parameters are sharded."""
@@ -46,11 +50,11 @@ class World:
 def init_world(device: str) -> World:
     """Join the process group that torchrun describes in the environment, or make a group of one rank.
 
-    device: "auto" (CUDA where present), "cpu" or "cuda". Raises ValueError when CUDA is asked for and absent.
+    device: "auto" (CUDA where present), "cpu" or "cuda". Raises DeviceError when CUDA is asked for and absent.
     """
     has_cuda = torch.cuda.is_available()
     if device == "cuda" and not has_cuda:
-        raise ValueError("device: found cuda, expected cpu or auto (this machine has no usable CUDA device)")
+        raise DeviceError("--device: found cuda, expected cpu or auto (this machine has no usable CUDA device)")
     on_cuda = has_cuda and device != "cpu"
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     if on_cuda:

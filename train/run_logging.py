@@ -183,17 +183,23 @@ class MetricsFile:
     """Append-only metrics.jsonl: one flat JSON object per optimizer step, flushed at once, on disk at `sync`."""
 
     def __init__(self, path: Path) -> None:
-        self.file = open(path, "a", encoding="utf-8")
+        self.path = path
+        # unbuffered: a line that a full disk refused is not tried again when the file is closed
+        self.file = open(path, "ab", buffering=0)  # noqa: SIM115, closed by close()
 
     def write(self, metrics: dict[str, float]) -> None:
-        self.file.write(json.dumps(metrics) + "\n")
-        self.file.flush()
+        """Append one line. Raises RunFolderError when the disk is full."""
+        try:
+            self.file.write((json.dumps(metrics) + "\n").encode("ascii"))
+        except OSError as error:
+            raise RunFolderError(f"{self.path}: found no way to append ({error.strerror}), expected room") from None
 
     def sync(self) -> None:
         """Force the lines to disk: called before a checkpoint claims their steps."""
         os.fsync(self.file.fileno())
 
     def close(self) -> None:
+        """No more lines."""
         self.file.close()
 
 
