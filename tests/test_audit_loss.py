@@ -1,4 +1,4 @@
-"""The audit's token lines add up to the logged loss, for every normalisation, and every way to ask wrongly is one line."""
+"""The audit's token lines add up to the logged loss, for every normalisation; asking wrongly is one line."""
 
 import contextlib
 import io
@@ -51,7 +51,8 @@ def test_lines_hold_the_key_token_weights_and_the_real_logprobs(run):
     assert all(1 <= line["weight"] <= 9 for line in lines) and any(line["weight"] > 1 for line in lines)
     turns = {(line["id"], line["message_index"]) for line in lines}
     for turn in turns:  # turn_mean: the loss weights of a turn add up to 1
-        assert sum(line["loss_weight"] for line in lines if (line["id"], line["message_index"]) == turn) == pytest.approx(1)
+        weights = [line["loss_weight"] for line in lines if (line["id"], line["message_index"]) == turn]
+        assert sum(weights) == pytest.approx(1)
     assert {line["token"] for line in lines if line["class"] == "eos"} == {"</s>"}
     first = lines[0]  # the first trained token of a row, scored through full logits
     model = load_pretrained(tiny_files()[0])
@@ -85,7 +86,7 @@ def test_a_wrong_logged_loss_is_noticed(run, tmp_path):
 
 @pytest.mark.parametrize(
     ("step", "message"),
-    [(2, "found no such checkpoint, expected one saved right before the step; --step may be 1, 3, 4"), (0, "at least 1")],
+    [(2, "found no such checkpoint, expected one saved right before the step; --step may be 1, 3, 4"), (0, "least 1")],
 )
 def test_impossible_steps(run, step, message):
     code, _, err = audit("--run", run, "--step", step)

@@ -26,9 +26,8 @@ def straight(tmp_path_factory):
 
 def start(output, **flags) -> subprocess.Popen:
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(
-        command(output, **{**LONG, **flags}), cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
+    line, pipe = command(output, **{**LONG, **flags}), subprocess.PIPE
+    return subprocess.Popen(line, cwd=ROOT, env=environment, stdout=pipe, stderr=pipe, text=True)
 
 
 def wait_for_step(process, output, step, seconds=400):
@@ -166,8 +165,8 @@ def test_sigterm_reaches_all_ranks(tmp_path):
     output = tmp_path / "run"
     process = start(output, ranks=2, checkpoint_every=0)
     assert wait_for_step(process, output, 3)
-    children = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True, check=True).stdout.split()
-    os.kill(int(children[-1]), signal.SIGTERM)
+    found = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True, check=True)
+    os.kill(int(found.stdout.split()[-1]), signal.SIGTERM)
     process.communicate(timeout=300)
     assert process.returncode != 0
     done = metrics_of(output)[-1]["step"]

@@ -254,7 +254,7 @@ def test_metrics_on_a_full_disk_are_one_line_of_error():
 
 def test_identity_ignores_where_and_counts_what():
     base = run_identity(SFTConfig(), {"data_sha256": "1"})
-    same = SFTConfig(output="else", data="moved.json", micro_batch_size=1, device="cpu", checkpoint_every=1, max_steps=3)
+    same = SFTConfig(output="else", data="moved", micro_batch_size=1, device="cpu", checkpoint_every=1, max_steps=3)
     assert run_identity(same, {"data_sha256": "1"}) == base
     assert run_identity(SFTConfig(), {"data_sha256": "2"}) != base
     for field in ("learning_rate", "seed", "epochs", "global_batch_size", "max_key_token_weight", "warmup_ratio"):

@@ -1,4 +1,4 @@
-"""Supervised fine-tuning: the run's settings, one optimizer step, and the loop around it.
+"""Supervised fine-tuning: encoded data, one optimizer step, and the loop around it.
 
 L = sum_i w_i * ce_i / denominator over the trained tokens of one GLOBAL batch (E1, E2, E5 with the weights of E4): both
 sums run over all micro-batches and all ranks, and the division happens once (E6-E8). Splitting the same batch into
@@ -10,7 +10,7 @@ import signal
 import time
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Self
 
@@ -22,7 +22,7 @@ from data.loss_weights import EncodedTrajectory, TextEncoder, encode_trajectory
 from data.trajectories import read_trajectories
 from train.checkpoint import CheckpointError, load_checkpoint, newest_good_checkpoint, remove_leftovers, save_checkpoint
 from train.distributed import World, any_rank, clip_gradients, fsdp_modules, global_sum, set_gradient_sync, wait_for_all
-from train.optimizer import SCHEDULES, schedule_factor, set_learning_rates, warmup_steps_of
+from train.optimizer import schedule_factor, set_learning_rates, warmup_steps_of
 from train.run_logging import (
     MetricsFile,
     RunFolderError,
@@ -34,149 +34,12 @@ from train.run_logging import (
     write_json_atomically,
 )
 from train.seeding import seed_everything, use_deterministic_kernels
+from train.sft_config import SFTConfig, run_identity
 from train.weighted_cross_entropy import linear_weighted_cross_entropy
 
 
 class TrainingError(RuntimeError):
     """Training cannot go on (non-finite values, no trained tokens in a batch). One line; checkpoints are untouched."""
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Settings
-
-
-def _setting(
-    default: object, meaning: str, *, choices: tuple = (), low: float | None = None, high: float | None = None
-):
-    """A dataclass field with its help line, and the values it may have: one of `choices`, or low <= value <= high."""
-    return field(default=default, metadata={"help": meaning, "choices": choices, "low": low, "high": high})
-
-
-@dataclass(slots=True)
-class SFTConfig:
-    """All settings of one SFT run. Defaults: the bundled tiny run; configs/paper.json holds the paper's 7B values.
-    Help lines give meaning, unit and source (paper section 4.1 where it names a value, else "ours")."""
-
-    # files
-    model: str = _setting("assets/tiny_model", "folder of the base model, Hugging Face layout (paper: CodeLLaMA-2-7B)")
-    data: str = _setting(
-        "assets/tiny_data/train.json", "training trajectories: the authors' JSON list or OpenAI-style JSONL"
-    )
-    output: str = _setting("runs/sft", "folder of this run: config, metrics, checkpoints, final model")
-    resume: str = _setting(
-        "auto", "auto continues from the newest good checkpoint in output; never starts anew", choices=("auto", "never")
-    )
-    # method
-    error_filter: str = _setting(
-        "structured",
-        "which erroneous turns get no loss (MAE): documents and feedback patterns, the "
-        "released substring test, or none",
-        choices=("structured", "substring", "none"),
-    )
-    key_tokens: str = _setting("on", "weigh the tokens that decide between tools (PKT)", choices=("on", "off"))
-    max_key_token_weight: float = _setting(9.0, "upper bound of a key token's weight, no unit (paper: 9)", low=1.0)
-    loss_normalization: str = _setting(
-        "turn_mean",
-        "mean over turns (released code), over weighted tokens, or plain sum (paper's formula)",
-        choices=("turn_mean", "token_mean", "sum"),
-    )
-    unparsable_calls: str = _setting(
-        "error",
-        "an assistant turn whose call does not parse: stop, or train without it (ours)",
-        choices=("error", "mask"),
-    )
-    # optimisation
-    learning_rate: float = _setting(4e-4, "peak learning rate (paper: 1e-6 for 7B)", low=0.0)
-    schedule: str = _setting(
-        "cosine", "learning rate after warm-up (paper: cosine; released code: constant)", choices=SCHEDULES
-    )
-    warmup_ratio: float = _setting(
-        0.02, "share of all optimizer steps spent warming up (paper: 0.01)", low=0.0, high=1.0
-    )
-    adam_beta1: float = _setting(0.9, "AdamW decay of the gradient mean (released code: 0.9)", low=0.0, high=1.0)
-    adam_beta2: float = _setting(
-        0.95, "AdamW decay of the squared gradient's mean (released code: 0.95)", low=0.0, high=1.0
-    )
-    adam_epsilon: float = _setting(1e-8, "AdamW term that keeps the division finite (PyTorch's default)", low=0.0)
-    weight_decay: float = _setting(
-        0.01, "AdamW decay of matrices; norms and biases have none (released code: 0.01)", low=0.0
-    )
-    max_grad_norm: float = _setting(
-        1.0, "clip the global L2 norm of the gradient to this; 0 = never (released code: 1.0)", low=0.0
-    )
-    global_batch_size: int = _setting(4, "trajectories per optimizer step over all ranks (paper: 4)", low=1)
-    micro_batch_size: int = _setting(
-        4, "trajectories packed into one forward pass of one rank; memory only (ours)", low=1
-    )
-    epochs: int = _setting(1, "passes over the data (paper: 1)", low=1)
-    max_steps: int = _setting(
-        0, "stop after this many optimizer steps, schedule unchanged; 0 = all epochs (ours)", low=0
-    )
-    max_tokens: int = _setting(
-        8192, "longer trajectories are dropped and listed, never cut; tokens (released code: 8192)", low=2
-    )
-    seed: int = _setting(0, "seed of the batch order and of every random generator (ours)", low=0)
-    # machine
-    dtype: str = _setting(
-        "float32",
-        "compute type; master weights and reductions are float32 either way (paper: bfloat16)",
-        choices=("float32", "bfloat16"),
-    )
-    device: str = _setting("auto", "auto takes CUDA where present", choices=("auto", "cpu", "cuda"))
-    activation_checkpointing: str = _setting(
-        "off", "recompute each block in backward: less memory, a third more time (ours)", choices=("on", "off")
-    )
-    gradient_sync: str = _setting(
-        "last",
-        "reduce gradients after the last micro-batch of a step (fast) or after every one "
-        "(keeps only the shard: less memory) (ours)",
-        choices=("last", "every"),
-    )
-    # run folder
-    checkpoint_every: int = _setting(100, "optimizer steps between checkpoints; 0 = only at the end (ours)", low=0)
-    keep_checkpoints: int = _setting(2, "newest checkpoints kept; 0 = all (ours)", low=0)
-    final_dtype: str = _setting(
-        "float32",
-        "dtype of output/final; bfloat16 halves it and rounds the master weights (ours)",
-        choices=("float32", "bfloat16"),
-    )
-    plot: str = _setting(
-        "on", "draw output/plots/loss.png at the end, where matplotlib is installed (ours)", choices=("on", "off")
-    )
-
-    def validate(self) -> None:
-        """Checks beyond choices and bounds; raises ValueError that begins with the field's name."""
-        for name in ("adam_beta1", "adam_beta2"):
-            if getattr(self, name) >= 1.0:
-                raise ValueError(f"{name}: found {getattr(self, name)}, expected a value below 1")
-
-
-# fields that do not change what is learned: a run may be continued with other values
-_FREE_FIELDS = {
-    "model",
-    "data",
-    "output",
-    "resume",
-    "max_steps",
-    "device",
-    "activation_checkpointing",
-    "gradient_sync",
-    "checkpoint_every",
-    "keep_checkpoints",
-    "final_dtype",
-    "plot",
-    "micro_batch_size",
-}
-
-
-def run_identity(config: SFTConfig, sources: dict[str, str]) -> dict:
-    """What makes two runs the same run: every field that changes the result, and fingerprints of model and data.
-
-    Paths do not count, their content does (`sources`, e.g. {"data_sha256": ...}). micro_batch_size and the number of
-    ranks change rounding only.
-    """
-    fields = {name: value for name, value in asdict(config).items() if name not in _FREE_FIELDS}
-    return {**fields, **sources}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -256,13 +119,13 @@ def train_step(
             f"one; ids on this rank: {_ids_of(batches)}"
         )
     # 2. gradients add up over micro-batches, unreduced until the last one
-    loss_sum = torch.zeros((), dtype=torch.float64)
+    loss_sum = torch.zeros((), dtype=torch.float64, device=world.device)
     for number, batch in enumerate(batches, start=1):
         is_last = number == len(batches)
         set_gradient_sync(model, synchronize=is_last or gradient_sync == "every", is_last=is_last)
         weighted_sum = batch_loss(model, batch, world.device)
         (weighted_sum / denominator).backward()
-        loss_sum += weighted_sum.detach().double().cpu()
+        loss_sum += weighted_sum.detach()
     # 3. - 4.
     loss = global_sum([loss_sum.item()])[0] / denominator
     grad_norm = clip_gradients(model.parameters(), max_grad_norm)
@@ -354,71 +217,73 @@ def train_sft(
     sources: fingerprints of what goes in, part of the run's identity. Files: docs/checkpoints.md, docs/metrics.md.
     Raises RunFolderError, CheckpointError, TrainingError.
     """
-    output = Path(config.output)
     seed_everything(config.seed, world.rank)
     use_deterministic_kernels()
+    output = Path(config.output)
     identity = run_identity(config, {**sources, "total_steps": total_steps})
-    last_step = min(total_steps, config.max_steps) if config.max_steps else total_steps
+    run_hash = fingerprint(identity)
     _open_folder(config, identity, world)
     model.activation_checkpointing = config.activation_checkpointing == "on"
-    first_step = _resume(config, model, optimizer, world, identity=fingerprint(identity))
-    warmup_steps = warmup_steps_of(config.warmup_ratio, total_steps)
-    metrics_file = MetricsFile(output / "metrics.jsonl") if world.is_main else None
-    saved_step = first_step
-    step, stopped_by = first_step, 0
-
-    def save(at_step: int) -> None:
-        if metrics_file is not None:
-            metrics_file.sync()
-        save_checkpoint(
-            output / "checkpoints",
-            at_step,
-            model,
-            optimizer,
-            world,
-            identity=fingerprint(identity),
-            keep=config.keep_checkpoints,
-        )
-
-    # disable=None: no bar when stderr is not a terminal, so that logs and error lines stay clean
-    bar = tqdm(total=last_step, initial=first_step, unit="step", disable=None if world.is_main else True)
     model.train()
+    step = _resume(config, model, optimizer, world, identity=run_hash)
+    last_step = min(total_steps, config.max_steps or total_steps)
+    metrics_file = MetricsFile(output / "metrics.jsonl") if world.is_main else None
+    # disable=None: no bar when stderr is not a terminal, so that logs and error lines stay clean
+    bar = tqdm(total=last_step, initial=step, unit="step", disable=None if world.is_main else True)
+    stopping = False
     with StopSignal() as stop, bar:
-        while step < last_step and not stopped_by:
-            began = time.perf_counter()
-            factor = schedule_factor(step + 1, total_steps, warmup_steps, config.schedule)
-            learning_rate = set_learning_rates(optimizer, factor)
-            result = train_step(
-                model,
-                optimizer,
-                step_batches(step),
-                world,
-                step=step + 1,
-                loss_normalization=config.loss_normalization,
-                max_grad_norm=config.max_grad_norm,
-                gradient_sync=config.gradient_sync,
-            )
+        while step < last_step and not stopping:
+            metrics = _timed_step(config, model, optimizer, world, step_batches, step=step, total_steps=total_steps)
             step += 1
-            seconds = time.perf_counter() - began
             if metrics_file is not None:
-                metrics_file.write(step_metrics(step, result, learning_rate, seconds))
+                metrics_file.write(metrics)
+            bar.set_postfix(loss=f"{metrics['sft/loss']:.4f}", refresh=False)
             bar.update(1)
-            bar.set_postfix(
-                loss=f"{result.loss:.4f}", lr=f"{learning_rate:.2e}", tok_s=f"{result.input_tokens / seconds:.0f}"
-            )
-            if any_rank(stop.number != 0):
-                stopped_by = stop.number or signal.SIGTERM
-            if step == last_step or stopped_by or (config.checkpoint_every and step % config.checkpoint_every == 0):
-                save(step)
-                saved_step = step
+            stopping = any_rank(stop.number != 0)
+            if step == last_step or stopping or (config.checkpoint_every and step % config.checkpoint_every == 0):
+                if metrics_file is not None:
+                    metrics_file.sync()
+                keep = config.keep_checkpoints
+                save_checkpoint(output / "checkpoints", step, model, optimizer, world, identity=run_hash, keep=keep)
     if metrics_file is not None:
         metrics_file.close()
-    if stopped_by and world.is_main:
+    if step == last_step or not stopping:
+        return TrainResult(step=step, last_step=last_step, stopped_by=0)
+    stopped_by = stop.number or signal.SIGTERM  # the signal may have reached another rank only
+    if world.is_main:
         log_line(
-            f"stopped by {signal.Signals(stopped_by).name} after step {saved_step} of {last_step}; checkpoint "
-            f"{output / 'checkpoints'}; the same command with --resume auto continues"
+            f"stopped by {signal.Signals(stopped_by).name} after step {step} of {last_step}; checkpoint saved in "
+            f"{output}; the same command with --resume auto goes on"
         )
-    return TrainResult(step=step, last_step=last_step, stopped_by=int(stopped_by) if step < last_step else 0)
+    return TrainResult(step=step, last_step=last_step, stopped_by=int(stopped_by))
+
+
+def _timed_step(
+    config: SFTConfig,
+    model: torch.nn.Module,
+    optimizer: torch.optim.Optimizer,
+    world: World,
+    step_batches: Callable[[int], list[PackedBatch]],
+    *,
+    step: int,
+    total_steps: int,
+) -> dict[str, float]:
+    """Optimizer step `step` (from 0) with the schedule's rate; returns its line for metrics.jsonl."""
+    began = time.perf_counter()
+    warmup_steps = warmup_steps_of(config.warmup_ratio, total_steps)
+    factor = schedule_factor(step + 1, total_steps, warmup_steps, config.schedule)
+    learning_rate = set_learning_rates(optimizer, factor)
+    result = train_step(
+        model,
+        optimizer,
+        step_batches(step),
+        world,
+        step=step + 1,
+        loss_normalization=config.loss_normalization,
+        max_grad_norm=config.max_grad_norm,
+        gradient_sync=config.gradient_sync,
+    )
+    return step_metrics(step + 1, result, learning_rate, time.perf_counter() - began)
 
 
 def step_metrics(step: int, result: StepResult, learning_rate: float, seconds: float) -> dict[str, float]:
