@@ -107,12 +107,14 @@ def main() -> None:
         save_pretrained_streamed(Transformer(small), Path(root) / "warm_up")
         largest = config.vocab_size * config.dim * 4 / MB
         print(f"checkpoint {count_parameters(config) * 4 / MB:.0f} MB in fp32, largest tensor {largest:.0f} MB")
-        for way, label in (("ours", "ours, one process"), ("naive", "naive, one process"), ("sharded", "ours, each of 2 ranks")):
+        labels = {"ours": "ours, one process", "naive": "naive, one process", "sharded": "ours, each of 2 ranks"}
+        for way, label in labels.items():
             result = run(way, folder)
             bound = result["local_mb"] + largest
-            print(f"{label:22s} local weights {result['local_mb']:6.0f} MB, peak above start {result['above_start_mb']:6.0f} MB = "
-                  f"{result['above_start_mb'] / result['local_mb']:.2f} x local weights, "
-                  f"{result['above_start_mb'] / bound:.2f} x (local weights + largest tensor)")
+            peak = result["above_start_mb"]
+            print(f"{label:22s} local weights {result['local_mb']:6.0f} MB, peak above start {peak:6.0f} MB = "
+                  f"{peak / result['local_mb']:.2f} x local weights, "
+                  f"{peak / bound:.2f} x (local weights + largest tensor)")
 
 
 if __name__ == "__main__":

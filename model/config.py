@@ -32,7 +32,7 @@ class ModelConfig:
     head_dim: int                       # width of one head, even; usually dim / n_heads, but a field of its own
     ffn_dim: int                        # inner width of SwiGLU
     norm_eps: float                     # epsilon inside RMSNorm's root; 1e-5 LLaMA, 1e-6 Qwen-2
-    rope_theta: float                   # base of the RoPE wavelengths; 1e4 LLaMA-2, 1e6 CodeLLaMA and Qwen-2, 5e5 Llama-3
+    rope_theta: float                   # base of the RoPE wavelengths; 1e4 LLaMA-2, 1e6 CodeLLaMA, Qwen-2, 5e5 Llama-3
     rope_scaling: RopeScaling | None    # None, or Llama-3.1's stretching
     tie_embeddings: bool                # True: the output head is the embedding matrix
     qkv_bias: bool                      # True for Qwen-2/2.5: biases on wq, wk, wv (never on wo)
@@ -44,9 +44,10 @@ class ModelConfig:
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise ModelFolderError(f"model config: {name} is {value!r}, expected a positive whole number")
         if self.n_heads % self.n_kv_heads:
-            raise ModelFolderError(f"model config: n_heads {self.n_heads} is not a multiple of n_kv_heads {self.n_kv_heads}")
+            raise ModelFolderError(f"model config: n_heads {self.n_heads} is not a multiple of n_kv_heads "
+                                   f"{self.n_kv_heads}")
         if self.head_dim % 2:
-            raise ModelFolderError(f"model config: head_dim is {self.head_dim}, expected an even number (RoPE turns pairs)")
+            raise ModelFolderError(f"model config: head_dim is {self.head_dim}, expected an even number")
         for name in ("norm_eps", "rope_theta"):
             value = getattr(self, name)
             if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 < value < float("inf"):
@@ -60,9 +61,10 @@ class ModelConfig:
 def config_from_hf(hf_config: dict[str, Any]) -> ModelConfig:
     """Reads the dict of a Hugging Face config.json (model_type llama or qwen2) into a ModelConfig.
 
-    Accepts the older `rope_theta` + `rope_scaling` and the newer `rope_parameters` spelling. Raises ModelFolderError for
-    anything that this model does not compute (another activation, sliding windows in use, other RoPE scalings, biases on
-    the output projection or the feed-forward), because ignoring such a field gives wrong logits without any sign of it.
+    Accepts the older `rope_theta` + `rope_scaling` and the newer `rope_parameters` spelling. Raises ModelFolderError
+    for anything that this model does not compute (another activation, sliding windows in use, other RoPE scalings,
+    biases on the output projection or the feed-forward), because ignoring such a field gives wrong logits without any
+    sign of it.
     """
     if not isinstance(hf_config, dict):
         raise ModelFolderError(f"config.json: found {type(hf_config).__name__}, expected a JSON object")
@@ -152,7 +154,7 @@ def _refuse_unsupported(hf_config: dict[str, Any], model_type: str) -> None:
             raise ModelFolderError(f"config.json: {key} is true, which this model does not compute (expected false)")
     layer_types = hf_config.get("layer_types") or []
     if hf_config.get("use_sliding_window") or "sliding_attention" in layer_types:
-        raise ModelFolderError("config.json: sliding-window attention is in use, expected full attention in every layer")
+        raise ModelFolderError("config.json: sliding-window attention is in use, expected full attention")
     if hf_config.get("partial_rotary_factor") not in (None, 1, 1.0):
         raise ModelFolderError("config.json: partial_rotary_factor is set, expected RoPE over the whole head")
     if hf_config.get("quantization_config"):

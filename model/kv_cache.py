@@ -1,7 +1,7 @@
 """Preallocated keys and values of the tokens already seen, for generation.
 
-Shape suffixes: R rows (sequences), K key/value heads, L slots, H head dim, T new tokens. Slot index = position: rows have
-their own lengths and nothing is padded, so a row's attention never depends on how long the other rows are.
+Shape suffixes: R rows (sequences), K key/value heads, L slots, H head dim, T new tokens. Slot index = position: rows
+have their own lengths and nothing is padded, so a row's attention never depends on how long the other rows are.
 """
 import torch
 from torch import Tensor
@@ -12,13 +12,14 @@ from model.config import ModelConfig
 class KVCache:
     """Keys and values per layer, (R, K, L, H) each, and the number of filled slots per row.
 
-    Storage is allocated by the first forward, in the dtype and on the device it computes in (under mixed precision these are
-    not the parameters'). `selected_rows` says which rows the segments of the next forward belong to, in order. Raises
-    ValueError when a row would overflow.
+    Storage is allocated by the first forward, in the dtype and on the device it computes in (under mixed precision
+    these are not the parameters'). `selected_rows` says which rows the segments of the next forward belong to, in
+    order. Raises ValueError when a row would overflow.
     """
 
     def __init__(self, config: ModelConfig, n_rows: int, max_tokens: int) -> None:
-        self.max_tokens = -(-max_tokens // 64) * 64  # rows begin on cache lines: BLAS may sum in another order if they do not
+        # Rounded up so that rows begin on cache lines: BLAS may sum in another order where they do not.
+        self.max_tokens = -(-max_tokens // 64) * 64
         self.shape = (n_rows, config.n_kv_heads, self.max_tokens, config.head_dim)
         self.keys_RKLH: list[Tensor | None] = [None] * config.n_layers
         self.values_RKLH: list[Tensor | None] = [None] * config.n_layers
@@ -30,7 +31,7 @@ class KVCache:
         return [self.lengths[row] for row in self.selected_rows]
 
     def append(self, layer: int, segment: int, k_1KTH: Tensor, v_1KTH: Tensor) -> tuple[Tensor, Tensor]:
-        """Writes T new keys and values behind the filled slots of the segment's row; returns that row's filled part (1, K, L, H).
+        """Writes T new keys and values into the segment's row; returns the row's filled part (1, K, L, H).
 
         Lengths move on only with advance(), after the last layer, because every layer writes at the same slots.
         """

@@ -1,8 +1,8 @@
 """Weights in and out in Hugging Face's layout, one tensor at a time.
 
-Reading copies each tensor (under FSDP2: this rank's slice of it) from the safetensors file into the parameter; writing appends
-each tensor to the file as it is gathered. Neither ever holds a second model: peak host memory is one tensor above what the
-model itself holds on this rank (benchmarks/benchmark_load_memory.py measures it).
+Reading copies each tensor (under FSDP2: this rank's slice of it) from the safetensors file into the parameter; writing
+appends each tensor to the file as it is gathered. Neither ever holds a second model: peak host memory is one tensor
+above what the model itself holds on this rank (benchmarks/benchmark_load_memory.py measures it).
 """
 import json
 import os
@@ -46,7 +46,7 @@ _BLOCK_NAMES = {
 
 
 def hf_name(our_name: str) -> str:
-    """Hugging Face's name of one of our parameters: layers.3.attention.wq.bias -> model.layers.3.self_attn.q_proj.bias."""
+    """Hugging Face's name of a parameter: layers.3.attention.wq.bias -> model.layers.3.self_attn.q_proj.bias."""
     if our_name in _OUTER_NAMES:
         return _OUTER_NAMES[our_name]
     _, layer, rest = our_name.split(".", 2)
@@ -60,7 +60,7 @@ def hf_name(our_name: str) -> str:
 
 def load_pretrained(model_dir: str | Path, dtype: torch.dtype = torch.float32,
                     device: torch.device | str = "cpu") -> Transformer:
-    """The model of a folder in Hugging Face layout (config.json and safetensors), in the given dtype on the given device.
+    """The model of a folder in Hugging Face layout (config.json and safetensors), in the given dtype and place.
 
     Raises ModelFolderError, one line, for whatever is wrong with the folder.
     """
@@ -85,10 +85,10 @@ def read_config(model_dir: str | Path) -> ModelConfig:
 def load_weights_into(model: Transformer, model_dir: str | Path, *, device: torch.device | str = "cpu") -> None:
     """Fills a model's parameters from the folder's safetensors, tensor by tensor, converting to the parameters' dtype.
 
-    1. find the file of every tensor, 2. compare names, shapes and dtypes of the headers with the model, 3. give parameters
-    on the meta device storage on `device`, 4. copy. FSDP2 parameters (DTensor) receive this rank's slice, nothing else of the
-    tensor is read, and no collective is used. Raises ModelFolderError before any parameter is touched if a tensor is
-    missing, unexpected or mis-shaped (all are named).
+    1. find the file of every tensor, 2. compare names, shapes and dtypes of the headers with the model, 3. give
+    parameters on the meta device storage on `device`, 4. copy. FSDP2 parameters (DTensor) receive this rank's slice,
+    nothing else of the tensor is read, and no collective is used. Raises ModelFolderError before any parameter is
+    touched if a tensor is missing, unexpected or mis-shaped (all are named).
     """
     files = _tensor_files(Path(model_dir))
     targets = {hf_name(name): parameter for name, parameter in model.state_dict().items()}
@@ -109,7 +109,8 @@ def _tensor_files(model_dir: Path) -> dict[str, Path]:
     index = model_dir / INDEX_FILE
     if index.is_file():
         return _files_of_index(index)
-    paths = [model_dir / WEIGHTS_FILE] if (model_dir / WEIGHTS_FILE).is_file() else sorted(model_dir.glob("*.safetensors"))
+    single = model_dir / WEIGHTS_FILE
+    paths = [single] if single.is_file() else sorted(model_dir.glob("*.safetensors"))
     if not paths:
         others = sorted(p.name for pattern in ("*.bin", "*.pth", "*.pt", "*.gguf") for p in model_dir.glob(pattern))
         found = f"found {', '.join(others)}" if others else "found none"
@@ -118,7 +119,7 @@ def _tensor_files(model_dir: Path) -> dict[str, Path]:
     for path in paths:
         for name in _open_names(path):
             if name in files:
-                raise ModelFolderError(f"{path}: tensor {name} is also in {files[name].name}, expected each tensor once")
+                raise ModelFolderError(f"{path}: tensor {name} is also in {files[name].name}, expected it once")
             files[name] = path
     return files
 
@@ -176,7 +177,7 @@ def _copy_slice(path: Path, name: str, parameter: Tensor) -> None:
 
 
 def _local_ranges(parameter: DTensor) -> list[tuple[int, int]]:
-    """[start, end) per dimension of the part of a sharded parameter that lives on this rank (torch.chunk's division)."""
+    """[start, end) per dimension of this rank's part of a sharded parameter (divided as torch.chunk does)."""
     ranges = [(0, size) for size in parameter.shape]
     for mesh_dim, placement in enumerate(parameter.placements):
         if placement.is_replicate():
@@ -184,7 +185,8 @@ def _local_ranges(parameter: DTensor) -> list[tuple[int, int]]:
         if not placement.is_shard():
             raise ValueError(f"cannot load into a parameter placed as {placement}, expected Shard or Replicate")
         start, end = ranges[placement.dim]
-        chunk = -(-(end - start) // parameter.device_mesh.size(mesh_dim))  # rounded up; the last ranks may get less or none
+        # Rounded up: the last ranks may get fewer rows, or none.
+        chunk = -(-(end - start) // parameter.device_mesh.size(mesh_dim))
         first = min(start + chunk * parameter.device_mesh.get_local_rank(mesh_dim), end)
         ranges[placement.dim] = (first, min(first + chunk, end))
     return ranges
@@ -207,7 +209,8 @@ def _open(path: Path) -> Any:
     try:
         return safe_open(str(path), framework="pt", device="cpu")
     except (SafetensorError, OSError) as error:
-        raise ModelFolderError(f"{path}: not a readable safetensors file, it may be truncated ({_one_line(error)})") from error
+        raise ModelFolderError(f"{path}: not a readable safetensors file, perhaps truncated "
+                               f"({_one_line(error)})") from error
 
 
 def _open_names(path: Path) -> list[str]:
@@ -238,7 +241,7 @@ def _one_line(error: BaseException) -> str:
 
 
 def save_pretrained(model: Transformer, model_dir: str | Path) -> None:
-    """Writes config.json and the weights, in their own dtype, as a folder that transformers and load_pretrained read."""
+    """Writes config.json and the weights, in their own dtype, as transformers and load_pretrained read them."""
     save_pretrained_streamed(model, model_dir)
 
 
@@ -248,10 +251,11 @@ def save_pretrained_streamed(model: Transformer, model_dir: str | Path, *, dtype
                              max_shard_bytes: int = DEFAULT_SHARD_BYTES) -> None:
     """Writes the model in Hugging Face layout, gathering one tensor at a time; all ranks call it, rank 0 writes.
 
-    1. plan the shards from shapes, 2. write everything into a folder with a temporary name, 3. re-open and verify, 4. rename,
-    so that the final name is either absent, the previous export, or complete. dtype: of the stored tensors (default: as
-    they are). companions_from: model folder whose tokenizer files are copied and whose BOS/EOS ids go into config.json.
-    Raises ModelFolderError on every rank when rank 0 could not write (for example a full disk), leaving no temporary files.
+    1. plan the shards from shapes, 2. write everything into a folder with a temporary name, 3. re-open and verify, 4.
+    rename, so that the final name is either absent, the previous export, or complete. dtype: of the stored tensors
+    (default: as they are). companions_from: model folder whose tokenizer files are copied and whose BOS/EOS ids go
+    into config.json. Raises ModelFolderError on every rank when rank 0 could not write (for example a full disk),
+    leaving no temporary files.
     """
     final = Path(model_dir)
     is_writer = not (dist.is_initialized() and dist.get_rank() != 0)
@@ -284,8 +288,9 @@ def save_pretrained_streamed(model: Transformer, model_dir: str | Path, *, dtype
     _raise_on_all_ranks(final, failure, next(iter(parameters.values())))
 
 
-def _plan_shards(parameters: dict[str, Tensor], dtype: torch.dtype | None, max_shard_bytes: int) -> dict[str, list[str]]:
-    """File name -> tensor names, in the model's order, each file at most max_shard_bytes (a larger tensor has its own)."""
+def _plan_shards(parameters: dict[str, Tensor], dtype: torch.dtype | None,
+                 max_shard_bytes: int) -> dict[str, list[str]]:
+    """File name -> tensor names, in the model's order; no file above max_shard_bytes unless one tensor alone is."""
     groups: list[list[str]] = [[]]
     used = 0
     for name, parameter in parameters.items():
@@ -300,7 +305,8 @@ def _plan_shards(parameters: dict[str, Tensor], dtype: torch.dtype | None, max_s
     return {f"model-{i:05d}-of-{len(groups):05d}.safetensors": names for i, names in enumerate(groups, start=1)}
 
 
-def _gathered(parameters: dict[str, Tensor], names: list[str], dtype: torch.dtype | None, *, keep: bool) -> Iterator[Tensor]:
+def _gathered(parameters: dict[str, Tensor], names: list[str], dtype: torch.dtype | None, *,
+              keep: bool) -> Iterator[Tensor]:
     """The full tensors one after the other, on the CPU in the stored dtype; a collective per tensor if sharded."""
     for name in names:
         parameter = parameters[name]
@@ -310,7 +316,7 @@ def _gathered(parameters: dict[str, Tensor], names: list[str], dtype: torch.dtyp
 
 def _write_safetensors(path: Path, parameters: dict[str, Tensor], dtype: torch.dtype | None,
                        tensors: Iterator[Tensor]) -> None:
-    """One safetensors file, written front to back: 8 bytes of header length, the JSON header, the tensors' bytes in order."""
+    """One safetensors file, written front to back: 8 bytes of header length, JSON header, the tensors' bytes."""
     stored_names = {stored: name for name, stored in _FLOAT_NAMES.items()}
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}  # transformers refuses files without the format
     end = 0
@@ -358,7 +364,7 @@ def _prepare_folder(final: Path, temporary: Path) -> None:
         raise ModelFolderError(f"{final}: exists and is not a folder, expected a folder to write the model to")
     foreign = sorted(p.name for p in final.iterdir() if not _is_ours(p.name)) if final.is_dir() else []
     if foreign:
-        raise ModelFolderError(f"{final}: holds {', '.join(foreign[:5])}, expected a new, empty or model folder to replace")
+        raise ModelFolderError(f"{final}: holds {', '.join(foreign[:5])}, expected a new, empty or model folder")
     shutil.rmtree(temporary, ignore_errors=True)  # left by a killed run
     temporary.mkdir(parents=True)
 

@@ -2,11 +2,11 @@
 
 Shape suffixes: B prompts, R rows of the cache, V vocabulary.
 
-A prompt is prefilled alone, in the next free row of the cache; then all rows decode together, one token each, and a row that
-ends takes the next waiting prompt. Every decode forward therefore has exactly `rows_per_forward` tokens, whatever the number
-of prompts. That is what makes greedy output independent of batching: a matrix product sums in an order that depends on
-its shape, so logits of one row differ in the last bits between a batch of 1 and a batch of 8, and a near-tie flips. Here the
-shapes never change, and attention runs row by row over that row's own length.
+A prompt is prefilled alone, in the next free row of the cache; then all rows decode together, one token each, and a
+row that ends takes the next waiting prompt. Every decode forward therefore has exactly `rows_per_forward` tokens,
+whatever the number of prompts. That is what makes greedy output independent of batching: a matrix product sums in an
+order that depends on its shape, so logits of one row differ in the last bits between a batch of 1 and a batch of 8,
+and a near-tie flips. Here the shapes never change, and attention runs row by row over that row's own length.
 """
 from collections.abc import Callable
 
@@ -30,13 +30,14 @@ def generate(model: Transformer, prompts: list[list[int]], *, max_new_tokens: in
              should_continue: Callable[[Tensor], bool] = any_unfinished) -> list[tuple[list[int], list[float]]]:
     """Continues each prompt (token ids, at least one) and returns (response_ids, logprobs) per prompt, in order.
 
-    A response ends with eos_id, which is then its last id, or after max_new_tokens. temperature 0 takes the most likely token
-    (the lowest id of an exact tie); above 0 draws from softmax(logits / temperature) with `generator`, which lives on the
-    model's device. logprobs are natural logs under the distribution drawn from, at temperature 1 when greedy (E19).
+    A response ends with eos_id, which is then its last id, or after max_new_tokens. temperature 0 takes the most
+    likely token (the lowest id of an exact tie); above 0 draws from softmax(logits / temperature) with `generator`,
+    which lives on the model's device. logprobs are natural logs under the distribution drawn from, at temperature 1
+    when greedy (E19).
 
-    should_continue(finished_B) is asked before every forward. Under FSDP each forward is a collective, so all ranks must run
-    equally many: pass a function that answers True until the prompts of every rank are finished; a rank that is done
-    then runs empty forwards. Raises ValueError for an empty prompt or a setting out of range.
+    should_continue(finished_B) is asked before every forward. Under FSDP each forward is a collective, so all ranks
+    must run equally many: pass a function that answers True until the prompts of every rank are finished; a rank that
+    is done then runs empty forwards. Raises ValueError for an empty prompt or a setting out of range.
     """
     _check_arguments(prompts, max_new_tokens, temperature, rows_per_forward)
     device = model.head_weight().device
@@ -86,7 +87,8 @@ def _decode_tokens(cache: KVCache, prompt_of_row: list[int | None], responses: l
     return tokens
 
 
-def _choose_tokens(logits_RV: Tensor, temperature: float, generator: torch.Generator | None) -> tuple[list[int], list[float]]:
+def _choose_tokens(logits_RV: Tensor, temperature: float,
+                   generator: torch.Generator | None) -> tuple[list[int], list[float]]:
     """One token per row and its log-probability, log softmax(logits / temperature)[token] (E19)."""
     logits_RV = logits_RV.float() if temperature == 0 else logits_RV.float() / temperature
     logprobs_RV = logits_RV.log_softmax(-1)  # E19

@@ -1,7 +1,7 @@
-"""Text to token ids and back: SentencePiece `tokenizer.model`, or `tokenizer.json` through the optional `tokenizers` package.
+"""Text to token ids and back: SentencePiece `tokenizer.model`, or `tokenizer.json` (optional package `tokenizers`).
 
-Both classes offer the same plain methods. Text is always data: a user who writes "</s>" or "<|eot_id|>" gets the ids of those
-characters, never the control token, so no text can end a turn or forge one.
+Both classes offer the same plain methods. Text is always data: a user who writes "</s>" or "<|eot_id|>" gets the ids
+of those characters, never the control token, so no text can end a turn or forge one.
 """
 import json
 from pathlib import Path
@@ -11,8 +11,8 @@ import sentencepiece
 
 from model.config import ModelFolderError
 
-# Two bytes of protobuf payload for ModelProto.normalizer_spec (field 3): add_dummy_prefix (field 3) = false. Protobuf merges a
-# message field that occurs twice, so appending this to a serialized model changes that one switch and nothing else.
+# ModelProto.normalizer_spec (field 3) holding only add_dummy_prefix (field 3) = false. Protobuf merges a message field
+# that occurs twice, so appending this to a serialized model changes that one switch and nothing else.
 _NO_DUMMY_PREFIX = b"\x1a\x02\x18\x00"
 
 # Names tried for the BOS and EOS of a tokenizer.json whose folder does not say them.
@@ -47,7 +47,7 @@ class SentencePieceTokenizer:
         return self._middle.encode(_encodable(text))
 
     def decode(self, ids: list[int]) -> str:
-        """Text of the ids; control pieces (BOS, EOS) vanish, ids beyond the vocabulary become U+FFFD, one leading space is cut."""
+        """Text of the ids: one leading space cut, control pieces (BOS, EOS) left out, unknown ids as U+FFFD."""
         parts, run = [], []
         for token_id in ids:
             if 0 <= token_id < self.vocab_size:
@@ -139,7 +139,8 @@ class JsonTokenizer:
                 return None  # said to have none, as Qwen-2's BOS
             token_id = self._start.token_to_id(name)
             if token_id is None:
-                raise ModelFolderError(f"{self.path}: {kind}_token {name!r} of tokenizer_config.json is not in the vocabulary")
+                raise ModelFolderError(f"{self.path}: {kind}_token {name!r} of tokenizer_config.json is not in the "
+                                       "vocabulary")
             return token_id
         number = _read_json_object(self.path.with_name("config.json")).get(f"{kind}_token_id")
         number = number[0] if isinstance(number, list) and number else number
@@ -154,7 +155,8 @@ Tokenizer = SentencePieceTokenizer | JsonTokenizer
 def load_tokenizer(model_dir_or_file: str | Path) -> Tokenizer:
     """The tokenizer of a model folder (`tokenizer.model` before `tokenizer.json`) or of one such file.
 
-    Raises ModelFolderError with one line when there is none, it cannot be read, or `tokenizers` is needed and not installed.
+    Raises ModelFolderError with one line when there is none, it cannot be read, or `tokenizers` is needed and not
+    installed.
     """
     path = Path(model_dir_or_file)
     if path.is_dir():
@@ -171,7 +173,8 @@ def load_tokenizer(model_dir_or_file: str | Path) -> Tokenizer:
 def check_vocabulary_fits(tokenizer: Tokenizer, embedding_rows: int) -> None:
     """Raises ModelFolderError when the tokenizer can produce ids that the embedding (V rows) does not have.
 
-    The embedding may be larger (rows padded for speed); a smaller one would fail at the first rare token, deep inside a run.
+    The embedding may be larger (rows padded for speed); a smaller one would fail at the first rare token, deep inside
+    a run.
     """
     if tokenizer.vocab_size > embedding_rows:
         raise ModelFolderError(f"{tokenizer.path}: {tokenizer.vocab_size} tokens, but the model's embedding has only "

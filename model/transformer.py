@@ -1,12 +1,12 @@
 """A LLaMA-like decoder in one file: RMSNorm, RoPE, grouped-query attention, SwiGLU.
 
-Shape suffixes: B batch, T tokens, D model dim, V vocabulary, N query heads, K key/value heads, H head dim, F feed-forward
-dim, L tokens in the cache. Parameter names are Meta's (wq, w1, tok_embeddings, ...). No torch.distributed, no loss and no
-sampling in here: sharding is applied from outside, block by block.
+Shape suffixes: B batch, T tokens, D model dim, V vocabulary, N query heads, K key/value heads, H head dim, F
+feed-forward dim, L tokens in the cache. Parameter names are Meta's (wq, w1, tok_embeddings, ...). No
+torch.distributed, no loss and no sampling in here: sharding is applied from outside, block by block.
 
-There is no padding anywhere. A batch of rows of different lengths is one packed row (B = 1) plus `segment_lengths`; attention
-runs segment by segment, so no mask is ever built and no token sees another segment. Generation uses the same mechanism: one
-segment per sequence, each with its own row of the key/value cache.
+There is no padding anywhere. A batch of rows of different lengths is one packed row (B = 1) plus `segment_lengths`;
+attention runs segment by segment, so no mask is ever built and no token sees another segment. Generation uses the same
+mechanism: one segment per sequence, each with its own row of the key/value cache.
 """
 import torch
 import torch.nn.functional as F
@@ -41,7 +41,7 @@ def rope_inverse_frequencies(config: ModelConfig) -> Tensor:
 
 
 def rope_cos_sin(position_ids_BT: Tensor, inverse_frequencies: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """cos and signed sin of position * omega, each (B, T, 1, H): halves (cos, cos) and (-sin, sin), as apply_rope wants them.
+    """cos and signed sin of position * omega, each (B, T, 1, H), as apply_rope wants them: (cos, cos), (-sin, sin).
 
     The angles are fp32: in bf16 whole numbers above 256 are rounded, and with them the positions.
     """
@@ -53,8 +53,8 @@ def rope_cos_sin(position_ids_BT: Tensor, inverse_frequencies: Tensor, dtype: to
 def apply_rope(x_BTNH: Tensor, cos: Tensor, signed_sin: Tensor) -> Tensor:
     """Turns the pairs (x_j, x_{j + H/2}) of every head by the angle of their position (E16):
 
-    x_j cos - x_{j + H/2} sin and x_{j + H/2} cos + x_j sin. The pairing by halves is Hugging Face's; Meta's own files pair
-    neighbours and would need their wq/wk rows permuted.
+    x_j cos - x_{j + H/2} sin and x_{j + H/2} cos + x_j sin. The pairing by halves is Hugging Face's; Meta's own files
+    pair neighbours and would need their wq/wk rows permuted.
     """
     first, second = x_BTNH.chunk(2, dim=-1)
     return torch.addcmul(x_BTNH * cos, torch.cat((second, first), dim=-1), signed_sin)  # E16
@@ -89,8 +89,8 @@ class Attention(nn.Module):
         self.wv = nn.Linear(config.dim, kv_width, bias=config.qkv_bias)
         self.wo = nn.Linear(query_width, config.dim, bias=False)
 
-    def forward(self, x_BTD: Tensor, cos: Tensor, signed_sin: Tensor, segment_lengths: list[int], kv_cache: KVCache | None,
-                layer: int) -> Tensor:
+    def forward(self, x_BTD: Tensor, cos: Tensor, signed_sin: Tensor, segment_lengths: list[int],
+                kv_cache: KVCache | None, layer: int) -> Tensor:
         B, T, _ = x_BTD.shape
         q_BTNH = apply_rope(self.wq(x_BTD).view(B, T, -1, self.head_dim), cos, signed_sin)
         k_BTKH = apply_rope(self.wk(x_BTD).view(B, T, -1, self.head_dim), cos, signed_sin)
@@ -108,7 +108,7 @@ class Attention(nn.Module):
         return self.wo(out_BNTH.transpose(1, 2).reshape(B, T, -1))
 
     def _attend(self, q_BNTH: Tensor, k_BKLH: Tensor, v_BKLH: Tensor) -> Tensor:
-        """softmax(q k^T / sqrt(H)) v over the keys at or before each query's position; L >= T, the last T keys are new."""
+        """softmax(q k^T / sqrt(H)) v over the keys at or before each query; L >= T, the last T keys are new."""
         T, L = q_BNTH.shape[2], k_BKLH.shape[2]
         mask = None
         if 1 < T < L:  # several new tokens behind a cache: is_causal would align the corner at the wrong end
@@ -143,7 +143,8 @@ class TransformerBlock(nn.Module):
 
     def forward(self, x_BTD: Tensor, cos: Tensor, signed_sin: Tensor, segment_lengths: list[int],
                 kv_cache: KVCache | None) -> Tensor:
-        x_BTD = x_BTD + self.attention(self.attention_norm(x_BTD), cos, signed_sin, segment_lengths, kv_cache, self.layer)
+        normed_BTD = self.attention_norm(x_BTD)
+        x_BTD = x_BTD + self.attention(normed_BTD, cos, signed_sin, segment_lengths, kv_cache, self.layer)
         return x_BTD + self.feed_forward(self.ffn_norm(x_BTD))
 
 
@@ -155,8 +156,8 @@ class Transformer(nn.Module):
     """Token ids to logits (or to the final normed hidden states).
 
     `activation_checkpointing = True` recomputes each block in backward instead of keeping its inner activations.
-    Safe to build under torch.device("meta"): the only numbers that are not parameters (RoPE's frequencies) are kept as a plain
-    fp32 tensor outside the buffers, so neither to_empty() nor a change of dtype can spoil them.
+    Safe to build under torch.device("meta"): the only numbers that are not parameters (RoPE's frequencies) are kept as
+    a plain fp32 tensor outside the buffers, so neither to_empty() nor a change of dtype can spoil them.
     """
 
     def __init__(self, config: ModelConfig) -> None:
@@ -175,8 +176,9 @@ class Transformer(nn.Module):
 
     @torch.no_grad()
     def init_weights(self, generator: torch.Generator) -> None:
-        """Fresh weights for training from nothing: N(0, 0.02), the two matrices that write into the residual stream divided by
-        sqrt(2 n_layers) so that its variance does not grow with depth; norms 1, biases 0. Call before sharding."""
+        """Fresh weights for training from nothing: N(0, 0.02), the two matrices that write into the residual stream
+        divided by sqrt(2 n_layers) so that its variance does not grow with depth; norms 1, biases 0. Call before
+        sharding."""
         residual_std = 0.02 / (2 * self.config.n_layers) ** 0.5
         for name, parameter in self.named_parameters():
             if name.endswith("norm.weight"):
@@ -187,14 +189,15 @@ class Transformer(nn.Module):
                 std = residual_std if name.endswith((".wo.weight", ".w2.weight")) else 0.02
                 parameter.normal_(0.0, std, generator=generator)
 
-    def forward(self, input_ids_BT: Tensor, *, position_ids_BT: Tensor | None = None, segment_lengths: list[int] | None = None,
-                kv_cache: KVCache | None = None, return_hidden: bool = False, last_only: bool = False) -> Tensor:
+    def forward(self, input_ids_BT: Tensor, *, position_ids_BT: Tensor | None = None,
+                segment_lengths: list[int] | None = None, kv_cache: KVCache | None = None,
+                return_hidden: bool = False, last_only: bool = False) -> Tensor:
         """Logits (B, T, V), or the final normed hidden states (B, T, D) with return_hidden.
 
-        segment_lengths: the row (B must be 1) is several sequences end to end, of these lengths; each attends only to itself.
-        position_ids_BT: default 0, 1, ... from each segment's start (from the cached length on, with a cache).
-        kv_cache: new keys and values are appended to its selected rows, one row per segment, and attention reads the whole row;
-        without segment_lengths each of the B rows is one segment.
+        segment_lengths: the row (B must be 1) is several sequences end to end, of these lengths; each attends only to
+        itself. position_ids_BT: default 0, 1, ... from each segment's start (from the cached length on, with a cache).
+        kv_cache: new keys and values are appended to its selected rows, one row per segment, and attention reads the
+        whole row; without segment_lengths each of the B rows is one segment.
         last_only: compute norm and head for the last token of each segment only; T becomes the number of segments.
         Raises ValueError when lengths and shapes disagree.
         """
@@ -235,5 +238,5 @@ class Transformer(nn.Module):
         if sum(segment_lengths) != T or min(segment_lengths, default=0) < 1:
             raise ValueError(f"segment_lengths {segment_lengths} must be positive and sum to the row's {T} tokens")
         if kv_cache is not None and len(kv_cache.selected_rows) != len(segment_lengths):
-            raise ValueError(f"{len(segment_lengths)} segments for {len(kv_cache.selected_rows)} selected rows of the cache")
+            raise ValueError(f"{len(segment_lengths)} segments for {len(kv_cache.selected_rows)} cache rows")
         return segment_lengths

@@ -1,4 +1,5 @@
-"""model/pretrained_weights.py: round trips, shards, ties, every kind of bad folder, sharded parameters over two processes."""
+"""model/pretrained_weights.py: round trips, shards, ties, every kind of bad folder, sharded parameters over two
+processes."""
 import json
 import os
 import resource
@@ -178,8 +179,9 @@ def test_no_folder_and_no_config(folder, tmp_path):
     assert "config.json: no such file" in load_error(folder)
 
 
-@pytest.mark.parametrize("text, words", [('{"model_type": ', "config.json:1: not valid JSON"), ("[1]", "expected a JSON object"),
-                                         ('{"model_type": "gpt2"}', "model_type is 'gpt2'"), ("\ufeff{}", "config.json")])
+@pytest.mark.parametrize("text, words", [
+    ('{"model_type": ', "config.json:1: not valid JSON"), ("[1]", "expected a JSON object"),
+    ('{"model_type": "gpt2"}', "model_type is 'gpt2'"), ("\ufeff{}", "config.json")])
 def test_bad_config(folder, text, words):
     (folder / "config.json").write_text(text, encoding="utf-8")
     message = load_error(folder)

@@ -15,7 +15,8 @@ def random_prompts(n: int, vocab_size: int, longest: int) -> list[list[int]]:
     return [[rng.randrange(vocab_size) for _ in range(rng.randint(1, longest))] for _ in range(n)]
 
 
-def slow_greedy(model: torch.nn.Module, prompt: list[int], max_new_tokens: int, eos_id: int) -> tuple[list[int], list[float]]:
+def slow_greedy(model: torch.nn.Module, prompt: list[int], max_new_tokens: int,
+                eos_id: int) -> tuple[list[int], list[float]]:
     """The obviously right way: the whole sequence through the model for every token, no cache, no batch."""
     ids, logprobs = list(prompt), []
     while len(logprobs) < max_new_tokens and not (logprobs and ids[-1] == eos_id):
@@ -50,7 +51,9 @@ def test_greedy_does_not_depend_on_batching():
     prompts = random_prompts(11, 61, 30)
     together = generate(model, prompts, max_new_tokens=12, eos_id=3)
     alone = [generate(model, [prompt], max_new_tokens=12, eos_id=3)[0] for prompt in prompts]
-    eights = [r for i in range(0, 11, 8) for r in generate(model, prompts[i:i + 8][::-1], max_new_tokens=12, eos_id=3)[::-1]]
+    eights = []
+    for i in range(0, 11, 8):
+        eights += generate(model, prompts[i:i + 8][::-1], max_new_tokens=12, eos_id=3)[::-1]
     assert together == alone == eights  # ids and log-probabilities, bit for bit
 
 
@@ -87,7 +90,8 @@ def test_each_row_stops_on_its_own():
 def test_logprobs_are_those_of_the_sampling_temperature():
     model = tiny_model()
     prompts = random_prompts(5, 61, 10)
-    found = generate(model, prompts, max_new_tokens=6, eos_id=3, temperature=0.7, generator=torch.Generator().manual_seed(0))
+    generator = torch.Generator().manual_seed(0)
+    found = generate(model, prompts, max_new_tokens=6, eos_id=3, temperature=0.7, generator=generator)
     for prompt, (ids, logprobs) in zip(prompts, found, strict=True):
         with torch.no_grad():
             logits = model(torch.tensor([prompt + ids]))[0, len(prompt) - 1:-1].double() / 0.7
@@ -108,8 +112,8 @@ def test_samples_follow_the_distribution():
 
 def test_seed_reproduces_samples():
     model, prompts = tiny_model(), random_prompts(5, 61, 10)
-    runs = [generate(model, prompts, max_new_tokens=6, eos_id=3, temperature=1.0, generator=torch.Generator().manual_seed(s))
-            for s in (0, 0, 1)]
+    generators = [torch.Generator().manual_seed(seed) for seed in (0, 0, 1)]
+    runs = [generate(model, prompts, max_new_tokens=6, eos_id=3, temperature=1.0, generator=g) for g in generators]
     assert runs[0] == runs[1] != runs[2]
 
 
@@ -127,7 +131,8 @@ def test_hook_keeps_a_finished_rank_in_step():
     assert len(forwards) == 30 and not asked[-1]
     assert found == generate(model, [[5, 6, 7]], max_new_tokens=4, eos_id=None)
     empty_from = len(forwards)
-    assert generate(model, [], max_new_tokens=4, eos_id=None, should_continue=lambda f: len(forwards) < empty_from + 3) == []
+    more = generate(model, [], max_new_tokens=4, eos_id=None, should_continue=lambda f: len(forwards) < empty_from + 3)
+    assert more == []
     assert len(forwards) == empty_from + 3
 
 

@@ -11,7 +11,8 @@ from model.config import ModelFolderError
 from model.tokenizer import check_vocabulary_fits, load_tokenizer
 
 FIXTURES = Path(__file__).parents[2] / "shared" / "fixtures"
-ALPHABET = [chr(c) for c in range(32, 127)] + list("\n\t") + ["\u00e9", "\u4e2d", "\U0001f600", "\u2581", "</s>", "<s>", "<unk>", "  "]
+ODD_PIECES = ["\n", "\t", "\u00e9", "\u4e2d", "\U0001f600", "\u2581", "</s>", "<s>", "<unk>", "  "]
+ALPHABET = [chr(c) for c in range(32, 127)] + ODD_PIECES
 
 
 @pytest.fixture(scope="module")
@@ -19,7 +20,7 @@ def trained(tmp_path_factory):
     """A small SentencePiece model with byte fallback, trained here, so that these tests need nothing from outside."""
     folder = tmp_path_factory.mktemp("tokenizer")
     rng = random.Random(0)
-    words = ["get_weather", "search", "city", "query", "the", "Assistant:", "User:", "finish", "answer", "(", ")", '="', '"']
+    words = [*"get_weather search city query the Assistant: User: finish answer".split(), "(", ")", '="', '"']
     text = folder / "text.txt"
     text.write_text("\n".join(" ".join(rng.choices(words, k=8)) for _ in range(300)))
     sentencepiece.SentencePieceTrainer.train(
@@ -62,7 +63,8 @@ def test_llama_cpp_vectors():
 
 @pytest.mark.parametrize("which", ["trained", "llama2"])
 def test_continuation_is_the_text_without_a_space_in_front(which, trained):
-    """Oracle: a newline is a byte piece that never merges, so the ids behind it are those of text in the middle of a line."""
+    """Oracle: a newline is a byte piece that never merges, so the ids behind it are those of text in the middle of a
+    line."""
     tokenizer = llama2() if which == "llama2" else load_tokenizer(trained)
     newline = tokenizer.encode("\n")
     rng = random.Random(1)
@@ -100,11 +102,11 @@ def test_round_trip(trained):
 def test_odd_input(trained):
     tokenizer = load_tokenizer(trained / "tokenizer.model")
     assert tokenizer.encode("") == tokenizer.encode_continuation("") == [] and tokenizer.decode([]) == ""
-    assert tokenizer.decode(tokenizer.encode("a\ud800b")) == "a\ufffdb"                    # a lone surrogate
-    assert tokenizer.encode("\ud83d\ude00") == tokenizer.encode("\U0001f600")                # a pair is one character
+    assert tokenizer.decode(tokenizer.encode("a\ud800b")) == "a\ufffdb"  # a lone surrogate
+    assert tokenizer.encode("\ud83d\ude00") == tokenizer.encode("\U0001f600")  # a pair is one character
     assert tokenizer.decode(tokenizer.encode("a\x00b")) == "a\x00b"
     a, b = tokenizer.encode("the city")[:1], tokenizer.encode("the city")[1:]
-    assert tokenizer.decode(a + [99999] + b) == "the\ufffd city"                              # a row of a padded embedding
+    assert tokenizer.decode(a + [99999] + b) == "the\ufffd city"  # a row of a padded embedding
     assert tokenizer.decode([tokenizer.bos_id, *a, tokenizer.eos_id]) == "the"
     assert tokenizer.piece(99999) == "\ufffd" and tokenizer.piece(tokenizer.encode("\n")[-1]) == "\n"
 

@@ -1,4 +1,5 @@
-"""model/transformer.py and model/config.py: formulas against fp64 oracles, packing, cache, meta construction, config.json."""
+"""model/transformer.py and model/config.py: formulas against fp64 oracles, packing, cache, meta construction,
+config.json."""
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -52,7 +53,8 @@ def oracle_logits(model: Transformer, ids: list[int]) -> np.ndarray:
     for i in range(c.n_layers):
         p = f"layers.{i}."
         h = norm(x, w[p + "attention_norm.weight"])
-        q, k, v = (h @ w[f"{p}attention.{n}.weight"].T + w.get(f"{p}attention.{n}.bias", 0.0) for n in ("wq", "wk", "wv"))
+        q, k, v = (h @ w[f"{p}attention.{n}.weight"].T + w.get(f"{p}attention.{n}.bias", 0.0)
+                   for n in ("wq", "wk", "wv"))
         out = np.zeros_like(q)
         for n in range(c.n_heads):
             g = n // (c.n_heads // c.n_kv_heads)
@@ -64,7 +66,8 @@ def oracle_logits(model: Transformer, ids: list[int]) -> np.ndarray:
         x = x + out @ w[p + "attention.wo.weight"].T
         h = norm(x, w[p + "ffn_norm.weight"])
         gate = h @ w[p + "feed_forward.w1.weight"].T
-        x = x + (gate / (1 + np.exp(-gate)) * (h @ w[p + "feed_forward.w3.weight"].T)) @ w[p + "feed_forward.w2.weight"].T
+        inner = gate / (1 + np.exp(-gate)) * (h @ w[p + "feed_forward.w3.weight"].T)
+        x = x + inner @ w[p + "feed_forward.w2.weight"].T
     return norm(x, w["norm.weight"]) @ w.get("output.weight", w["tok_embeddings.weight"]).T
 
 
@@ -118,8 +121,8 @@ def test_swiglu_by_hand():
     assert ffn(torch.ones(1, 1)).item() == pytest.approx(3 * 1.7615942 * 5, rel=1e-6)
 
 
-@pytest.mark.parametrize("changes", [{}, {"n_kv_heads": 4}, {"n_kv_heads": 1}, {"tie_embeddings": True}, {"qkv_bias": True},
-                                     {"rope_theta": 1e6}, {"head_dim": 12}], ids=str)
+@pytest.mark.parametrize("changes", [{}, {"n_kv_heads": 4}, {"n_kv_heads": 1}, {"tie_embeddings": True},
+                                     {"qkv_bias": True}, {"rope_theta": 1e6}, {"head_dim": 12}], ids=str)
 def test_logits_equal_the_fp64_oracle(changes):
     model = tiny_model(**changes)
     ids = [5, 60, 0, 7, 7, 31, 2, 18, 44]
@@ -207,11 +210,13 @@ def test_explicit_positions_equal_default_ones():
     ids = torch.randint(0, 61, (1, 5), generator=torch.Generator().manual_seed(5))
     positions = torch.tensor([[0, 1, 0, 1, 2]])
     with torch.no_grad():
-        assert torch.equal(model(ids, segment_lengths=[2, 3]), model(ids, segment_lengths=[2, 3], position_ids_BT=positions))
+        explicit = model(ids, segment_lengths=[2, 3], position_ids_BT=positions)
+        assert torch.equal(model(ids, segment_lengths=[2, 3]), explicit)
         # only differences of positions matter to RoPE
         assert torch.allclose(model(ids), model(ids, position_ids_BT=torch.arange(5)[None] + 9), rtol=1e-4, atol=1e-4)
         # stretched positions are another input
-        assert not torch.allclose(model(ids), model(ids, position_ids_BT=torch.arange(5)[None] * 3), rtol=1e-2, atol=1e-2)
+        stretched = model(ids, position_ids_BT=torch.arange(5)[None] * 3)
+        assert not torch.allclose(model(ids), stretched, rtol=1e-2, atol=1e-2)
 
 
 def test_activation_checkpointing_gives_the_same_gradients():
@@ -270,11 +275,12 @@ def test_presets_have_the_published_size(name, expected):
     with torch.device("meta"):
         assert sum(p.numel() for p in Transformer(config).parameters()) == expected
     assert config.rope_theta == 1e6
-    assert (config.vocab_size, config.n_kv_heads) == ((32000, 8) if name == "codellama_34b" else (32016, config.n_heads))
+    is_34b = name == "codellama_34b"
+    assert (config.vocab_size, config.n_kv_heads) == ((32000, 8) if is_34b else (32016, config.n_heads))
 
 
-@pytest.mark.parametrize("changes", [{}, {"qkv_bias": True}, {"tie_embeddings": True}, {"n_kv_heads": 4, "head_dim": 10}],
-                         ids=str)
+@pytest.mark.parametrize("changes", [{}, {"qkv_bias": True}, {"tie_embeddings": True},
+                                     {"n_kv_heads": 4, "head_dim": 10}], ids=str)
 def test_count_parameters_equals_the_module(changes):
     config = replace(TINY, **changes)
     assert count_parameters(config) == sum(p.numel() for p in Transformer(config).parameters())

@@ -12,8 +12,8 @@ from tests.test_transformer import tiny_model
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 transformers = pytest.importorskip("transformers", reason="transformers is not installed")
 
-SIZES = {"vocab_size": 131, "hidden_size": 48, "intermediate_size": 88, "num_hidden_layers": 3, "num_attention_heads": 6,
-         "max_position_embeddings": 128}
+SIZES = {"vocab_size": 131, "hidden_size": 48, "intermediate_size": 88, "num_hidden_layers": 3,
+         "num_attention_heads": 6, "max_position_embeddings": 128}
 LLAMA3 = {"rope_type": "llama3", "rope_theta": 5e5, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
           "original_max_position_embeddings": 32}
 VARIANTS = {
@@ -29,7 +29,8 @@ VARIANTS = {
 
 
 def peer_model(name: str) -> torch.nn.Module:
-    """transformers' model of a variant with weights large enough that attention is not uniform, biases and norms not trivial."""
+    """transformers' model of a variant with weights large enough that attention is not uniform, biases and norms not
+    trivial."""
     family, changes = VARIANTS[name]
     config = getattr(transformers, f"{family}Config")(**(SIZES | changes))
     torch.manual_seed(0)
