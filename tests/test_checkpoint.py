@@ -25,7 +25,7 @@ from train.seeding import random_state, restore_random_state
 from train.sft_loop import train_step
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def world():
     return init_world("cpu")
 

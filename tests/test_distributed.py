@@ -10,7 +10,7 @@ from train.distributed import any_rank, clip_gradients, gather_objects, global_s
 from train.sft_loop import batch_loss, train_step
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def world():
     return init_world("cpu")
 

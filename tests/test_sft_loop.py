@@ -21,7 +21,7 @@ from train.run_logging import MetricsFile, RunFolderError, cut_metrics, open_run
 from train.sft_loop import SFTConfig, StopSignal, TrainingError, run_identity, train_sft, train_step
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def world():
     return init_world("cpu")
 
