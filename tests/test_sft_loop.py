@@ -264,7 +264,9 @@ def test_identity_ignores_where_and_counts_what():
 
 def test_run_folder_rules(tmp_path):
     open_run_folder(tmp_path / "new", {"seed": 1}, resume="never")
+    open_run_folder(tmp_path / "new", {"seed": 3}, resume="auto")  # the first start did not reach a step
     open_run_folder(tmp_path / "new", {"seed": 1}, resume="auto")
+    (tmp_path / "new" / "metrics.jsonl").write_text('{"step": 1}\n')
     with pytest.raises(RunFolderError, match=r"found seed = 1, expected 2: the folder belongs to another run"):
         open_run_folder(tmp_path / "new", {"seed": 2}, resume="auto")
     (tmp_path / "new" / "checkpoints" / "step_00000004").mkdir(parents=True)

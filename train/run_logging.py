@@ -79,14 +79,15 @@ def open_run_folder(output: Path, identity: dict, *, resume: str) -> None:
     """Make `output`, or check that it holds this very run (equal `identity`); writes run_identity.json.
 
     Raises RunFolderError for a folder of another run, and with resume = "never" for a folder that has checkpoints:
-    nothing of an earlier run is ever overwritten.
+    no step of an earlier run is ever overwritten.
     """
     if output.exists() and not output.is_dir():
         raise RunFolderError(f"{output}: found a file, expected a folder for the run's output")
     identity_path = output / "run_identity.json"
     has_results = any((output / name).exists() for name in ("config.json", "metrics.jsonl", "checkpoints", "final"))
     if identity_path.exists():
-        _check_identity(identity_path, identity)
+        if _has_progress(output):
+            _check_identity(identity_path, identity)
     elif has_results:
         raise RunFolderError(
             f"{output}: found files but no run_identity.json, expected a new folder or one of this run"
@@ -99,6 +100,13 @@ def open_run_folder(output: Path, identity: dict, *, resume: str) -> None:
         )
     output.mkdir(parents=True, exist_ok=True)
     write_json_atomically(identity_path, identity)
+
+
+def _has_progress(output: Path) -> bool:
+    """True if a run got as far as one step. A start that failed before (out of memory ...) claims no folder."""
+    metrics = output / "metrics.jsonl"
+    started = metrics.exists() and metrics.stat().st_size > 0
+    return started or (output / "final").exists() or any((output / "checkpoints").glob("step_*"))
 
 
 def _check_identity(identity_path: Path, identity: dict) -> None:
