@@ -3,12 +3,15 @@
 The oracle is the released way (every prefix again, only the last turn trained), scored with torch's own cross-entropy.
 """
 import random
+from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 
+from benchmarks.benchmark_single_pass import read_multi_turn
 from data.batches import drop_unusable, pack, step_batches
+from data.error_filter import decide_masked_turns
 from data.loss_weights import LOSS_NORMALIZATIONS, encode_trajectory, expand_per_turn
 from model.config import ModelConfig
 from model.transformer import Transformer
@@ -159,3 +162,22 @@ def test_gradient_of_a_step_depends_on_neither_micro_batches_nor_ranks(normaliza
         reference = reference or losses
         for found, expected in zip(losses, reference):
             assert_same(found, expected, 1e-10)
+
+
+# -------------------------------------------------------------------------------- the benchmark's data
+
+
+def test_rotbench_third_turn_is_read_as_calls():
+    path = Path(__file__).parents[2] / "shared" / "data" / "benchmarks" / "rotbench" / "Third_Turn" / "clean.json"
+    if not path.exists():
+        pytest.skip("RoTBench is not at ../shared/data/benchmarks/rotbench")
+    trajectories = read_multi_turn(path)
+    assert len(trajectories) == 70
+    turns = [message for t in trajectories for message in t.messages if message.role == "assistant"]
+    assert len(turns) == 210 and all(message.call is not None for message in turns)
+    first = trajectories[0]
+    assert [message.role for message in first.messages] == ["user", *["assistant", "tool"] * 2, "assistant"]
+    assert first.messages[1].call.name == "get_translation_nllb"
+    assert first.messages[1].call.arguments == {"input_text": "See you later", "tgt_lang": "ja", "src_lang": "en"}
+    assert [tool["function"]["name"] for tool in first.tools][-2:] == ["ask_to_user", "finish"]
+    assert decide_masked_turns(first, "structured")[0].category == "parameter_missing"  # `max_length` was left out
