@@ -86,7 +86,11 @@ def test_a_wrong_logged_loss_is_noticed(run, tmp_path):
 
 @pytest.mark.parametrize(
     ("step", "message"),
-    [(2, "found no such checkpoint, expected one saved right before the step; --step may be 1, 3, 4"), (0, "least 1")],
+    [
+        (2, "found no such checkpoint, expected one saved right before the step; --step may be 1, 3\n"),
+        (4, "--step: found 4, expected one of the 3 steps in "),
+        (0, "--step: found 0, expected one of the 3 steps in "),
+    ],
 )
 def test_impossible_steps(run, step, message):
     code, _, err = audit("--run", run, "--step", step)

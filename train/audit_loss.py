@@ -68,14 +68,23 @@ def read_run(run: Path) -> SFTConfig:
     return config
 
 
+def logged_loss(run: Path, step: int) -> float:
+    """`sft/loss` of the step in metrics.jsonl. Raises AuditError when the run has no such step."""
+    losses = {row["step"]: row["sft/loss"] for row in read_metrics(run / "metrics.jsonl")}
+    if step not in losses:
+        raise AuditError(f"--step: found {step}, expected one of the {len(losses)} steps in {run / 'metrics.jsonl'}")
+    return losses[step]
+
+
 def weights_before(run: Path, step: int) -> Path | None:
     """The verified checkpoint saved right before `step`; None (the base model) for step 1. Raises AuditError."""
     if step == 1:
         return None
     path = run / "checkpoints" / checkpoint_name(step - 1)
-    steps = sorted(checkpoint_step(each) + 1 for each in list_checkpoints(run / "checkpoints"))
-    possible = ", ".join(str(each) for each in [1, *steps])
     if not path.is_dir():
+        logged = {row["step"] for row in read_metrics(run / "metrics.jsonl")}
+        after = sorted(checkpoint_step(each) + 1 for each in list_checkpoints(run / "checkpoints"))
+        possible = ", ".join(str(each) for each in [1, *after] if each in logged)
         raise AuditError(
             f"{path}: found no such checkpoint, expected one saved right before the step; --step may be {possible}"
         )
@@ -115,6 +124,7 @@ def token_rows(
     `contribution` = -loss_weight * logprob / denominator.
     """
     starts = torch.tensor([0, *batch.segment_lengths]).cumsum(0).tolist()
+    eos_weight = {name: eos_weights(rows[name]) for name in batch.ids}
     segment = 0
     for packed_position, logprob in zip(batch.trained_index_K.tolist(), logprobs_K, strict=True):
         while packed_position >= starts[segment + 1]:
@@ -127,7 +137,7 @@ def token_rows(
             "position": position,
             "target_id": row.target_ids[position],
             "class": row.token_classes[position],
-            "weight": round(row.loss_weights[position] / eos_weights(row)[row.message_indices[position]], 9),
+            "weight": round(row.loss_weights[position] / eos_weight[row.id][row.message_indices[position]], 9),
             "loss_weight": loss_weight,
             "logprob": logprob,
             "contribution": -loss_weight * logprob / denominator,
@@ -143,14 +153,13 @@ def eos_weights(row: EncodedTrajectory) -> dict[int, float]:
     }
 
 
-def audit(
-    run: Path, step: int, output: Path, device: str
-) -> tuple[float, float | None, dict[str, tuple[int, float]], str]:
+def audit(run: Path, step: int, output: Path, device: str) -> tuple[float, float, dict[str, tuple[int, float]], str]:
     """Write the step's token lines to `output`.
 
-    Returns (sum of contributions, the logged loss or None, {class: (tokens, sum)}, the run's dtype).
+    Returns (sum of contributions, the logged loss, {class: (tokens, sum)}, the run's dtype).
     """
     config = read_run(run)
+    logged = logged_loss(run, step)
     checkpoint = weights_before(run, step)
     tokenizer = load_tokenizer(config.model)
     encoded, _ = encode_data(config, tokenizer)
@@ -177,8 +186,7 @@ def audit(
                 count, total = by_class.get(line["class"], (0, 0.0))
                 by_class[line["class"]] = (count + 1, total + line["contribution"])
                 file.write(json.dumps({"step": step, "token": tokenizer.piece(line["target_id"]), **line}) + "\n")
-    logged = [row["sft/loss"] for row in read_metrics(run / "metrics.jsonl") if row["step"] == step]
-    return sum(total for _, total in by_class.values()), logged[0] if logged else None, by_class, config.dtype
+    return sum(total for _, total in by_class.values()), logged, by_class, config.dtype
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -196,8 +204,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     run = Path(given.run)
     output = Path(given.output) if given.output else run / "audit" / f"{checkpoint_name(given.step)}.jsonl"
     try:
-        if given.step < 1:
-            raise AuditError(f"--step: found {given.step}, expected at least 1")
         total, logged, by_class, dtype = audit(run, given.step, output, given.device)
     except (AuditError, DataError, ModelFolderError, CheckpointError, OSError, ValueError) as error:
         sys.stderr.write(" ".join(str(error).split()) + "\n")
@@ -208,9 +214,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for name, (count, part) in sorted(by_class.items()):
         print(f"  {name:8} {count:6} tokens  {part:12.6f} nats  {100 * part / total if total else 0:5.1f} %")
     print(f"  sum of contributions {total:.8f}")
-    if logged is None:
-        print("  metrics.jsonl holds no such step, nothing to compare with")
-        return 1
     difference = abs(total - logged) / max(abs(logged), 1e-12)
     agrees = difference <= TOLERANCE[dtype]
     print(
