@@ -5,11 +5,13 @@ bundled tiny benchmarks. `--predictions FILE` scores an existing file, no model.
 command, under any number of ranks. Exit codes: 0 everything scored; 2 bad input (one line on stderr).
 """
 
+import fcntl
 import sys
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import TextIO
 
 from data.trajectories import DataError
 from eval.benchmark_data import BENCHMARK_FILES, benchmark_file, load_tiny
@@ -22,7 +24,7 @@ from model.pretrained_weights import ModelFolderError, load_pretrained
 from model.tokenizer import Tokenizer, check_vocabulary_fits, load_tokenizer
 from model.transformer import Transformer
 from run_config import ConfigError, fail, read_config
-from train.distributed import DTYPES, World, close_world, init_world, wait_for_all
+from train.distributed import DTYPES, World, any_rank, close_world, init_world
 from train.run_logging import describe_environment, file_sha256, log_line, write_json_atomically
 from train.seeding import seed_everything
 
@@ -41,15 +43,16 @@ class EvalConfig:
     model: str = _setting("runs/sft/final", "folder of the model, Hugging Face layout")
     benchmarks: str = _setting("tiny-seen,tiny-unseen", f"comma-separated, of {', '.join(BENCHMARK_FILES)}")
     benchmark_dir: str = _setting("assets/tiny_data", "folder of the benchmark files")
-    prompt_format: str = _setting("tl", "form of the calls: tl name(p=\"v\") (paper Table 13), plain name(p: \"v\"). of the "
-                                  "bundled base model; the prompt is that of Table 13 in both", choices=OUTPUT_FORMATS)
+    prompt_format: str = _setting("tl", "form of the calls: tl name(p=\"v\") (paper Table 13), plain name(p: \"v\"). "
+                                  "of the bundled base model; the prompt is that of Table 13 in both",
+                                  choices=OUTPUT_FORMATS)
     predictions: str = _setting("", "score this JSONL file of predictions (one benchmark), no model; empty = predict")
     limit: int = _setting(0, "only the first N records of each benchmark; 0 = all", low=0)
     max_new_tokens: int = _setting(128, "longest output, tokens; longer ones are cut and count as they are", low=1)
     batch_size: int = _setting(32, "prompts generated together on one rank; memory and speed only", low=1)
     output: str = _setting("runs/eval", "folder of predictions, results, summary.json, report.md")
-    resume: str = _setting("auto", "auto keeps predictions that output already holds for this model and settings; never "
-                           "refuses a folder that has some", choices=("auto", "never"))
+    resume: str = _setting("auto", "auto keeps predictions that output already holds for this model and settings; "
+                           "never refuses a folder that has some", choices=("auto", "never"))
     seed: int = _setting(0, "seed of every random generator; greedy predictions do not depend on it", low=0)
     dtype: str = _setting("float32", "compute type", choices=("float32", "bfloat16"))
     device: str = _setting("auto", "auto takes CUDA where present", choices=("auto", "cpu", "cuda"))
@@ -65,7 +68,7 @@ class EvalConfig:
         if self.predictions and len(names) != 1:
             raise ValueError(f"benchmarks: found {len(names)} benchmarks, expected one, that of --predictions")
         if self.predictions and self.prompt_format != "tl":
-            raise ValueError("prompt_format: found it beside --predictions, expected \"format\" in the lines of that file")
+            raise ValueError("prompt_format: found it beside --predictions, expected \"format\" in that file's lines")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -111,19 +114,41 @@ def predict(config: EvalConfig, world: World, answers: dict[str, Path], predicti
     limit = config.limit or None
     settings = {"model_sha256": folder_sha256(Path(config.model)), "prompt_format": config.prompt_format,
                 "max_new_tokens": config.max_new_tokens, "dtype": config.dtype, "device": world.device.type}
-    for name, path in predictions.items():
-        check_settings(path, {**settings, "answers_sha256": file_sha256(answers[name])}, resume=config.resume,
-                       is_writer=world.is_main)
-    wait_for_all()  # no rank predicts before every rank has looked at what was there
-    for name, path in predictions.items():
-        start = time.perf_counter()
-        notices = generate_predictions(
-            model, tokenizer, load_tiny(answers[name])[:limit], path, prompt_format=config.prompt_format,
-            max_new_tokens=config.max_new_tokens, batch_size=config.batch_size, rank=world.rank, world_size=world.size)
-        if world.is_main:
-            for notice in notices:
-                log_line(notice)
-            log_line(f"{name}: predictions in {path} ({time.perf_counter() - start:.1f} s)")
+    with lock_folder(Path(config.output) / "predictions", world):
+        for name, path in predictions.items():
+            check_settings(path, {**settings, "answers_sha256": file_sha256(answers[name])}, resume=config.resume,
+                           is_writer=world.is_main)
+        for name, path in predictions.items():
+            start = time.perf_counter()
+            notices = generate_predictions(
+                model, tokenizer, load_tiny(answers[name])[:limit], path, prompt_format=config.prompt_format,
+                max_new_tokens=config.max_new_tokens, batch_size=config.batch_size, rank=world.rank,
+                world_size=world.size)
+            if world.is_main:
+                for notice in notices:
+                    log_line(notice)
+                log_line(f"{name}: predictions in {path} ({time.perf_counter() - start:.1f} s)")
+
+
+def lock_folder(folder: Path, world: World) -> TextIO:
+    """Keep other runs out of `folder` until the file returned is closed, by this process's end at the latest.
+
+    Each rank holds a shared lock: a torchrun that is killed outright leaves its workers alive, and they go on writing.
+    Raises DataError, on all ranks, while any process of another run holds one.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = open(folder / "lock", "w")
+    is_taken = False
+    if world.is_main:  # alone in the folder? The other ranks ask for their lock only after this answer.
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            is_taken = True
+    if any_rank(is_taken):
+        raise DataError(f"{folder}: found another process at work on it, expected none; end it or wait for its end "
+                        "(killing torchrun itself leaves its workers running)")
+    fcntl.flock(lock, fcntl.LOCK_SH)  # rank 0 passes from exclusive to shared, which lets the others in
+    return lock
 
 
 def load_model(config: EvalConfig, world: World) -> tuple[Transformer, Tokenizer]:

@@ -13,7 +13,8 @@ def wilson_interval(successes: int, n: int, z: float) -> tuple[float, float]:
 
         (p + z^2 / 2n +- z * sqrt(p (1 - p) / n + z^2 / 4n^2)) / (1 + z^2 / n),  p = successes / n        (E20)
 
-    `z` is the normal quantile, e.g. Z_95. Source: Wilson 1927. Raises ValueError unless 0 <= successes <= n, n >= 1, z > 0.
+    `z` is the normal quantile, e.g. Z_95. Source: Wilson 1927. Raises ValueError unless 0 <= successes <= n, n >= 1
+    and z > 0.
     """
     if n < 1 or not 0 <= successes <= n:
         raise ValueError(f"found {successes} successes of {n}, expected 0 <= successes <= n and n >= 1")

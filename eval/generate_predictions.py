@@ -1,8 +1,8 @@
 """Greedy predictions of a model for one benchmark, journaled per item, resumable, split over ranks.
 
-While running, rank 0 appends to PREDICTIONS/<benchmark>.jsonl itself and rank r to <benchmark>.rank<r>.jsonl; each item is
-one line, flushed. At the start and at the end rank 0 merges all of them into the first, sorted by index, by an atomic
-rename. So a killed run leaves at most one partial line per rank, and any number of ranks can take up the rest.
+While running, rank 0 appends to PREDICTIONS/<benchmark>.jsonl itself and rank r to <benchmark>.rank<r>.jsonl; each
+item is one line, flushed. At the start and at the end rank 0 merges all of them into the first, sorted by index, by an
+atomic rename. So a killed run leaves at most one partial line per rank, and any number of ranks can take up the rest.
 """
 import hashlib
 import json
@@ -97,11 +97,21 @@ def read_journals(path: Path) -> tuple[list[dict], int]:
     return [row_of_index[index] for index in sorted(row_of_index)], dropped
 
 
-def merge_journals(path: Path, rows: list[dict]) -> None:
-    """Put `rows`, those of all journals, into `path` and remove the other ranks' files. Rank 0 only."""
-    write_json_lines(path, rows)
-    for source in _rank_journals(path):
-        source.unlink()
+def merge_journals(path: Path, rank: int) -> tuple[list[dict], int]:
+    """Put the lines of all journals into `path`, remove the other ranks' files; returns what read_journals does.
+
+    A collective: all ranks wait for each other before they read, and again before any of them may append. Raises
+    DataError, on all ranks, as read_journals does.
+    """
+    _wait_for_all_ranks()
+    rows, dropped = read_journals(path)
+    _wait_for_all_ranks()
+    if rank == 0:
+        write_json_lines(path, rows)
+        for source in _rank_journals(path):
+            source.unlink()
+    _wait_for_all_ranks()
+    return rows, dropped
 
 
 def _wait_for_all_ranks() -> None:
@@ -128,11 +138,7 @@ def generate_predictions(model: Transformer, tokenizer: Tokenizer, examples: Seq
     Returns notices for the user. Raises DataError, on all ranks, for journals that cannot be continued.
     """
     # 1. Everything that earlier processes left becomes one file, before any rank appends to its own journal.
-    earlier, dropped = read_journals(path)
-    _wait_for_all_ranks()
-    if rank == 0:
-        merge_journals(path, earlier)
-    _wait_for_all_ranks()
+    earlier, dropped = merge_journals(path, rank)
 
     # 2. The prompts that are left, and this rank's batches. Both formats share the prompt; only the answers differ.
     done = {row["index"] for row in earlier}
@@ -142,8 +148,9 @@ def generate_predictions(model: Transformer, tokenizer: Tokenizer, examples: Seq
 
     # 3. Generate, and append item by item.
     label = {} if prompt_format == "tl" else {"format": prompt_format}
+    is_quiet = rank != 0 or not own_batches
     with open(_journal(path, rank), "a", encoding="utf-8") as journal, \
-            tqdm(total=sum(map(len, own_batches)), desc=path.stem, unit="item", disable=rank != 0 or not own_batches) as bar:
+            tqdm(total=sum(map(len, own_batches)), desc=path.stem, unit="item", disable=is_quiet) as bar:
         for batch in own_batches:
             for row in _predict_batch(model, tokenizer, {index: prompts[index] for index in batch}, max_new_tokens):
                 journal.write(json.dumps({**row, **label}) + "\n")
@@ -151,12 +158,7 @@ def generate_predictions(model: Transformer, tokenizer: Tokenizer, examples: Seq
                 bar.update()
 
     # 4. The complete file, in order.
-    _wait_for_all_ranks()
-    rows, _ = read_journals(path)
-    _wait_for_all_ranks()
-    if rank == 0:
-        merge_journals(path, rows)
-    _wait_for_all_ranks()
+    rows, _ = merge_journals(path, rank)
     return _notices(path, rows, resumed=len(examples) - len(prompts), dropped=dropped)
 
 

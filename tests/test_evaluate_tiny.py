@@ -203,8 +203,9 @@ def test_missing_and_empty_files_and_wrong_flags(files, tmp_path, capsys):
 
 
 def test_hostile_outputs_are_wrong_not_a_crash(tmp_path, capsys):
-    hostile = ["(" * 100_000, "f(" * 50_000, "x" * 1_000_000, "\x00\x1b[31m", "__import__('os').abort()", "f(x=" + "[" * 9999,
-               "get_weather(city=" + "9" * 10_000 + ")", "\ud800(a=1)", "get_weather(**{1: 2})", "get_weather(*[1])",
+    hostile = ["(" * 100_000, "f(" * 50_000, "x" * 1_000_000, "\x00\x1b[31m", "__import__('os').abort()",
+               "f(x=" + "[" * 9999, "get_weather(city=" + "9" * 10_000 + ")", "\ud800(a=1)", "get_weather(**{1: 2})",
+               "get_weather(*[1])",
                "get_weather(city=open('/etc/passwd').read())", "{}", "[]", "null", "-1", "get_weather(city=1e999)"]
     answers = write(tmp_path / "answers.jsonl", [record(index) for index in range(len(hostile))])
     predictions = write(tmp_path / "p.jsonl", [{"index": i, "output": text} for i, text in enumerate(hostile)])
@@ -221,19 +222,20 @@ def test_runs_as_a_module_without_importing_torch_or_model_code(files):
     result = subprocess.run([sys.executable, "-c", probe, "--answers", files[0], "--predictions", files[1]], cwd=ROOT,
                             capture_output=True, text=True)
     assert result.returncode == 0 and result.stdout.splitlines()[-1] == "[]", result.stderr
-    result = subprocess.run([sys.executable, "-m", "eval.evaluate_tiny", "--answers", files[0], "--predictions", files[1]],
-                            cwd=ROOT, capture_output=True, text=True)
+    command = [sys.executable, "-m", "eval.evaluate_tiny", "--answers", files[0], "--predictions"]
+    result = subprocess.run([*command, files[1]], cwd=ROOT, capture_output=True, text=True)
     assert result.returncode == 0 and json.loads(result.stdout.splitlines()[-1])["TS"] == 5
-    result = subprocess.run([sys.executable, "-m", "eval.evaluate_tiny", "--answers", files[0], "--predictions", "none"],
-                            cwd=ROOT, capture_output=True, text=True)
-    assert result.returncode == 2 and result.stderr == "none: found No such file or directory, expected a readable JSONL file\n"
+    result = subprocess.run([*command, "none"], cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode == 2
+    assert result.stderr == "none: found No such file or directory, expected a readable JSONL file\n"
 
 
 # ------------------------------------------------------------------------------------------------------------ summaries
 
 
 def rows_of(correct, n):
-    return [{"TS": 1, "PI": 1, "CF": int(i < correct), "reason": "" if i < correct else "wrong value: x"} for i in range(n)]
+    return [{"TS": 1, "PI": 1, "CF": int(i < correct), "reason": "" if i < correct else "wrong value: x"}
+            for i in range(n)]
 
 
 def test_comparison_calls_a_difference_only_when_intervals_are_disjoint():

@@ -1,5 +1,6 @@
 """run_eval.py from model to report: files, determinism over batches, ranks and kills, refusals, comparison of runs."""
 import contextlib
+import fcntl
 import io
 import json
 import os
@@ -26,7 +27,8 @@ COUNT = 23  # records per benchmark: no multiple of a batch or of the ranks
 
 def make_benchmarks(folder: Path) -> Path:
     """test_seen.jsonl and test_unseen.jsonl with the tools of tests.tiny_run and requests of different lengths."""
-    tools = [{"type": "function", "function": tool} for tool in json.loads(make_records(1)[0]["conversations"][0]["content"])]
+    tools = [{"type": "function", "function": tool}
+             for tool in json.loads(make_records(1)[0]["conversations"][0]["content"])]
     draw = random.Random(3)
     folder.mkdir()
     for name in ("seen", "unseen"):
@@ -71,14 +73,10 @@ def process(arguments, ranks=1):
                             stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
-def kill_with_workers(running):
-    """SIGKILL to a process and its children. torchrun's workers are no part of its group and would go on writing."""
-    workers = [int(pid) for task in Path(f"/proc/{running.pid}/task").iterdir()
-               for pid in (task / "children").read_text().split()]
-    for pid in (running.pid, *workers):
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(pid, signal.SIGKILL)
-    running.communicate()
+def children_of(pid):
+    """Process ids of the direct children, torchrun's workers for example."""
+    return [int(child) for task in Path(f"/proc/{pid}/task").iterdir()
+            for child in (task / "children").read_text().split()]
 
 
 @pytest.fixture(scope="module")
@@ -202,7 +200,10 @@ def test_continues_from_every_cut(reference, benchmark_dir, tmp_path):
 
 @pytest.mark.slow
 def test_sigkill_then_two_ranks_then_one(reference, benchmark_dir, tmp_path):
-    """Killed alone, continued and killed under two ranks, finished alone: the undisturbed file, byte by byte."""
+    """Killed alone, continued and killed under two ranks, finished alone: the undisturbed file, byte by byte.
+
+    Of the two ranks only torchrun is killed at first: while its workers live, a new run is refused.
+    """
     arguments = flags_of(benchmark_dir, tmp_path, batch_size=1)
 
     def lines_there():
@@ -213,7 +214,16 @@ def test_sigkill_then_two_ranks_then_one(reference, benchmark_dir, tmp_path):
         deadline = time.monotonic() + 120
         while lines_there() < enough and running.poll() is None and time.monotonic() < deadline:
             time.sleep(0.01)
-        kill_with_workers(running)
+        workers = children_of(running.pid) if ranks > 1 else []
+        for pid in workers:
+            os.kill(pid, signal.SIGSTOP)  # so that they cannot end before the run in the next lines meets them
+        running.kill()
+        if workers:  # they outlive torchrun and could write into the journals
+            code, _, err = run_here(arguments)
+            assert code == 2 and err.count("\n") == 1 and "found another process at work" in err
+        for pid in workers:
+            os.kill(pid, signal.SIGKILL)
+        running.communicate()
         assert enough <= lines_there(), ranks
     assert run_here(arguments)[0] == 0
     assert predictions_of(tmp_path) == predictions_of(reference[0])
@@ -228,6 +238,18 @@ def test_two_ranks_equal_one(reference, benchmark_dir, tmp_path):
     assert predictions_of(tmp_path) == predictions_of(reference[0])
     assert predictions_of(tmp_path, "tiny-unseen") == predictions_of(reference[0], "tiny-unseen")
     assert scores_of(tmp_path) == scores_of(reference[0])
+
+
+def test_folder_in_use_is_refused(reference, benchmark_dir, tmp_path):
+    arguments = flags_of(benchmark_dir, tmp_path)
+    (tmp_path / "predictions").mkdir()
+    with open(tmp_path / "predictions/lock", "w") as other:
+        fcntl.flock(other, fcntl.LOCK_SH)  # flock counts two opens of one file as two holders, also in one process
+        code, _, err = run_here(arguments)
+        assert code == 2 and err.count("\n") == 1 and f"{tmp_path}/predictions: found another process" in err
+        assert [path.name for path in (tmp_path / "predictions").iterdir()] == ["lock"]
+    assert run_here(arguments)[0] == 0
+    assert predictions_of(tmp_path) == predictions_of(reference[0])
 
 
 # ----------------------------------------------------------------------------------------------------------- score only
@@ -311,13 +333,15 @@ def test_copied_model_folder_counts_as_the_same_model(reference, benchmark_dir, 
 
 @pytest.mark.parametrize("spoil, expected", [
     (lambda lines: [lines[0], b'{"index": 1, "out\n', *lines[2:]], "tiny-seen.jsonl:2: found no valid JSON"),
-    (lambda lines: [*lines, lines[0].replace(b'"output": "', b'"output": "!')], "a second, different output for index 0"),
+    (lambda lines: [*lines, lines[0].replace(b'"output": "', b'"output": "!')],
+     "a second, different output for index 0"),
     (lambda lines: [*lines, b'{"index": 99, "output": "", "stop": "end"}\n'], "found index 99, expected 0 to 22"),
 ])
 def test_damaged_journals_are_refused(reference, benchmark_dir, tmp_path, spoil, expected):
     folder = tmp_path / "predictions"
     folder.mkdir()
-    (folder / "tiny-seen.settings.json").write_bytes((reference[0] / "predictions/tiny-seen.settings.json").read_bytes())
+    settings = (reference[0] / "predictions/tiny-seen.settings.json").read_bytes()
+    (folder / "tiny-seen.settings.json").write_bytes(settings)
     (folder / "tiny-seen.jsonl").write_bytes(b"".join(spoil(predictions_of(reference[0]).splitlines(keepends=True))))
     code, _, err = run_here(flags_of(benchmark_dir, tmp_path))
     assert code == 2 and err.count("\n") == 1 and expected in err, err

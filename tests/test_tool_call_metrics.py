@@ -10,8 +10,8 @@ from eval.tool_call_metrics import GoldAnswer, GoldCall, can_pair, equal_strict,
 
 
 def gold(*calls, order_free=False):
-    return GoldAnswer(calls=tuple(GoldCall(name, arguments, frozenset(wildcards)) for name, arguments, wildcards in calls),
-                      order_free=order_free)
+    gold_calls = tuple(GoldCall(name, arguments, frozenset(wildcards)) for name, arguments, wildcards in calls)
+    return GoldAnswer(calls=gold_calls, order_free=order_free)
 
 
 def score(calls, *answers):
@@ -93,8 +93,8 @@ def test_pairing_equals_brute_force():
     for _ in range(2000):
         size = draw.randint(1, 4)
         calls = [ToolCall(draw.choice("ab"), {"x": draw.randint(0, 2)}) for _ in range(size)]
-        answer = gold(*((draw.choice("ab"), {"x": draw.randint(0, 2)}, draw.choice([(), (), ("x",)])) for _ in range(size)),
-                      order_free=True)
+        answer = gold(*((draw.choice("ab"), {"x": draw.randint(0, 2)}, draw.choice([(), (), ("x",)]))
+                        for _ in range(size)), order_free=True)
         found = can_pair(calls, answer, lambda call, one: is_same_content(call, one, equal_strict))
         brute = any(all(call.name == one.name and ("x" in one.wildcards or call.arguments["x"] == one.arguments["x"])
                         for call, one in zip(calls, order)) for order in itertools.permutations(answer.calls))
@@ -115,12 +115,13 @@ def test_cf_implies_pi_implies_ts_on_random_calls():
         assert ts >= pi >= cf
 
 
-VALUES = [0, 1, -1, 1.0, 0.0, True, False, None, "", "1", "a", "A", [], [1], [1.0], [1, 2], [2, 1], [True], {}, {"a": 1},
-          {"a": 1.0}, {"b": 1}, {"a": [1, {"c": None}]}, {"a": 1, "b": 2}, [[]], [{}], "None", 10 ** 30, 1e300]
+VALUES = [0, 1, -1, 1.0, 0.0, True, False, None, "", "1", "a", "A", [], [1], [1.0], [1, 2], [2, 1], [True], {},
+          {"a": 1}, {"a": 1.0}, {"b": 1}, {"a": [1, {"c": None}]}, {"a": 1, "b": 2}, [[]], [{}], "None", 10 ** 30,
+          1e300]
 
 
 def test_strict_equality_is_equality_of_canonical_json():
-    """The oracle: two JSON values are the same if their text with sorted keys is (`1` and `1.0`, `true` differ there)."""
+    """The oracle: two JSON values are the same if their text with sorted keys is (`1`, `1.0`, `true` differ there)."""
     for left, right in itertools.product(VALUES, repeat=2):
         same = json.dumps(left, sort_keys=True) == json.dumps(right, sort_keys=True)
         assert equal_strict(left, right) == same, (left, right)
