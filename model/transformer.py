@@ -95,17 +95,16 @@ class Attention(nn.Module):
         q_BTNH = apply_rope(self.wq(x_BTD).view(B, T, -1, self.head_dim), cos, signed_sin)
         k_BTKH = apply_rope(self.wk(x_BTD).view(B, T, -1, self.head_dim), cos, signed_sin)
         v_BTKH = self.wv(x_BTD).view(B, T, -1, self.head_dim)
-        q_BNTH, k_BKTH, v_BKTH = q_BTNH.transpose(1, 2), k_BTKH.transpose(1, 2), v_BTKH.transpose(1, 2)
-        outputs, start = [], 0
-        for segment, length in enumerate(segment_lengths):
-            q = q_BNTH[:, :, start:start + length]
-            k, v = k_BKTH[:, :, start:start + length], v_BKTH[:, :, start:start + length]
+        # split, not slices: the backward of n slices writes and adds n tensors of the whole row's length.
+        pieces = zip(*(x.split(segment_lengths, dim=1) for x in (q_BTNH, k_BTKH, v_BTKH)), strict=True)
+        outputs = []
+        for segment, piece in enumerate(pieces):
+            q_BNTH, k_BKTH, v_BKTH = (x.transpose(1, 2) for x in piece)
             if kv_cache is not None:
-                k, v = kv_cache.append(layer, segment, k, v)
-            outputs.append(self._attend(q, k, v))
-            start += length
-        out_BNTH = outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=2)
-        return self.wo(out_BNTH.transpose(1, 2).reshape(B, T, -1))
+                k_BKTH, v_BKTH = kv_cache.append(layer, segment, k_BKTH, v_BKTH)
+            outputs.append(self._attend(q_BNTH, k_BKTH, v_BKTH).transpose(1, 2))
+        out_BTNH = outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)
+        return self.wo(out_BTNH.reshape(B, T, -1))
 
     def _attend(self, q_BNTH: Tensor, k_BKLH: Tensor, v_BKLH: Tensor) -> Tensor:
         """softmax(q k^T / sqrt(H)) v over the keys at or before each query; L >= T, the last T keys are new."""
