@@ -25,43 +25,39 @@ USER_ERRORS = (ConfigError, DataError, DeviceError, ModelFolderError, RunFolderE
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """One SFT run from the command line; returns the exit code."""
+    """One SFT run from the command line: data, model, optimizer, training, export. Returns the exit code."""
     try:
-        return run(read_config(SFTConfig, "Supervised fine-tuning with MAE and PKT.", arguments))
+        config = read_config(SFTConfig, "Supervised fine-tuning with MAE and PKT.", arguments)
+        tokenizer = load_tokenizer(config.model)
+        encoded, notes = encode_data(config, tokenizer)
+        world = init_world(config.device)
+        say = log_line if world.is_main else lambda line: None
+        for note in notes:
+            say(note)
+        model = load_sharded_model(config.model, world, dtype=config.dtype, tokenizer_size=tokenizer.vocab_size)
+        optimizer = make_adamw(model, learning_rate=config.learning_rate, beta1=config.adam_beta1,
+                               beta2=config.adam_beta2, epsilon=config.adam_epsilon, weight_decay=config.weight_decay)
+        result = train_sft(
+            config, model, optimizer, world,
+            step_batches=lambda step: step_batches(
+                encoded, step, seed=config.seed, global_batch_size=config.global_batch_size,
+                micro_batch_size=config.micro_batch_size, rank=world.rank, world_size=world.size),
+            total_steps=config.epochs * steps_per_epoch(len(encoded), config.global_batch_size),
+            sources={"data_sha256": file_sha256(Path(config.data)), "model_sha256": model_fingerprint(config.model)},
+        )
+        if result.stopped_by:
+            return 128 + result.stopped_by
+        final = Path(config.output) / "final"
+        save_pretrained_streamed(model, final, dtype=DTYPES[config.final_dtype], companions_from=config.model)
+        if world.is_main and config.plot == "on":
+            say(plot_losses(Path(config.output)))
+        say(f"trained {result.step} steps; model: {final}")
+        say(f"next: python run_eval.py --model {shlex.quote(str(final))}")
+        return 0
     except USER_ERRORS as error:
         fail(error)
     finally:
         close_world()
-
-
-def run(config: SFTConfig) -> int:
-    """Data, model, optimizer, training, export; returns the exit code."""
-    tokenizer = load_tokenizer(config.model)
-    encoded, notes = encode_data(config, tokenizer)
-    world = init_world(config.device)
-    say = log_line if world.is_main else lambda line: None
-    for note in notes:
-        say(note)
-    model = load_sharded_model(config.model, world, dtype=config.dtype, tokenizer_size=tokenizer.vocab_size)
-    optimizer = make_adamw(model, learning_rate=config.learning_rate, beta1=config.adam_beta1, beta2=config.adam_beta2,
-                           epsilon=config.adam_epsilon, weight_decay=config.weight_decay)
-    result = train_sft(
-        config, model, optimizer, world,
-        step_batches=lambda step: step_batches(
-            encoded, step, seed=config.seed, global_batch_size=config.global_batch_size,
-            micro_batch_size=config.micro_batch_size, rank=world.rank, world_size=world.size),
-        total_steps=config.epochs * steps_per_epoch(len(encoded), config.global_batch_size),
-        sources={"data_sha256": file_sha256(Path(config.data)), "model_sha256": model_fingerprint(config.model)},
-    )
-    if result.stopped_by:
-        return 128 + result.stopped_by
-    final = Path(config.output) / "final"
-    save_pretrained_streamed(model, final, dtype=DTYPES[config.final_dtype], companions_from=config.model)
-    if world.is_main and config.plot == "on":
-        say(plot_losses(Path(config.output)))
-    say(f"trained {result.step} steps; model: {final}")
-    say(f"next: python run_eval.py --model {shlex.quote(str(final))}")
-    return 0
 
 
 if __name__ == "__main__":

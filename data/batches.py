@@ -5,7 +5,7 @@ each begins; attention stays inside a segment and positions restart at 0, so pac
 Legend: T tokens of the packed row, K of them trained.
 """
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import ceil
 
 import torch
@@ -28,6 +28,11 @@ class PackedBatch:
     denominator: float  # sum of the trajectories' shares of the global denominator
     trained_turns: int
     trained_tokens: int  # K
+
+    def to(self, device: torch.device) -> "PackedBatch":
+        """The same batch with its tensors on `device`."""
+        tensors = {name: getattr(self, name).to(device) for name in self.__slots__ if name.endswith(("_T", "_K"))}
+        return replace(self, **tensors)
 
 
 # -------------------------------------------------------------------------------- what can be trained

@@ -7,12 +7,21 @@ import torch
 
 from tests.tiny_run import command, metrics_of, random_batch, run_process, tiny_model
 from train.distributed import any_rank, clip_gradients, gather_objects, global_sum, init_world, local_part, shard_model
-from train.sft_loop import batch_loss, train_step
+from train.sft_loop import train_step
+from train.weighted_cross_entropy import linear_weighted_cross_entropy
 
 
 @pytest.fixture
 def world():
     return init_world("cpu")
+
+
+def batch_loss(model, batch, device):
+    """sum_i w_i * ce_i of one micro-batch through the sharded model, as train_step computes it."""
+    batch = batch.to(device)
+    hidden_BTD = model(batch.input_ids_T[None], segment_lengths=batch.segment_lengths, return_hidden=True)
+    return linear_weighted_cross_entropy(hidden_BTD[0], model.head_weight(), batch.target_ids_T, batch.loss_weights_T)
+
 
 
 def plain_gradients(model, batches, denominator):

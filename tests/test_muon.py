@@ -1,4 +1,5 @@
 """Muon against the singular value decomposition, and one or two ranks alike."""
+
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
@@ -23,9 +24,23 @@ def test_orthogonalize_is_near_the_polar_factor():
 
 
 def tiny_model() -> Transformer:
-    model = Transformer(ModelConfig(vocab_size=20, dim=8, n_layers=1, n_heads=2, n_kv_heads=2, head_dim=4, ffn_dim=12,
-                                    norm_eps=1e-5, rope_theta=1e4, rope_scaling=None, tie_embeddings=True,
-                                    qkv_bias=False, max_positions=32))
+    model = Transformer(
+        ModelConfig(
+            vocab_size=20,
+            dim=8,
+            n_layers=1,
+            n_heads=2,
+            n_kv_heads=2,
+            head_dim=4,
+            ffn_dim=12,
+            norm_eps=1e-5,
+            rope_theta=1e4,
+            rope_scaling=None,
+            tie_embeddings=True,
+            qkv_bias=False,
+            max_positions=32,
+        )
+    )
     model.init_weights(torch.Generator().manual_seed(0))
     return model
 
@@ -37,11 +52,12 @@ def three_steps(rank: int, world_size: int, address: str, result: str) -> None:
     world = init_world("cpu")
     model = tiny_model()
     shard_model(model, world, dtype="float32")
-    optimizer = MuonAdamW(model, muon_learning_rate=0.02, adam_learning_rate=0.01, momentum=0.9, betas=(0.9, 0.95),
-                          epsilon=1e-8)
+    optimizer = MuonAdamW(
+        model, muon_learning_rate=0.02, adam_learning_rate=0.01, momentum=0.9, betas=(0.9, 0.95), epsilon=1e-8
+    )
     for step in range(3):
         logits = model(torch.arange(10)[None] + step)
-        (logits.float().logsumexp(-1).sum() / world_size).backward()     # ranks are summed
+        (logits.float().logsumexp(-1).sum() / world_size).backward()  # ranks are summed
         optimizer.step()
         optimizer.zero_grad()
     weights = {name: parameter.full_tensor() for name, parameter in model.named_parameters()}

@@ -1,4 +1,5 @@
 """The toolbox world: what the bundled data promises about itself."""
+
 import json
 import random
 from collections import Counter
@@ -13,8 +14,15 @@ from data.toolbox_documents import draw_document, encode_document, render_plain_
 from data.toolbox_tokenizer import train_tokenizer, vocabulary_strings
 from data.toolbox_words import VALUE_KINDS
 from data.toolbox_world import (
-    HARD_QUALIFIERS, build_toolbox, draw_request, draw_test_examples, draw_trajectories, execute, held_out_pairs,
-    name_parts, tool_name,
+    HARD_QUALIFIERS,
+    build_toolbox,
+    draw_request,
+    draw_test_examples,
+    draw_trajectories,
+    execute,
+    held_out_pairs,
+    name_parts,
+    tool_name,
 )
 from data.trajectories import Message, read_trajectories
 from eval.plain_calls import parse_plain_call
@@ -35,8 +43,12 @@ def trajectories():
 
 def test_committed_files_are_what_the_command_writes(tmp_path):
     make_toolbox(["--output", str(tmp_path)])
-    for name in ("tiny_model/tokenizer.model", "tiny_data/train.json", "tiny_data/test_seen.jsonl",
-                 "tiny_data/test_unseen.jsonl"):
+    for name in (
+        "tiny_model/tokenizer.model",
+        "tiny_data/train.json",
+        "tiny_data/test_seen.jsonl",
+        "tiny_data/test_unseen.jsonl",
+    ):
         assert (tmp_path / name).read_bytes() == (ASSETS / name).read_bytes(), name
 
 
@@ -56,9 +68,9 @@ def test_no_held_out_pair_is_ever_trained_on(trajectories):
     for example in draw_test_examples(1, 50, unseen=True):
         assert not seen_names & {tool_name(tool) for tool in example["tools"]}
     rng = random.Random(0)
-    for _ in range(200):       # the base corpus
+    for _ in range(200):  # the base corpus
         text = draw_document(rng, held_out, most_tools=5)[0][0]
-        names = [line[4:line.index("(")].split("_") for line in text.split("\n") if line.startswith("def ")]
+        names = [line[4 : line.index("(")].split("_") for line in text.split("\n") if line.startswith("def ")]
         assert not {(parts[1], parts[2]) for parts in names if len(parts) == 3 and parts[0] != "ask"} & held_out
 
 
@@ -69,7 +81,7 @@ def test_seen_tests_are_new_requests_on_trained_tools(trajectories):
     assert len(examples) == 300
     assert all(example["gold"][0]["calls"][0]["name"] in names for example in examples)
     repeated = sum(example["messages"][0]["content"] in queries for example in examples)
-    assert repeated <= 15      # tools without parameters have few requests; everything else is new
+    assert repeated <= 15  # tools without parameters have few requests; everything else is new
 
 
 def test_share_of_failing_trajectories_is_figure_1(trajectories):
@@ -93,14 +105,16 @@ def test_gold_calls_execute_and_errors_are_classified(trajectories):
     assert execute([tool], "get_nothing", {}) == "name 'get_nothing' is not defined"
     assert "unexpected keyword argument 'bogus'" in execute([tool], name, {**arguments, "bogus": 1})
     assert f"missing 1 required positional argument: '{first}'" in execute([tool], name, {})
-    assert json.loads(execute([tool], name, {**arguments, first: "nothing of its kind"})) == {"error": "Response error."}
+    assert json.loads(execute([tool], name, {**arguments, first: "nothing of its kind"})) == {
+        "error": "Response error."
+    }
 
 
 def test_every_masked_turn_of_the_training_data_really_failed(trajectories):
     """The filter against the generator: a masked turn's feedback is no result, a kept one's is (or it is `finish`)."""
     for row in trajectories:
         for turn in decide_masked_turns(row, "structured"):
-            following = row.messages[turn.message_index + 1:turn.message_index + 2]
+            following = row.messages[turn.message_index + 1 : turn.message_index + 2]
             succeeded = not following or following[0].content.startswith('{"result"')
             assert turn.masked != succeeded, (row.id, turn)
 
@@ -123,12 +137,14 @@ def test_tokenizer_is_reproducible_and_values_copy(tokenizer):
     for text in ("Oslo", "May 12", "Silent River", "37"):
         asked, called = tokenizer.encode_continuation(f" in {text} : "), tokenizer.encode_continuation(f'="{text}")')
         alone = tokenizer.encode_continuation(text)
-        assert asked[1:1 + len(alone)] == called[1:1 + len(alone)] == alone
+        assert asked[1 : 1 + len(alone)] == called[1 : 1 + len(alone)] == alone
 
 
 def test_prompts_are_short(tokenizer):
-    lengths = [len(encode_prompt(example["tools"], [Message("user", example["messages"][0]["content"], None)], tokenizer))
-               for example in draw_test_examples(1, 100, unseen=False)]
+    lengths = [
+        len(encode_prompt(example["tools"], [Message("user", example["messages"][0]["content"], None)], tokenizer))
+        for example in draw_test_examples(1, 100, unseen=False)
+    ]
     assert max(lengths) < 260
 
 

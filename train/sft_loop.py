@@ -123,7 +123,16 @@ def train_step(
     for number, batch in enumerate(batches, start=1):
         is_last = number == len(batches)
         set_gradient_sync(model, synchronize=is_last or gradient_sync == "every", is_last=is_last)
-        weighted_sum = batch_loss(model, batch, world.device)
+        batch = batch.to(world.device)
+        hidden_BTD = model(
+            batch.input_ids_T[None], position_ids_BT=batch.position_ids_T[None], segment_lengths=batch.segment_lengths,
+            return_hidden=True,
+        )  # fmt: skip
+        # after forward: the root's FSDP group is gathered now and stays so until its backward
+        weighted_sum = linear_weighted_cross_entropy(
+            hidden_BTD[0], model.head_weight(), batch.target_ids_T, batch.loss_weights_T,
+            trained_index_K=batch.trained_index_K,
+        )  # fmt: skip
         (weighted_sum / denominator).backward()
         loss_sum += weighted_sum.detach()
     # 3. - 4.
@@ -140,24 +149,6 @@ def train_step(
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     return StepResult(loss, grad_norm, denominator, int(trained_tokens), int(trained_turns), int(input_tokens))
-
-
-def batch_loss(model: torch.nn.Module, batch: PackedBatch, device: torch.device) -> torch.Tensor:
-    """sum_i w_i * ce_i of one packed micro-batch, an fp32 scalar, not yet divided (E9)."""
-    hidden_BTD = model(
-        batch.input_ids_T[None].to(device),
-        position_ids_BT=batch.position_ids_T[None].to(device),
-        segment_lengths=batch.segment_lengths,
-        return_hidden=True,
-    )
-    # after forward: the root's FSDP group is gathered now and stays so until its backward
-    return linear_weighted_cross_entropy(
-        hidden_BTD[0],
-        model.head_weight(),
-        batch.target_ids_T.to(device),
-        batch.loss_weights_T.to(device),
-        trained_index_K=batch.trained_index_K.to(device),
-    )
 
 
 def _ids_of(batches: list[PackedBatch]) -> str:
