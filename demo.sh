@@ -6,11 +6,16 @@ cd "$(dirname "$0")"
 runs="${1:-runs/demo}"
 started=$SECONDS
 
-echo "1/4 score the base, which speaks a call form of its own"
-"$python" run_eval.py --model assets/tiny_model --benchmarks tiny-seen,tiny-unseen --output "$runs/eval_base"
+evaluate() { # MODEL FORM FOLDER
+    "$python" run_eval.py --model "$1" --prompt_format "$2" --max_new_tokens 48 --benchmarks tiny-seen,tiny-unseen --output "$runs/$3"
+}
+
+echo "1/4 score the base: in the paper's call form, which it never learned, and in the plain form of its own"
+evaluate assets/tiny_model tl eval_base >/dev/null
+evaluate assets/tiny_model plain eval_base_plain >/dev/null
 echo "2/4 fine-tune it on 1,217 trajectories with MAE and PKT"
 "$python" run_sft.py --output "$runs/sft"
 echo "3/4 score the result"
-"$python" run_eval.py --model "$runs/sft/final" --benchmarks tiny-seen,tiny-unseen --output "$runs/eval_sft"
-echo "4/4 before and after, $(( (SECONDS - started) / 60 )) min $(( (SECONDS - started) % 60 )) s"
-"$python" -m eval.compare "$runs/eval_base" "$runs/eval_sft"
+evaluate "$runs/sft/final" tl eval_sft >/dev/null
+echo "4/4 before and after, $(( (SECONDS - started) / 60 )) min $(( (SECONDS - started) % 60 )) s after the installation"
+"$python" -m eval.compare "$runs/eval_base" "$runs/eval_sft" "$runs/eval_base_plain" --names "base,SFT,base in its own form"
