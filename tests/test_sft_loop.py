@@ -181,11 +181,16 @@ def test_a_signal_finishes_the_step_saves_and_says_so(world, tmp_path, capsys):
 
 
 def test_a_second_signal_acts_as_usual():
-    with StopSignal() as stop:
-        os.kill(os.getpid(), signal.SIGINT)
-        assert stop.number == signal.SIGINT
-        with pytest.raises(KeyboardInterrupt):
+    # A shell starts background jobs with SIGINT ignored, and "as usual" would then be to ignore it.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with StopSignal() as stop:
             os.kill(os.getpid(), signal.SIGINT)
+            assert stop.number == signal.SIGINT
+            with pytest.raises(KeyboardInterrupt):
+                os.kill(os.getpid(), signal.SIGINT)
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def test_non_finite_stop_keeps_the_last_checkpoint(world, tmp_path):
