@@ -45,6 +45,9 @@ def test_round_trip(tmp_path, changes, max_shard_bytes):
     model = tiny_model(**changes)
     save_pretrained_streamed(model, tmp_path / "model", max_shard_bytes=max_shard_bytes)
     assert (tmp_path / "model" / INDEX_FILE).exists() == (max_shard_bytes == 5000)
+    for path in (tmp_path / "model").glob("*.safetensors"):
+        tensors = load_file(path).values()
+        assert len(tensors) == 1 or sum(tensor.nbytes for tensor in tensors) <= max_shard_bytes
     assert same(load_pretrained(tmp_path / "model"), model)
     assert os.listdir(tmp_path) == ["model"]
 

@@ -123,12 +123,12 @@ def test_hook_keeps_a_finished_rank_in_step():
     forwards, asked = [], []
     model.register_forward_pre_hook(lambda module, args: forwards.append(args[0].shape[1]))
 
-    def until_thirty(finished_B: torch.Tensor) -> bool:
+    def until_hundred(finished_B: torch.Tensor) -> bool:
         asked.append(any_unfinished(finished_B))
-        return len(forwards) < 30
+        return len(forwards) < 100  # more than the cache has slots: idle rows must not fill it
 
-    found = generate(model, [[5, 6, 7]], max_new_tokens=4, eos_id=None, should_continue=until_thirty)
-    assert len(forwards) == 30 and not asked[-1]
+    found = generate(model, [[5, 6, 7]], max_new_tokens=4, eos_id=None, should_continue=until_hundred)
+    assert len(forwards) == 100 and not asked[-1]
     assert found == generate(model, [[5, 6, 7]], max_new_tokens=4, eos_id=None)
     empty_from = len(forwards)
     more = generate(model, [], max_new_tokens=4, eos_id=None, should_continue=lambda f: len(forwards) < empty_from + 3)

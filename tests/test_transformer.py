@@ -101,6 +101,15 @@ def test_rope_by_hand():
     assert np.allclose(turned.numpy(), expected, atol=1e-6)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_rope_angles_are_fp32_at_large_positions(dtype):
+    positions = torch.tensor([[257, 1001, 16383]])  # bf16 would make them 256, 1000, 16384
+    found, _ = rope_cos_sin(positions, torch.tensor([1.0, 0.1]), dtype)
+    expected = np.cos(np.outer([257.0, 1001.0, 16383.0], [1.0, 0.1]))
+    tolerance = 1e-3 if dtype == torch.float32 else 2 ** -8  # fp32 angles of 1.6e4 are rounded to 1e-3; bf16 at the end
+    assert np.abs(found[0, :, 0, :2].double().numpy() - expected).max() < tolerance
+
+
 def test_llama3_scaling_by_hand():
     # wavelengths 2 pi theta^(2j/H); original 32: above 32 stretched by 8, below 8 kept, between them blended
     omega = rope_inverse_frequencies(replace(TINY, head_dim=6, rope_theta=8.0, rope_scaling=LLAMA3)).tolist()
