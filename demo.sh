@@ -18,4 +18,7 @@ echo "2/4 fine-tune it on 1,217 trajectories with MAE and PKT"
 echo "3/4 score the result"
 evaluate "$runs/sft/final" tl eval_sft >/dev/null
 echo "4/4 before and after, $(( (SECONDS - started) / 60 )) min $(( (SECONDS - started) % 60 )) s after the installation"
-"$python" -m eval.compare "$runs/eval_base" "$runs/eval_sft" "$runs/eval_base_plain" --names "base,SFT,base in its own form"
+"$python" -m eval.compare "$runs/eval_base" "$runs/eval_sft" --names base,SFT
+echo
+echo "what the base can do in its own call form, beside the fine-tuned model in the paper's"
+"$python" -m eval.compare "$runs/eval_base_plain" "$runs/eval_sft" --names "base (own form),SFT"
