@@ -170,6 +170,7 @@ def format_report(records: Sequence[dict], error_filter: str) -> str:
 
 
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """The flags; argparse ends the process with code 2 on an unknown one."""
     parser = argparse.ArgumentParser(prog="python -m data.inspect_loss_weights", description=__doc__.split("\n")[0])
     parser.add_argument("--data", required=True, help="training file, the authors' JSON or OpenAI JSON lines")
     parser.add_argument("--model", default="assets/tiny_model", help="model folder or tokenizer file, for the tokens")
@@ -218,6 +219,7 @@ def load_sample(trajectory: Trajectory, arguments: argparse.Namespace) -> Sample
 
 
 def run(arguments: argparse.Namespace) -> None:
+    """Print the report, write the page or print the sample. Raises DataError, ModelFolderError and OSError."""
     trajectories = read_trajectories(arguments.data, unparsable_calls=arguments.unparsable_calls)
     if arguments.report is not None:
         records = decision_records(trajectories, arguments.error_filter)
