@@ -17,7 +17,7 @@ from data.prompt_format import encode_prompt
 from data.tool_calls import ToolCall, render_tool_call
 from eval.benchmark_data import load_tiny
 from eval.compare import main as compare_main
-from eval.generate_predictions import length_sorted_batches
+from eval.generate_predictions import _row, length_sorted_batches
 from model.tokenizer import load_tokenizer
 from run_eval import main
 from tests.tiny_run import CITIES, ROOT, copy_of_model, make_records, tiny_files
@@ -162,6 +162,13 @@ def test_prompt_that_does_not_fit_is_wrong_and_reported(reference, benchmark_dir
     assert code == 0 and f"{sum(length > room for length in lengths)} prompts too long for the model" in out
     for length, row, other in zip(lengths, rows, undisturbed, strict=True):
         assert row == ({"index": row["index"], "output": "", "stop": "prompt_too_long"} if length > room else other)
+
+
+def test_row_says_why_the_response_ended():
+    tokenizer = load_tokenizer(tiny_files()[0])
+    ids = tokenizer.encode("search(city")
+    assert _row(3, [*ids, tokenizer.eos_id], tokenizer) == {"index": 3, "output": "search(city", "stop": "end"}
+    assert _row(3, ids, tokenizer) == {"index": 3, "output": "search(city", "stop": "max_new_tokens"}
 
 
 def test_length_sorted_batches():
