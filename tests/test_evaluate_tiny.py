@@ -112,7 +112,7 @@ def change(files, tmp_path, line, text):
     (3, '{"index": 1, "output": ""}', ":3: found index 1 again"),
     (3, '{"index": 10, "output": ""}', ":3: found index 10, expected 0 to 9"),
     (3, '{"index": -1, "output": ""}', ":3: found index -1"),
-    (3, '{"index": true, "output": ""}', ":3: found index True"),
+    (3, '{"index": true, "output": ""}', ":3: found index True, expected the record"),
     (3, '{"index": 2.0, "output": ""}', ":3: found index 2.0"),
     (3, '{"index": ' + "9" * 5000 + ', "output": ""}', ":3: found no valid JSON"),
     (3, '{"output": ""}', ":3: found index None"),

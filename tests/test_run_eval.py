@@ -330,9 +330,21 @@ def test_predictions_of_another_run_are_refused_and_kept(reference, benchmark_di
     for change in ({"model": other}, {"max_new_tokens": 13}, {"prompt_format": "plain"}, {"dtype": "bfloat16"}):
         code, _, err = run_here(flags_of(benchmark_dir, reference[0], **change))
         assert code == 2 and err.count("\n") == 1 and "belong to another run" in err, change
+    (tmp_path / "answers").mkdir()
+    answers = (benchmark_dir / "test_seen.jsonl").read_text()
+    (tmp_path / "answers/test_seen.jsonl").write_text(answers.replace("please", "kindly"))
+    code, _, err = run_here(flags_of(tmp_path / "answers", reference[0]))
+    assert code == 2 and "found answers_sha256" in err and "belong to another run" in err
     code, _, err = run_here(flags_of(benchmark_dir, reference[0], resume="never"))
     assert code == 2 and "expected none for --resume never" in err
     assert predictions_of(reference[0]) == before
+
+
+def test_journal_of_one_rank_without_settings_is_refused(reference, benchmark_dir, tmp_path):
+    (tmp_path / "predictions").mkdir()
+    (tmp_path / "predictions/tiny-seen.rank0001.jsonl").write_bytes(predictions_of(reference[0]))
+    code, _, err = run_here(flags_of(benchmark_dir, tmp_path))
+    assert code == 2 and "found no settings beside earlier predictions" in err
 
 
 def test_copied_model_folder_counts_as_the_same_model(reference, benchmark_dir, tmp_path):
