@@ -63,4 +63,5 @@ def make_adamw(
 ) -> torch.optim.AdamW:
     """AdamW (E13) over the decay groups of an already sharded model."""
     groups = decay_groups(model, weight_decay)
-    return torch.optim.AdamW(groups, lr=learning_rate, betas=(beta1, beta2), eps=epsilon)
+    # fused: one pass over memory instead of about ten; on sharded parameters the default is a loop of single operations
+    return torch.optim.AdamW(groups, lr=learning_rate, betas=(beta1, beta2), eps=epsilon, fused=True)
