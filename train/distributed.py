@@ -172,12 +172,14 @@ def local_part(tensor: torch.Tensor) -> torch.Tensor:
 def clip_gradients(parameters: Iterable[torch.nn.Parameter], max_grad_norm: float) -> float:
     """Scale all gradients by min(1, max_grad_norm / norm), where norm is the global L2 norm (E14); returns norm.
 
-    Each gradient entry lives on exactly one rank, so squared norms of the shards add up, over tensors and ranks in
-    fp64. max_grad_norm = 0 only measures. A non-finite norm leaves gradients alone.
+    Each gradient entry lives on exactly one rank, so squared norms of the shards add up. Squares are summed in fp64:
+    7e9 fp32 squares would lose digits. max_grad_norm = 0 only measures. A non-finite norm leaves gradients alone.
     """
     gradients = [local_part(parameter.grad) for parameter in parameters if parameter.grad is not None]
-    norms = torch._foreach_norm([gradient for gradient in gradients if gradient.numel()])
-    local_square = torch.stack(norms).double().square().sum().item() if norms else 0.0
+    squares = [
+        torch.linalg.vector_norm(gradient, dtype=torch.float64).square() for gradient in gradients if gradient.numel()
+    ]
+    local_square = torch.stack(squares).sum().item() if squares else 0.0
     norm = global_sum([local_square])[0] ** 0.5  # E14
     # NaN compares false, inf would multiply everything by 0: the caller refuses to step on both
     if 0 < max_grad_norm < norm < float("inf"):
