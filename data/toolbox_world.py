@@ -15,7 +15,6 @@ import random
 from collections.abc import Iterator
 
 from data.toolbox_words import (
-    DAYS_OF_WEEK,
     DOMAINS,
     MONTHS,
     QUALIFIER_PHRASES,

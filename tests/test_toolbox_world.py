@@ -18,7 +18,6 @@ from data.toolbox_world import (
     build_toolbox,
     draw_request,
     draw_test_examples,
-    draw_trajectories,
     execute,
     held_out_pairs,
     name_parts,

@@ -48,8 +48,7 @@ class SFTConfig:
     adam_epsilon: float = _setting(1e-8, "AdamW term that keeps the division finite (PyTorch's default)", low=0.0)
     weight_decay: float = _setting(0.01, "AdamW decay of matrices; norms and biases have none (released code: 0.01)",
                                    low=0.0)
-    max_grad_norm: float = _setting(1.0, "clip the global L2 norm of the gradient to this; 0 = never (released code: "
-                                    "the Trainer's 1.0)", low=0.0)
+    max_grad_norm: float = _setting(1.0, "clip the global L2 norm of the gradient to this; 0 = never (ours)", low=0.0)
     global_batch_size: int = _setting(4, "trajectories per optimizer step over all ranks (paper: 4)", low=1)
     micro_batch_size: int = _setting(4, "trajectories packed into one forward of one rank; memory only (ours)", low=1)
     epochs: int = _setting(1, "passes over the data (paper: 1)", low=1)
