@@ -1,7 +1,7 @@
 """Write the bundled toolbox data: `python -m data.make_toolbox --output assets`.
 
-tiny_model/tokenizer.model, tiny_data/train.json (authors' raw format), tiny_data/test_seen.jsonl and
-test_unseen.jsonl. With
+tiny_model/tokenizer.model, tiny_data/train.json (authors' raw format), tiny_data/test_seen.jsonl, test_unseen.jsonl
+and test_multi.jsonl. With
 --trajectories N --seed S --only_trajectories FILE it writes any number of further trajectories, with --tests N --seed S
 --only_tests FILE any number of further single-turn prompts, half of them for tools that nothing was trained on.
 """
@@ -13,10 +13,13 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from data.toolbox_tokenizer import train_tokenizer
-from data.toolbox_world import draw_test_examples, draw_trajectories
+from data.toolbox_world import draw_multi_tasks, draw_test_examples, draw_trajectories
 
-TRAIN_SEED, SEEN_SEED, UNSEEN_SEED = 11, 12, 13
+TRAIN_SEED, SEEN_SEED, UNSEEN_SEED, MULTI_SEED = 11, 12, 13, 14
 TRAIN_COUNT, TEST_COUNT = 1217, 300
+# Multi-turn tasks: (unseen tools, requests in the query, tasks), 200 in all. A training query holds 1, 2 or 3 requests
+# in 70, 22 and 8 of 100 cases; here long ones have more weight, since they take turns.
+MULTI_MIX = ((False, 1, 60), (False, 2, 60), (False, 3, 30), (True, 1, 20), (True, 2, 20), (True, 3, 10))
 
 
 def write_trajectories(path: Path, seed: int, count: int) -> None:
@@ -32,6 +35,19 @@ def write_tests(path: Path, seed: int, count: int) -> None:
                 *draw_test_examples(seed + 1, count // 2, unseen=True)]  # fmt: skip
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("".join(json.dumps(example) + "\n" for example in examples), encoding="utf-8")
+
+
+def multi_lines() -> list[str]:
+    """The lines of test_multi.jsonl: MULTI_MIX in this order, no query that training or the single-turn tests have."""
+    known = {record["conversations"][1]["content"] for record in draw_trajectories(TRAIN_SEED, TRAIN_COUNT)}
+    for seed, unseen in ((SEEN_SEED, False), (UNSEEN_SEED, True)):
+        known |= {example["messages"][0]["content"] for example in draw_test_examples(seed, TEST_COUNT, unseen)}
+    lines = []
+    for number, (unseen, requests, count) in enumerate(MULTI_MIX):
+        for task in draw_multi_tasks(100 * MULTI_SEED + number, count, unseen, requests, known):
+            known.add(task["messages"][0]["content"])
+            lines.append(json.dumps(task))
+    return lines
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -59,6 +75,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for name, seed, unseen in (("test_seen", SEEN_SEED, False), ("test_unseen", UNSEEN_SEED, True)):
         lines = [json.dumps(example) for example in draw_test_examples(seed, TEST_COUNT, unseen)]
         (tests / f"{name}.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    (tests / "test_multi.jsonl").write_text("\n".join(multi_lines()) + "\n", encoding="utf-8")
     return 0
 
 

@@ -12,7 +12,7 @@ fail in one fixed way.
 import hashlib
 import json
 import random
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 
 from data.toolbox_words import (
     DOMAINS,
@@ -281,10 +281,12 @@ def teacher_error(rng: random.Random, tool: dict, arguments: dict) -> tuple[str,
     return None
 
 
-def draw_dialogue(rng: random.Random, pool: list[dict]) -> tuple[list[dict], str, list[tuple[str, dict, str]]]:
+def draw_dialogue(
+    rng: random.Random, pool: list[dict], request_count: int | None = None
+) -> tuple[list[dict], str, list[tuple[str, dict, str]]]:
     """(tools, query, [(name, arguments, feedback)]): 1-3 requests, the teacher's failing calls among the calls,
     `finish` last."""
-    targets = rng.sample(pool, rng.choices((1, 2, 3), weights=(70, 22, 8))[0])
+    targets = rng.sample(pool, request_count or rng.choices((1, 2, 3), weights=(70, 22, 8))[0])
     tools = draw_tool_list(rng, targets, pool, max(rng.choice((3, 3, 4)), len(targets) + 1))
     requests, calls, answers = [], [], []
     for tool in targets:
@@ -333,4 +335,42 @@ def draw_test_examples(seed: int, count: int, unseen: bool) -> Iterator[dict]:
             "messages": [{"role": "user", "content": request}],
             "gold": gold,
             "meta": {"qualifier": name_parts(target)[2]},
+        }
+
+
+def draw_multi_tasks(
+    seed: int, count: int, unseen: bool, request_count: int, known_queries: Collection[str]
+) -> Iterator[dict]:
+    """`count` multi-turn tasks of `request_count` requests each on the tools of one toolbox; no query of `known_queries`
+    and none twice.
+
+    `meta`: `scenario` ("seen" or "unseen" tools), `requests`, `calls` (the right call of each request, in order),
+    `results` (what each gives, all different, so that an answer shows which calls were made), `answer` (of the
+    teacher), `attempts` (how many calls the task takes at least: an unstable tool fails the first time).
+    """
+    rng, pool, drawn = random.Random(seed), build_toolbox(unseen), set(known_queries)
+    scenario = "unseen" if unseen else "seen"
+    for index in range(count):
+        results: list[str] = []
+        while True:
+            tools, query, made = draw_dialogue(rng, pool, request_count)
+            right = [call for call in made[:-1] if call[2].startswith('{"result"')]
+            results = [json.loads(feedback)["result"] for _, _, feedback in right]
+            if query not in drawn and len(set(results)) == len(results) and not any(map(query.count, results)):
+                break
+        drawn.add(query)
+        calls = [{"name": name, "arguments": arguments} for name, arguments, _ in right]
+        attempts = sum({"name": name, "arguments": arguments} in calls for name, arguments, _ in made[:-1])
+        yield {
+            "id": f"tiny-multi-{scenario}-{request_count}-{index:03d}",
+            "tools": tools,
+            "messages": [{"role": "user", "content": query}],
+            "meta": {
+                "scenario": scenario,
+                "requests": request_count,
+                "calls": calls,
+                "results": results,
+                "answer": made[-1][1]["answer"],
+                "attempts": attempts,
+            },
         }

@@ -47,6 +47,7 @@ def test_committed_files_are_what_the_command_writes(tmp_path):
         "tiny_data/train.json",
         "tiny_data/test_seen.jsonl",
         "tiny_data/test_unseen.jsonl",
+        "tiny_data/test_multi.jsonl",
     ):
         assert (tmp_path / name).read_bytes() == (ASSETS / name).read_bytes(), name
 
@@ -89,6 +90,34 @@ def test_seen_tests_are_new_requests_on_trained_tools(trajectories):
     assert all(example["gold"][0]["calls"][0]["name"] in names for example in examples)
     repeated = sum(example["messages"][0]["content"] in queries for example in examples)
     assert repeated <= 15  # tools without parameters have few requests; everything else is new
+
+
+def test_multi_turn_tasks_are_new_and_their_answers_are_what_the_tools_say(trajectories):
+    """Each task is played through with its right calls by the executor: results, number of calls, the stated mix."""
+    known = {message.content for row in trajectories for message in row.messages if message.role == "user"}
+    folder = ASSETS / "tiny_data"
+    for name in ("seen", "unseen"):
+        lines = (folder / f"test_{name}.jsonl").read_text().splitlines()
+        known |= {json.loads(line)["messages"][0]["content"] for line in lines}
+    tasks = [json.loads(line) for line in (folder / "test_multi.jsonl").read_text().splitlines()]
+    queries = {task["messages"][0]["content"] for task in tasks}
+    assert len(tasks) == len(queries) == len({task["id"] for task in tasks}) == 200 and not queries & known
+    mix = Counter((task["meta"]["scenario"], task["meta"]["requests"]) for task in tasks)
+    assert mix == {("seen", 1): 60, ("seen", 2): 60, ("seen", 3): 30,
+                   ("unseen", 1): 20, ("unseen", 2): 20, ("unseen", 3): 10}  # fmt: skip
+    trained = {tool_name(tool) for tool in build_toolbox(unseen=False)}
+    for task in tasks:
+        meta, calls, results = task["meta"], 0, []
+        for call in meta["calls"]:
+            assert (call["name"] in trained) == (meta["scenario"] == "seen")
+            for attempt in (0, 1):
+                feedback, calls = json.loads(execute(task["tools"], call["name"], call["arguments"], attempt)), calls + 1
+                if "result" in feedback:
+                    results.append(feedback["result"])
+                    break
+        assert results == meta["results"] and calls == meta["attempts"] and len(set(results)) == meta["requests"]
+        assert all(result in meta["answer"] for result in results)
+    assert sum(task["meta"]["attempts"] > task["meta"]["requests"] for task in tasks) == 12
 
 
 def test_share_of_failing_trajectories_is_figure_1(trajectories):
