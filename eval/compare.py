@@ -4,7 +4,7 @@
     python -m eval.compare --answers rotbench/First_Turn/clean.json a.jsonl b.jsonl [--rules fair]
 
 The intervals are blind to the pairing of records; the paired test (always shown for prediction files) is not, and so
-finds smaller differences.
+finds smaller differences. Of DE and CE, which count errors, the lower rate is the better one.
 """
 import argparse
 import json
@@ -17,7 +17,7 @@ from eval.benchmark_data import benchmark_of
 from eval.command_line import parse_arguments, run_command
 from eval.evaluate_rotbench import RULES
 from eval.json_lines import read_json_lines
-from eval.report import format_comparison, metrics_of, unattainable_rates
+from eval.report import CALL_METRICS, format_comparison, metrics_of, unattainable_rates
 from eval.score_predictions import score_predictions
 
 
@@ -40,7 +40,8 @@ def _is_summary(summary: object) -> bool:
     if not isinstance(summary, dict) or "answers_sha256" not in summary:
         return False
     metrics = metrics_of(summary)
-    return bool(metrics) and type(summary.get("n")) is int and summary["n"] > 0 and all(
+    has_counts = type(summary.get("n")) is int and summary["n"] > 0 and type(summary.get("n_calls", 0)) is int
+    return bool(metrics) and has_counts and all(
         type(summary.get(metric)) is int and isinstance(summary[f"{metric}_percent"], (int, float))
         and isinstance(summary[f"{metric}_interval_95"], list) and len(summary[f"{metric}_interval_95"]) == 2
         and all(isinstance(bound, (int, float)) for bound in summary[f"{metric}_interval_95"]) for metric in metrics)
@@ -51,7 +52,7 @@ def read_results(run_dir: Path, run: dict) -> dict[str, dict[int, dict]]:
     results = {}
     for name, summary in run["benchmarks"].items():
         path = run_dir / "results" / f"{name}.jsonl"
-        metrics = metrics_of(summary)
+        metrics = [metric for metric in metrics_of(summary) if metric not in CALL_METRICS]  # rows have counts of those
         rows: dict[int, dict] = {}
         for line, row in read_json_lines(path, drop_partial_last_line=False)[0]:
             if type(row.get("index")) is not int or row["index"] in rows or not all(

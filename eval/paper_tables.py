@@ -77,6 +77,10 @@ def _notes(summaries: Mapping[str, Mapping], shown: Sequence[str], has_marks: bo
     notes += [f"{benchmark}: {summaries[benchmark]['n']} of {published['records'][benchmark]} records were run; not "
               "comparable." for benchmark in shown
               if summaries[benchmark]["n"] != published["records"][benchmark]]
+    executors = summaries["tooleyes"].get("executors", {}) if "tooleyes" in shown else {}
+    if executors.get("simulated"):
+        notes.append(f"tooleyes: {executors['simulated']} of its {sum(executors.values())} calls were answered by the "
+                     "simulated executor; the paper's models called the real tools.")
     if "bfcl-exec" in shown:
         notes.append(published["records_note"])
     if has_marks:

@@ -6,7 +6,12 @@ from eval.confidence import Z_95, are_disjoint, attainable_count, mcnemar_p_valu
 from eval.paper_tables import paper_tables
 
 METRICS = ("TS", "PI", "CF")
+DIALOGUE_METRICS = ("DE", "CE", "VA")
+CALL_METRICS = ("DE", "CE")  # shares of calls, n_calls of a summary; every other metric is a share of its n records
 SUMMARY_DECIMALS = 2  # digits of the percentages in a summary
+EXECUTOR_NOTE = ("local: a tool of this project did what the document says. simulated: the feedback follows from the "
+                 "document alone and is not that of the real tool, which a machine without its service cannot call. "
+                 "recorded: taken from a file. Shares of errors depend on who answered.")
 
 
 # ------------------------------------------------------------------------------------------------------------ summaries
@@ -51,11 +56,24 @@ def metrics_of(summary: Mapping) -> list[str]:
     return [key for key in summary if f"{key}_percent" in summary and f"{key}_interval_95" in summary]
 
 
+def is_lower_better(metric: str) -> bool:
+    """Whether a metric counts errors: DE and CE, of calls or of dialogues."""
+    return metric.startswith(CALL_METRICS)
+
+
+def denominator_of(summary: Mapping, metric: str) -> int:
+    """What a metric's count is a share of: the calls of all dialogues for DE and CE, else the records."""
+    return summary.get("n_calls", summary["n"]) if metric in CALL_METRICS else summary["n"]
+
+
 def unattainable_rates(summary: Mapping) -> list[str]:
     """One line per metric of a summary whose percentage cannot be k/n, or is not that of its own count."""
-    return [f"{metric}: found {summary[f'{metric}_percent']} %, expected {summary[metric]} of {summary['n']}"
-            for metric in metrics_of(summary)
-            if attainable_count(summary[f"{metric}_percent"], summary["n"], SUMMARY_DECIMALS) != summary[metric]]
+    lines = []
+    for metric in metrics_of(summary):
+        n, percent = denominator_of(summary, metric), summary[f"{metric}_percent"]
+        if n and attainable_count(percent, n, SUMMARY_DECIMALS) != summary[metric]:  # without calls, no share of them
+            lines.append(f"{metric}: found {percent} %, expected {summary[metric]} of {n}")
+    return lines
 
 
 def format_report(run: Mapping) -> str:
@@ -64,28 +82,63 @@ def format_report(run: Mapping) -> str:
         f"greedy output of `{run['model']}`, prompt format `{run['prompt_format']}`"
     benchmarks = run["benchmarks"]
     calls = {name: summary for name, summary in benchmarks.items() if all(key in summary for key in METRICS)}
+    dialogues = {name: summary for name, summary in benchmarks.items() if "n_calls" in summary}
     parts = ["# Evaluation", f"Scored: {source}."]
     if calls:
         parts += [format_table([["benchmark", "n", *(f"{metric} % [95 %]" for metric in METRICS)],
                                 *([name, str(summary["n"]), *(format_rate(summary, metric) for metric in METRICS)]
                                   for name, summary in calls.items())]),
                   "TS tool selection, PI parameter identification, CF content filling; brackets: 95 % intervals."]
+    parts += _dialogue_tables(dialogues)
     others = [[name, metric + (" (primary)" if summary.get("primary") == metric else ""), str(summary["n"]),
-               format_rate(summary, metric)]
-              for name, summary in benchmarks.items() if name not in calls for metric in metrics_of(summary)]
+               format_rate(summary, metric)] for name, summary in benchmarks.items()
+              if name not in calls and name not in dialogues for metric in metrics_of(summary)]
     if others:
         parts.append(format_table([["benchmark", "metric", "n", "% [95 %]"], *others]))
     parts += _breakdowns(calls)
-    errors = [[name, category, str(count), f"{100 * count / summary['n']:.1f}"] for name, summary in benchmarks.items()
-              for category, count in summary.get("errors", {}).items()]
+    errors = [[name, category, str(count), f"{100 * count / max(summary.get('n_calls', summary['n']), 1):.1f}"]
+              for name, summary in benchmarks.items() for category, count in summary.get("errors", {}).items()]
     if errors:
-        parts += ["## Errors", format_table([["benchmark", "error", "records", "%"], *errors])]
+        parts += ["## Errors", format_table([["benchmark", "error", "calls or records", "%"], *errors])]
     for title, table, notes in paper_tables(benchmarks, "this run"):
         parts += [f"## {title}", format_table(table), " ".join(notes)]
     odd = [f"{name} {line}" for name, summary in benchmarks.items() for line in unattainable_rates(summary)]
     if odd:
         parts += ["## Warnings", "\n".join(f"* {line}" for line in odd)]
     return "\n\n".join(parts) + "\n"
+
+
+def _dialogue_tables(dialogues: Mapping[str, Mapping]) -> list[str]:
+    """Multi-turn benchmarks: DE and CE of calls, VA of dialogues, the shares of dialogues, who answered the calls."""
+    if not dialogues:
+        return []
+    head = ["dialogues", "calls", *(f"{metric} % [95 %]" for metric in DIALOGUE_METRICS)]
+    rows = [[name, *_dialogue_cells(summary)] for name, summary in dialogues.items()]
+    parts = [format_table([["benchmark", *head], *rows]),
+             "DE, lower is better: share of calls that go against the documents (tool or parameter not documented, "
+             "required parameter missing). CE, lower is better: share of calls that fail otherwise. VA: share of "
+             "dialogues that the model ends with an answer in time."]
+    others = [[name, metric, "lower" if is_lower_better(metric) else "higher", str(summary["n"]),
+               format_rate(summary, metric)] for name, summary in dialogues.items()
+              for metric in metrics_of(summary) if metric not in DIALOGUE_METRICS]
+    if others:
+        parts += ["## Shares of dialogues",
+                  format_table([["benchmark", "metric", "better", "dialogues", "% [95 %]"], *others])]
+    scenarios = [[name, scenario, *_dialogue_cells(part)] for name, summary in dialogues.items()
+                 for scenario, part in summary.get("by_scenario", {}).items()]
+    if scenarios:
+        parts += ["## Dialogues by scenario", format_table([["benchmark", "scenario", *head], *scenarios])]
+    answered = [[name, executor, str(count), f"{100 * count / max(sum(summary['executors'].values()), 1):.1f}"]
+                for name, summary in dialogues.items() for executor, count in summary.get("executors", {}).items()]
+    if answered:
+        parts += ["## Who answered the calls", format_table([["benchmark", "executor", "calls", "%"], *answered]),
+                  EXECUTOR_NOTE]
+    return parts
+
+
+def _dialogue_cells(summary: Mapping) -> list[str]:
+    cells = [format_rate(summary, metric) if f"{metric}_percent" in summary else "-" for metric in DIALOGUE_METRICS]
+    return [str(summary["n"]), str(summary["n_calls"]), *cells]
 
 
 def _breakdowns(calls: Mapping[str, Mapping]) -> list[str]:
@@ -109,19 +162,28 @@ def _breakdowns(calls: Mapping[str, Mapping]) -> list[str]:
 def compare_rates(baseline: Mapping, other: Mapping, metric: str) -> str:
     """The verdict on `other` against `baseline`: `higher` or `lower` only if their 95 % intervals are disjoint.
 
-    Disjoint intervals are a cautious test: overlapping ones do not show that two rates are equal.
+    Of a metric that counts errors it adds which of the two is better. Disjoint intervals are a cautious test:
+    overlapping ones do not show that two rates are equal.
     """
     if not are_disjoint(tuple(baseline[f"{metric}_interval_95"]), tuple(other[f"{metric}_interval_95"])):
         return "intervals overlap"
-    return ("higher" if other[metric] > baseline[metric] else "lower") + ", intervals disjoint"
+    is_higher = other[f"{metric}_percent"] > baseline[f"{metric}_percent"]
+    words = ("higher (worse)", "lower (better)") if is_lower_better(metric) else ("higher", "lower")
+    return words[0 if is_higher else 1] + ", intervals disjoint"
 
 
 def format_mcnemar(baseline: Mapping[int, dict], other: Mapping[int, dict], metric: str) -> str:
-    """`p 0.031 (1 lost, 6 won)`: McNemar's exact test on rows of the same records, index -> row. "-" without rows."""
-    if not baseline or not other:
+    """`p 0.031 (1 lost, 6 won)`: McNemar's exact test on rows of the same records, index -> row.
+
+    A record that has an error is lost where `metric` counts errors. "-" without rows, and for shares of calls: the
+    calls of two runs are not the same ones.
+    """
+    if not baseline or not other or metric in CALL_METRICS:
         return "-"
-    lost = sum(bool(row[metric]) and not other[index][metric] for index, row in baseline.items())
-    won = sum(bool(other[index][metric]) and not row[metric] for index, row in baseline.items())
+    # (good before, good now) of each record
+    pairs = [tuple(bool(rows[index][metric]) != is_lower_better(metric) for rows in (baseline, other))
+             for index in baseline]
+    lost, won = pairs.count((True, False)), pairs.count((False, True))
     return f"p {mcnemar_p_value(lost, won):.2g} ({lost} lost, {won} won)"
 
 
@@ -148,7 +210,8 @@ def format_comparison(names: Sequence[str], runs: Sequence[Mapping],
         rows = [_paired_rows(name, benchmark, each, results[0]) for name, each in zip(names, results or [])]
         for metric in metrics_of(summaries[0]):
             if all(metric in metrics_of(summary) for summary in summaries):
-                table.append([benchmark, str(summaries[0]["n"]), metric,
+                n = " / ".join(dict.fromkeys(str(denominator_of(summary, metric)) for summary in summaries))
+                table.append([benchmark, n, metric + (", lower is better" if is_lower_better(metric) else ""),
                               *(format_rate(summary, metric) for summary in summaries),
                               *(compare_rates(summaries[0], summary, metric) for summary in summaries[1:]),
                               *(format_mcnemar(rows[0], other, metric) for other in rows[1:])])

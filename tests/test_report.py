@@ -152,6 +152,63 @@ def test_prediction_files_are_compared(tmp_path, capsys):
     assert compare_main(["--answers", str(answers), str(tmp_path / "none")]) == 2
 
 
+# ----------------------------------------------------------------------------------------------------------- dialogues
+
+
+def dialogue_summary(n, n_calls, de, ce, va, **more):
+    """Counts in the shape of the dialogue metrics, intervals as wide as a point on each side."""
+    summary = {"n": n, "n_calls": n_calls}
+    for metric, count, of in (("DE", de, n_calls), ("CE", ce, n_calls), ("VA", va, n),
+                              ("DE_dialogues", min(de, n), n)):
+        percent = round(100 * count / of, 2)
+        summary |= {metric: count, f"{metric}_percent": percent,
+                    f"{metric}_interval_95": [max(percent - 1, 0.0), min(percent + 1, 100.0)]}
+    return {**summary, **more}
+
+
+def test_report_of_dialogues_says_what_is_of_calls_and_who_answered():
+    part = dialogue_summary(2, 4, 1, 0, 2)
+    report = format_report(run_of(tooleyes=dialogue_summary(
+        382, 1000, 10, 50, 191, executors={"local": 250, "simulated": 750}, by_scenario={"TG": part})))
+    lines = report.splitlines()
+    assert "| tooleyes  | 382       | 1000  | 1.0 [0.0, 2.0] | 5.0 [4.0, 6.0] | 50.0 [49.0, 51.0] |" in lines
+    assert "| tooleyes  | DE_dialogues | lower  | 382       | 2.6 [1.6, 3.6] |" in lines
+    assert "| tooleyes  | TG       | 2         | 4     | 25.0 [24.0, 26.0] | 0.0 [0.0, 1.0] | 100.0 [99.0, 100.0] |" in lines
+    assert "| tooleyes  | local     | 250   | 25.0 |" in lines and "| tooleyes  | simulated | 750   | 75.0 |" in lines
+    assert "is not that of the real tool" in report and "## Table 4: multi-turn" in lines
+    assert any(line.split() == ["|", "TL-CodeLLaMA-2", "|", "0.82", "|", "4.84", "|", "77.75", "|"] for line in lines)
+    assert any(line.split() == ["|", "this", "run", "|", "1.00", "|", "5.00", "|", "50.00", "|"] for line in lines)
+    assert "750 of its 1000 calls were answered by the simulated executor" in report and "Warnings" not in report
+
+
+def test_shares_of_calls_are_checked_against_the_calls():
+    summary = dialogue_summary(10, 30, 1, 2, 5)
+    assert unattainable_rates(summary) == []
+    assert unattainable_rates({**summary, "DE_percent": 10.0}) == ["DE: found 10.0 %, expected 1 of 30"]  # 1 of the n
+    silent = {**summary, "n_calls": 0, "DE": 0, "CE": 0, "DE_percent": 0.0, "CE_percent": 0.0}
+    assert unattainable_rates(silent) == [] and format_report(run_of(tiny_multi=silent))
+
+
+def test_comparison_calls_fewer_errors_better(tmp_path, capsys):
+    """Base with errors in 8 of 10 dialogues, then with none: the lower rate is the better one, and those are won."""
+    folders = []
+    for name, errors, answers in (("base", 8, 2), ("SFT", 0, 9)):
+        rows = [{"index": i, "calls": 3, "DE": int(i < errors), "CE": 0, "VA": int(i < answers),
+                 "DE_dialogues": int(i < errors)} for i in range(10)]
+        summary = dialogue_summary(10, 30 if errors else 24, errors, 0, answers)
+        folders.append(str(write_run(tmp_path / name, run_of(tiny_multi=summary), {"tiny-multi": rows})))
+    assert compare_main([*folders, "--mcnemar"]) == 0
+    cells = [[cell.strip() for cell in line.split("|")][1:-1] for line in capsys.readouterr().out.splitlines()[2:]]
+    assert [row[1:3] for row in cells] == [["30 / 24", "DE, lower is better"], ["30 / 24", "CE, lower is better"],
+                                           ["10", "VA"], ["10", "DE_dialogues, lower is better"]]
+    assert [row[5] for row in cells] == ["lower (better), intervals disjoint", "intervals overlap",
+                                         "higher, intervals disjoint", "lower (better), intervals disjoint"]
+    assert [row[6] for row in cells] == ["-", "-", "p 0.016 (0 lost, 7 won)", "p 0.0078 (0 lost, 8 won)"]
+    assert compare_main([*folders[::-1], "--mcnemar"]) == 0
+    out = capsys.readouterr().out
+    assert out.count("higher (worse), intervals disjoint") == 2 and "p 0.0078 (8 lost, 0 won)" in out
+
+
 # --------------------------------------------------------------------------------------------------------------- plots
 
 
