@@ -211,31 +211,32 @@ def _seconds(text: str | None) -> float:
 
 
 def ask_record(endpoint: Endpoint, query: Query | ChoiceQuery, *, prompt_format: str, max_new_tokens: int,
-               stop_texts: Sequence[str]) -> dict:
+               stop_texts: Sequence[str], temperature: float = 0.0) -> dict:
     """The predictions row for one record. `openai` is asked by chat, every other format by a completion of its text.
 
-    Raises EndpointError.
+    `temperature` 0 asks for the likeliest tokens; a choice always does. Raises EndpointError.
     """
     if isinstance(query, ChoiceQuery):
         return _ask_choice(endpoint, query, prompt_format)
     if prompt_format == "openai":
         messages, tools = render_prompt(query.tools, query.messages, "openai") if not query.text else \
             ([{"role": "user", "content": query.text}], [])
-        answer = _chat(endpoint, messages, tools, max_new_tokens, stop_texts)
+        answer = _chat(endpoint, messages, tools, max_new_tokens, stop_texts, temperature)
         return _row(query.index, _message_text(answer, bool(tools)), answer, stop_texts)
     text = query.text or completion_text(query.tools, query.messages, prompt_format)
-    answer = _complete(endpoint, text, max_new_tokens, stop_texts)
+    answer = _complete(endpoint, text, max_new_tokens, stop_texts, temperature=temperature)
     return _row(query.index, _completed_text(answer), answer, stop_texts)
 
 
-def _complete(endpoint: Endpoint, prompt: str, max_tokens: int, stop_texts: Sequence[str], **options: int) -> Answer:
-    body = {"model": endpoint.model, "prompt": prompt, "max_tokens": max_tokens, "temperature": 0, **options}
+def _complete(endpoint: Endpoint, prompt: str, max_tokens: int, stop_texts: Sequence[str], *, temperature: float = 0.0,
+              **options: int) -> Answer:
+    body = {"model": endpoint.model, "prompt": prompt, "max_tokens": max_tokens, "temperature": temperature, **options}
     return ask(endpoint, "/completions", _with_stops(body, stop_texts))
 
 
-def _chat(endpoint: Endpoint, messages: list[dict], tools: list[dict], max_tokens: int,
-          stop_texts: Sequence[str]) -> Answer:
-    body = {"model": endpoint.model, "messages": messages, "max_tokens": max_tokens, "temperature": 0}
+def _chat(endpoint: Endpoint, messages: list[dict], tools: list[dict], max_tokens: int, stop_texts: Sequence[str],
+          temperature: float = 0.0) -> Answer:
+    body = {"model": endpoint.model, "messages": messages, "max_tokens": max_tokens, "temperature": temperature}
     return ask(endpoint, "/chat/completions", _with_stops({**body, "tools": tools} if tools else body, stop_texts))
 
 
