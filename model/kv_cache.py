@@ -6,6 +6,9 @@ run. Slot index = position: rows have their own lengths and nothing is padded.
 One new token per row (decoding) is the case that counts. Its attention is one call per run of neighbouring rows whose
 lengths round up to the same multiple of SLOTS_PER_STEP, masked at each row's own length. The shape of a row's attention
 thus follows from that row's own length alone, and its result does not depend, not in the last bit, on the other rows.
+
+`lengths` may be set back, to 0 for another sequence or to a prefix that the next one shares: the slots behind are then
+overwritten or wiped, before anything reads them.
 """
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -43,6 +46,7 @@ class KVCache:
         self.keys_RLKH: list[Tensor | None] = [None] * config.n_layers
         self.values_RLKH: list[Tensor | None] = [None] * config.n_layers
         self.lengths = [0] * n_rows
+        self.written = [0] * n_rows  # slots that may hold something; those behind are zero
         self.selected_rows = list(range(n_rows))
         self.runs: list[DecodeRun] = []
 
@@ -59,10 +63,9 @@ class KVCache:
         row = self.selected_rows[segment]
         start, end = self.lengths[row], self.lengths[row] + k_1KTH.shape[2]
         self._check_room(row, end)
+        self.written[row] = max(self.written[row], end)
         for storage_RLKH, new_1KTH in ((keys_RLKH, k_1KTH), (values_RLKH, v_1KTH)):
             storage_RLKH[row, start:end] = new_1KTH[0].transpose(0, 1)
-            if start == 0:  # a new sequence: a nan the last one left would pass even a weight of zero
-                storage_RLKH[row, end:] = 0.0
         return (storage_RLKH[row:row + 1, :end].transpose(1, 2) for storage_RLKH in (keys_RLKH, values_RLKH))
 
     def plan_decode(self, dtype: torch.dtype, device: torch.device) -> None:
@@ -70,6 +73,8 @@ class KVCache:
         lengths = self.selected_lengths()
         for row, length in zip(self.selected_rows, lengths, strict=True):
             self._check_room(row, length + 1)
+            self._wipe_behind(row, length)
+            self.written[row] = length + 1
         self.flat_slots_S = torch.tensor([row * self.max_tokens + length for row, length
                                           in zip(self.selected_rows, lengths, strict=True)],
                                          dtype=torch.long, device=device)
@@ -97,6 +102,13 @@ class KVCache:
         """Counts the tokens of a finished forward as filled; segments beyond the selected rows have no row."""
         for row, length in zip(self.selected_rows, segment_lengths, strict=False):
             self.lengths[row] += length
+
+    def _wipe_behind(self, row: int, length: int) -> None:
+        """Decoding reads slots behind a row's end, with weight zero, which a nan left there would pass."""
+        if self.written[row] > length:
+            for storage_RLKH in self.keys_RLKH + self.values_RLKH:
+                if storage_RLKH is not None:
+                    storage_RLKH[row, length:self.written[row]] = 0.0
 
     def _storage(self, layer: int, like: Tensor) -> tuple[Tensor, Tensor]:
         if self.keys_RLKH[layer] is None:  # zeros, because slots behind a row's end are read, with weight zero

@@ -2,8 +2,9 @@
 
 Shape suffixes: B prompts, R rows, V vocabulary, D model dim, O outputs of a matrix.
 
-A prompt is prefilled alone, in the next free row of the cache; then all rows decode together, one token each, and a
-row that ends takes the next waiting prompt.
+A prompt is prefilled alone, in a row of the cache of its own; then all rows decode together, one token each. generate()
+gives the row of a response that ended to the next waiting prompt; model/dialogue_decoding.py keeps it for the
+dialogue's next turn.
 
 Greedy output does not depend on batching. A matrix product sums in an order that depends on its shape, so logits of one
 row differ in the last bits between a batch of 1 and a batch of 8, and a near-tie flips. Therefore a prefill has the
@@ -11,7 +12,9 @@ shape of its own prompt; attention has the shape of the row's own length (model/
 `rows_per_forward` rows, some of them idle, or a smaller number of rows for which the matrix products of this machine
 were seen to give the same bits (interchangeable_row_counts).
 """
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Collection
+from dataclasses import dataclass, field
 from functools import lru_cache
 
 import torch
@@ -33,15 +36,15 @@ def any_unfinished(finished_B: Tensor) -> bool:
 
 def generate(model: Transformer, prompts: list[list[int]], *, max_new_tokens: int, temperature: float = 0.0,
              eos_id: int | None, generator: torch.Generator | list[torch.Generator] | None = None,
-             rows_per_forward: int = ROWS_PER_FORWARD,
+             rows_per_forward: int = ROWS_PER_FORWARD, stop_ids: Collection[int] = (),
              should_continue: Callable[[Tensor], bool] = any_unfinished) -> list[tuple[list[int], list[float]]]:
     """Continues each prompt (token ids, at least one) and returns (response_ids, logprobs) per prompt, in order.
 
-    A response ends with eos_id, which is then its last id, or after max_new_tokens. temperature 0 takes the most
-    likely token (the lowest id of an exact tie); above 0 draws from softmax(logits / temperature), one uniform number
-    of `generator` per token. A list holds one generator per prompt: then a response depends on its own generator and
-    prompt alone, not on what else is sampled beside it, in which order or on which rank. logprobs are natural logs
-    under the distribution drawn from, at temperature 1 when greedy (E19).
+    A response ends with eos_id or one of stop_ids, which is then its last id, or after max_new_tokens. temperature 0
+    takes the most likely token (the lowest id of an exact tie); above 0 draws from softmax(logits / temperature), one
+    uniform number of `generator` per token. A list holds one generator per prompt: then a response depends on its own
+    generator and prompt alone, not on what else is sampled beside it, in which order or on which rank. logprobs are
+    natural logs under the distribution drawn from, at temperature 1 when greedy (E19).
 
     rows_per_forward is the number of prompts that decode together. Output is the same, bit for bit, for every batching
     at one value of it; across values it may differ where two tokens nearly tie. 1 suits a single long answer.
@@ -51,49 +54,128 @@ def generate(model: Transformer, prompts: list[list[int]], *, max_new_tokens: in
     is done then runs empty forwards. Raises ValueError for an empty prompt, a setting out of range or a list of
     generators of another length than prompts.
     """
-    _check_arguments(prompts, max_new_tokens, temperature, rows_per_forward, generator)
-    # Sharded parameters are gathered during the first forward and stay: inference tensors would spoil later training.
-    with torch.inference_mode() if model.is_plain() else torch.no_grad():
-        return _generate(model, prompts, max_new_tokens, temperature, eos_id, generator, rows_per_forward,
-                         should_continue)
-
-
-def _generate(model: Transformer, prompts: list[list[int]], max_new_tokens: int, temperature: float,
-              eos_id: int | None, generator: torch.Generator | list[torch.Generator] | None, rows_per_forward: int,
-              should_continue: Callable[[Tensor], bool]) -> list[tuple[list[int], list[float]]]:
-    device = model.head_weight().device
-    responses: list[list[int]] = [[] for _ in prompts]
-    logprobs: list[list[float]] = [[] for _ in prompts]
+    empty = [index for index, prompt in enumerate(prompts) if not len(prompt)]
+    if empty:
+        raise ValueError(f"prompts {empty} are empty, expected at least one token (BOS) each")
+    if isinstance(generator, list) and len(generator) != len(prompts):
+        raise ValueError(f"{len(generator)} generators for {len(prompts)} prompts, expected one each")
+    generators = generator if isinstance(generator, list) else [generator] * len(prompts)
+    decoder = RowDecoder(model, n_rows=rows_per_forward, max_tokens=max(map(len, prompts), default=0) + max_new_tokens,
+                         max_new_tokens=max_new_tokens, temperature=temperature, rows_per_forward=rows_per_forward,
+                         stop_ids={*stop_ids, *(() if eos_id is None else (eos_id,))})
+    responses = [Response(each) for each in generators]
     finished_B = torch.zeros(len(prompts), dtype=torch.bool)
-    cache = KVCache(model.config, rows_per_forward, max(map(len, prompts), default=0) + max_new_tokens)
     prompt_of_row: list[int | None] = [None] * rows_per_forward
     waiting = sorted(range(len(prompts)), key=lambda prompt: len(prompts[prompt]))  # neighbours of like length attend
-    row_counts = _row_counts(model, rows_per_forward)                               # in one call; longest first
-    while should_continue(finished_B):
+    while should_continue(finished_B):                                              # in one call; longest first
         if waiting and None in prompt_of_row:
-            rows = [prompt_of_row.index(None)]
-            prompt_of_row[rows[0]] = waiting.pop()
-            cache.selected_rows = rows
-            cache.lengths[rows[0]] = 0
-            tokens = prompts[prompt_of_row[rows[0]]]
-            segment_lengths = [len(tokens)]
+            row = prompt_of_row.index(None)
+            prompt_of_row[row] = waiting.pop()
+            decoder.begin(row, 0, prompts[prompt_of_row[row]], responses[prompt_of_row[row]])
+        for row in decoder.forward():
+            finished_B[prompt_of_row[row]] = True
+            prompt_of_row[row] = None
+    return [(response.ids, response.logprobs) for response in responses]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The loop's body: one forward
+
+
+@dataclass(slots=True)
+class Response:
+    """What has been sampled behind one prompt so far."""
+
+    generator: torch.Generator | None = None  # None: PyTorch's global one; unused when greedy
+    ids: list[int] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)  # natural logs, under the distribution drawn from
+
+
+class RowDecoder:
+    """Continues prompts in the rows of one key/value cache, forward by forward; which prompt has which row is up to
+    the caller.
+
+    A row keeps its keys and values when its response ends: those of the prompt and of the response but its last id,
+    which was never fed. Raises ValueError for a setting out of range.
+    """
+
+    def __init__(self, model: Transformer, *, n_rows: int, max_tokens: int, max_new_tokens: int,
+                 stop_ids: Collection[int], temperature: float, rows_per_forward: int) -> None:
+        if max_new_tokens < 1:
+            raise ValueError(f"max_new_tokens is {max_new_tokens}, expected at least 1")
+        if not 0.0 <= temperature < float("inf"):
+            raise ValueError(f"temperature is {temperature}, expected 0 (greedy) or a positive number")
+        if rows_per_forward < 1:
+            raise ValueError(f"rows_per_forward is {rows_per_forward}, expected at least 1 (above it, a multiple of 8)")
+        self.model = model
+        self.max_new_tokens, self.stop_ids, self.temperature = max_new_tokens, frozenset(stop_ids), temperature
+        self.cache = KVCache(model.config, n_rows, max_tokens)
+        self.row_counts = _row_counts(model, rows_per_forward)
+        self.waiting: deque[tuple[int, int, list[int]]] = deque()  # (row, slots kept, ids to prefill)
+        self.responses: dict[int, Response] = {}  # of the rows under way, the waiting ones included
+        self.last_row = -1  # the last one decoded
+        self.tokens_forwarded = 0  # of prompts and responses; rows that only fill the shape do not count
+        self.tokens_reused = 0  # of prompts: in the cache already
+
+    def begin(self, row: int, n_kept: int, new_ids: list[int], response: Response) -> None:
+        """Queues a prompt for the row: the ids of its first n_kept slots, and behind them new_ids, at least one. What
+        is sampled is appended to `response`."""
+        self.waiting.append((row, n_kept, new_ids))
+        self.responses[row] = response
+
+    def cancel(self, row: int) -> None:
+        """Ends the row's response as it is."""
+        self.waiting = deque(each for each in self.waiting if each[0] != row)
+        self.responses.pop(row, None)
+
+    def forward(self) -> list[int]:
+        """Runs one forward and returns the rows whose responses it ended.
+
+        It prefills the prompt that waits longest, or, when none waits, decodes one token for each row under way (for
+        rows_per_forward of them at most, in turn). With nothing to do it is empty, but runs: under FSDP all ranks must.
+        """
+        if self.waiting:
+            row, n_kept, tokens = self.waiting.popleft()
+            self.cache.lengths[row] = n_kept
+            rows, segment_lengths = [row], [len(tokens)]
+            self.tokens_forwarded += len(tokens)
+            self.tokens_reused += n_kept
         else:
-            rows = [row for row, prompt in enumerate(prompt_of_row) if prompt is not None]
-            cache.selected_rows = rows
-            segment_lengths = [1] * min(count for count in row_counts if count >= len(rows))
-            tokens = [responses[prompt_of_row[row]][-1] for row in rows]
+            rows = self._next_rows()
+            segment_lengths = [1] * min(count for count in self.row_counts if count >= len(rows))
+            tokens = [self.responses[row].ids[-1] for row in rows]
             tokens += [0] * (len(segment_lengths) - len(rows))  # rows that only fill the shape
-        input_ids_1T = torch.tensor([tokens], device=device)
-        logits_RV = model(input_ids_1T, segment_lengths=segment_lengths, kv_cache=cache, last_only=True)[0, :len(rows)]
-        uniforms = None if temperature == 0 else _draw_uniforms(generator, [prompt_of_row[row] for row in rows])
-        for row, token, logprob in zip(rows, *_choose_tokens(logits_RV, temperature, uniforms), strict=True):
-            prompt = prompt_of_row[row]
-            responses[prompt].append(token)
-            logprobs[prompt].append(logprob)
-            if token == eos_id or len(responses[prompt]) == max_new_tokens:
-                finished_B[prompt] = True
-                prompt_of_row[row] = None
-    return list(zip(responses, logprobs, strict=True))
+            self.tokens_forwarded += len(rows)
+        self.cache.selected_rows = rows
+        ended = []
+        for row, token, logprob in zip(rows, *self._sample(rows, tokens, segment_lengths), strict=True):
+            response = self.responses[row]
+            response.ids.append(token)
+            response.logprobs.append(logprob)
+            if token in self.stop_ids or len(response.ids) == self.max_new_tokens:
+                del self.responses[row]
+                ended.append(row)
+        return ended
+
+    def _next_rows(self) -> list[int]:
+        rows = sorted(self.responses)  # neighbours attend in one call
+        if len(rows) > self.row_counts[-1]:
+            rows = ([row for row in rows if row > self.last_row] or rows)[:self.row_counts[-1]]
+            self.last_row = rows[-1]
+        return rows
+
+    def _sample(self, rows: list[int], tokens: list[int],
+                segment_lengths: list[int]) -> tuple[list[int], list[float]]:
+        """One id and its log-probability for each selected row of the cache."""
+        input_ids_1T = torch.tensor([tokens], device=self.model.head_weight().device)
+        # Sharded parameters are gathered during a forward and stay: inference tensors would spoil later training.
+        with torch.inference_mode() if self.model.is_plain() else torch.no_grad():
+            logits_RV = self.model(input_ids_1T, segment_lengths=segment_lengths, kv_cache=self.cache,
+                                   last_only=True)[0, :len(rows)]
+            uniforms = None
+            if self.temperature > 0:
+                uniforms = [_draw_uniform(self.responses[row].generator) for row in rows]
+            return _choose_tokens(logits_RV, self.temperature, uniforms)
 
 
 def _row_counts(model: Transformer, rows_per_forward: int) -> tuple[int, ...]:
@@ -131,13 +213,10 @@ def interchangeable_row_counts(config: ModelConfig, dtype: torch.dtype, device: 
     return (*counts, most)
 
 
-def _draw_uniforms(generator: torch.Generator | list[torch.Generator] | None, prompts: list[int]) -> list[float]:
-    """One fp64 number in [0, 1) for the next token of each of these prompts."""
-    if not isinstance(generator, list):
-        device = "cpu" if generator is None else generator.device
-        return torch.rand(len(prompts), dtype=torch.float64, generator=generator, device=device).tolist()
-    return [torch.rand((), dtype=torch.float64, generator=generator[prompt],
-                       device=generator[prompt].device).item() for prompt in prompts]
+def _draw_uniform(generator: torch.Generator | None) -> float:
+    """One fp64 number in [0, 1)."""
+    device = "cpu" if generator is None else generator.device
+    return torch.rand((), dtype=torch.float64, generator=generator, device=device).item()
 
 
 def _choose_tokens(logits_RV: Tensor, temperature: float,
@@ -159,18 +238,3 @@ def _choose_tokens(logits_RV: Tensor, temperature: float,
         target_R1 = target_R1.minimum(total_R1.nextafter(torch.zeros_like(total_R1)))
         tokens_R1 = torch.searchsorted(cumulative_RV, target_R1, right=True)
     return tokens_R1[:, 0].tolist(), logprobs_RV.gather(-1, tokens_R1)[:, 0].tolist()
-
-
-def _check_arguments(prompts: list[list[int]], max_new_tokens: int, temperature: float, rows_per_forward: int,
-                     generator: torch.Generator | list[torch.Generator] | None) -> None:
-    empty = [index for index, prompt in enumerate(prompts) if not len(prompt)]
-    if empty:
-        raise ValueError(f"prompts {empty} are empty, expected at least one token (BOS) each")
-    if max_new_tokens < 1:
-        raise ValueError(f"max_new_tokens is {max_new_tokens}, expected at least 1")
-    if not 0.0 <= temperature < float("inf"):
-        raise ValueError(f"temperature is {temperature}, expected 0 (greedy) or a positive number")
-    if rows_per_forward < 1:
-        raise ValueError(f"rows_per_forward is {rows_per_forward}, expected at least 1 (above it, a multiple of 8)")
-    if isinstance(generator, list) and len(generator) != len(prompts):
-        raise ValueError(f"{len(generator)} generators for {len(prompts)} prompts, expected one each")

@@ -81,17 +81,21 @@ def test_decoding_without_module_calls_equals_decoding_through_them():
     assert torch.allclose(found[1], separate, rtol=1e-5, atol=1e-4)
 
 
-def test_nan_of_a_finished_response_does_not_reach_the_next_one():
+@pytest.mark.parametrize("n_kept", [0, 2])
+@pytest.mark.parametrize("n_behind", [1, 2, 3])
+def test_nan_of_a_finished_response_does_not_reach_the_next_one(n_kept, n_behind):
+    """The next sequence, or the next turn behind a shared prefix, prefilled by 1 or more tokens, then decoded."""
     model = tiny_model()
     cache = KVCache(model.config, 1, 64)
+    ids = [5, 6, 7, 8, 9][:n_kept + n_behind]
     with torch.no_grad():
-        model(torch.tensor([[5] * 20]), kv_cache=cache)
+        model(torch.tensor([ids[:n_kept] + [5] * (20 - n_kept)]), kv_cache=cache)
         for storage_RLKH in cache.keys_RLKH + cache.values_RLKH:
-            storage_RLKH.fill_(float("nan"))
-        cache.lengths = [0]
-        model(torch.tensor([[5, 6]]), kv_cache=cache)
+            storage_RLKH[:, n_kept:20] = float("nan")
+        cache.lengths = [n_kept]
+        model(torch.tensor([ids[n_kept:]]), kv_cache=cache)
         logits = model(torch.tensor([[7]]), kv_cache=cache)[0, -1]
-        assert torch.allclose(logits, model(torch.tensor([[5, 6, 7]]))[0, -1], rtol=1e-5, atol=1e-4)
+        assert torch.allclose(logits, model(torch.tensor([[*ids, 7]]))[0, -1], rtol=1e-5, atol=1e-4)
 
 
 def test_row_counts_give_equal_bits():
@@ -135,6 +139,22 @@ def test_each_row_stops_on_its_own():
         assert (ids, logprobs) == (free_ids[:length], free_logprobs[:length])
         lengths.add(length)
     assert len(lengths) > 1
+
+
+def test_any_of_several_ids_stops_a_row():
+    model = tiny_model()
+    prompts = random_prompts(12, 61, 10)
+    free = generate(model, prompts, max_new_tokens=10, eos_id=None)
+    eos_id, *stop_ids = free[0][0][2], free[1][0][4], free[2][0][3]
+    stopped = generate(model, prompts, max_new_tokens=10, eos_id=eos_id, stop_ids=stop_ids)
+    seen = set()
+    for (free_ids, free_logprobs), (ids, logprobs) in zip(free, stopped, strict=True):
+        ends = [position for position, token in enumerate(free_ids) if token in (eos_id, *stop_ids)]
+        length = ends[0] + 1 if ends else 10
+        assert (ids, logprobs) == (free_ids[:length], free_logprobs[:length])
+        seen.add(ids[-1] if ends else None)
+    assert seen == {eos_id, *stop_ids, None}
+    assert generate(model, prompts, max_new_tokens=10, eos_id=None, stop_ids=[eos_id, *stop_ids]) == stopped
 
 
 def test_logprobs_are_those_of_the_sampling_temperature():
