@@ -1,4 +1,4 @@
-"""Builds kernel texts for the CPU (g++ and tests/cuda_shim) and for the GPU's assembler (nvcc), and launches the former.
+"""Builds kernel texts for the CPU (g++ and tests/cuda_shim), launches them there, and builds cubins with nvcc.
 
     library = emulated_library(SOURCE)                      # a shared library of all kernels of the text
     launch(library, "wce_row_bf16_128x1", grid=3, block=128, arguments=[logits, 8, ...], order="random", seed=1)
@@ -45,7 +45,7 @@ def why_no_gxx() -> str:
     """Why kernels cannot be run on this machine's CPU; empty if they can."""
     if shutil.which("g++") is None:
         return "g++ is not installed: kernels cannot be run on the CPU"
-    version = subprocess.run(["g++", "-dumpfullversion"], capture_output=True, text=True).stdout.strip()
+    version = subprocess.run(["g++", "-dumpfullversion"], capture_output=True, text=True, check=True).stdout.strip()
     if int(version.partition(".")[0] or 0) < 12:
         return f"g++ {version}: 12 or newer is needed (_Float16)"
     return ""
@@ -70,7 +70,7 @@ def source_text(source: Path | str) -> str:
 
 
 def run_compiler(command: list[str]) -> str:
-    result = subprocess.run(command, capture_output=True, text=True)
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
     if result.returncode != 0:
         raise RuntimeError(f"{' '.join(command)}\n{result.stdout}{result.stderr}")
     return result.stdout + result.stderr
@@ -129,8 +129,8 @@ def compile_cubin(source: Path | str, architecture: str, name: str = "kernels") 
         folder.mkdir(exist_ok=True)
         kernels = folder / f"{name}.cu"
         kernels.write_text(text, encoding="utf-8")
-        said = run_compiler(["nvcc", "-cubin", f"-arch={architecture}", "-Xptxas", "-v", "-o", str(cubin), str(kernels)])
-        log.write_text(said, encoding="utf-8")
+        command = ["nvcc", "-cubin", f"-arch={architecture}", "-Xptxas", "-v", "-o", str(cubin), str(kernels)]
+        log.write_text(run_compiler(command), encoding="utf-8")
     return cubin, log.read_text(encoding="utf-8")
 
 

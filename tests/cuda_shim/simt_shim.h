@@ -319,8 +319,8 @@ UNTRACED inline void finish_block() {
 #endif
 }
 
-// The ready thread to run next; nullptr if there is none. Always the lowest (or highest) one: it runs ahead as far as it
-// can, warps before it wait at the barrier, warps behind it have not begun.
+// The ready thread to run next; nullptr if there is none. Always the lowest (or highest) one: its warp runs as far
+// ahead as it can, the warps before it wait at the barrier, those behind it have not begun.
 UNTRACED inline Fiber* next_fiber(int order) {
     constexpr unsigned WORDS = MAX_THREADS / 64;
     const unsigned start = order == SIMT_RANDOM ? random_bits() % MAX_THREADS : 0;
@@ -375,7 +375,7 @@ UNTRACED inline void call_with(void (*kernel)(Types...), void** parameters, std:
 }
 
 template <class... Types>
-UNTRACED inline void call_packed(void (*kernel)(Types...), void** parameters) {  // types from the kernel's own signature
+UNTRACED inline void call_packed(void (*kernel)(Types...), void** parameters) {  // types: the kernel's own signature
     call_with(kernel, parameters, std::index_sequence_for<Types...>{});
 }
 
@@ -384,7 +384,8 @@ struct Registration {
 };
 
 #define SIMT_KERNEL(name) \
-    static const simt::Registration register_##name(#name, [](void** parameters) { simt::call_packed(name, parameters); });
+    static const simt::Registration register_##name( \
+        #name, [](void** parameters) { simt::call_packed(name, parameters); });
 
 }  // namespace simt
 

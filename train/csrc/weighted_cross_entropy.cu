@@ -23,12 +23,12 @@
 // any length up to the table's: what is left over behind the last whole vector goes one logit to a thread.
 // Stream kernels: any length and any alignment that the element type allows.
 //
-// Promises, for both: a row of weight 0 is not read, neither its logits nor its target, its gradient, loss and logsumexp
-// are 0. A target outside [0, V) on a row with weight gives loss and logsumexp NaN, gradient 0, and *bad_row becomes the
-// largest such row + 1. gradient == logits is allowed, any other overlap is not. Arithmetic is fp32, row offsets are
-// 64-bit (a micro-batch of 16,384 x 151,936 logits has more than 2^31), nothing is added by atomics: equal input,
-// equal bits. A row that holds +inf or NaN, or only -inf, gives NaN in that row alone. Finite logits above 2.3e38
-// count as +inf, because they overflow when multiplied by log2(e).
+// Promises of both: no logit of a row of weight 0 is read and its target may be anything; its gradient, loss and
+// logsumexp are 0. A target outside [0, V) on a row with weight gives loss and logsumexp NaN, gradient 0, and *bad_row
+// becomes the largest such row + 1. gradient == logits is allowed, any other overlap is not. Arithmetic is fp32, row
+// offsets are 64-bit (16,384 rows of 151,936 logits are more than 2^31), nothing is added by atomics: equal input, equal
+// bits. A row that holds +inf or NaN, or only -inf, gives NaN in that row alone. Finite logits above 2.3e38 count as
+// +inf, because they overflow when multiplied by log2(e).
 //
 // Legend: column = position in the row; vector = 16 bytes of consecutive logits (8 of bf16 and fp16, 4 of fp32).
 
@@ -169,19 +169,19 @@ __device__ __forceinline__ Split split_at_borders(const typename Dtype::Storage*
 }
 
 // --------------------------------------------------------------------------------------------- Exponentials in base 2
-// exp(x - maximum) as 2^(x * log2(e) - shift): one fused multiply-add and one ex2. shift = maximum * log2(e) is rounded,
-// at a maximum of 1e4 by up to 5e-4, which alone would cost 3 digits of every probability. It does not: all terms of a
-// row, the target's too, use the same shift, the multiply-add rounds only the (small) result, and in
-// ln(sum) - ln(2) * target_score and in term / sum the shift cancels exactly.
+// exp(x - maximum) as 2^(x * log2(e) - shift): one fused multiply-add and one ex2. shift = maximum * log2(e) is
+// rounded, at a maximum of 1e4 by up to 5e-4; taken for the exact maximum it would cost 4 digits of every loss. But all
+// terms of a row, the target's too, use the same shift, the multiply-add rounds only its (small) result, and in
+// ln(sum) - ln(2) * target_score and in term / sum the shift cancels.
 #define LOG2_E 1.44269504f
 #define LN_2 0.69314718f
 
 __device__ __forceinline__ float score_of(float logit, float shift) { return fmaf(logit, LOG2_E, -shift); }
 
-// ----------------------------------------------------------------------------------------------------- Block reductions
-// Both give every thread the same bits: a + b == b + a, so the two partners of an exchange agree, and the tree is fixed.
-// Each uses its own shared array: with one array a fast warp would store its sum over a maximum that a slow warp still
-// has to read, and a third barrier would be needed.
+// ---------------------------------------------------------------------------------------------------- Block reductions
+// Both give every thread the same bits: a + b == b + a, so the two partners of an exchange agree, and the tree is
+// fixed. Each has its own shared array: with one array a fast warp would store its sum over a maximum that a slow warp
+// still has to read, and a third barrier would be needed.
 template <int THREADS>
 __device__ __forceinline__ float block_maximum(float value, float* warp_maxima) {
 #pragma unroll
@@ -231,6 +231,7 @@ struct Row {
     typename Dtype::Storage* gradient;
     float weight;
     int target;
+    float factor;  // weight * upstream
 };
 
 // Finds the block's row; false if nothing in it has to be computed. The answer is the same in all threads of the block,
@@ -240,10 +241,11 @@ __device__ __forceinline__ bool open_row(const Arguments<Dtype>& call, Row<Dtype
     const long long i = blockIdx.x;  // 64-bit: i * stride passes 2^31
     row.logits = call.logits + i * call.logits_stride;
     row.gradient = call.gradient ? call.gradient + i * call.gradient_stride : nullptr;
-    row.weight = call.loss_weights[i];
-    const long long target = row.weight == 0.f ? -1 : call.target_ids[i];
+    row.weight = call.loss_weights[i];  // three loads that do not wait for one another
+    const long long target = call.target_ids[i];
+    row.factor = row.weight * (call.upstream ? *call.upstream : 1.f);
     row.target = (int)target;
-    if (target >= 0 && target < call.vocabulary_size) return true;
+    if (row.weight != 0.f && target >= 0 && target < call.vocabulary_size) return true;
 
     if (row.gradient) {
         const Split split = split_at_borders<Dtype>(row.gradient, call.vocabulary_size);
@@ -264,7 +266,7 @@ __device__ __forceinline__ bool open_row(const Arguments<Dtype>& call, Row<Dtype
 // barrier nor a comparison per logit is needed.
 template <class Dtype>
 __device__ __forceinline__ void finish_row(
-    const Arguments<Dtype>& call, const Row<Dtype>& row, float target_logit, float shift, float sum, float upstream) {
+    const Arguments<Dtype>& call, const Row<Dtype>& row, float target_logit, float shift, float sum) {
     const float target_score = score_of(target_logit, shift);
     const float log_sum = logf(sum);  // not __logf: its absolute error would be most of a small loss
     float loss = fmaf(-LN_2, target_score, log_sum);
@@ -272,16 +274,16 @@ __device__ __forceinline__ void finish_row(
     call.losses[blockIdx.x] = row.weight * loss;  // E9
     if (call.logsumexps) call.logsumexps[blockIdx.x] = fmaf(LN_2, shift, log_sum);
     if (row.gradient) {
-        const float factor = row.weight * upstream;
         const float term = exp2_approximate(target_score);
-        row.gradient[row.target] = Dtype::round(fmaf(factor / sum, term, -factor));  // E10: subtracted before rounding
+        row.gradient[row.target] = Dtype::round(fmaf(row.factor / sum, term, -row.factor));  // E10: one rounding
     }
 }
 
 // --------------------------------------------------------------------------------------------- Row held in registers
-// Thread t holds vectors t, t + THREADS, t + 2 * THREADS, ...: a warp reads 512 consecutive bytes at a time. In place no
-// barrier protects the logits, because a thread overwrites only what it has loaded itself.
-// Maximum first, then sum: both run over registers, and this needs half the exponentials of a running (online) softmax.
+// Thread t holds vectors t, t + THREADS, t + 2 * THREADS, ...: a warp reads 512 consecutive bytes at a time. In place
+// no barrier protects the logits: a thread overwrites only what it has loaded itself, and the target's logit, which one
+// thread loads once more, is in that thread's own vectors.
+// Maximum first, then sum: both run over registers, without the rescaling of a running (online) softmax.
 template <class Dtype, int THREADS, int VECTORS>
 __device__ __forceinline__ void row_kernel(const Arguments<Dtype>& call) {
     constexpr int PER_VECTOR = Dtype::PER_VECTOR;
@@ -295,8 +297,7 @@ __device__ __forceinline__ void row_kernel(const Arguments<Dtype>& call) {
     const int tail_start = n_vectors * PER_VECTOR;
     const int tail_column = tail_start + threadIdx.x;
     const bool has_tail = tail_column < call.vocabulary_size;
-    const int target_owner =
-        row.target < tail_start ? row.target / PER_VECTOR % THREADS : row.target - tail_start;
+    const int target_owner = row.target < tail_start ? row.target / PER_VECTOR % THREADS : row.target - tail_start;
     const bool owns_target = threadIdx.x == target_owner;
     Vector vectors[VECTORS];
 #pragma unroll
@@ -330,9 +331,8 @@ __device__ __forceinline__ void row_kernel(const Arguments<Dtype>& call) {
     sum = block_sum<THREADS>(sum, warp_sums);
 
     // 4. Gradient, as if no column were the target's; the exponentials are made again, they did not fit in registers.
-    const float upstream = call.upstream ? *call.upstream : 1.f;
     if (row.gradient) {
-        const float scale = row.weight * upstream / sum;
+        const float scale = row.factor / sum;
         forget_unpacked<VECTORS>(vectors);
 #pragma unroll
         for (int k = 0; k < VECTORS; ++k) {
@@ -347,10 +347,10 @@ __device__ __forceinline__ void row_kernel(const Arguments<Dtype>& call) {
     }
 
     // 5. The target's column, the loss and the logsumexp.
-    if (owns_target) finish_row(call, row, target_logit, shift, sum, upstream);
+    if (owns_target) finish_row(call, row, target_logit, shift, sum);
 }
 
-// ---------------------------------------------------------------------------------------------------- Row of any length
+// --------------------------------------------------------------------------------------------------- Row of any length
 // Two reads and one write of each logit; the second read finds what the L2 cache still has. The first pass keeps the
 // maximum and the sum of what a thread has seen so far, so that one pass does for both (online softmax).
 constexpr int STREAM_THREADS = 512;
@@ -383,13 +383,13 @@ __device__ __forceinline__ void stream_kernel(const Arguments<Dtype>& call) {
     Split split = split_at_borders<Dtype>(row.logits, call.vocabulary_size);
     const unsigned long long difference =
         reinterpret_cast<unsigned long long>(row.logits) ^ reinterpret_cast<unsigned long long>(row.gradient);
-    if (row.gradient && difference % 16 != 0) split = {call.vocabulary_size, 0, call.vocabulary_size, call.vocabulary_size};
+    const int V = call.vocabulary_size;
+    if (row.gradient && difference % 16 != 0) split = {V, 0, V, V};
     const int n_head = split.n_head, n_vectors = (int)split.n_vectors, n_single = (int)split.n_single;
     const int tail_start = (int)split.tail_start;
-    const bool in_vectors = row.target >= n_head && row.target < tail_start;
-    const int target_index = in_vectors           ? (row.target - n_head) / PER_VECTOR
-                             : row.target < n_head ? row.target
-                                                   : row.target - tail_start + n_head;
+    int target_index = row.target;  // which vector, or which of the single elements
+    if (row.target >= tail_start) target_index = row.target - tail_start + n_head;
+    else if (row.target >= n_head) target_index = (row.target - n_head) / PER_VECTOR;
     const bool owns_target = threadIdx.x == target_index % THREADS;
     const float target_logit = owns_target ? Dtype::load(row.logits[row.target]) : 0.f;  // before it is overwritten
 
@@ -409,9 +409,8 @@ __device__ __forceinline__ void stream_kernel(const Arguments<Dtype>& call) {
     sum = block_sum<THREADS>(sum * exp2_approximate(thread_shift - shift), warp_sums);
 
     // 3. Second pass: gradient. A thread overwrites only columns that it alone reads.
-    const float upstream = call.upstream ? *call.upstream : 1.f;
     if (row.gradient) {
-        const float scale = row.weight * upstream / sum;
+        const float scale = row.factor / sum;
         for (int k = threadIdx.x; k < n_vectors; k += THREADS) {
             Vector vector = load_vector(row.logits + n_head, k);
             Dtype::unpack(vector, values);
@@ -428,12 +427,12 @@ __device__ __forceinline__ void stream_kernel(const Arguments<Dtype>& call) {
     }
 
     // 4. The target's column, the loss and the logsumexp.
-    if (owns_target) finish_row(call, row, target_logit, shift, sum, upstream);
+    if (owns_target) finish_row(call, row, target_logit, shift, sum);
 }
 
-// ------------------------------------------------------------------------------------------------------ values *= factor
-// The backward pass multiplies a stored gradient by the incoming one, which is 1 unless the caller scaled the loss. Each
-// block reads the factor on the device: no wait of the host, and no pass over the values where there is nothing to do.
+// ----------------------------------------------------------------------------------------------------- values *= factor
+// The backward pass multiplies a stored gradient by the incoming one, which is 1 unless the caller scaled the loss.
+// Each block reads the factor on the device: no wait of the host, and no pass over the values if nothing is to be done.
 template <class Dtype>
 __device__ __forceinline__ void scale_kernel(typename Dtype::Storage* values, long long count, const float* factor) {
     const float scale = *factor;
@@ -457,7 +456,7 @@ __device__ __forceinline__ void scale_kernel(typename Dtype::Storage* values, lo
     }
 }
 
-// --------------------------------------------------------------------------------------------------- The launched names
+// -------------------------------------------------------------------------------------------------- The launched names
 // Plain pointers and integers in this order; __launch_bounds__(threads, 1024 / threads) keeps registers at 64 a thread,
 // so that 1,024 threads share a multiprocessor at any block size.
 #define ROW_PARAMETERS(Dtype)                                                                                  \
