@@ -1,4 +1,4 @@
-"""What a model writes for its calls, per prompt format, read into ToolCalls, and written again (docs/prompt_formats.md).
+"""What a model writes for its calls, per prompt format, read into ToolCalls and written again (docs/prompt_formats.md).
 
     tl          name(p="v")                                         one call (paper, Table 13)
     plain       name(p: "v").                                       one call (the bundled base model)
@@ -9,6 +9,7 @@
     llama31     {"name": .., "parameters": {..}}                    calls parted by ";" or line breaks
     qwen25      <tool_call>\\n{"name": .., "arguments": {..}}\\n</tool_call>, any number, text before the first
     openai      {"tool_calls": [{"function": {"name": .., "arguments": "{..}"}}]}, the message of the chat API as JSON
+    react       as toolllama, arguments also as a Python dict (ToolEyes' own prompt)     one call
 
 Outputs are hostile: everything is scanned from left to right or handed to the JSON decoder, nothing is evaluated, and
 whatever is not exactly a list of calls is a ToolCallError that says what stands where.
@@ -17,20 +18,23 @@ import json
 import re
 from collections.abc import Sequence
 
-from data.tool_calls import ToolCall, ToolCallError, parse_tool_call, render_tool_call
+from data.tool_calls import ToolCall, ToolCallError, parse_tool_call, parse_value, render_tool_call
 from eval.plain_calls import parse_plain_call
 
-OUTPUT_FORMATS = ("tl", "plain", "toolllama", "nexusraven", "chatglm4", "qwen2", "llama31", "qwen25", "openai")
+OUTPUT_FORMATS = ("tl", "plain", "toolllama", "nexusraven", "chatglm4", "qwen2", "llama31", "qwen25", "openai", "react")
+# Formats whose output holds exactly one call.
+SINGLE_CALL_FORMATS = ("tl", "plain", "toolllama", "qwen2", "react")
 
 # Text that ends a turn: control tokens beside the tokenizer's EOS, and words that the model must not write itself
-# (Qwen-2 goes on with an observation of its own making). Generation stops there; the parser passes over the tokens.
+# (Qwen-2 goes on with an observation of its own making, the base with a whole dialogue). Generation stops there; the
+# parser passes over the tokens.
 STOP_STRINGS = {
-    "tl": (), "plain": (), "toolllama": ("</s>",), "nexusraven": ("<bot_end>",),
+    "tl": (), "plain": ("\nOutput:", "\nUser:"), "toolllama": ("</s>",), "nexusraven": ("<bot_end>",),
     "chatglm4": ("<|user|>", "<|observation|>", "<|endoftext|>"),
     "qwen2": ("<|im_end|>", "<|endoftext|>", "\nObservation:"),
     "llama31": ("<|eot_id|>", "<|eom_id|>", "<|end_of_text|>"),
     "qwen25": ("<|im_end|>", "<|endoftext|>"),
-    "openai": (),
+    "openai": (), "react": (),
 }
 # A megabyte of outputs holds 40,000 calls; to pair as many with the gold calls in any order would take hours.
 MAX_CALLS = 64
@@ -68,6 +72,8 @@ def parse_output(output: str, output_format: str) -> list[ToolCall]:
         return _parse_objects(output, output_format, ("parameters", "arguments"))
     if output_format == "qwen25":
         return _parse_qwen25(output)
+    if output_format == "react":
+        return [_parse_published_react(output)]
     return _parse_openai(output)
 
 
@@ -75,19 +81,43 @@ def parse_output(output: str, output_format: str) -> list[ToolCall]:
 
 
 def _parse_react(text: str, output_format: str) -> ToolCall:
-    """Name between the first "Action Input:" and the nearest "Action:" before it; then one JSON object."""
+    """One JSON object behind the name."""
+    name, position = _react_name(text)
+    arguments, position = _take_json(text, position)
+    position = _skip_end_marks(text, position, output_format)
+    is_cut = output_format == "qwen2" and text.startswith("Observation:", position)
+    if position != len(text) and not is_cut:
+        raise _fault(text, position, "the end of the text after the arguments")
+    return _checked(name, arguments)
+
+
+def _react_name(text: str) -> tuple[str, int]:
+    """The name between the first "Action Input:" and the nearest "Action:" before it; where the arguments begin."""
     end_of_name = text.find("Action Input:")
     if end_of_name < 0:
         raise _fault(text, 0, "'Action:' and 'Action Input:'")
     start_of_name = text.rfind("Action:", 0, end_of_name)
     if start_of_name < 0:
         raise _fault(text, 0, "'Action:' before 'Action Input:'")
-    arguments, position = _take_json(text, end_of_name + len("Action Input:"))
-    position = _skip_end_marks(text, position, output_format)
-    is_cut = output_format == "qwen2" and text.startswith("Observation:", position)
-    if position != len(text) and not is_cut:
-        raise _fault(text, position, "the end of the text after the arguments")
-    return _checked(text[start_of_name + len("Action:"):end_of_name].strip(), arguments)
+    return text[start_of_name + len("Action:"):end_of_name].strip(), end_of_name + len("Action Input:")
+
+
+def _parse_published_react(text: str) -> ToolCall:
+    """As ToolEyes' own loop reads it: a dict in JSON or Python; `finish` is a call whatever stands behind its name.
+
+    To cut arguments of `finish` the `"}` at the end is added first; if they still are no dict, it has none.
+    """
+    name, position = _react_name(text)
+    source = text[position:]
+    is_finish = name.lower() == "finish"
+    for attempt in (source, source.rstrip() + '"}') if is_finish else (source,):
+        try:
+            return _checked(name, parse_value(attempt))
+        except ToolCallError as error:
+            fault = f"Action Input: {error}"
+    if is_finish:
+        return _checked(name, {})
+    raise ToolCallError(fault)
 
 
 def _parse_nexusraven(text: str) -> list[ToolCall]:
@@ -291,11 +321,11 @@ def render_output(calls: Sequence[ToolCall], output_format: str) -> str:
     if output_format not in OUTPUT_FORMATS or output_format == "plain":
         raise ValueError(f"found format {output_format!a}, expected one of {', '.join(OUTPUT_FORMATS)} but plain")
     texts = [render_tool_call(call) for call in calls]
-    if not calls or len(calls) > 1 and output_format in ("tl", "toolllama", "qwen2"):
+    if not calls or len(calls) > 1 and output_format in SINGLE_CALL_FORMATS:
         raise ToolCallError(f"found {len(calls)} calls, expected one")
     if output_format == "tl":
         return texts[0]
-    if output_format in ("toolllama", "qwen2"):
+    if output_format in ("toolllama", "qwen2", "react"):
         return f"Thought: \nAction: {calls[0].name}\nAction Input: {json_text(calls[0].arguments)}"
     if output_format == "nexusraven":
         return f"Call: {'; '.join(texts)}"

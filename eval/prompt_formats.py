@@ -9,15 +9,18 @@
     llama31     LLaMA-3.1         Table 10    chat, tools in the first user turn
     qwen25      Qwen-2.5          Table 11    chat, tools in the system turn
     openai      GPT series        Table 12    messages and tools of the chat API, no text
+    react       any               ToolEyes    completion or chat without native tools, ReAct; ToolEyes' published prompt
 
 A prompt is a list of parts, ordinary text and control tokens. A control token becomes one id; text becomes the ids of
 its characters, so nobody who writes "<|im_end|>" into a query can end a turn. docs/prompt_formats.md lists what the
 tables leave open and what was decided.
 """
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from data.prompt_format import ASSISTANT_HEADER, encode_prompt, message_segments, render_tools
+from data.tool_calls import ToolCall
 from data.trajectories import Message, tool_parameters
 from eval.output_formats import OUTPUT_FORMATS, json_text, openai_tool_call, render_output
 from model.tokenizer import Tokenizer
@@ -41,6 +44,19 @@ class PromptPart:
     is_control: bool
 
 
+@dataclass(frozen=True, slots=True)
+class WrittenTurn:
+    """A turn that the model wrote earlier in this dialogue: later prompts hold its text word for word, thoughts too.
+
+    It stands among Messages. Only `openai` sends it back in pieces, because its API wants calls by name and number.
+    """
+
+    content: str                 # the raw output
+    calls: tuple[ToolCall, ...]  # what was read from it; () if that is no call
+    role: str = "assistant"
+    call: None = None            # no call to be rendered in place of the content
+
+
 class PromptError(ValueError):
     """The dialogue has no prompt in this format, or the tokenizer lacks one of its control tokens."""
 
@@ -48,7 +64,7 @@ class PromptError(ValueError):
 # ------------------------------------------------------------------------------------------------------------ interface
 
 
-def render_prompt(tools: list[dict], messages: Sequence[Message],
+def render_prompt(tools: list[dict], messages: Sequence[Message | WrittenTurn],
                   prompt_format: str) -> str | tuple[list[dict], list[dict]]:
     """The prompt that asks for the assistant's next turn: text, or (messages, tools) of the chat API for `openai`.
 
@@ -62,7 +78,24 @@ def render_prompt(tools: list[dict], messages: Sequence[Message],
     return "".join(part.text for part in prompt_parts(tools, messages, prompt_format))
 
 
-def completion_text(tools: list[dict], messages: Sequence[Message], prompt_format: str) -> str:
+def react_messages(tools: list[dict], messages: Sequence[Message | WrittenTurn]) -> list[dict]:
+    """The `react` prompt as messages of the chat API, the tools inside the system message: no native tool calls.
+
+    Feedback goes into user messages with "Function: " in front; the API's own role for it takes native calls only.
+    Raises PromptError as render_prompt.
+    """
+    _check_first_message(messages)
+    system, turns = _split_system(messages)
+    result = [{"role": "system", "content": _react_system(tools, system)}]
+    for message in turns:
+        if message.role == "tool":
+            result.append({"role": "user", "content": f"Function: {message.content}"})
+        else:
+            result.append({"role": message.role, "content": _words(message, "react")})
+    return result
+
+
+def completion_text(tools: list[dict], messages: Sequence[Message | WrittenTurn], prompt_format: str) -> str:
     """The prompt for a completions endpoint, which puts BOS (or `[gMASK]<sop>`) before any text by itself.
 
     With the BOS of `llama31` kept, the model would see two. Raises as render_prompt; ValueError for `openai`.
@@ -71,16 +104,18 @@ def completion_text(tools: list[dict], messages: Sequence[Message], prompt_forma
     return "".join(part.text for part in parts).removeprefix(_BOS_OF_LLAMA31 if parts[0].is_control else "")
 
 
-def prompt_parts(tools: list[dict], messages: Sequence[Message], prompt_format: str) -> list[PromptPart]:
+def prompt_parts(tools: list[dict], messages: Sequence[Message | WrittenTurn],
+                 prompt_format: str) -> list[PromptPart]:
     """The prompt as text and control tokens; raises as render_prompt, and ValueError for `openai`."""
     if prompt_format not in COMPLETION_FORMATS:
         raise ValueError(f"found format {prompt_format!a}, expected one of {', '.join(COMPLETION_FORMATS)}")
     if prompt_format in ("tl", "plain"):
-        segments = message_segments(tools, list(messages))
+        segments = message_segments(tools, _tl_messages(messages))
         return [PromptPart(text, False) for text in (*(segment.text for segment in segments), ASSISTANT_HEADER)]
     _check_first_message(messages)
-    system = "\n\n".join(message.content for message in messages if message.role == "system")
-    turns = [message for message in messages if message.role != "system"]
+    system, turns = _split_system(messages)
+    if prompt_format == "react":
+        return _react_parts(tools, system, turns)
     if prompt_format == "toolllama":
         return _toolllama_parts(tools, system, turns)
     if prompt_format == "nexusraven":
@@ -94,7 +129,7 @@ def prompt_parts(tools: list[dict], messages: Sequence[Message], prompt_format: 
     return _qwen25_parts(tools, system, turns)
 
 
-def encode_formatted_prompt(tools: list[dict], messages: Sequence[Message], prompt_format: str,
+def encode_formatted_prompt(tools: list[dict], messages: Sequence[Message | WrittenTurn], prompt_format: str,
                             tokenizer: Tokenizer) -> list[int]:
     """Ids of the prompt for a model of ours: start token, then each control token as one id, each text by itself.
 
@@ -102,7 +137,7 @@ def encode_formatted_prompt(tools: list[dict], messages: Sequence[Message], prom
     tokenizer has no such control token: that of another model would spell it out in characters.
     """
     if prompt_format in ("tl", "plain"):
-        return encode_prompt(tools, list(messages), tokenizer)
+        return encode_prompt(tools, _tl_messages(messages), tokenizer)
     parts = prompt_parts(tools, messages, prompt_format)
     start = [PromptPart(text, True) for text in _START_TOKENS.get(prompt_format, ())]
     id_of_control = {part.text: tokenizer.control_id(part.text) for part in [*start, *parts] if part.is_control}
@@ -127,13 +162,19 @@ def encode_formatted_prompt(tools: list[dict], messages: Sequence[Message], prom
 # --------------------------------------------------------------------------------------------------------------- pieces
 
 
-def _check_first_message(messages: Sequence[Message]) -> None:
+def _check_first_message(messages: Sequence[Message | WrittenTurn]) -> None:
     roles = [message.role for message in messages if message.role != "system"]
     if not roles or roles[0] != "user":
         raise PromptError(f"found {roles[0] if roles else 'no message'} first, expected the user's query")
     for role in roles:
         if role not in ("user", "assistant", "tool"):
             raise PromptError(f"found role {role!a}, expected system, user, assistant or tool")
+
+
+def _split_system(messages: Sequence[Message | WrittenTurn]) -> tuple[str, list[Message | WrittenTurn]]:
+    """The system text of the dialogue, "" if it has none, and the other messages."""
+    return "\n\n".join(message.content for message in messages if message.role == "system"), \
+        [message for message in messages if message.role != "system"]
 
 
 def _parts(*texts: str) -> list[PromptPart]:
@@ -156,9 +197,17 @@ def _text(text: str) -> PromptPart:
     return PromptPart(text, False)
 
 
-def _words(message: Message, prompt_format: str) -> str:
-    """What the assistant said: its call in this format's own form, or its text."""
+def _words(message: Message | WrittenTurn, prompt_format: str) -> str:
+    """What is said: an assistant's call in this format's own form, or the text."""
+    if isinstance(message, WrittenTurn) and prompt_format in ("toolllama", "nexusraven", "react"):
+        return message.content.lstrip()  # these templates write the white space in front
     return message.content if message.call is None else render_output([message.call], prompt_format)
+
+
+def _tl_messages(messages: Sequence[Message | WrittenTurn]) -> list[Message]:
+    """The dialogue for data/prompt_format.py, which writes the space that the model's first token has in front."""
+    return [Message("assistant", message.content.removeprefix(" ")) if isinstance(message, WrittenTurn) else message
+            for message in messages]
 
 
 def _required_outside(function: dict) -> dict:
@@ -205,7 +254,7 @@ use function Finish-;give_up_and_restart.
 Specifically, you have access to the following APIs: """
 
 
-def _toolllama_parts(tools: list[dict], system: str, turns: Sequence[Message]) -> list[PromptPart]:
+def _toolllama_parts(tools: list[dict], system: str, turns: Sequence[Message | WrittenTurn]) -> list[PromptPart]:
     documents = [{"type": "function", "function": _required_outside(tool["function"])} for tool in tools]
     before = f"{system}\n\n" if system else ""
     lines = [f"System: {before}{_TOOLLLAMA_SYSTEM}{json_text(documents)}"]
@@ -219,7 +268,7 @@ def _toolllama_parts(tools: list[dict], system: str, turns: Sequence[Message]) -
 # ------------------------------------------------------------------------------------------------ NexusRaven (Table 7)
 
 
-def _nexusraven_parts(tools: list[dict], system: str, turns: Sequence[Message]) -> list[PromptPart]:
+def _nexusraven_parts(tools: list[dict], system: str, turns: Sequence[Message | WrittenTurn]) -> list[PromptPart]:
     """One query with one answer is the model's own form; later turns continue in the same marks, a form of ours."""
     end = '    """'
     documents = "\n\n".join(
@@ -248,7 +297,7 @@ _CHATGLM4_FORM = ("\n\u5728\u8c03\u7528\u4e0a\u8ff0\u51fd\u6570\u65f6\uff0c\u8bf
                   "\u683c\u5f0f\u8868\u793a\u8c03\u7528\u7684\u53c2\u6570\u3002")  # "write the arguments as JSON"
 
 
-def _chatglm4_parts(tools: list[dict], system: str, turns: Sequence[Message]) -> list[PromptPart]:
+def _chatglm4_parts(tools: list[dict], system: str, turns: Sequence[Message | WrittenTurn]) -> list[PromptPart]:
     documents = "".join(
         f"\n\n## {tool['function']['name']}\n\n{json_text(tool['function'])}{_CHATGLM4_FORM}"
         for tool in tools)
@@ -256,7 +305,8 @@ def _chatglm4_parts(tools: list[dict], system: str, turns: Sequence[Message]) ->
     parts = [*_parts("<|system|>"), _text(f"\n{identity}{_CHATGLM4_TOOLS}{documents}")]
     for message in turns:
         if message.role == "assistant":  # the name of a called tool stands in the line of the role
-            newline = "\n" if message.call is None else ""
+            is_text = message.call is None and not isinstance(message, WrittenTurn)  # the model writes its own newline
+            newline = "\n" if is_text else ""
             parts += [*_parts("<|assistant|>"), _text(f"{newline}{_words(message, 'chatglm4')}")]
         else:
             role = "<|user|>" if message.role == "user" else "<|observation|>"
@@ -303,7 +353,7 @@ Begin!
 Question: {query}"""
 
 
-def _qwen2_parts(tools: list[dict], system: str, turns: Sequence[Message]) -> list[PromptPart]:
+def _qwen2_parts(tools: list[dict], system: str, turns: Sequence[Message | WrittenTurn]) -> list[PromptPart]:
     """Calls and observations of one question stand in one turn of the assistant, which the answer continues."""
     parts = _chatml_turn("system", system or "You are a helpful assistant.")
     is_open = False  # the assistant's turn
@@ -341,7 +391,7 @@ Do not use variables.
 """
 
 
-def _llama31_parts(tools: list[dict], system: str, turns: Sequence[Message]) -> list[PromptPart]:
+def _llama31_parts(tools: list[dict], system: str, turns: Sequence[Message | WrittenTurn]) -> list[PromptPart]:
     documents = "".join(f"{json_text(_sorted_keys(tool), indent=4)}\n\n" for tool in tools)
     parts = [*_parts(_BOS_OF_LLAMA31), *_llama31_turn("system", _LLAMA31_SYSTEM + system)]
     for index, message in enumerate(turns):
@@ -363,7 +413,7 @@ def _llama31_turn(role: str, content: str) -> list[PromptPart]:
 # ------------------------------------------------------------------------------------------------- Qwen-2.5 (Table 11)
 
 
-def _qwen25_parts(tools: list[dict], system: str, turns: Sequence[Message]) -> list[PromptPart]:
+def _qwen25_parts(tools: list[dict], system: str, turns: Sequence[Message | WrittenTurn]) -> list[PromptPart]:
     documents = "".join(f"{json_text(_sorted_keys(tool))}\n" for tool in tools)
     parts = _chatml_turn("system", f"""\
 {system or "You are Qwen, created by Alibaba Cloud. You are a helpful assistant."}
@@ -393,22 +443,85 @@ For each function call, return a json object with function name and arguments wi
 # ------------------------------------------------------------------------------------------------------ GPT (Table 12)
 
 
-def _openai_messages(messages: Sequence[Message]) -> list[dict]:
+def _openai_messages(messages: Sequence[Message | WrittenTurn]) -> list[dict]:
     """Messages of the chat API. It refuses a call without feedback, so the user's answer to one becomes its feedback.
 
-    Such are the answers to ask_to_user.
+    Such are the answers to ask_to_user. Several calls of one turn get their feedback in their order.
     """
     result: list[dict] = []
-    open_call = None  # id of the latest call while nobody has answered it
+    open_calls: list[str] = []  # ids of the latest turn's calls that nobody has answered
     for index, message in enumerate(messages):
-        if message.role == "assistant" and message.call is not None:
-            tool_call = openai_tool_call(message.call, index)
-            open_call = tool_call["id"]
-            result.append({"role": "assistant", "content": None, "tool_calls": [tool_call]})
-        elif open_call is not None and message.role in ("tool", "user"):
-            result.append({"role": "tool", "tool_call_id": open_call, "content": message.content})
-            open_call = None
+        if message.role == "assistant":
+            entry = _openai_turn(message, index)
+            open_calls = [call["id"] for call in entry.get("tool_calls", [])]
+            result.append(entry)
+        elif open_calls and message.role in ("tool", "user"):
+            result.append({"role": "tool", "tool_call_id": open_calls.pop(0), "content": message.content})
         else:
             role = "user" if message.role == "tool" else message.role
             result.append({"role": role, "content": message.content})
     return result
+
+
+def _openai_turn(message: Message | WrittenTurn, index: int) -> dict:
+    """An assistant's message; ids follow from its place, since a server may give none, or one twice."""
+    if not isinstance(message, WrittenTurn):
+        if message.call is None:
+            return {"role": "assistant", "content": message.content}
+        return {"role": "assistant", "content": None, "tool_calls": [openai_tool_call(message.call, index)]}
+    try:
+        value = json.loads(message.content)
+    except (ValueError, RecursionError):
+        value = None
+    text = value.get("content") if isinstance(value, dict) else None
+    text = text if isinstance(text, str) and text else None
+    if not message.calls:  # calls that cannot be read are sent back as text: the API would refuse them as calls
+        has_calls = isinstance(value, dict) and bool(value.get("tool_calls"))
+        return {"role": "assistant", "content": message.content if has_calls or text is None else text}
+    return {"role": "assistant", "content": text, "tool_calls": [
+        {**openai_tool_call(call, index), "id": f"call_{index}_{number}"} for number, call in enumerate(message.calls)]}
+
+
+# ------------------------------------------------------------------------------------------ ToolEyes' published prompt
+
+_REACT_TASK = """\
+You are an expert in using tools to handle real-time queries from users.
+First I will give you the task description, and your task start.
+At each step, your task is to give your thought to analyze the current state, decide the next step, with a function \
+call to actually excute your step.
+After the call, you will get the call result, and you are now in a new state.
+Then you will analyze your status now, then decide what to do next...
+After many (Thought-call) pairs, you finally perform the task, then you can give your final answer.
+
+"""
+REACT_FORM = """\
+Desired format:
+Thought: <The thought>
+Action: <The tool you decide to use>
+Action Input: <The parameters for the tool>"""
+_REACT_RULES = """
+
+Remember:
+1. You should ALWAYS think about what to do, but all the thought is short, at most in 3 sentences.
+2. The action to take should be one of the given tools below.
+3. The "Action Input" needs to provide a dict similar to {parameter_1: value_1, parameter_2: value_2} to call action.
+4. Always use the "finish" tool upon task completion. The final answer should be comprehensive enough for the user. \
+If the task is unmanageable, use the "finish" tool and respond with "I cannot handle the task".
+
+Task description: You should use tools to help handle the real time user queries. Specifically, you have access of the \
+following tools:
+"""
+
+
+def _react_system(tools: list[dict], system: str) -> str:
+    documents = json.dumps([tool["function"] for tool in tools])
+    before = f"{system}\n\n" if system else ""
+    return f"{before}{_REACT_TASK}{REACT_FORM}{_REACT_RULES}{documents}\n\nLet's Begin!"
+
+
+def _react_parts(tools: list[dict], system: str, turns: Sequence[Message | WrittenTurn]) -> list[PromptPart]:
+    lines = [f"System: {_react_system(tools, system)}"]
+    for message in turns:
+        role = {"user": "User", "assistant": "Assistant", "tool": "Function"}[message.role]
+        lines.append(f"{role}: {_words(message, 'react')}")
+    return [_text("\n".join([*lines, "Assistant:"]))]

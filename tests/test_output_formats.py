@@ -65,6 +65,14 @@ ACCEPTED = [
     ("openai", tool_calls({"name": "get_weather", "arguments": '{"city": "Oslo", "days": 3}'},
                           {"name": "get_weather", "arguments": '{"city": "Rome", "days": 1}'}), [OSLO, ROME]),
     ("openai", '[{"function": {"name": "random_advice", "arguments": "{}"}}]', [ADVICE]),
+    ("react", 'Thought: I look.\nAction: get_weather\nAction Input: {"city": "Oslo", "days": 3}', [OSLO]),
+    ("react", "Action: get_weather\nAction Input: {'city': 'Oslo', 'days': 3}\n", [OSLO]),
+    ("react", "Thought: Action: is next.\nAction: random_advice\nAction Input:\n{\n}\n", [ADVICE]),
+    # ToolEyes' loop ends at `finish` whatever stands behind it; it adds the end of arguments that were cut off.
+    ("react", 'Action: finish\nAction Input: {"answer": "It rai', [ToolCall("finish", {"answer": "It rai"})]),
+    ("react", "Action: Finish\nAction Input: it rains", [ToolCall("Finish", {})]),
+    ("react", 'Action: finish\nAction Input: ["rain"]', [ToolCall("finish", {})]),
+    ("react", "Action: finish\nAction Input:", [ToolCall("finish", {})]),
 ]
 ACTION = "Thought: x\nAction: f\nAction Input: "
 REFUSED = [
@@ -78,6 +86,12 @@ REFUSED = [
         (name, ACTION + '{"a": 1, "a": 2}', "again"), (name, ACTION + '{"a": "raw\nbreak"}', "JSON"),
         (name, "Action: two words\nAction Input: {}", "name"), (name, "Action: \nAction Input: {}", "name"))),
     ("toolllama", ACTION + "{}\nObservation: mine", "end of the text"),
+    ("react", "Thought: done\nFinal Answer: 42", "'Action:'"), ("react", "Action Input: {}", "'Action:' before"),
+    ("react", "Action: finish", "'Action Input:'"), ("react", ACTION, "a value"), ("react", ACTION + '{"a": 1', "'}'"),
+    ("react", ACTION + '{"a": 1} ok', "end of the text"), ("react", ACTION + "[1]", "dict"),
+    ("react", ACTION + "{}\nFunction: mine", "end of the text"), ("react", ACTION + '{"a": 1e999}', "finite"),
+    ("react", ACTION + '{"a": f()}', "a value"), ("react", ACTION + '{"a": 1, "a": 2}', "again"),
+    ("react", "Action: two words\nAction Input: {}", "name"), ("react", "Action: \nAction Input: {}", "name"),
     ("nexusraven", "Call: f(1)", "positional"), ("nexusraven", "Call: f(a=g(b=1))", "a value"),
     ("nexusraven", "Call: f(a=1) g(b=2)", "end of the text"), ("nexusraven", "Call: f(a='x<bot_end>", "closing quote"),
     ("nexusraven", "Call: <bot_end>", "a tool name"), ("nexusraven", "Call: f();; g()", "a tool name"),
