@@ -1,0 +1,399 @@
+"""Dialogues with tools: a model or an endpoint, at most nine turns, batched, journaled, resumed (docs/multi_turn.md).
+
+One turn is one output of the model. Its calls are answered in order; `finish` ends the dialogue, `ask_to_user` gets a
+fixed reply, an output that is no call gets a reminder of the format. Who answers the other calls is the `execute` of
+eval/tool_runtime.py. The model's own text stands in its later prompts word for word.
+"""
+import hashlib
+import json
+from collections.abc import Callable, Sequence
+from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from tqdm import tqdm
+
+from data.tool_calls import ToolCall, ToolCallError
+from data.trajectories import DataError, Message
+from eval.dialogue_journal import (
+    DialogueJournal,
+    DialogueTask,
+    RecordedDialogue,
+    close_journals,
+    join_journals,
+    read_dialogues,
+    read_journals,
+)
+from eval.dialogue_metrics import MAX_TURNS
+from eval.endpoint import MAX_STOPS, REFUSALS_TO_STOP, Answer, Endpoint, EndpointError, ask
+from eval.generate_predictions import read_response
+from eval.output_formats import STOP_STRINGS, json_text, parse_output
+from eval.prompt_formats import (
+    REACT_FORM,
+    WrittenTurn,
+    completion_text,
+    encode_formatted_prompt,
+    react_messages,
+    render_prompt,
+)
+from eval.queries import cut_at
+from eval.tool_runtime import Executor, ToolRequest
+from model.dialogue_decoding import DialogueDecoder
+from model.tokenizer import Tokenizer
+from model.transformer import Transformer
+
+USER_REPLY = "Please proceed with the information I gave you."  # to every ask_to_user: there is no human
+# Longer feedback is cut at the end. ToolEyes' loop cuts at 1,024 tokens, which differ from model to model.
+MAX_FEEDBACK_CHARACTERS = 4096
+_REMINDER = "Your output format does not match the specified format, please revise your answer to follow the desired " \
+            "format."
+
+
+def format_reminder(prompt_format: str) -> str:
+    """The user message after an output that is no call; data.error_filter takes it for `unparsable`."""
+    return f"{_REMINDER}\n\n{REACT_FORM}" if prompt_format == "react" else _REMINDER
+
+
+def is_finish(name: str) -> bool:
+    """Whether a tool of this name ends the dialogue; letter case does not count, as in ToolEyes' loop."""
+    return name.lower() == "finish"
+
+
+def is_question(name: str) -> bool:
+    """Whether a tool of this name asks the user."""
+    return name.lower() == "ask_to_user"
+
+
+# --------------------------------------------------------------------------------------------------------- one dialogue
+
+
+class Dialogue:
+    """One dialogue as it goes.
+
+    State: its messages so far, the number of its turns, how often each call was made, how it ended ("" while it goes).
+    """
+
+    def __init__(self, task: DialogueTask, *, execute: Executor, journal: DialogueJournal, prompt_format: str,
+                 max_turns: int = MAX_TURNS) -> None:
+        self.task = task
+        self.messages: list[Message | WrittenTurn] = list(task.messages)
+        self.n_turns = 0
+        self.end = ""
+        self._execute = execute
+        self._journal = journal
+        self._format = prompt_format
+        self._max_turns = max_turns
+        self._attempts: dict[str, int] = {}
+
+    def recorded_turn(self) -> dict | None:
+        """The next turn, if an earlier process made it."""
+        return self._journal.recorded_turn(self.task.index, self.n_turns + 1)
+
+    def take_turn(self, output: str, *, is_cut: bool) -> None:
+        """Let the model have said `output`, cut at max_new_tokens or not: answer its calls, journal the turn.
+
+        A recorded turn is not journaled again and its feedback stands; only local tools run once more, for the files
+        that they leave for later calls. Raises DataError where the recorded output is another.
+        """
+        recorded = self.recorded_turn()
+        if recorded is not None and recorded["output"] != output:
+            raise DataError(f"{self._journal.path}: found another output for turn {self.n_turns + 1} of index "
+                            f"{self.task.index} than in its journal, expected the same one: model, machine or number "
+                            "of threads have changed; choose another --output")
+        self.n_turns += 1
+        calls, fault = self._read(output, is_cut)
+        answered = self._answer(calls, recorded)
+        if recorded is None:
+            self._journal.add_turn(self.task.index, self.n_turns, {"output": output, "calls": answered, "fault": fault})
+        self.messages.append(WrittenTurn(output, tuple(calls)))
+        for call in answered:
+            if not is_finish(call["name"]):
+                self.messages.append(Message("user" if is_question(call["name"]) else "tool", call["feedback"]))
+        if fault:
+            self.messages.append(Message("user", format_reminder(self._format)))
+        if calls and is_finish(calls[-1].name):
+            self.close("finish")
+        elif self.n_turns == self._max_turns:
+            self.close("max_turns")
+
+    def close(self, end: str, error: str = "") -> None:
+        """End the dialogue, in the journal too unless it ended there before."""
+        self.end = end
+        recorded = self._journal.recorded.get(self.task.index)
+        if recorded is None or not recorded.end:
+            self._journal.add_end(self.task.index, end, error)
+
+    def _read(self, output: str, is_cut: bool) -> tuple[list[ToolCall], str]:
+        """The calls up to the first `finish`, or why there is none. What follows a `finish` is never run."""
+        try:
+            calls = parse_output(output, self._format)
+        except ToolCallError as error:
+            return [], f"{error} (output cut at max_new_tokens)" if is_cut else str(error)
+        end = next((number for number, call in enumerate(calls, 1) if is_finish(call.name)), len(calls))
+        return calls[:end], ""
+
+    def _answer(self, calls: Sequence[ToolCall], recorded: dict | None) -> list[dict]:
+        answered = []
+        for number, call in enumerate(calls):
+            key = json.dumps([call.name, call.arguments], sort_keys=True)
+            attempt = self._attempts.get(key, 0)
+            self._attempts[key] = attempt + 1
+            request = ToolRequest(dialogue=self.task.index, tool_set=self.task.tool_set, tools=self.task.tools,
+                                  call=call, attempt=attempt)
+            if recorded is not None:
+                entry = recorded["calls"][number]
+                if entry["executor"] == "local":
+                    self._execute(request)
+            elif is_finish(call.name):
+                entry = _call_entry(call, "", "")
+            elif is_question(call.name):
+                entry = _call_entry(call, USER_REPLY, "user")
+            else:
+                result = self._execute(request)
+                entry = _call_entry(call, result.feedback[:MAX_FEEDBACK_CHARACTERS], result.executor)
+            answered.append(entry)
+        return answered
+
+
+def _call_entry(call: ToolCall, feedback: str, executor: str) -> dict:
+    return {"name": call.name, "arguments": call.arguments, "feedback": feedback, "executor": executor}
+
+
+# ---------------------------------------------------------------------------------------------------------- whole files
+
+
+def complete_dialogues(path: Path, tasks: Sequence[DialogueTask],
+                       run: Callable[[list[DialogueTask], DialogueJournal], None], *, prompt_format: str,
+                       rank: int) -> list[str]:
+    """Bring the prediction file `path` to one dialogue per task; what its journals hold is not asked again.
+
+    All ranks call it with the same tasks. `run(missing, journal)` has this rank's share of the missing dialogues, given
+    whole, and ends each in the journal. Returns notices for the user. Raises DataError, on all ranks, for journals that
+    cannot be continued, and whatever `run` raises; the turns made before are in the journal.
+    """
+    # 1. What earlier processes left becomes one journal, before any rank appends to its own.
+    _wait_for_all_ranks()
+    recorded, dropped = read_journals(path)
+    finished = {dialogue.index for dialogue in read_dialogues(path)[0]} if path.exists() else set()
+    _wait_for_all_ranks()
+    if rank == 0:
+        join_journals(path, recorded.values())
+    _wait_for_all_ranks()
+
+    # 2. The dialogues; those that ended in a journal are done.
+    missing = [task for task in tasks if task.index not in finished and not _has_ended(recorded.get(task.index))]
+    with DialogueJournal(path, rank=rank, recorded=recorded) as journal:
+        run(missing, journal)
+
+    # 3. The complete file, in order.
+    _wait_for_all_ranks()
+    if rank == 0:
+        close_journals(path, prompt_format)
+    _wait_for_all_ranks()
+    turns = sum(len(recorded[task.index].turns) for task in missing if task.index in recorded)
+    return _notices(path, read_dialogues(path)[0], resumed=len(tasks) - len(missing), turns=turns, dropped=dropped)
+
+
+def _has_ended(dialogue: RecordedDialogue | None) -> bool:
+    return dialogue is not None and bool(dialogue.end)
+
+
+def _wait_for_all_ranks() -> None:
+    if dist.is_initialized() and dist.get_world_size() > 1:
+        dist.barrier()
+
+
+def _notices(path: Path, dialogues: Sequence[RecordedDialogue], *, resumed: int, turns: int, dropped: int) -> list[str]:
+    notices = []
+    if resumed or turns:
+        notices.append(f"{path}: kept {resumed} dialogues and {turns} turns of others of an earlier run")
+    if dropped:
+        notices.append(f"{path}: dropped {dropped} partial line(s) of a killed run")
+    too_long = [dialogue.index for dialogue in dialogues if dialogue.end == "prompt_too_long"]
+    if too_long:
+        notices.append(f"{path}: {len(too_long)} dialogues ended because the prompt no longer fits the model, counted "
+                       f"as no valid answer; first index {too_long[0]}")
+    refused = [dialogue for dialogue in dialogues if dialogue.end == "refused"]
+    if refused:
+        notices.append(f"{path}: {len(refused)} dialogues refused by the endpoint, counted as no valid answer; index "
+                       f"{refused[0].index}: {refused[0].error}")
+    return notices
+
+
+# ---------------------------------------------------------------------------------------------------------------- model
+
+
+def run_dialogues_with_model(tasks: Sequence[DialogueTask], model: Transformer, tokenizer: Tokenizer, *,
+                             execute: Executor, prompt_format: str, max_turns: int, max_new_tokens: int,
+                             batch_size: int, journal: DialogueJournal, temperature: float = 0.0, seed: int = 0,
+                             rank: int = 0, world_size: int = 1, max_dialogue_tokens: int | None = None,
+                             decoder: DialogueDecoder | None = None) -> None:
+    """Run this rank's share of the dialogues with a model of ours, batch_size of them side by side.
+
+    Live dialogues decode together. One whose response ends gets its feedback and asks again at once; one that ends
+    gives its row to the next waiting one. A dialogue depends on its own history alone, so neither batch_size nor ranks
+    change it; recorded turns are decoded again, compared, and go on. A prompt that leaves less than max_new_tokens of
+    max_dialogue_tokens (None: the model's positions) ends its dialogue with "prompt_too_long": nothing is dropped from
+    the front. Above temperature 0 a turn draws with a generator made of seed, index and turn. `decoder` stands in for
+    one of this model in tests. Raises DataError where a recorded turn decodes differently, PromptError for a tokenizer
+    of another format.
+    """
+    room = min(max_dialogue_tokens or model.config.max_positions, model.config.max_positions)
+    stop_texts = STOP_STRINGS[prompt_format]
+    stop_ids = {token_id for token_id in (tokenizer.eos_id, *map(tokenizer.control_id, stop_texts))
+                if token_id is not None}
+    decoder = decoder or DialogueDecoder(model, n_rows=batch_size, max_tokens=room, max_new_tokens=max_new_tokens,
+                                         stop_ids=frozenset(stop_ids), temperature=temperature)
+    waiting = list(reversed(tasks[rank::world_size]))
+    live: dict[int, Dialogue] = {}
+
+    def ask_next(dialogue: Dialogue) -> bool:
+        """Ask for the dialogue's next turn; False if it has none."""
+        if dialogue.end:
+            return False
+        prompt_ids = encode_formatted_prompt(dialogue.task.tools, dialogue.messages, prompt_format, tokenizer)
+        if len(prompt_ids) + max_new_tokens > room:
+            dialogue.close("prompt_too_long")
+            return False
+        index = dialogue.task.index
+        generator = turn_generator(seed, index, dialogue.n_turns + 1) if temperature > 0 else None
+        decoder.ask(index, prompt_ids, generator)
+        return True
+
+    with tqdm(total=len(waiting), desc=journal.path.stem, unit="dialogue", disable=rank != 0 or not waiting) as bar:
+        while live or waiting:
+            while waiting and len(live) < batch_size:
+                dialogue = Dialogue(waiting.pop(), execute=execute, journal=journal, prompt_format=prompt_format,
+                                    max_turns=max_turns)
+                if ask_next(dialogue):
+                    live[dialogue.task.index] = dialogue
+                else:
+                    bar.update()
+            for index, response_ids, _ in decoder.step():
+                output, stop = read_response(response_ids, tokenizer, stop_ids=stop_ids, stop_texts=stop_texts,
+                                             prompt_ids=[])
+                live[index].take_turn(output, is_cut=stop == "max_new_tokens")
+                if not ask_next(live[index]):
+                    decoder.drop(index)
+                    del live[index]
+                    bar.update()
+
+
+def turn_generator(seed: int, index: int, turn: int) -> torch.Generator:
+    """The random generator of one turn: it does not depend on what else was drawn before, so a resumed run agrees."""
+    digest = hashlib.sha256(f"{seed} {index} {turn}".encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
+
+
+# ------------------------------------------------------------------------------------------------------------- endpoint
+
+
+def run_dialogues_with_endpoint(tasks: Sequence[DialogueTask], endpoint: Endpoint, *, execute: Executor,
+                                prompt_format: str, max_turns: int, max_new_tokens: int, journal: DialogueJournal,
+                                temperature: float = 0.0) -> None:
+    """Run dialogues with a server, one thread each, `endpoint.concurrency` at a time.
+
+    `openai` is asked by chat with native tools, `react` by chat without, every other format by a completion of its
+    text. Recorded turns are taken from the journal and not asked again. A request that the server refuses ends its
+    dialogue ("prompt_too_long" or "refused"). Raises EndpointError when a request fails for good, or when nothing but
+    refusals came; dialogues go to the end of their turn before.
+    """
+    waiting, running, failure, has_answered = list(reversed(tasks)), set(), None, False
+    refused: list[tuple[Dialogue, str]] = []  # at the first turn, while nothing else came: the settings may be wrong
+
+    def talk(task: DialogueTask) -> tuple[Dialogue, str, str]:
+        dialogue = Dialogue(task, execute=execute, journal=journal, prompt_format=prompt_format, max_turns=max_turns)
+        return (dialogue, *_talk(dialogue, endpoint, prompt_format, max_new_tokens, temperature))
+
+    with ThreadPoolExecutor(max_workers=endpoint.concurrency) as pool, \
+            tqdm(total=len(tasks), desc=journal.path.stem, unit="dialogue", disable=not tasks) as bar:
+        try:
+            while running or waiting and failure is None:
+                while waiting and failure is None and len(running) < endpoint.concurrency:
+                    running.add(pool.submit(talk, waiting.pop()))
+                done, running = wait(running, return_when=FIRST_COMPLETED)
+                for future in done:
+                    try:
+                        dialogue, stop, error = future.result()
+                    except Exception as fault:  # noqa: BLE001, raised below, after the other threads
+                        failure = failure or fault
+                        continue
+                    has_answered = has_answered or dialogue.n_turns > 0
+                    if stop:
+                        refused.append((dialogue, error))
+                    bar.update()
+                if has_answered:
+                    _close_refused(refused)
+                elif len(refused) >= REFUSALS_TO_STOP and failure is None:
+                    failure = EndpointError(f"{endpoint.url}: found {refused[0][1]} for each of the first "
+                                            f"{len(refused)} dialogues, expected answers")
+                if failure is not None:
+                    endpoint.stopping.set()
+        except BaseException:  # interrupted: do not wait for attempts that would be made in vain
+            endpoint.stopping.set()
+            raise
+    if failure is not None:
+        raise failure
+    _close_refused(refused)
+
+
+def _close_refused(refused: list[tuple[Dialogue, str]]) -> None:
+    for dialogue, error in refused:
+        dialogue.close("refused", error)
+    refused.clear()
+
+
+def _talk(dialogue: Dialogue, endpoint: Endpoint, prompt_format: str, max_new_tokens: int,
+          temperature: float) -> tuple[str, str]:
+    """Let the dialogue go on to its end; ("refused", the server's words) if a request was refused, else ("", "")."""
+    while not dialogue.end and not endpoint.stopping.is_set():
+        recorded = dialogue.recorded_turn()
+        if recorded is not None:
+            dialogue.take_turn(recorded["output"], is_cut=False)
+            continue
+        output, answer = _ask_turn(endpoint, dialogue, prompt_format, max_new_tokens, temperature)
+        if answer.stop == "refused":
+            return "refused", answer.error
+        if answer.stop == "prompt_too_long":
+            dialogue.close("prompt_too_long", answer.error)
+        else:
+            dialogue.take_turn(output, is_cut=answer.stop == "max_new_tokens")
+    return "", ""
+
+
+def _ask_turn(endpoint: Endpoint, dialogue: Dialogue, prompt_format: str, max_new_tokens: int,
+              temperature: float) -> tuple[str, Answer]:
+    """The model's next output, cut at the format's stop texts, and the server's whole answer."""
+    tools, stop_texts = dialogue.task.tools, STOP_STRINGS[prompt_format]
+    body: dict = {"model": endpoint.model, "max_tokens": max_new_tokens, "temperature": temperature}
+    if stop_texts:
+        body["stop"] = list(stop_texts[:MAX_STOPS])
+    if prompt_format == "openai":
+        messages, offered = render_prompt(tools, dialogue.messages, "openai")
+        answer = ask(endpoint, "/chat/completions", {**body, "messages": messages, "tools": offered})
+        output = _message_json(answer)
+    elif prompt_format == "react":
+        messages = react_messages(tools, dialogue.messages)
+        answer = ask(endpoint, "/chat/completions", {**body, "messages": messages})
+        output = _message_of(answer).get("content")
+    else:
+        prompt = completion_text(tools, dialogue.messages, prompt_format)
+        answer = ask(endpoint, "/completions", {**body, "prompt": prompt})
+        output = answer.choice.get("text")
+    output, has_stop = cut_at(output if isinstance(output, str) else "", stop_texts)
+    return output, Answer(answer.choice, "end", "") if has_stop else answer
+
+
+def _message_of(answer: Answer) -> dict:
+    message = answer.choice.get("message")
+    return message if isinstance(message, dict) else {}
+
+
+def _message_json(answer: Answer) -> str:
+    """The message with its calls as JSON, the output of the format `openai`."""
+    message = _message_of(answer)
+    try:
+        return json_text({key: message[key] for key in ("content", "tool_calls") if key in message}) if message else ""
+    except RecursionError:  # nested so deeply that it cannot be written again; no call is
+        return ""
