@@ -38,21 +38,19 @@ from eval.prompt_formats import (
     render_prompt,
 )
 from eval.queries import cut_at
-from eval.tool_runtime import Executor, ToolRequest
+from eval.tool_runtime import MAX_FEEDBACK_CHARACTERS, Executor, ToolRequest
 from model.dialogue_decoding import DialogueDecoder
 from model.tokenizer import Tokenizer
 from model.transformer import Transformer
 
 USER_REPLY = "Please proceed with the information I gave you."  # to every ask_to_user: there is no human
-# Longer feedback is cut at the end. ToolEyes' loop cuts at 1,024 tokens, which differ from model to model.
-MAX_FEEDBACK_CHARACTERS = 4096
-_REMINDER = "Your output format does not match the specified format, please revise your answer to follow the desired " \
-            "format."
+FORMAT_REMINDER = ("Your output format does not match the specified format, please revise your answer to follow the "
+                   "desired format.")
 
 
 def format_reminder(prompt_format: str) -> str:
     """The user message after an output that is no call; data.error_filter takes it for `unparsable`."""
-    return f"{_REMINDER}\n\n{REACT_FORM}" if prompt_format == "react" else _REMINDER
+    return f"{FORMAT_REMINDER}\n\n{REACT_FORM}" if prompt_format == "react" else FORMAT_REMINDER
 
 
 def is_finish(name: str) -> bool:
@@ -118,8 +116,10 @@ class Dialogue:
             self.close("max_turns")
 
     def close(self, end: str, error: str = "") -> None:
-        """End the dialogue, in the journal too unless it ended there before."""
+        """End the dialogue, in the journal too unless it ended there before; its tools' files go."""
         self.end = end
+        if forget := getattr(self._execute, "forget", None):  # a bare function may answer too
+            forget(self.task.index)
         recorded = self._journal.recorded.get(self.task.index)
         if recorded is None or not recorded.end:
             self._journal.add_end(self.task.index, end, error)
@@ -146,7 +146,7 @@ class Dialogue:
                 if entry["executor"] == "local":
                     self._execute(request)
             elif is_finish(call.name):
-                entry = _call_entry(call, "", "")
+                entry = _call_entry(call, None, "")
             elif is_question(call.name):
                 entry = _call_entry(call, USER_REPLY, "user")
             else:
@@ -156,7 +156,7 @@ class Dialogue:
         return answered
 
 
-def _call_entry(call: ToolCall, feedback: str, executor: str) -> dict:
+def _call_entry(call: ToolCall, feedback: str | None, executor: str) -> dict:
     return {"name": call.name, "arguments": call.arguments, "feedback": feedback, "executor": executor}
 
 
@@ -235,9 +235,9 @@ def run_dialogues_with_model(tasks: Sequence[DialogueTask], model: Transformer, 
     gives its row to the next waiting one. A dialogue depends on its own history alone, so neither batch_size nor ranks
     change it; recorded turns are decoded again, compared, and go on. A prompt that leaves less than max_new_tokens of
     max_dialogue_tokens (None: the model's positions) ends its dialogue with "prompt_too_long": nothing is dropped from
-    the front. Above temperature 0 a turn draws with a generator made of seed, index and turn. `decoder` stands in for
-    one of this model in tests. Raises DataError where a recorded turn decodes differently, PromptError for a tokenizer
-    of another format.
+    the front. Above temperature 0 a turn draws with a generator made of seed, index and turn. A caller
+    who wants the decoder's counters makes it: for this model, with these settings. Raises DataError where a recorded
+    turn decodes differently, PromptError for a tokenizer of another format.
     """
     room = min(max_dialogue_tokens or model.config.max_positions, model.config.max_positions)
     stop_texts = STOP_STRINGS[prompt_format]

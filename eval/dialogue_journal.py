@@ -4,7 +4,7 @@
     PREDICTIONS/<name>.jsonl          finished dialogues, one line each, sorted by index
 
     turn   {"index": 0, "turn": 1, "output": "..", "calls": [CALL], "fault": ""}
-    CALL   {"name": "f", "arguments": {}, "feedback": "..", "executor": "local"}
+    CALL   {"name": "f", "arguments": {}, "feedback": "..", "executor": "local"}; null and "" for `finish`
     end    {"index": 0, "end": "finish", "error": ""}
     whole  {"index": 0, "turns": [{"output", "calls", "fault"}], "end": "finish", "error": "", "format": "tl"}
 
@@ -116,7 +116,7 @@ def _turn(turn: object, where: str) -> dict:
     if bool(fault) == bool(calls):
         raise DataError(f"{where}: found {len(calls)} calls and the fault {_shown(fault)}, expected either calls or a "
                         "fault")
-    return {"output": turn["output"], "calls": [{key: call[key] for key in _CALL_KEYS} for call in calls],
+    return {"output": turn["output"], "calls": [{key: call.get(key) for key in _CALL_KEYS} for call in calls],
             "fault": fault}
 
 
@@ -124,9 +124,10 @@ _CALL_KEYS = ("name", "arguments", "feedback", "executor")
 
 
 def _is_call(call: object) -> bool:
-    return isinstance(call, dict) and all(isinstance(call.get(key), kind) for key, kind in
-                                          zip(_CALL_KEYS, (str, dict, str, str), strict=True)) \
-        and call["executor"] in EXECUTORS
+    if not isinstance(call, dict) or not isinstance(call.get("name"), str) \
+            or not isinstance(call.get("arguments"), dict) or call.get("executor") not in EXECUTORS:
+        return False
+    return call.get("feedback") is None if call["executor"] == "" else isinstance(call.get("feedback"), str)
 
 
 def _index(row: dict, where: str) -> int:

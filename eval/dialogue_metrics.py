@@ -81,7 +81,7 @@ def score_dialogue(dialogue: RecordedDialogue, task: DialogueTask, max_turns: in
 # -------------------------------------------------------------------------------------------------------- whole files
 
 
-def score_dialogues(dialogues: Sequence[RecordedDialogue], tasks: Sequence[DialogueTask], *,
+def score_dialogues(dialogues: Sequence[RecordedDialogue], tasks: Sequence[DialogueTask],
                     max_turns: int = MAX_TURNS) -> tuple[list[dict], dict]:
     """(rows, summary) of dialogues with their tasks, in the same order; at least one.
 
