@@ -22,6 +22,7 @@ from rl.reward import check_rewards
 from run_config import ConfigError, fail, read_config
 from train.checkpoint import CheckpointError
 from train.checksums import differing_tensors, folder_checksums, parameter_checksums
+from train.cuda_cross_entropy import LossBackendError, agree_on_loss_backend
 from train.distributed import (
     DTYPES,
     DeviceError,
@@ -35,7 +36,8 @@ from train.optimizer import make_adamw
 from train.run_control import TrainingError
 from train.run_logging import RunFolderError, file_sha256, log_line, model_fingerprint
 
-USER_ERRORS = (ConfigError, DataError, DeviceError, ModelFolderError, RunFolderError, CheckpointError, TrainingError)
+USER_ERRORS = (ConfigError, DataError, DeviceError, LossBackendError, ModelFolderError, RunFolderError, CheckpointError,
+               TrainingError)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -50,9 +52,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         held_out = make_prompts(config, config.eval_data, tokenizer)[0] if config.eval_data else []
         world = init_world(config.device)
         say = log_line if world.is_main else lambda line: None
-        for note in notes:
+        loss_backend, reason = agree_on_loss_backend(config.loss_backend, world)
+        for note in (*notes, f"loss backend: {loss_backend} ({reason})"):
             say(note)
-        models = load_models(config, tokenizer, world)
+        models = load_models(config, tokenizer, world, loss_backend)
         result = train_ppo(
             config, models, tokenizer, prompts, world, held_out=held_out[:config.eval_limit or None],
             sources={"data_sha256": file_sha256(Path(config.data)), "model_sha256": model_fingerprint(config.model),
@@ -91,7 +94,7 @@ def make_prompts(config: PPOConfig, path: str, tokenizer: Tokenizer) -> tuple[li
     return prompts, notes
 
 
-def load_models(config: PPOConfig, tokenizer: Tokenizer, world: World) -> Models:
+def load_models(config: PPOConfig, tokenizer: Tokenizer, world: World, loss_backend: str = "torch") -> Models:
     """Policy, frozen reference and critic, sharded, with their optimizers. A collective.
 
     Raises ModelFolderError for a folder that cannot be used, a reference or critic of another shape, and a critic whose
@@ -115,7 +118,8 @@ def load_models(config: PPOConfig, tokenizer: Tokenizer, world: World) -> Models
     return Models(policy, reference, critic,
                   policy_optimizer=make_adamw(policy, learning_rate=config.policy_learning_rate, **settings),
                   value_optimizer=make_adamw(critic, learning_rate=config.value_learning_rate, **settings),
-                  starts_at_reference=model_fingerprint(reference_dir) == model_fingerprint(config.model))
+                  starts_at_reference=model_fingerprint(reference_dir) == model_fingerprint(config.model),
+                  loss_backend=loss_backend)
 
 
 def export(config: PPOConfig, models: Models, world: World) -> None:

@@ -16,13 +16,15 @@ from model.pretrained_weights import save_pretrained_streamed
 from model.tokenizer import load_tokenizer
 from run_config import ConfigError, fail, read_config
 from train.checkpoint import CheckpointError
+from train.cuda_cross_entropy import LossBackendError, agree_on_loss_backend
 from train.distributed import DTYPES, DeviceError, close_world, init_world, load_sharded_model
 from train.optimizer import make_adamw
 from train.run_control import TrainingError
 from train.run_logging import RunFolderError, file_sha256, log_line, model_fingerprint, plot_losses
 from train.sft_loop import SFTConfig, encode_data, train_sft
 
-USER_ERRORS = (ConfigError, DataError, DeviceError, ModelFolderError, RunFolderError, CheckpointError, TrainingError)
+USER_ERRORS = (ConfigError, DataError, DeviceError, LossBackendError, ModelFolderError, RunFolderError, CheckpointError,
+               TrainingError)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -33,7 +35,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         encoded, notes = encode_data(config, tokenizer)
         world = init_world(config.device)
         say = log_line if world.is_main else lambda line: None
-        for note in notes:
+        loss_backend, reason = agree_on_loss_backend(config.loss_backend, world)
+        for note in (*notes, f"loss backend: {loss_backend} ({reason})"):
             say(note)
         model = load_sharded_model(config.model, world, dtype=config.dtype, tokenizer_size=tokenizer.vocab_size)
         optimizer = make_adamw(model, learning_rate=config.learning_rate, beta1=config.adam_beta1,
@@ -45,6 +48,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 micro_batch_size=config.micro_batch_size, rank=world.rank, world_size=world.size),
             total_steps=config.epochs * steps_per_epoch(len(encoded), config.global_batch_size),
             sources={"data_sha256": file_sha256(Path(config.data)), "model_sha256": model_fingerprint(config.model)},
+            loss_backend=loss_backend,
         )
         if result.stopped_by:
             return 128 + result.stopped_by

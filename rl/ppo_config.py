@@ -83,6 +83,9 @@ class PPOConfig:
     dtype: str = setting("float32", "compute type; master weights and reductions are float32 either way "
                          "(released code: bfloat16)", choices=("float32", "bfloat16"))
     device: str = setting("auto", "auto takes CUDA where present", choices=("auto", "cpu", "cuda"))
+    loss_backend: str = setting("auto", "what computes log-probabilities of tokens: our CUDA kernels, PyTorch's "
+                                "operators, or auto, the kernels where they work; rounding only (ours)",
+                                choices=("auto", "cuda", "torch"))
     reference_device: str = setting("same", "keep the reference's shards in host memory, copied in when used: less "
                                     "device memory, slower; no effect without CUDA (ours)", choices=("same", "cpu"))
     activation_checkpointing: str = setting("off", "recompute each block in backward: less memory, a third more time "
@@ -129,8 +132,8 @@ class PPOConfig:
 
 # Fields that do not change what is learned: a run may go on with other values. Paths do not count, their content does.
 _FREE_FIELDS = {
-    "model", "data", "output", "resume", "reference_model", "critic_model", "max_steps", "device", "reference_device",
-    "activation_checkpointing", "checkpoint_every", "keep_checkpoints", "final_dtype", "save_critic", "eval_data",
+    "model", "data", "output", "resume", "reference_model", "critic_model", "max_steps", "device", "loss_backend",
+    "reference_device", "activation_checkpointing", "checkpoint_every", "keep_checkpoints", "final_dtype", "save_critic", "eval_data",
     "eval_every", "eval_limit", "print_ledger", "plot", "micro_batch_size",
 }  # fmt: skip
 

@@ -82,6 +82,7 @@ class Models:
     policy_optimizer: torch.optim.Optimizer
     value_optimizer: torch.optim.Optimizer
     starts_at_reference: bool  # policy and reference hold the same weights before the first update
+    loss_backend: str = "torch"  # what computes log-probabilities, of all models alike; or "cuda"
 
     def trained(self) -> dict[str, tuple[torch.nn.Module, torch.optim.Optimizer]]:
         """What a checkpoint holds."""
@@ -143,17 +144,18 @@ def measure_rollout(
     batches: the micro-batches of the first PPO epoch. The update runs the same forwards on the same packed rows, so the
     first ratio is 1 to the last bit. The sampler's own log-probabilities differ in the last bits and are only compared.
     """
-    began = time.perf_counter()
+    began, temperature = time.perf_counter(), config.logprob_temperature()
     for batch in batches:
         hidden_KD = response_states(models.policy, batch)
-        batch.put(rollout.logprobs_BR, response_logprobs(hidden_KD, models.policy, batch, config.logprob_temperature()))
-        entropies_K = token_entropies(hidden_KD, models.policy.head_weight(), config.logprob_temperature())
+        logprobs_K = response_logprobs(hidden_KD, models.policy, batch, temperature, models.loss_backend)
+        batch.put(rollout.logprobs_BR, logprobs_K)
+        entropies_K = token_entropies(hidden_KD, models.policy.head_weight(), temperature)
         batch.put(rollout.entropies_BR, entropies_K)
     reshard_all(models.policy)
     policy_done = time.perf_counter()
     for batch in batches:
         hidden_KD = response_states(models.reference, batch)
-        ref_logprobs_K = response_logprobs(hidden_KD, models.reference, batch, config.logprob_temperature())
+        ref_logprobs_K = response_logprobs(hidden_KD, models.reference, batch, temperature, models.loss_backend)
         batch.put(rollout.ref_logprobs_BR, ref_logprobs_K)
     reshard_all(models.reference)
     reference_done = time.perf_counter()
@@ -200,7 +202,8 @@ def global_moments(x_BR: Tensor, mask_BR: Tensor) -> tuple[float, float]:
 
 
 def backward_policy(
-    config: PPOConfig, policy: torch.nn.Module, rollout: Rollout, batch: ResponseBatch, n_tokens: float
+    config: PPOConfig, policy: torch.nn.Module, rollout: Rollout, batch: ResponseBatch, n_tokens: float,
+    loss_backend: str = "torch",
 ) -> dict[str, float]:
     """Add one micro-batch's share of the policy gradient; returns its parts of the minibatch's figures.
 
@@ -209,7 +212,7 @@ def backward_policy(
     """
     temperature, n_batch = config.logprob_temperature(), len(batch.target_ids_K)
     hidden_KD = response_states(policy, batch)
-    logprobs_1K = response_logprobs(hidden_KD, policy, batch, temperature)[None]
+    logprobs_1K = response_logprobs(hidden_KD, policy, batch, temperature, loss_backend)[None]
     loss, stats = policy_loss(
         logprobs_1K, batch.take(rollout.logprobs_BR), batch.take(rollout.advantages_BR), all_true(logprobs_1K),
         config.clip_range,
@@ -272,7 +275,7 @@ def update_minibatch(
         parts = {}
         if train_policy:
             set_gradient_sync(models.policy, synchronize=is_last, is_last=is_last)
-            parts |= backward_policy(config, models.policy, rollout, batch, n_tokens)
+            parts |= backward_policy(config, models.policy, rollout, batch, n_tokens, models.loss_backend)
         set_gradient_sync(models.critic, synchronize=is_last, is_last=is_last)
         parts |= backward_value(config, models.critic, rollout, batch, n_tokens)
         max_ratio_deviation = max(max_ratio_deviation, parts.pop("max_ratio_deviation", 0.0))

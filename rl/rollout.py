@@ -202,12 +202,13 @@ def response_states(model: torch.nn.Module, batch: ResponseBatch) -> Tensor:
     return hidden_BTD[0].index_select(0, batch.state_index_K)
 
 
-def response_logprobs(hidden_KD: Tensor, model: torch.nn.Module, batch: ResponseBatch, temperature: float) -> Tensor:
+def response_logprobs(hidden_KD: Tensor, model: torch.nn.Module, batch: ResponseBatch, temperature: float,
+                      loss_backend: str = "torch") -> Tensor:
     """Log-probability (K,) of each response token under softmax(logits / temperature), the distribution sampled from.
 
     The logits are linear in the hidden state, so the division is done there, on D numbers instead of V.
     """
-    return linear_token_logprobs(hidden_KD / temperature, model.head_weight(), batch.target_ids_K)
+    return linear_token_logprobs(hidden_KD / temperature, model.head_weight(), batch.target_ids_K, backend=loss_backend)
 
 
 def response_values(critic: torch.nn.Module, batch: ResponseBatch) -> Tensor:

@@ -61,6 +61,8 @@ class SFTConfig:
     dtype: str = setting("float32", "compute type; master weights and reductions are float32 either way (paper: "
                           "bfloat16)", choices=("float32", "bfloat16"))
     device: str = setting("auto", "auto takes CUDA where present", choices=("auto", "cpu", "cuda"))
+    loss_backend: str = setting("auto", "what computes the loss: our CUDA kernels, PyTorch's operators, or auto, the "
+                                 "kernels where they work; rounding only (ours)", choices=("auto", "cuda", "torch"))
     activation_checkpointing: str = setting("off", "recompute each block in backward: less memory, a third more time "
                                              "(ours)", choices=("on", "off"))
     gradient_sync: str = setting("last", "reduce gradients after the last micro-batch of a step (fast), or after "
@@ -83,8 +85,8 @@ class SFTConfig:
 
 # Fields that do not change what is learned: a run may go on with other values. Paths do not count, their content does.
 _FREE_FIELDS = {
-    "model", "data", "output", "resume", "max_steps", "device", "activation_checkpointing", "gradient_sync",
-    "checkpoint_every", "keep_checkpoints", "final_dtype", "plot", "micro_batch_size",
+    "model", "data", "output", "resume", "max_steps", "device", "loss_backend", "activation_checkpointing",
+    "gradient_sync", "checkpoint_every", "keep_checkpoints", "final_dtype", "plot", "micro_batch_size",
 }  # fmt: skip
 
 

@@ -83,6 +83,7 @@ def train_step(
     loss_normalization: str,
     max_grad_norm: float,
     gradient_sync: str,
+    loss_backend: str = "torch",
 ) -> StepResult:
     """One optimizer step over this rank's micro-batches of the global batch; a collective. `step` counts from 1.
 
@@ -116,7 +117,7 @@ def train_step(
         # after forward: the root's FSDP group is gathered now and stays so until its backward
         weighted_sum = linear_weighted_cross_entropy(
             hidden_BTD[0], model.head_weight(), batch.target_ids_T, batch.loss_weights_T,
-            trained_index_K=batch.trained_index_K,
+            trained_index_K=batch.trained_index_K, backend=loss_backend,
         )  # fmt: skip
         (weighted_sum / denominator).backward()
         loss_sum += weighted_sum.detach()
@@ -153,13 +154,15 @@ def train_sft(
     step_batches: Callable[[int], list[PackedBatch]],
     total_steps: int,
     sources: dict[str, str],
+    loss_backend: str = "torch",
 ) -> TrainResult:
     """Train from the newest good checkpoint (or from the given weights) to the end; a collective.
 
     model: sharded by train.distributed.shard_model; optimizer: built after that, one or more groups, each with its own
     peak `lr`, which the schedule scales. step_batches(s): this rank's micro-batches of optimizer step s, from 0 on,
     a pure function of s. total_steps: length of the schedule; config.max_steps ends the run earlier, not the schedule.
-    sources: fingerprints of what goes in, part of the run's identity. Files: docs/checkpoints.md, docs/metrics.md.
+    sources: fingerprints of what goes in, part of the run's identity. loss_backend: "cuda" or "torch", the answer to
+    config.loss_backend. Files: docs/checkpoints.md, docs/metrics.md.
     Raises RunFolderError, CheckpointError, TrainingError.
     """
     seed_everything(config.seed, world.rank)
@@ -180,7 +183,8 @@ def train_sft(
     stopping = False
     with StopSignal() as stop, bar:
         while step < last_step and not stopping:
-            metrics = _timed_step(config, model, optimizer, world, step_batches, step=step, total_steps=total_steps)
+            metrics = _timed_step(config, model, optimizer, world, step_batches, step=step, total_steps=total_steps,
+                                  loss_backend=loss_backend)  # fmt: skip
             step += 1
             if metrics_file is not None:
                 metrics_file.write(metrics)
@@ -209,6 +213,7 @@ def _timed_step(
     *,
     step: int,
     total_steps: int,
+    loss_backend: str,
 ) -> dict[str, float]:
     """Optimizer step `step` (from 0) with the schedule's rate; returns its line for metrics.jsonl."""
     began = time.perf_counter()
@@ -224,6 +229,7 @@ def _timed_step(
         loss_normalization=config.loss_normalization,
         max_grad_norm=config.max_grad_norm,
         gradient_sync=config.gradient_sync,
+        loss_backend=loss_backend,
     )
     return step_metrics(step + 1, result, learning_rate, time.perf_counter() - began)
 

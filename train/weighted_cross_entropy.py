@@ -3,16 +3,19 @@
 Adverse-effect masking, key-token weights and normalisation all arrive as one float per target token; this file only
 computes `sum_i w_i * (logsumexp_i - logit_i[target_i])` and its gradients (docs/math.md, E9-E11).
 
+Public functions choose rows. Operators (torch.library) hold forward and backward: torch.compile sees one node each, and
+what depends on the data (checks of targets, number of chunks) stays inside. One seam touches logits: PyTorch's
+operators, or with backend="cuda" the kernels of train/cuda_cross_entropy.py.
+
 Shape legend: M rows (tokens of a micro-batch), K rows with weight != 0, C rows of one chunk, D model dim, V vocabulary.
 """
-from __future__ import annotations
-
-import math
-
 import torch
 from torch import Tensor
+from torch.library import custom_op
 
-# Largest block of logits alive at once, counted in bytes of the fp32 arithmetic. Fewer rows than this are done in one
+from train.cuda_cross_entropy import cuda_chunk_loss_and_gradient_, cuda_row_cross_entropy, cuda_scale_
+
+# Largest block of logits alive at once, counted in bytes of the arithmetic. Fewer rows than this are done in one
 # piece (fastest); more rows are chunked, which costs one pass over the head gradient per chunk and bounds the memory.
 # CPU: measured by benchmarks/benchmark_loss.py. CUDA: from arithmetic only (accumulating into a 7B head's gradient
 # then takes less time than the chunk's matmuls).
@@ -20,67 +23,76 @@ MAX_LOGITS_BYTES = {"cpu": 64 * 2**20, "cuda": 256 * 2**20}
 
 
 # ---------------------------------------------------------------------------------------------------- public functions
-def weighted_cross_entropy(logits_MV: Tensor, target_ids_M: Tensor, loss_weights_M: Tensor) -> Tensor:
+def weighted_cross_entropy(
+    logits_MV: Tensor, target_ids_M: Tensor, loss_weights_M: Tensor, *, backend: str = "torch"
+) -> Tensor:
     """Sum over rows of weight times cross-entropy (nats), from logits that exist already (E9).
 
-    Args: logits_MV float; target_ids_M integer, any value where the weight is 0; loss_weights_M float.
-    Returns a scalar in fp32 (fp64 for fp64 logits), differentiable in the logits. Rows of weight 0 are never read: they
-    may hold inf or nan, and their gradient is exactly 0.
-    Raises ValueError for shapes that disagree or a target outside [0, V) on a row with weight.
+    Args: logits_MV float; target_ids_M integer, any value where the weight is 0; loss_weights_M float; backend as
+    train.cuda_cross_entropy.choose_loss_backend gives it.
+    Returns a scalar in fp32 (fp64 for fp64 logits), differentiable once in the logits; the backward pass reads them
+    again. Rows of weight 0 are never read: they may hold inf or nan, and their gradient is exactly 0.
+    Raises ValueError for shapes that disagree, another backend, or a target outside [0, V) on a row with weight (backend
+    "cuda": the loss is nan instead).
     """
     _check_rows(logits_MV, target_ids_M, loss_weights_M)
-    index_K = loss_weights_M.detach().nonzero().squeeze(1)
-    logits_KV, target_ids_K, loss_weights_K = _select_rows(logits_MV, target_ids_M, loss_weights_M, index_K)
-    _check_targets(target_ids_K, index_K, logits_MV.shape[1])
-    # log_softmax subtracts the row's maximum first. logsumexp(x) - x[target] rounds at the size of the logits instead:
-    # at 1e4 in fp32 a probability of 0.5 comes out as 0.4999.
-    logprobs_KV = logits_KV.to(_compute_dtype(logits_MV)).log_softmax(dim=1)
-    target_logprob_K = logprobs_KV.gather(1, target_ids_K.long()[:, None]).squeeze(1)
-    return -(loss_weights_K.to(logprobs_KV.dtype) * target_logprob_K).sum()  # E9
+    _check_backend(backend)
+    return _logits_loss(logits_MV, target_ids_M.long(), loss_weights_M.detach().to(_compute_dtype(logits_MV)), backend)
 
 
 def linear_weighted_cross_entropy(
     hidden_MD: Tensor, head_weight_VD: Tensor, target_ids_M: Tensor, loss_weights_M: Tensor, *,
-    chunk_rows: int | None = None, trained_index_K: Tensor | None = None,
+    chunk_rows: int | None = None, trained_index_K: Tensor | None = None, backend: str = "torch",
 ) -> Tensor:
     """The value of `weighted_cross_entropy(hidden @ head.T, ...)` without ever building (M, V) logits (E9-E11).
 
-    Rows of weight 0 are dropped before the matmul; the rest go through in chunks of `chunk_rows` (default: as many as
-    MAX_LOGITS_BYTES allows). Logits are made in the dtype of `hidden`; softmax, loss and the head's gradient are
-    accumulated in fp32 (fp64 for fp64 inputs) and rounded to the parameter's dtype once.
+    Rows of weight 0 are dropped before the matmul; the rest go through in equal chunks of at most `chunk_rows` (default:
+    as many as MAX_LOGITS_BYTES allows). Logits are made in the dtype of `hidden`; softmax, loss and the head's gradient
+    are accumulated in fp32 (fp64 for fp64 inputs) and rounded to the parameter's dtype once.
     Args: hidden_MD and head_weight_VD of one dtype; trained_index_K the rows with weight != 0 when the caller knows
-    them (data/batches.py does): saves a wait for the device on CUDA.
+    them (data/batches.py does): saves a wait for the device on CUDA, and torch.compile a break of its graph; backend as
+    train.cuda_cross_entropy.choose_loss_backend gives it.
     Returns a scalar in fp32 (fp64 for fp64 inputs), differentiable once in hidden and head. Without any trained row it
     is 0, still connected to both, so that every rank of a sharded model runs the same collectives.
-    Raises ValueError for shapes, dtypes or an index that disagree and for a target outside [0, V) on a row with weight;
-    on CUDA with trained_index_K given, target and index are not inspected (no wait) and torch's own assertion stops.
+    Raises ValueError for shapes, dtypes or an index that disagree, another backend, and for a target outside [0, V) on
+    a row with weight; on CUDA with trained_index_K given, target and index are not inspected (no wait): a wrong target
+    makes the loss nan (backend "cuda") or meets torch's own assertion.
     """
     _check_rows(hidden_MD, target_ids_M, loss_weights_M)
     _check_head(hidden_MD, head_weight_VD)
-    vocab_size = head_weight_VD.shape[0]
+    _check_backend(backend)
+    loss_weights_M = loss_weights_M.detach()
     may_inspect = trained_index_K is None or hidden_MD.device.type == "cpu"
-    index_K = _checked_index(loss_weights_M.detach(), trained_index_K, may_inspect)
+    if trained_index_K is None:
+        index_K = loss_weights_M.nonzero().squeeze(1)
+    else:
+        index_K = _checked_index(loss_weights_M, trained_index_K) if may_inspect else trained_index_K
     hidden_KD, target_ids_K, loss_weights_K = _select_rows(hidden_MD, target_ids_M, loss_weights_M, index_K)
-    if may_inspect:
-        _check_targets(target_ids_K, index_K, vocab_size)
-    rows = _chunk_rows(index_K.numel(), vocab_size, hidden_MD, chunk_rows)
-    loss_weights_K = loss_weights_K.detach().to(_compute_dtype(hidden_MD))
-    return _LinearWeightedCrossEntropy.apply(hidden_KD, head_weight_VD, target_ids_K.long(), loss_weights_K, rows)
+    max_rows = _max_rows(hidden_MD, head_weight_VD, chunk_rows, backend)
+    loss_weights_K = loss_weights_K.to(_compute_dtype(hidden_MD))
+    row_numbers_K = index_K if may_inspect else None
+    need_hidden, need_head = (torch.is_grad_enabled() and each.requires_grad for each in (hidden_KD, head_weight_VD))
+    inputs = (hidden_KD, head_weight_VD, target_ids_K.long(), loss_weights_K, row_numbers_K)
+    if (need_hidden or need_head) and hidden_KD.shape[0] <= max_rows:
+        return _one_piece(*inputs, backend)[0]
+    return _in_chunks(*inputs, max_rows, need_hidden, need_head, backend)[0]
 
 
 def linear_token_logprobs(
-    hidden_MD: Tensor, head_weight_VD: Tensor, target_ids_M: Tensor, chunk_rows: int | None = None
+    hidden_MD: Tensor, head_weight_VD: Tensor, target_ids_M: Tensor, chunk_rows: int | None = None, *,
+    backend: str = "torch",
 ) -> Tensor:
     """Log-probability of each row's target, (M,) fp32 (fp64 for fp64 inputs), <= 0; `-result` is the unreduced E9.
 
-    Differentiable in hidden and head; the backward pass makes the logits again, chunk by chunk.
-    Raises ValueError as `linear_weighted_cross_entropy`; every target must be inside [0, V).
+    Differentiable once in hidden and head; the backward pass makes the logits again, chunk by chunk.
+    Raises ValueError as `linear_weighted_cross_entropy`; every target must be inside [0, V) (backend "cuda": the result
+    is nan where it is not).
     """
     _check_rows(hidden_MD, target_ids_M, target_ids_M)
     _check_head(hidden_MD, head_weight_VD)
-    _check_targets(target_ids_M, None, head_weight_VD.shape[0])
-    rows = _chunk_rows(target_ids_M.numel(), head_weight_VD.shape[0], hidden_MD, chunk_rows)
-    return _LinearTokenLogprobs.apply(hidden_MD, head_weight_VD, target_ids_M.long(), rows)
+    _check_backend(backend)
+    max_rows = _max_rows(hidden_MD, head_weight_VD, chunk_rows, backend)
+    return _token_logprobs(hidden_MD, head_weight_VD, target_ids_M.long(), max_rows, backend)
 
 
 # -------------------------------------------------------------------------------------------- one chunk of logits: seam
@@ -89,8 +101,7 @@ def chunk_loss_and_gradient_(
 ) -> Tensor:
     """Weighted cross-entropy of each row, (C,); the logits are overwritten by their gradient (E9, E10).
 
-    The only place that touches logits of the linear loss, and all that another backend has to replace: same arguments,
-    same result. `loss_weights_C` has the dtype of the arithmetic. Without `need_gradient` the logits end as scratch.
+    `loss_weights_C` has the dtype of the arithmetic. Without `need_gradient` the logits end as scratch.
     """
     scores_CV = logits_CV.to(loss_weights_C.dtype)  # the same memory for fp32 and fp64, a copy for bf16
     scores_CV.sub_(scores_CV.amax(dim=1, keepdim=True))
@@ -105,24 +116,40 @@ def chunk_loss_and_gradient_(
     return loss_C
 
 
+def _seam(backend: str):
+    """The function of a backend for a chunk of logits: same arguments, same result."""
+    return cuda_chunk_loss_and_gradient_ if backend == "cuda" else chunk_loss_and_gradient_
+
+
 def _loss_and_gradients(
     hidden_KD: Tensor, head_weight_VD: Tensor, target_ids_K: Tensor, loss_weights_K: Tensor, *,
-    chunk_rows: int, need_hidden: bool, need_head: bool,
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """Row losses (K,), gradient of their sum for hidden (hidden's dtype) and for the head (dtype of the arithmetic)."""
-    loss_K = torch.empty_like(loss_weights_K)
-    grad_hidden_KD = torch.empty_like(hidden_KD) if need_hidden else None
-    grad_head_VD = torch.zeros_like(head_weight_VD, dtype=loss_weights_K.dtype) if need_head else None
-    for start in range(0, hidden_KD.shape[0], chunk_rows):
+    max_rows: int, need_hidden: bool, need_head: bool, backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Row losses (K,), gradient of their sum for hidden (hidden's dtype) and for the head (dtype of the arithmetic);
+    a gradient that is not needed has no elements."""
+    n_rows = hidden_KD.shape[0]
+    chunk_rows = _chunk_rows(n_rows, max_rows)
+    loss_K, grad_hidden_KD, grad_head_VD = _empty_results(
+        hidden_KD, head_weight_VD, loss_weights_K, need_hidden, need_head)
+    grad_head_VD.zero_()
+    for start in range(0, n_rows, chunk_rows):
         rows = slice(start, start + chunk_rows)
         logits_CV = hidden_KD[rows] @ head_weight_VD.T
-        loss_K[rows] = chunk_loss_and_gradient_(
-            logits_CV, target_ids_K[rows], loss_weights_K[rows], need_hidden or need_head)
+        loss_K[rows] = _seam(backend)(logits_CV, target_ids_K[rows], loss_weights_K[rows], need_hidden or need_head)
         if need_hidden:
             torch.mm(logits_CV, head_weight_VD, out=grad_hidden_KD[rows])  # E11
         if need_head:
             _add_matmul_(grad_head_VD, logits_CV.T, hidden_KD[rows])  # E11
     return loss_K, grad_hidden_KD, grad_head_VD
+
+
+def _empty_results(
+    hidden_KD: Tensor, head_weight_VD: Tensor, loss_weights_K: Tensor, need_hidden: bool, need_head: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """What _loss_and_gradients fills."""
+    return (torch.empty_like(loss_weights_K),
+            torch.empty_like(hidden_KD) if need_hidden else hidden_KD.new_empty(0),
+            head_weight_VD.new_empty(head_weight_VD.shape if need_head else 0, dtype=loss_weights_K.dtype))
 
 
 def _add_matmul_(total_VD: Tensor, left_VC: Tensor, right_CD: Tensor) -> None:
@@ -135,83 +162,221 @@ def _add_matmul_(total_VD: Tensor, left_VC: Tensor, right_CD: Tensor) -> None:
         total_VD.addmm_(left_VC.to(total_VD.dtype), right_CD.to(total_VD.dtype))
 
 
-# ------------------------------------------------------------------------------------------------------------- autograd
-class _LinearWeightedCrossEntropy(torch.autograd.Function):
-    """Gradients are made in the forward pass, while a chunk's logits are at hand: three matmuls in all, none twice.
-
-    With one chunk the logits' gradient is kept instead and the two matmuls wait for the backward pass, where the factor
-    of the incoming gradient goes into the small matrix: no second copy of the head's gradient.
-    """
-
-    @staticmethod
-    def forward(ctx, hidden_KD, head_weight_VD, target_ids_K, loss_weights_K, chunk_rows):
-        need_hidden, need_head = ctx.needs_input_grad[:2]
-        ctx.one_chunk = hidden_KD.shape[0] <= chunk_rows
-        if ctx.one_chunk and (need_hidden or need_head):
-            logits_KV = hidden_KD @ head_weight_VD.T
-            loss_K = chunk_loss_and_gradient_(logits_KV, target_ids_K, loss_weights_K, need_gradient=True)
-            ctx.save_for_backward(logits_KV, hidden_KD, head_weight_VD)
-        else:
-            loss_K, grad_hidden_KD, grad_head_VD = _loss_and_gradients(
-                hidden_KD, head_weight_VD, target_ids_K, loss_weights_K,
-                chunk_rows=chunk_rows, need_hidden=need_hidden, need_head=need_head)
-            ctx.save_for_backward(grad_hidden_KD, grad_head_VD)
-        ctx.head_dtype = head_weight_VD.dtype
-        return loss_K.sum()  # E1: over the tokens of a micro-batch; E2-E8 are in the weights
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, grad_loss):
-        need_hidden, need_head = ctx.needs_input_grad[:2]
-        if not ctx.one_chunk:
-            grad_hidden_KD, grad_head_VD = ctx.saved_tensors
-            grad_hidden_KD = grad_hidden_KD * grad_loss if need_hidden else None
-            grad_head_VD = (grad_head_VD * grad_loss).to(ctx.head_dtype) if need_head else None
-            return grad_hidden_KD, grad_head_VD, None, None, None
-        grad_logits_KV, hidden_KD, head_weight_VD = ctx.saved_tensors
-        grad_hidden_KD = (grad_logits_KV @ head_weight_VD).mul_(grad_loss) if need_hidden else None  # E11
-        grad_head_VD = grad_logits_KV.T @ (hidden_KD * grad_loss) if need_head else None  # E11
-        return grad_hidden_KD, grad_head_VD, None, None, None
+# ------------------------------------------------------------------------------------- operator: loss of given logits
+@custom_op("tl_training::logits_loss", mutates_args=())
+def _logits_loss(logits_MV: Tensor, target_ids_M: Tensor, loss_weights_M: Tensor, backend: str) -> Tensor:
+    if backend == "cuda":
+        return cuda_row_cross_entropy(logits_MV, target_ids_M, loss_weights_M).sum()
+    index_K = loss_weights_M.nonzero().squeeze(1)
+    logits_KV, target_ids_K, loss_weights_K = _select_rows(logits_MV, target_ids_M, loss_weights_M, index_K)
+    _check_targets(target_ids_K, index_K, logits_MV.shape[1])
+    # The maximum goes first. logsumexp(x) - x[target] would round at the size of the logits: at 1e4 in fp32 a
+    # probability of 0.5 comes out as 0.4999.
+    scores_KV = logits_KV.to(loss_weights_M.dtype, copy=True)
+    return chunk_loss_and_gradient_(scores_KV, target_ids_K, loss_weights_K, need_gradient=False).sum()  # E9
 
 
-class _LinearTokenLogprobs(torch.autograd.Function):
-    """Unreduced; the backward pass is the weighted loss with the incoming gradient, negated, as weights."""
+@custom_op("tl_training::logits_gradient", mutates_args=())
+def _logits_gradient(
+    grad_loss: Tensor, logits_MV: Tensor, target_ids_M: Tensor, loss_weights_M: Tensor, backend: str
+) -> Tensor:
+    if backend == "cuda":
+        grad_MV = torch.empty_like(logits_MV)
+        cuda_row_cross_entropy(logits_MV, target_ids_M, loss_weights_M, grad_MV, upstream=grad_loss.contiguous())
+        return grad_MV
+    index_K = loss_weights_M.nonzero().squeeze(1)
+    logits_KV, target_ids_K, loss_weights_K = _select_rows(logits_MV, target_ids_M, loss_weights_M, index_K)
+    grad_KV = logits_KV.to(loss_weights_M.dtype, copy=True)
+    chunk_loss_and_gradient_(grad_KV, target_ids_K, loss_weights_K * grad_loss, need_gradient=True)  # E10
+    return torch.zeros_like(logits_MV).index_copy_(0, index_K, grad_KV.to(logits_MV.dtype))
 
-    @staticmethod
-    def forward(ctx, hidden_MD, head_weight_VD, target_ids_M, chunk_rows):
-        ctx.save_for_backward(hidden_MD, head_weight_VD, target_ids_M)
-        ctx.chunk_rows = chunk_rows
-        ones_M = torch.ones_like(target_ids_M, dtype=_compute_dtype(hidden_MD))
-        loss_M, _, _ = _loss_and_gradients(hidden_MD, head_weight_VD, target_ids_M, ones_M,
-                                           chunk_rows=chunk_rows, need_hidden=False, need_head=False)
-        return -loss_M
 
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, grad_logprobs_M):
-        hidden_MD, head_weight_VD, target_ids_M = ctx.saved_tensors
-        need_hidden, need_head = ctx.needs_input_grad[:2]
-        _, grad_hidden_MD, grad_head_VD = _loss_and_gradients(
-            hidden_MD, head_weight_VD, target_ids_M, -grad_logprobs_M,
-            chunk_rows=ctx.chunk_rows, need_hidden=need_hidden, need_head=need_head)
-        return grad_hidden_MD, None if grad_head_VD is None else grad_head_VD.to(head_weight_VD.dtype), None, None
+@_logits_loss.register_fake
+def _(logits_MV, target_ids_M, loss_weights_M, backend):
+    return loss_weights_M.new_empty(())
+
+
+@_logits_gradient.register_fake
+def _(grad_loss, logits_MV, target_ids_M, loss_weights_M, backend):
+    return torch.empty_like(logits_MV)
+
+
+def _save_logits(ctx, inputs, output) -> None:
+    *tensors, ctx.backend = inputs
+    ctx.save_for_backward(*tensors)
+
+
+def _logits_backward(ctx, grad_loss):
+    _refuse_double_backward()
+    return _logits_gradient(grad_loss, *ctx.saved_tensors, ctx.backend), None, None, None
+
+
+_logits_loss.register_autograd(_logits_backward, setup_context=_save_logits)
+
+
+# ------------------------------------------------------------------------- operators: linear loss, in one piece or more
+# Gradients are made in the forward pass, while a chunk's logits are at hand: three matmuls in all, none twice. In one
+# piece the logits' gradient is kept instead and the two matmuls wait for the backward pass, where the factor of the
+# incoming gradient goes into the small matrix: no second copy of the head's gradient.
+@custom_op("tl_training::linear_loss_in_one_piece", mutates_args=())
+def _one_piece(
+    hidden_KD: Tensor, head_weight_VD: Tensor, target_ids_K: Tensor, loss_weights_K: Tensor,
+    row_numbers_K: Tensor | None, backend: str,
+) -> tuple[Tensor, Tensor]:
+    """(loss, gradient of the logits)."""
+    if row_numbers_K is not None:
+        _check_targets(target_ids_K, row_numbers_K, head_weight_VD.shape[0])
+    logits_KV = hidden_KD @ head_weight_VD.T
+    loss_K = _seam(backend)(logits_KV, target_ids_K, loss_weights_K, True)
+    return loss_K.sum(), logits_KV  # E1: over the tokens of a micro-batch; E2-E8 are in the weights
+
+
+@_one_piece.register_fake
+def _(hidden_KD, head_weight_VD, target_ids_K, loss_weights_K, row_numbers_K, backend):
+    return loss_weights_K.new_empty(()), hidden_KD.new_empty(hidden_KD.shape[0], head_weight_VD.shape[0])
+
+
+def _save_one_piece(ctx, inputs, output) -> None:
+    hidden_KD, head_weight_VD = inputs[:2]
+    _, grad_logits_KV = output
+    ctx.mark_non_differentiable(grad_logits_KV)
+    ctx.set_materialize_grads(False)  # zeros for the gradient of grad_logits_KV would be another (K, V)
+    ctx.save_for_backward(grad_logits_KV, hidden_KD, head_weight_VD)
+
+
+def _one_piece_backward(ctx, grad_loss, _):
+    _refuse_double_backward()
+    if grad_loss is None:
+        return (None,) * 6
+    need_hidden, need_head = ctx.needs_input_grad[:2]
+    grad_logits_KV, hidden_KD, head_weight_VD = ctx.saved_tensors
+    grad_hidden_KD = (grad_logits_KV @ head_weight_VD).mul_(grad_loss) if need_hidden else None  # E11
+    grad_head_VD = grad_logits_KV.T @ (hidden_KD * grad_loss) if need_head else None  # E11
+    return grad_hidden_KD, grad_head_VD, None, None, None, None
+
+
+_one_piece.register_autograd(_one_piece_backward, setup_context=_save_one_piece)
+
+
+@custom_op("tl_training::linear_loss_in_chunks", mutates_args=())
+def _in_chunks(
+    hidden_KD: Tensor, head_weight_VD: Tensor, target_ids_K: Tensor, loss_weights_K: Tensor,
+    row_numbers_K: Tensor | None, max_rows: int, need_hidden: bool, need_head: bool, backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(loss, its gradient for hidden, for the head); see _loss_and_gradients."""
+    if row_numbers_K is not None:
+        _check_targets(target_ids_K, row_numbers_K, head_weight_VD.shape[0])
+    loss_K, *gradients = _loss_and_gradients(
+        hidden_KD, head_weight_VD, target_ids_K, loss_weights_K,
+        max_rows=max_rows, need_hidden=need_hidden, need_head=need_head, backend=backend)
+    return loss_K.sum(), *gradients
+
+
+@_in_chunks.register_fake
+def _(hidden_KD, head_weight_VD, target_ids_K, loss_weights_K, row_numbers_K, max_rows, need_hidden, need_head,
+      backend):
+    _, *gradients = _empty_results(hidden_KD, head_weight_VD, loss_weights_K, need_hidden, need_head)
+    return loss_weights_K.new_empty(()), *gradients
+
+
+def _save_chunks(ctx, inputs, output) -> None:
+    ctx.head_dtype, ctx.backend = inputs[1].dtype, inputs[-1]
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(*output[1:])
+
+
+def _chunks_backward(ctx, grad_loss, *_):
+    _refuse_double_backward()
+    if grad_loss is None:
+        return (None,) * 9
+    need_hidden, need_head = ctx.needs_input_grad[:2]
+    grad_hidden_KD, grad_head_VD = ctx.saved_tensors
+    if ctx.backend == "cuda":  # in place: a second backward of this graph is refused by autograd's version counter
+        _scale_(grad_hidden_KD, grad_loss)
+        _scale_(grad_head_VD, grad_loss)
+    else:
+        grad_hidden_KD, grad_head_VD = grad_hidden_KD * grad_loss, grad_head_VD * grad_loss
+    return (grad_hidden_KD if need_hidden else None, grad_head_VD.to(ctx.head_dtype) if need_head else None,
+            *(None,) * 7)
+
+
+_in_chunks.register_autograd(_chunks_backward, setup_context=_save_chunks)
+
+
+@custom_op("tl_training::scale_", mutates_args={"values"})
+def _scale_(values: Tensor, factor: Tensor) -> None:
+    cuda_scale_(values, factor.contiguous())
+
+
+# ------------------------------------------------------------------------------------------ operator: log-probabilities
+@custom_op("tl_training::token_logprobs", mutates_args=())
+def _token_logprobs(
+    hidden_MD: Tensor, head_weight_VD: Tensor, target_ids_M: Tensor, max_rows: int, backend: str
+) -> Tensor:
+    if backend == "torch":
+        _check_targets(target_ids_M, None, head_weight_VD.shape[0])
+    loss_M, _, _ = _loss_and_gradients(
+        hidden_MD, head_weight_VD, target_ids_M, _ones(hidden_MD),
+        max_rows=max_rows, need_hidden=False, need_head=False, backend=backend)
+    return -loss_M
+
+
+@_token_logprobs.register_fake
+def _(hidden_MD, head_weight_VD, target_ids_M, max_rows, backend):
+    return torch.empty_like(_ones(hidden_MD))
+
+
+def _ones(hidden_MD: Tensor) -> Tensor:
+    return hidden_MD.new_ones(hidden_MD.shape[0], dtype=_compute_dtype(hidden_MD))
+
+
+def _save_token_logprobs(ctx, inputs, output) -> None:
+    *tensors, ctx.max_rows, ctx.backend = inputs
+    ctx.save_for_backward(*tensors)
+
+
+def _token_logprobs_backward(ctx, grad_logprobs_M):
+    """Unreduced: the weighted loss with the incoming gradient, negated, as weights."""
+    _refuse_double_backward()
+    need_hidden, need_head = ctx.needs_input_grad[:2]
+    hidden_MD, head_weight_VD, target_ids_M = ctx.saved_tensors
+    _, grad_hidden_MD, grad_head_VD = _in_chunks(
+        hidden_MD, head_weight_VD, target_ids_M, -grad_logprobs_M, None, ctx.max_rows, need_hidden, need_head,
+        ctx.backend)
+    return (grad_hidden_MD if need_hidden else None, grad_head_VD.to(head_weight_VD.dtype) if need_head else None,
+            None, None, None)
+
+
+_token_logprobs.register_autograd(_token_logprobs_backward, setup_context=_save_token_logprobs)
 
 
 # --------------------------------------------------------------------------------------------------- checks and choices
+def _refuse_double_backward() -> None:
+    """Gradients that were made in forward are constants to autograd: their derivative would silently be 0."""
+    if torch.is_grad_enabled():
+        raise RuntimeError("the weighted cross-entropy can be differentiated once, found create_graph=True")
+
+
 def _compute_dtype(tensor: Tensor) -> torch.dtype:
     return torch.float64 if tensor.dtype == torch.float64 else torch.float32
 
 
-def _chunk_rows(n_rows: int, vocab_size: int, hidden: Tensor, chunk_rows: int | None) -> int:
-    """Rows per chunk; by default chunks of equal size, as few as the memory bound allows."""
+def _max_rows(hidden_MD: Tensor, head_weight_VD: Tensor, chunk_rows: int | None, backend: str) -> int:
+    """Most rows whose logits may exist at once. The kernels need no copy of them in the arithmetic's dtype."""
     if chunk_rows is not None:
         if chunk_rows < 1:
             raise ValueError(f"chunk_rows is {chunk_rows}, expected at least 1")
         return chunk_rows
-    row_bytes = vocab_size * _compute_dtype(hidden).itemsize
-    limit = max(1, MAX_LOGITS_BYTES.get(hidden.device.type, MAX_LOGITS_BYTES["cpu"]) // row_bytes)
-    n_chunks = max(1, math.ceil(n_rows / limit))
-    return max(1, math.ceil(n_rows / n_chunks))
+    dtype = hidden_MD.dtype if backend == "cuda" else _compute_dtype(hidden_MD)
+    limit = MAX_LOGITS_BYTES.get(hidden_MD.device.type, MAX_LOGITS_BYTES["cpu"])
+    return max(1, limit // (head_weight_VD.shape[0] * dtype.itemsize))
+
+
+def _chunk_rows(n_rows: int, max_rows: int) -> int:
+    """Rows per chunk: chunks of equal size, as few as the bound allows."""
+    n_chunks = max(1, -(-n_rows // max_rows))
+    return max(1, -(-n_rows // n_chunks))
 
 
 def _select_rows(rows_MX: Tensor, target_ids_M: Tensor, loss_weights_M: Tensor, index_K: Tensor):
@@ -220,15 +385,24 @@ def _select_rows(rows_MX: Tensor, target_ids_M: Tensor, loss_weights_M: Tensor, 
     return rows_MX.index_select(0, index_K), target_ids_M[index_K], loss_weights_M[index_K]
 
 
-def _checked_index(loss_weights_M: Tensor, trained_index_K: Tensor | None, may_inspect: bool) -> Tensor:
-    """Ascending rows with weight != 0. A wrong index given by the caller would silently train other tokens."""
-    if trained_index_K is not None and not may_inspect:
-        return trained_index_K
+@custom_op("tl_training::checked_index", mutates_args=())
+def _checked_index(loss_weights_M: Tensor, trained_index_K: Tensor) -> Tensor:
+    """The rows with weight != 0, ascending. A wrong index given by the caller would silently train other tokens."""
     index_K = loss_weights_M.nonzero().squeeze(1)
-    if trained_index_K is not None and not torch.equal(index_K, trained_index_K):
+    if not torch.equal(index_K, trained_index_K):
         raise ValueError(f"trained_index_K holds {trained_index_K.numel()} rows, expected the {index_K.numel()} rows "
                          "with loss weight != 0 in ascending order")
     return index_K
+
+
+@_checked_index.register_fake
+def _(loss_weights_M, trained_index_K):
+    return torch.empty_like(trained_index_K)
+
+
+def _check_backend(backend: str) -> None:
+    if backend not in ("torch", "cuda"):
+        raise ValueError(f"backend: found {backend!r}, expected torch or cuda")
 
 
 def _check_rows(rows_MX: Tensor, target_ids_M: Tensor, loss_weights_M: Tensor) -> None:
@@ -247,10 +421,10 @@ def _check_head(hidden_MD: Tensor, head_weight_VD: Tensor) -> None:
         raise ValueError("head weight is a sharded DTensor, expected the unsharded parameter (inside FSDP's forward)")
 
 
-def _check_targets(target_ids_K: Tensor, index_K: Tensor | None, vocab_size: int) -> None:
+def _check_targets(target_ids_K: Tensor, row_numbers_K: Tensor | None, vocab_size: int) -> None:
     bad_K = (target_ids_K < 0) | (target_ids_K >= vocab_size)
     if bad_K.any():
         position = int(bad_K.nonzero()[0])
-        row = position if index_K is None else int(index_K[position])
+        row = position if row_numbers_K is None else int(row_numbers_K[position])
         raise ValueError(f"target id {int(target_ids_K[position])} at row {row} has a loss weight, "
                          f"expected an id in [0, {vocab_size})")
