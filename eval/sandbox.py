@@ -2,6 +2,7 @@
 
     run_python   a whole program: its output and exit code, which are the program's own words
     run_check    a function against a test: the verdict of a second process, which the function's process cannot reach
+    ToolServer   one process for many tool calls, each in a process of its own that it forks
 
 What confines the child stands in eval/sandbox_limits.py, in which order in eval/sandbox_child.py, why in
 docs/sandbox.md. Here is the side that starts the processes, keeps the clock, collects output and kills.
@@ -9,24 +10,29 @@ docs/sandbox.md. Here is the side that starts the processes, keeps the clock, co
 import json
 import os
 import secrets
+import select
 import selectors
 import shutil
 import signal
+import struct
 import subprocess
 import sys
 import sysconfig
 import tempfile
 import time
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import BinaryIO
 
+from eval.sandbox_child import MAX_FRAME_BYTES
 from eval.sandbox_limits import LAYERS
 
 ROOT = Path(__file__).resolve().parent.parent
 START_SECONDS = 30.0  # a child that has not reported its limits by then will not; reached only on a starved machine
+ANSWER_SECONDS = 20.0  # beyond a call's own time for the tool server to end it and to answer
 LAUNCHER_SECONDS = 5.0  # for the launcher to kill its namespace and end; then it is killed too
 READ_BYTES = 65536
 REASON_CHARACTERS = 300
@@ -70,6 +76,7 @@ class _Child:
     has_launcher: bool = False    # `process` only waits for the program, which is in a namespace of its own
     has_ended: bool = False
     is_cut: bool = False
+    report: dict = field(default_factory=dict)  # what it said when it was ready
     received: dict[str, bytearray] = field(
         default_factory=lambda: {"stdout": bytearray(), "stderr": bytearray(), "control": bytearray()})
 
@@ -136,6 +143,84 @@ def run_check(solution: str, *, entry_point: str, checker: str, seconds: float, 
     return CheckResult(passed=not reason, reason=reason, limits_applied=limits)
 
 
+class ToolServerEnded(SandboxError):
+    """The tool server ended or does not answer: the files of its dialogues are gone."""
+
+
+class ToolServer:
+    """A sandboxed process that answers tool calls, one at a time (eval/sandbox_tools.py), until it is closed.
+
+    State: the process with its pipes. A call has `seconds` of wall time, `memory_bytes` of address space, a dialogue
+    `folder_bytes` for its files. Not for several threads at once. Raises SandboxError if it cannot start.
+    """
+
+    def __init__(self, *, seconds: float, memory_bytes: int, file_bytes: int = 1 << 20, folder_bytes: int = 16 << 20,
+                 layers: Sequence[str] = LAYERS) -> None:
+        self._seconds, self._stack = seconds, ExitStack()
+        # Also when nobody closes it: else its empty folder would stay behind.
+        self.close = weakref.finalize(self, self._stack.close)
+        try:
+            requests_out, self._requests = _pipe(self._stack)
+            self._responses, responses_in = _pipe(self._stack)
+            job = {"mode": "tools", "program": "", "seconds": seconds, "memory_bytes": memory_bytes, "output_bytes": 4096,
+                   "file_bytes": file_bytes, "folder_bytes": folder_bytes, "layers": list(layers),
+                   "requests": requests_out.fileno(), "responses": responses_in.fileno()}
+            self._child = self._stack.enter_context(_started(job, (requests_out, responses_in), "eval.sandbox_tools"))
+            requests_out.close()
+            responses_in.close()
+            self.limits_applied = _wait_until_ready([self._child])
+            self.abilities: dict[str, bool] = self._child.report["abilities"]  # "folder", "programs"
+        except BaseException:
+            self.close()
+            raise
+
+    @property
+    def pid(self) -> int:
+        """The process that ends last of all of them."""
+        return self._child.process.pid
+
+    def call(self, request: dict) -> tuple[str, int, str]:
+        """(status, exit code, text) of a request as eval/sandbox_tools.py describes it.
+
+        Raises ToolServerEnded if the server is gone or does not answer, ValueError for a request too long.
+        """
+        body = json.dumps(request).encode("ascii")
+        if len(body) > MAX_FRAME_BYTES:
+            raise ValueError(f"found a request of {len(body)} bytes, expected at most {MAX_FRAME_BYTES}")
+        deadline = time.monotonic() + self._seconds + ANSWER_SECONDS
+        self._send(body)
+        (length,) = struct.unpack("<I", self._receive(4, deadline))
+        status, code, text = json.loads(self._receive(length, deadline))
+        return status, code, text
+
+    def forget(self, dialogue: int) -> None:
+        """Remove a dialogue's files. Raises ToolServerEnded."""
+        self._send(json.dumps({"forget": dialogue}).encode("ascii"))
+
+    def _send(self, body: bytes) -> None:
+        message = memoryview(struct.pack("<I", len(body)) + body)
+        try:
+            while message:
+                message = message[self._requests.write(message):]
+        except (BrokenPipeError, ValueError):  # ValueError: closed
+            raise ToolServerEnded(f"the tool server ended{_with_colon(self._end())}") from None
+
+    def _receive(self, count: int, deadline: float) -> bytes:
+        received, watched = bytearray(), select.poll()
+        watched.register(self._responses, select.POLLIN)
+        while len(received) < count:
+            ready = watched.poll(1000 * max(0.0, deadline - time.monotonic()))
+            piece = self._responses.read(count - len(received)) if ready else b""
+            if not piece:
+                reason = self._end() if ready else "it does not answer"
+                raise ToolServerEnded(f"the tool server ended{_with_colon(reason)}")
+            received += piece
+        return bytes(received)
+
+    def _end(self) -> str:
+        return f"exit code {_kill(self._child)}"
+
+
 # ---------------------------------------------------------------------------------------------------------------- start
 
 
@@ -146,7 +231,7 @@ def _pipe(stack: ExitStack) -> tuple[BinaryIO, BinaryIO]:
 
 
 @contextmanager
-def _started(job: dict, pipes: Sequence[BinaryIO]) -> Iterator[_Child]:
+def _started(job: dict, pipes: Sequence[BinaryIO], module: str = "eval.sandbox_child") -> Iterator[_Child]:
     """A child at work on `job`, with `pipes` open in it too; afterwards it and its folder are gone in any case."""
     folder = tempfile.mkdtemp(prefix="sandbox_")
     with ExitStack() as stack:
@@ -159,7 +244,7 @@ def _started(job: dict, pipes: Sequence[BinaryIO]) -> Iterator[_Child]:
                        "PYTHONPATH": str(ROOT), "PYTHONHASHSEED": "0", "OMP_NUM_THREADS": "1",
                        "OPENBLAS_NUM_THREADS": "1"}
         process = subprocess.Popen(
-            [sys.executable, "-s", "-S", "-m", "eval.sandbox_child"], cwd=ROOT, env=environment,
+            [sys.executable, "-s", "-S", "-m", module], cwd=ROOT, env=environment,
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True,
             pass_fds=[control_in.fileno(), *(pipe.fileno() for pipe in pipes)])
         child = _Child(process=process, control=control_out, output_bytes=job["output_bytes"])
@@ -191,7 +276,7 @@ def _wait_until_ready(children: Sequence[_Child]) -> dict[str, str]:
         if "limits" not in message:
             reason = message.get("error") or _last_line(child) or "no report from the child"
             raise SandboxError(f"the sandbox did not start: {reason}")
-        limits, child.has_launcher = message["limits"], message["has_launcher"]
+        child.report, child.has_launcher, limits = message, message["has_launcher"], message["limits"]
     return limits
 
 

@@ -200,10 +200,15 @@ def describe_error(error: BaseException) -> str:
 # --------------------------------------------------------------------------------------------------------------- limits
 
 
-def separate(job: dict) -> dict[str, bool]:
-    """Step 1: namespaces where permitted; comes back in the process that is to run the program, and only there."""
-    die_with_parent()
-    is_separate = "namespaces" in job["layers"] and enter_namespaces()
+def separate(job: dict, *, ends_with_parent: bool = True, second_user: int | None = None) -> dict[str, bool]:
+    """Step 1: namespaces where permitted; comes back in the process that is to run the program, and only there.
+
+    The kernel takes the end of the thread that started this process for the parent's: one that is to live longer
+    than that thread sets `ends_with_parent` False and must watch its pipes.
+    """
+    if ends_with_parent:
+        die_with_parent()
+    is_separate = "namespaces" in job["layers"] and enter_namespaces(second_user=second_user)
     has_memory_folder = False
     if is_separate:
         has_memory_folder = mount_memory_folder(job["folder"], job["folder_bytes"])

@@ -16,7 +16,9 @@ LAYERS = ("namespaces", "landlock", "seccomp")  # those that a machine may lack
 
 CLONE_NEWNS, CLONE_NEWIPC, CLONE_NEWUSER = 0x00020000, 0x08000000, 0x10000000
 CLONE_NEWPID, CLONE_NEWNET, CLONE_THREAD = 0x20000000, 0x40000000, 0x00010000
-MS_NOSUID, MS_NODEV, MS_NOEXEC, MS_REC, MS_PRIVATE = 2, 4, 8, 16384, 1 << 18
+CLONE_NEWUTS, CLONE_NEW_ANY = 0x04000000, 0x7E020000  # any: all namespaces that clone can make
+MS_NOSUID, MS_NODEV, MS_NOEXEC, MS_BIND, MS_REC, MS_PRIVATE = 2, 4, 8, 4096, 16384, 1 << 18
+MNT_DETACH = 2
 PR_SET_PDEATHSIG, PR_SET_DUMPABLE, PR_SET_SECCOMP, PR_SET_CHILD_SUBREAPER, PR_SET_NO_NEW_PRIVS = 1, 4, 22, 36, 38
 SECCOMP_MODE_FILTER = 2
 CAPABILITY_VERSION_3 = 0x20080522
@@ -75,6 +77,7 @@ CHECKED = {  # denied or not by their arguments
     "kill": (62, 129), "tgkill": (234, 131), "prlimit64": (302, 261), "fcntl": (72, 25), "prctl": (157, 167),
     "ioctl": (16, 29),
 }
+STARTS_PROCESSES = ("fork", "vfork", "execve")
 WRITE_FLAGS = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
 
 # Rights of Landlock's first version: bits 0 to 12; 13 (refer), 14 (truncate), 15 (device ioctl) came in 2, 3 and 5.
@@ -102,20 +105,67 @@ def set_resource_limits(*, cpu_seconds: int, memory_bytes: int, file_bytes: int,
 # ----------------------------------------------------------------------------------------------------------- namespaces
 
 
-def enter_namespaces() -> bool:
+def enter_namespaces(*, second_user: int | None = None) -> bool:
     """Give this process its own network (without any device), processes, mounts and IPC; False where not permitted.
 
     The caller must be single-threaded and must fork once: only children are in the new process namespace. The user
-    keeps its number, so that the files it may read are the same, but has no power over anything outside.
+    keeps its number, so that the files it may read are the same, but has no power over anything outside. With a
+    `second_user` root also gets that user's number to change to, where permitted (become_user tries it).
     """
     wanted = CLONE_NEWNS | CLONE_NEWNET | CLONE_NEWPID | CLONE_NEWIPC
+    if second_user is not None:
+        wanted |= CLONE_NEWUTS
     if not hasattr(_LIBC, "unshare"):  # no such call outside Linux
         return False
     user, group = os.getuid(), os.getgid()
-    if _can_map_user(user, group) and _LIBC.unshare(CLONE_NEWUSER | wanted) == 0:
-        _map_user(user, group)
-        return True
+    if _can_map_user(user, group):
+        mapper = _start_mapper(second_user) if user == 0 and second_user is not None else None
+        is_in = _LIBC.unshare(CLONE_NEWUSER | wanted) == 0
+        is_mapped = mapper is not None and _let_map(*mapper, is_in)
+        if is_in and not is_mapped:
+            _map_user(user, group)
+        if is_in:
+            return True
     return _LIBC.unshare(wanted) == 0  # root of a machine without user namespaces
+
+
+def _start_mapper(second_user: int) -> tuple[int, int]:
+    """A process that stays outside, to map root and a second user into the namespace that this one enters next.
+
+    A process in a new user namespace may map nobody but itself; only root outside of it may do more. Returns the
+    process and the pipe on which it waits for _let_map.
+    """
+    target, (read_end, write_end) = os.getpid(), os.pipe()
+    helper = os.fork()
+    if helper == 0:
+        try:
+            os.close(write_end)
+            if os.read(read_end, 1) == b"1":
+                for name in ("uid_map", "gid_map"):
+                    with open(f"/proc/{target}/{name}", "w", encoding="ascii") as file:
+                        file.write(f"0 0 1\n{second_user} {second_user} 1\n")
+                os._exit(0)
+        finally:
+            os._exit(1)
+    os.close(read_end)
+    return helper, write_end
+
+
+def _let_map(helper: int, pipe: int, is_in: bool) -> bool:
+    os.write(pipe, b"1" if is_in else b"0")
+    os.close(pipe)
+    return os.waitpid(helper, 0)[1] == 0
+
+
+def become_user(user: int) -> bool:
+    """Change to another user for good; False where it is not permitted. Loses all capabilities."""
+    try:
+        os.setgroups([])
+        os.setresgid(user, user, user)
+        os.setresuid(user, user, user)
+    except OSError:
+        return False
+    return True
 
 
 def _map_user(user: int, group: int) -> None:
@@ -138,12 +188,31 @@ def _can_map_user(user: int, group: int) -> bool:
     return os.waitpid(child, 0)[1] == 0
 
 
-def mount_memory_folder(folder: str, folder_bytes: int) -> bool:
+def mount_memory_folder(folder: str, folder_bytes: int, *, mode: int = 0o700) -> bool:
     """Put a file system in memory of at most `folder_bytes` over `folder`, for this process only; False if refused."""
     _LIBC.mount(None, b"/", None, ctypes.c_ulong(MS_REC | MS_PRIVATE), None)  # else the mount could show outside
-    options = f"size={folder_bytes},nr_inodes=1024,mode=700".encode()
+    options = f"size={folder_bytes},nr_inodes=1024,mode={mode:o}".encode()
     flags = ctypes.c_ulong(MS_NOSUID | MS_NODEV | MS_NOEXEC)
     return _LIBC.mount(b"tmpfs", os.fsencode(folder), b"tmpfs", flags, options) == 0
+
+
+def unmount_folder(folder: str) -> None:
+    """Take away what mount_memory_folder put there, files and all."""
+    _LIBC.umount2(os.fsencode(folder), MNT_DETACH)
+
+
+def show_folder_at(folder: str, place: str) -> bool:
+    """Let `folder` appear at `place` too, for this process and its children only; False if refused."""
+    if _LIBC.unshare(CLONE_NEWNS) != 0:
+        return False
+    flags = ctypes.c_ulong(MS_BIND)
+    return _LIBC.mount(os.fsencode(folder), os.fsencode(place), None, flags, None) == 0
+
+
+def name_machine(name: str) -> None:
+    """Let the machine be called `name` in this process's namespaces; nothing happens where that is not permitted."""
+    if hasattr(_LIBC, "sethostname"):
+        _LIBC.sethostname(name.encode("ascii"), ctypes.c_size_t(len(name)))
 
 
 def die_with_parent() -> None:
@@ -169,8 +238,10 @@ def _set_process_option(option: int, value: int, more: int = 0) -> bool:
 # ------------------------------------------------------------------------------------------------------------- Landlock
 
 
-def restrict_files(readable: Iterable[str], writable: Sequence[str]) -> bool:
+def restrict_files(readable: Iterable[str], writable: Sequence[str], executable: Sequence[str] = ()) -> bool:
     """Allow reading only below `readable`, everything but execution below `writable`; False where not supported.
+
+    Programs may be started below `executable` only, which is read as well.
 
     Needs no privileges, only drop_privileges before. It also forbids TCP (from version 4) and signals to processes
     outside (from version 6).
@@ -192,6 +263,8 @@ def restrict_files(readable: Iterable[str], writable: Sequence[str]) -> bool:
         _allow(ruleset, path, READ_FILE | READ_DIR)
     for path in writable:
         _allow(ruleset, path, file_rights & ~EXECUTE & ~IOCTL_DEV)
+    for path in executable:
+        _allow(ruleset, path, READ_FILE | READ_DIR | EXECUTE)
     for path in ALLOWED_DEVICES:
         _allow(ruleset, path, READ_FILE | WRITE_FILE)
     is_restricted = call(LANDLOCK_RESTRICT_SELF, ruleset, 0) == 0
@@ -205,7 +278,7 @@ def _allow(ruleset: int, path: str, rights: int) -> None:
     except OSError:
         return  # what is not there needs no permission
     if not os.path.isdir(path):  # a rule for a file may only name rights that files have
-        rights &= READ_FILE | WRITE_FILE
+        rights &= READ_FILE | WRITE_FILE | EXECUTE
     rule = struct.pack("=Qi", rights, opened)
     _LIBC.syscall(LANDLOCK_ADD_RULE, ruleset, 1, rule, 0)
     os.close(opened)
@@ -228,33 +301,40 @@ ALLOW, FAIL, KILL = 0x7FFF0000, 0x00050000, 0x80000000
 NUMBER_OFFSET, ARCHITECTURE_OFFSET, ARGUMENTS_OFFSET = 0, 4, 16  # in struct seccomp_data
 
 
-def filter_system_calls(*, deny_writes: bool) -> bool:
+def filter_system_calls(*, deny_writes: bool, allow_processes: bool = False) -> bool:
     """Let the calls of DENIED fail with EPERM from now on, for this process and for good; False where not supported.
 
-    Threads may be started, processes not; the only process that may be signalled is this one. With `deny_writes` no
-    file can be made, changed, removed or opened for writing, whatever its place.
+    Threads may be started, processes only with `allow_processes`; the only process that may be signalled is this one.
+    With `deny_writes` no file can be made, changed, removed or opened for writing, whatever its place.
     """
     if os.uname().machine not in ARCHITECTURES or os.uname().sysname != "Linux":
         return False
     column, architecture = ARCHITECTURES[os.uname().machine]
-    rows = _filter_rows(column, architecture, os.getpid(), deny_writes=deny_writes)
+    rows = _filter_rows(column, architecture, os.getpid(), deny_writes=deny_writes, allow_processes=allow_processes)
     instructions = (_Instruction * len(rows))(*rows)
     program = _Program(len(rows), instructions)
     return _set_process_option(PR_SET_SECCOMP, SECCOMP_MODE_FILTER, ctypes.addressof(program))
 
 
-def _filter_rows(column: int, architecture: int, own_pid: int, *,
-                 deny_writes: bool) -> list[tuple[int, int, int, int]]:
+def _filter_rows(column: int, architecture: int, own_pid: int, *, deny_writes: bool,
+                 allow_processes: bool = False) -> list[tuple[int, int, int, int]]:
     """The filter as rows (code, jump if true, jump if false, operand); jumps count rows to skip."""
     denied = DENIED | DENIED_WRITES if deny_writes else DENIED
+    # A process that may leave its session or make namespaces could outlive the kill that ends its call.
+    clone = ("clone", 0, (ANY_BIT, CLONE_THREAD), True)
+    if allow_processes:
+        denied = {name: numbers for name, numbers in denied.items() if name not in STARTS_PROCESSES}
+        clone = ("clone", 0, (ANY_BIT, CLONE_NEW_ANY), False)
     rows = [(LOAD, 0, 0, ARCHITECTURE_OFFSET), (EQUAL, 1, 0, architecture), (RETURN, 0, 0, KILL),
             (LOAD, 0, 0, NUMBER_OFFSET), (GREATER, 0, 1, LAST_KNOWN_CALL), (RETURN, 0, 0, FAIL | errno.ENOSYS)]
-    for numbers in denied.values():
+    for name, numbers in denied.items():
         if numbers[column] is not None:
-            rows += [(EQUAL, 0, 1, numbers[column]), (RETURN, 0, 0, FAIL | errno.EPERM)]
+            # `touch` takes a refusal for its own failure: it is told that the times are set, and nothing is done.
+            answer = FAIL if allow_processes and name == "utimensat" else FAIL | errno.EPERM
+            rows += [(EQUAL, 0, 1, numbers[column]), (RETURN, 0, 0, answer)]
     for name in ("clone3", "openat2"):  # their arguments are in memory; the C library then takes clone and openat
         rows += [(EQUAL, 0, 1, CHECKED[name][column]), (RETURN, 0, 0, FAIL | errno.ENOSYS)]
-    tests = [("clone", 0, (ANY_BIT, CLONE_THREAD), True), ("kill", 0, (EQUAL, own_pid), True),
+    tests = [clone, ("kill", 0, (EQUAL, own_pid), True),
              ("tgkill", 0, (EQUAL, own_pid), True), ("prlimit64", 0, (EQUAL, 0), True),
              ("fcntl", 1, (EQUAL, F_SETOWN), False), ("fcntl", 1, (EQUAL, F_SETOWN_EX), False),
              ("prctl", 0, (EQUAL, PR_SET_PDEATHSIG), False), ("prctl", 0, (EQUAL, PR_SET_DUMPABLE), False),

@@ -1,0 +1,424 @@
+"""Who answers a tool call: one interface, three executors (docs/tool_runtime.md).
+
+    local      our own tools, each call in a process of its own in the sandbox (eval/local_tools.py, eval/sandbox.py)
+    simulated  the tools' documents: exact checks, then a made-up payload shaped by the document
+    recorded   a file of calls and their feedback
+
+Before a tool comes the document check, the same for local and simulated: what it finds gets the words of ToolEyes' own
+executor. Every feedback reads, to data.error_filter.classify_feedback, as what it is meant to be: `_settle` sees to it.
+Nothing here has a clock or global chance: a dialogue's feedback depends on its own calls alone, not on the order of
+dialogues or the number of threads.
+"""
+import json
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Self
+
+from data.error_filter import check_documents, classify_feedback
+from data.tool_calls import ToolCall
+from data.trajectories import tool_parameters
+from eval.local_tools import LOCAL_TOOLS, TOOLBOX, shell_command, shell_result
+from eval.recorded_tools import read_recording, recording_key
+from eval.sandbox import LAYERS, ToolServer, ToolServerEnded
+from eval.simulated_tools import check_types, draw_outcome
+
+EXECUTORS = ("auto", "local", "simulated", "recorded")
+MAX_FEEDBACK_CHARACTERS = 4096  # the official executor keeps 1,023 tokens of its tokenizer
+MAX_ARGUMENT_BYTES = 1 << 20    # of a call's arguments as JSON; longer ones are refused, unseen by any tool
+TODAY = "2024-12-20"            # what the date tools call today unless they are told otherwise: the paper's month
+CALL_SECONDS = 10.0             # of wall time for one local call
+CALL_MEMORY_BYTES = 512 << 20
+SERVERS = 2                     # processes that local calls are shared among, dialogue by dialogue
+
+REASON = "The function cannot be executed successfully with the given parameters for the reason: "  # Table 14
+CALL_FAILURE = '{"error": "Response error."}'  # Table 14
+FILES_LOST = '{"error": "connection error. The tool server was started again; the files of this dialogue are lost."}'
+
+
+@dataclass(frozen=True, slots=True)
+class ToolRequest:
+    """One call of a dialogue."""
+    dialogue: int       # number of the dialogue; its files persist between its calls
+    tool_set: str       # "toolbox", or the ToolEyes path ("Random/Random")
+    tools: list[dict]   # OpenAI function dicts, the documents that the model was shown
+    call: ToolCall
+    attempt: int        # earlier identical calls of this dialogue
+
+
+@dataclass(frozen=True, slots=True)
+class ToolResult:
+    """What the model is told."""
+    feedback: str       # at most MAX_FEEDBACK_CHARACTERS
+    executor: str       # who answered: "local", "simulated" or "recorded"
+
+
+Executor = Callable[[ToolRequest], ToolResult]  # for several threads at once
+
+
+def make_executor(kind: str, *, seed: int = 0, instability_rate: float = 0.0, failure_rate: float = 0.0,
+                  recorded_file: Path | None = None, execute_code: bool = False, today: str = TODAY,
+                  seconds: float = CALL_SECONDS, servers: int = SERVERS) -> "ToolExecutor":
+    """The executor of one of EXECUTORS; close it, or use it in a `with`.
+
+    auto: local where there is a local tool, else simulated. local: as auto, but what is not local has no network.
+    recorded: answers from `recorded_file` alone. `seed` and the rates are those of the simulated tools' failures,
+    shares of all their calls. Without `execute_code` the tools that run the model's code are not local.
+    Raises ValueError for a setting that cannot be, DataError for a malformed file. The sandbox starts at the first
+    local call, which raises SandboxError if it cannot.
+    """
+    if kind not in EXECUTORS:
+        raise ValueError(f"executor is {kind!r}, expected one of {', '.join(EXECUTORS)}")
+    for name, rate in (("instability_rate", instability_rate), ("failure_rate", failure_rate)):
+        if not 0.0 <= rate <= 1.0:
+            raise ValueError(f"{name} is {rate}, expected a share from 0 to 1")
+    if instability_rate + failure_rate > 1.0:
+        raise ValueError(f"instability_rate + failure_rate is {instability_rate + failure_rate:g}, expected at most 1")
+    if (kind == "recorded") != (recorded_file is not None):
+        raise ValueError(f"recorded_file is {str(recorded_file)!r} with executor {kind!r}, "
+                         "expected a file exactly with executor 'recorded'")
+    local = LocalTools(execute_code=execute_code, today=today, seconds=seconds, servers=servers)
+    recording = read_recording(recorded_file) if recorded_file is not None else {}
+    return ToolExecutor(kind, local=local, recording=recording, seed=seed, instability_rate=instability_rate,
+                        failure_rate=failure_rate)
+
+
+class ToolExecutor:
+    """An Executor with an end. State: the sandboxed processes of the local tools; the recording, read only."""
+
+    def __init__(self, kind: str, *, local: "LocalTools", recording: dict, seed: int, instability_rate: float,
+                 failure_rate: float) -> None:
+        self.kind, self._local, self._recording = kind, local, recording
+        self._seed, self._instability_rate, self._failure_rate = seed, instability_rate, failure_rate
+
+    def __call__(self, request: ToolRequest) -> ToolResult:
+        """Answer one call. Raises SandboxError if the sandbox is needed and does not start."""
+        if self.kind == "recorded":
+            return self._replay(request)
+        arguments = arguments_json(request.call)
+        is_local = self.kind != "simulated" and (request.tool_set == TOOLBOX or self._local.has(request))
+        if arguments is None:
+            meant, text = "tool_call_failure", f"{REASON}arguments of more than {MAX_ARGUMENT_BYTES} bytes"
+        elif is_local and request.tool_set == TOOLBOX:
+            meant, text = self._local.run(request)
+        else:
+            meant, text = find_fault(request) or ("", "")
+            if not text and is_local:
+                meant, text = self._local.run(request)
+            elif not text and self.kind == "local":
+                meant, text = "tool_instability", no_network(request.call.name)
+            elif not text:
+                meant, text = draw_outcome(
+                    request.tool_set, document_of(request), request.call.arguments, request.attempt, seed=self._seed,
+                    instability_rate=self._instability_rate, failure_rate=self._failure_rate)
+        name = "local" if is_local or self.kind == "local" else "simulated"
+        return ToolResult(_settle(meant, text, request), name)
+
+    def _replay(self, request: ToolRequest) -> ToolResult:
+        """The recorded feedback, word for word; else what the documents find; else that there is no record."""
+        key = recording_key(request.call.name, request.call.arguments)
+        for tool_set in (request.tool_set, None):
+            for dialogue in (request.dialogue, None):
+                feedbacks = self._recording.get((tool_set, key, dialogue))
+                if feedbacks:
+                    # Beyond the last recorded attempt the last one speaks: the same call, the same answer.
+                    attempt = max((number for number in feedbacks if number <= request.attempt),
+                                  default=min(feedbacks))
+                    return ToolResult(feedbacks[attempt][0], "recorded")
+        meant, text = find_fault(request) or ("tool_call_failure", f"{REASON}this call was not recorded")
+        return ToolResult(_settle(meant, text, request), "recorded")
+
+    @property
+    def notices(self) -> list[str]:
+        """What went wrong with the sandbox and was repaired, one line each, for the user."""
+        return list(self._local.notices)
+
+    @property
+    def limits_applied(self) -> dict[str, str]:
+        """What confines local calls, as in a SandboxResult; empty before the first one."""
+        return dict(self._local.limits_applied)
+
+    def forget(self, dialogue: int) -> None:
+        """The dialogue is over: its files go."""
+        self._local.forget(dialogue)
+
+    def close(self) -> None:
+        """End the sandboxed processes."""
+        self._local.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *details: object) -> None:
+        self.close()
+
+
+# ------------------------------------------------------------------------------------------------------ document check
+
+
+def find_fault(request: ToolRequest) -> tuple[str, str] | None:
+    """(category, feedback) of a call that the documents forbid, None if they allow it.
+
+    In the words of ToolEyes' executor, which are Python's: an unknown parameter is told before a missing one.
+    """
+    name, arguments = _shown(request.call.name), request.call.arguments
+    if not isinstance(arguments, dict):
+        return "unparsable", f"{name}() argument after ** must be a mapping, not {type(arguments).__name__}"
+    category = check_documents(request.call, request.tools).category
+    document = document_of(request)
+    if category == "tool_hallucination" or document is None:
+        module = ".".join(request.tool_set.split("/")[-2:] + ["tool"])
+        return "tool_hallucination", f"cannot import name '{name}' from '{module}' ({request.tool_set}/tool.py)"
+    properties, required = tool_parameters(document)
+    if category == "parameter_hallucination":
+        unknown = next(parameter for parameter in arguments if parameter not in properties)
+        return category, f"{name}() got an unexpected keyword argument '{_shown(unknown)}'"
+    if category == "parameter_missing":
+        missing = [f"'{parameter}'" for parameter in required if parameter not in arguments]
+        listed = missing[0] if len(missing) == 1 else " and ".join(missing) if len(missing) == 2 else \
+            f"{', '.join(missing[:-1])}, and {missing[-1]}"
+        plural = "s" * (len(missing) > 1)
+        return category, f"{name}() missing {len(missing)} required positional argument{plural}: {listed}"
+    if fault := check_types(properties, arguments):
+        return "tool_call_failure", f"Parameter type error: {fault}"
+    return None
+
+
+def document_of(request: ToolRequest) -> dict | None:
+    """The `function` part of the called tool's document; of several the first that allows the call."""
+    documents = [tool for tool in request.tools if tool["function"].get("name") == request.call.name]
+    allowing = (tool for tool in documents if check_documents(request.call, [tool]).category == "all_right")
+    tool = next(allowing, documents[0] if documents else None)
+    return tool["function"] if tool is not None else None
+
+
+def no_network(name: str) -> str:
+    """What a tool of the web says on a machine without network."""
+    return (f"HTTPSConnectionPool(host='localhost', port=443): Max retries exceeded with url: /{_shown(name)} "
+            "(Caused by NewConnectionError('Failed to establish a new connection'))")
+
+
+def arguments_json(call: ToolCall) -> str | None:
+    """The arguments as JSON, keys sorted; None if they are too long, too deep or none that JSON knows."""
+    try:
+        text = json.dumps(call.arguments, sort_keys=True)
+    except (ValueError, TypeError, RecursionError):
+        return None
+    return text if len(text) <= MAX_ARGUMENT_BYTES else None
+
+
+def _shown(text: object) -> str:
+    text = str(text)
+    return text if len(text) <= 100 else text[:97] + "..."
+
+
+def _settle(meant: str, text: str, request: ToolRequest) -> str:
+    """The feedback, cut to its length, that the error filter reads as the category `meant`.
+
+    A tool's own words stay as they are where they are read so. Else an error gets the sentence of Table 14 before it
+    or, where even its words mislead, becomes that table's plainest; a result is put under the key "result", which it
+    also is if it happens to look like an error, such as a file that holds a log.
+    """
+    text = text.encode("utf-8", errors="replace").decode("utf-8")  # lone surrogates, which no tokenizer takes
+    if meant == "all_right":
+        inner = text
+        if len(text) > MAX_FEEDBACK_CHARACTERS:
+            inner = text[:MAX_FEEDBACK_CHARACTERS // 2]  # quoting it again may double its length, or worse
+        candidates = [text[:MAX_FEEDBACK_CHARACTERS], json.dumps({"result": inner}, ensure_ascii=False),
+                      json.dumps({"result": inner[:MAX_FEEDBACK_CHARACTERS // 8]})]
+    else:
+        candidates = [text[:MAX_FEEDBACK_CHARACTERS], (REASON + text)[:MAX_FEEDBACK_CHARACTERS], CALL_FAILURE]
+    for candidate in candidates:
+        if len(candidate) <= MAX_FEEDBACK_CHARACTERS and \
+                classify_feedback(candidate, request.call, request.tools) == meant:
+            return candidate
+    return candidates[-1]
+
+
+# --------------------------------------------------------------------------------------------------------------- local
+
+
+class LocalTools:
+    """The local tools behind a few sandboxed servers, shared by dialogue number so that a dialogue meets its files.
+
+    State: the servers, one lock each; which dialogues have files where.
+    """
+
+    def __init__(self, *, execute_code: bool, today: str, seconds: float, servers: int,
+                 layers: tuple[str, ...] = LAYERS) -> None:
+        self._execute_code, self._today, self._seconds, self._layers = execute_code, today, seconds, layers
+        self._locks = [threading.Lock() for _ in range(servers)]
+        self._servers: list[ToolServer | None] = [None] * servers
+        self._with_files: list[set[int]] = [set() for _ in range(servers)]
+        self._abilities: dict[str, bool] = {}  # of the sandbox on this machine, once a server has started
+        self.notices: list[str] = []
+        self.limits_applied: dict[str, str] = {}
+
+    def has(self, request: ToolRequest) -> bool:
+        """Whether a local tool answers: there is one, and it may run here."""
+        needs = LOCAL_TOOLS.get((request.tool_set, request.call.name))
+        if needs in (None, "nothing"):
+            return needs is not None
+        if needs in ("python", "programs") and not self._execute_code:
+            return False
+        if not self._abilities:
+            with self._locks[self._place(request.dialogue)]:
+                self._abilities = self._server(self._place(request.dialogue)).abilities
+        return self._abilities["programs" if needs == "programs" else "folder"]
+
+    def run(self, request: ToolRequest) -> tuple[str, str]:
+        """(category, text) of a call that the documents allow (toolbox: of any). Raises SandboxError."""
+        needs = LOCAL_TOOLS.get((request.tool_set, request.call.name), "nothing")
+        body = {"dialogue": request.dialogue, "needs": needs}
+        arguments = request.call.arguments
+        if needs == "programs":
+            body |= {"program": shell_command(arguments)}
+        elif needs == "python":
+            body |= {"code": str(arguments["code:"])}
+        else:
+            body |= {"tool_set": request.tool_set, "name": request.call.name, "arguments": arguments,
+                     "attempt": request.attempt, "today": self._today,
+                     "tools": request.tools if request.tool_set == TOOLBOX else []}
+        place = self._place(request.dialogue)
+        with self._locks[place]:
+            answer = self._ask(place, body)
+        if answer is None:
+            return "tool_instability", FILES_LOST
+        return read_answer(request, needs, *answer, self._seconds)
+
+    def forget(self, dialogue: int) -> None:
+        """Remove the files of a dialogue."""
+        place = self._place(dialogue)
+        with self._locks[place]:
+            if dialogue in self._with_files[place]:
+                self._with_files[place].remove(dialogue)
+                try:
+                    self._servers[place].forget(dialogue)
+                except ToolServerEnded as error:
+                    self._give_up(place, error)
+
+    def close(self) -> None:
+        """End all servers."""
+        for place, lock in enumerate(self._locks):
+            with lock:
+                if self._servers[place] is not None:
+                    self._servers[place].close()
+                    self._servers[place] = None
+
+    def _place(self, dialogue: int) -> int:
+        return dialogue % len(self._locks)
+
+    def _server(self, place: int) -> ToolServer:
+        if self._servers[place] is None:
+            self._servers[place] = ToolServer(seconds=self._seconds, memory_bytes=CALL_MEMORY_BYTES,
+                                              layers=self._layers)
+            self.limits_applied = self._servers[place].limits_applied
+        return self._servers[place]
+
+    def _ask(self, place: int, body: dict) -> tuple[str, int, str] | None:
+        """The server's answer, from a new one if the old one has ended; None if the dialogue's files went with it."""
+        dialogue = body["dialogue"]
+        for is_last in (False, True):
+            had_files = dialogue in self._with_files[place]
+            try:
+                server = self._server(place)
+                if body["needs"] != "nothing":
+                    self._with_files[place].add(dialogue)
+                return server.call(body)
+            except ToolServerEnded as error:
+                self._give_up(place, error)
+                if had_files:
+                    return None
+                if is_last:
+                    raise
+        return None
+
+    def _give_up(self, place: int, error: ToolServerEnded) -> None:
+        lost = sorted(self._with_files[place])
+        files = f"; files lost of dialogues {', '.join(map(str, lost))}" if lost else ""
+        self.notices.append(f"{error}; started again{files}")
+        self._with_files[place].clear()
+        self._servers[place].close()
+        self._servers[place] = None
+
+
+def read_answer(request: ToolRequest, needs: str, status: str, exit_code: int, text: str,
+                seconds: float) -> tuple[str, str]:
+    """(category, text) of what a call's process wrote; code that it ran may have written anything."""
+    if status == "timed out":
+        return "tool_instability", f"{REASON}timed out after {seconds:g} s"
+    if needs == "programs":
+        is_right, output = shell_result(request.call.arguments, exit_code, text)
+        return ("all_right", json.dumps(output)) if is_right else ("tool_call_failure", REASON + output)
+    try:
+        kind, content = json.loads(text)
+        text = content if isinstance(content, str) else json.dumps(content)
+        kind = str(kind)
+    except (ValueError, TypeError, RecursionError):
+        return "tool_call_failure", f"{REASON}the process ended: exit code {exit_code}"
+    if request.tool_set == TOOLBOX:
+        if kind != "value":
+            return "tool_call_failure", CALL_FAILURE
+        return classify_feedback(text, request.call, request.tools), text
+    if kind != "value":
+        # The file tools of ToolEyes catch their errors and return the text, which then is quoted as any result.
+        return "tool_call_failure", json.dumps(text) if needs == "folder" else text
+    return "all_right", json.dumps(content)
+
+
+# ----------------------------------------------------------------------------------------------------------- recording
+
+
+class RecordingExecutor:
+    """An executor whose calls are written to a file that executor `recorded` can replay, one flushed line per call.
+
+    State: the open file. An existing file is continued; a partial last line, as a killed writer leaves, is cut off.
+    """
+
+    def __init__(self, executor: ToolExecutor, path: Path) -> None:
+        self._executor, self._lock = executor, threading.Lock()
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._file = open(path, "ab+")  # noqa: SIM115 - open until close()
+        self._file.seek(0)
+        content = self._file.read()
+        self._file.truncate(content.rfind(b"\n") + 1)
+
+    def __call__(self, request: ToolRequest) -> ToolResult:
+        """Answer one call and write it down."""
+        result = self._executor(request)
+        try:
+            line = json.dumps({"tool_set": request.tool_set, "dialogue": request.dialogue, "name": request.call.name,
+                               "arguments": request.call.arguments, "attempt": request.attempt,
+                               "feedback": result.feedback, "executor": result.executor}, allow_nan=False)
+        except (ValueError, TypeError, RecursionError):
+            return result  # arguments that JSON cannot hold; replayed, the call is refused as it was here
+        with self._lock:
+            self._file.write(line.encode("ascii") + b"\n")
+            self._file.flush()
+        return result
+
+    @property
+    def notices(self) -> list[str]:
+        """Those of the executor that answers."""
+        return self._executor.notices
+
+    @property
+    def limits_applied(self) -> dict[str, str]:
+        """Those of the executor that answers."""
+        return self._executor.limits_applied
+
+    def forget(self, dialogue: int) -> None:
+        """The dialogue is over: its files go."""
+        self._executor.forget(dialogue)
+
+    def close(self) -> None:
+        """Close the file and the executor that answers."""
+        self._file.close()
+        self._executor.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *details: object) -> None:
+        self.close()
