@@ -16,6 +16,7 @@ import re
 import shutil
 import subprocess
 import tempfile
+import threading
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -85,12 +86,23 @@ def translation_unit(text: str, folder: Path, flags: list[str]) -> Path:
     """Writes kernels.cu (the text) and unit.cpp: the shim, the text, one registration per kernel."""
     kernels = folder / "kernels.cu"
     kernels.write_text(text, encoding="utf-8")
-    head = f'#include "simt_shim.h"\n#include "element_host.h"\n#line 1 "kernels.cu"\n#include "{kernels}"\n'
+    head = f'#include "simt_shim.h"\n#include "element_host.h"\n#include "{kernels}"\n'
     unit = folder / "unit.cpp"
     unit.write_text(head, encoding="utf-8")
     names = kernel_names(run_compiler(["g++", "-E", "-P", *flags, f"-I{SHIM}", str(unit)]))
     unit.write_text(head + "".join(f"SIMT_KERNEL({name})\n" for name in names), encoding="utf-8")
     return unit
+
+
+def compiled(source: Path, flags: list[str]) -> Path:
+    """Object file of a C++ file; the same file is compiled once for all mutants."""
+    key = hashlib.sha256("\0".join([*flags, source.read_text(encoding="utf-8")]).encode()).hexdigest()[:16]
+    result = session_folder() / f"{source.stem}_{key}.o"
+    if not result.exists():
+        partial = result.with_suffix(f".{threading.get_ident()}.o")  # two threads may compile it at once
+        run_compiler(["g++", *flags, f"-I{SHIM}", "-c", str(source), "-o", str(partial)])
+        partial.rename(result)
+    return result
 
 
 def build(source: Path | str, variant: str = "plain", *, more_sources: Iterable[Path] = (), program: bool = False,
@@ -106,11 +118,10 @@ def build(source: Path | str, variant: str = "plain", *, more_sources: Iterable[
         folder.mkdir(exist_ok=True)
         flags = COMMON_FLAGS + compile_flags
         unit = translation_unit(text, folder, flags)
-        objects = []  # compiled and linked apart: the "count" variant must not link the sanitizer that it compiles for
-        for path in (unit, *more_sources):
-            objects.append(str(folder / f"{path.stem}.o"))
-            run_compiler(["g++", *flags, f"-I{SHIM}", "-c", str(path), "-o", objects[-1]])
-        run_compiler(["g++", *([] if program else ["-shared"]), *objects, *link_flags, "-ldl", "-o", str(result)])
+        # Compiled and linked apart: the "count" variant must not link the sanitizer that it compiles for.
+        objects = [compiled(unit, flags), *(compiled(path, flags) for path in more_sources)]
+        kind = [] if program else ["-shared"]
+        run_compiler(["g++", *kind, *map(str, objects), *link_flags, "-ldl", "-o", str(result)])
     return result
 
 

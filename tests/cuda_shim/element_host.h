@@ -1,5 +1,6 @@
 // CPU versions of the lines of train/csrc/weighted_cross_entropy.cu that only a GPU can run.
 #pragma once
+#include <string.h>
 
 inline float __uint_as_float(unsigned bits) {
     float value;

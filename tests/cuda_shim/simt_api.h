@@ -8,8 +8,8 @@ extern "C" {
 
 enum { SIMT_ASCENDING = 0, SIMT_DESCENDING = 1, SIMT_RANDOM = 2 };
 
-// Runs all blocks of one launch. `parameters` as for cuLaunchKernel: one pointer to each argument, where an int may also
-// be the lower half of 8 bytes. Returns 0, or 1 with a text in simt_error().
+// Runs all blocks of one launch. `parameters` as for cuLaunchKernel: one pointer to each argument; an int may be
+// the lower half of 8 bytes. Returns 0, or 1 with a text in simt_error().
 int simt_launch(const char* name, unsigned grid, unsigned block, void** parameters, int order, uint64_t seed);
 int simt_has_kernel(const char* name);
 const char* simt_error(void);

@@ -99,6 +99,7 @@ struct Machine {  // one launch at a time; plain arrays, because the race detect
     unsigned at_barrier = 0, returned = 0;
     char barrier_generation[2];  // addresses for the race detector; two, or barrier n + 1 would order what follows n
     unsigned generation = 0;
+    char launch_end;  // address for the race detector: what the host reads after a launch is ordered behind all threads
     char* shared_memory = nullptr;
     size_t shared_used = 0;
     Shared shared[MAX_SHARED_ARRAYS];
@@ -153,6 +154,9 @@ UNTRACED inline void fiber_main() {
     __sanitizer_finish_switch_fiber(nullptr, &machine.scheduler_stack, &machine.scheduler_stack_bytes);
 #endif
     machine.call(machine.parameters);
+#if SIMT_TSAN
+    __tsan_release(&machine.launch_end);
+#endif
     machine.running->state = RETURNED;
     ++machine.returned;
     switch_to_scheduler();
@@ -275,10 +279,6 @@ UNTRACED inline void prepare_block(unsigned block, unsigned threads) {
     machine.at_barrier = machine.returned = machine.generation = 0;
     machine.n_shared = 0;
     machine.shared_used = 0;
-#if SIMT_TSAN
-    free(machine.shared_memory);  // fresh memory for each block: the race detector forgets the last one's
-    machine.shared_memory = nullptr;
-#endif
     if (!machine.shared_memory) machine.shared_memory = static_cast<char*>(aligned_alloc(64, SHARED_BYTES));
 #if SIMT_ASAN
     ASAN_UNPOISON_MEMORY_REGION(machine.shared_memory, SHARED_BYTES);
@@ -309,13 +309,13 @@ UNTRACED inline void prepare_block(unsigned block, unsigned threads) {
 }
 
 UNTRACED inline void finish_block() {
-#if SIMT_TSAN
+#if SIMT_TSAN  // Stacks and shared memory used again would look like memory that two blocks race for; they are left to
+               // the end of the (short) program, because freeing them looks like a write.
     for (unsigned i = 0; i < machine.block_size.x; ++i) {
-        Fiber& fiber = machine.fibers[i];
-        __tsan_destroy_fiber(fiber.tsan);
-        free(fiber.stack);  // a stack used again would look like memory shared between blocks
-        fiber.stack = nullptr;
+        __tsan_destroy_fiber(machine.fibers[i].tsan);
+        machine.fibers[i].stack = nullptr;
     }
+    machine.shared_memory = nullptr;
 #endif
 }
 
@@ -421,7 +421,11 @@ UNTRACED int simt_launch(const char* name, unsigned grid, unsigned block, void**
 #if SIMT_TSAN
     machine.scheduler_tsan = __tsan_get_current_fiber();
 #endif
-    return simt::run_grid(order) ? 0 : 1;
+    const bool done = simt::run_grid(order);
+#if SIMT_TSAN
+    __tsan_acquire(&machine.launch_end);
+#endif
+    return done ? 0 : 1;
 }
 
 int simt_has_kernel(const char* name) {
