@@ -162,8 +162,8 @@ class ToolServer:
         try:
             requests_out, self._requests = _pipe(self._stack)
             self._responses, responses_in = _pipe(self._stack)
-            job = {"mode": "tools", "program": "", "seconds": seconds, "memory_bytes": memory_bytes, "output_bytes": 4096,
-                   "file_bytes": file_bytes, "folder_bytes": folder_bytes, "layers": list(layers),
+            job = {"seconds": seconds, "memory_bytes": memory_bytes, "file_bytes": file_bytes,
+                   "folder_bytes": folder_bytes, "output_bytes": 4096, "layers": list(layers),
                    "requests": requests_out.fileno(), "responses": responses_in.fileno()}
             self._child = self._stack.enter_context(_started(job, (requests_out, responses_in), "eval.sandbox_tools"))
             requests_out.close()

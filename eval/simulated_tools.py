@@ -84,7 +84,7 @@ def draw_outcome(tool_set: str, document: dict, arguments: dict, attempt: int, *
         return "tool_call_failure", _failure(random.Random(seed_of(seed, "failure text", call)))
     rng = random.Random(seed_of(seed, "instability", call, attempt))
     if instability_rate > 0.0 and rng.random() < instability_rate / (1.0 - failure_rate):
-        return "tool_instability", _instability(rng, str(document.get("name")))
+        return "tool_instability", _instability(rng, str(document.get("name"))[:80])
     return "all_right", json.dumps({"result": draw_result(tool_set, document, arguments)})
 
 
@@ -97,9 +97,9 @@ def _failure(rng: random.Random) -> str:
 def _instability(rng: random.Random, name: str) -> str:
     refused = "(Caused by NewConnectionError('Failed to establish a new connection'))"
     return rng.choice((
-        f"HTTPSConnectionPool(host='api.example.com', port=443): Max retries exceeded with url: /{name[:100]} {refused}",
+        f"HTTPSConnectionPool(host='api.example.com', port=443): Max retries exceeded with url: /{name} {refused}",
         '{"error": "connection error."}',
-        f"500 Server Error: Internal Server Error for url: https://api.example.com/{name[:100]}"))
+        f"500 Server Error: Internal Server Error for url: https://api.example.com/{name}"))
 
 
 # -------------------------------------------------------------------------------------------------------------- results
@@ -121,7 +121,8 @@ def draw_result(tool_set: str, document: dict, arguments: dict) -> object:
               if not _SECRETS & _parts(key) and not _PAGING & _parts(key)}
     if words and words[0] in _FLAG_WORDS:
         return {topic: rng.random() < 0.5, **echoed}
-    if words[:1] == ["search"] or _LIST_WORDS & said or topic_words[-1].endswith("s") and not topic_words[-1].endswith("ss"):
+    is_plural = topic_words[-1].endswith("s") and not topic_words[-1].endswith("ss")
+    if words[:1] == ["search"] or _LIST_WORDS & said or is_plural:
         return {topic: [_record(rng, document, {}) for _ in range(_count(rng, arguments))], **echoed}
     if _TEXT_WORDS & said:
         return {topic: " ".join(rng.sample(_SENTENCES, 2)), **echoed}

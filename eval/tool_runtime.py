@@ -24,7 +24,7 @@ from eval.recorded_tools import read_recording, recording_key
 from eval.sandbox import LAYERS, ToolServer, ToolServerEnded
 from eval.simulated_tools import check_types, draw_outcome
 
-EXECUTORS = ("auto", "local", "simulated", "recorded")
+EXECUTOR_KINDS = ("auto", "local", "simulated", "recorded")
 MAX_FEEDBACK_CHARACTERS = 4096  # the official executor keeps 1,023 tokens of its tokenizer
 MAX_ARGUMENT_BYTES = 1 << 20    # of a call's arguments as JSON; longer ones are refused, unseen by any tool
 TODAY = "2024-12-20"            # what the date tools call today unless they are told otherwise: the paper's month
@@ -60,7 +60,7 @@ Executor = Callable[[ToolRequest], ToolResult]  # for several threads at once
 def make_executor(kind: str, *, seed: int = 0, instability_rate: float = 0.0, failure_rate: float = 0.0,
                   recorded_file: Path | None = None, execute_code: bool = False, today: str = TODAY,
                   seconds: float = CALL_SECONDS, servers: int = SERVERS) -> "ToolExecutor":
-    """The executor of one of EXECUTORS; close it, or use it in a `with`.
+    """The executor of one of EXECUTOR_KINDS; close it, or use it in a `with`.
 
     auto: local where there is a local tool, else simulated. local: as auto, but what is not local has no network.
     recorded: answers from `recorded_file` alone. `seed` and the rates are those of the simulated tools' failures,
@@ -68,8 +68,8 @@ def make_executor(kind: str, *, seed: int = 0, instability_rate: float = 0.0, fa
     Raises ValueError for a setting that cannot be, DataError for a malformed file. The sandbox starts at the first
     local call, which raises SandboxError if it cannot.
     """
-    if kind not in EXECUTORS:
-        raise ValueError(f"executor is {kind!r}, expected one of {', '.join(EXECUTORS)}")
+    if kind not in EXECUTOR_KINDS:
+        raise ValueError(f"executor is {kind!r}, expected one of {', '.join(EXECUTOR_KINDS)}")
     for name, rate in (("instability_rate", instability_rate), ("failure_rate", failure_rate)):
         if not 0.0 <= rate <= 1.0:
             raise ValueError(f"{name} is {rate}, expected a share from 0 to 1")
@@ -265,6 +265,9 @@ class LocalTools:
         if not self._abilities:
             with self._locks[self._place(request.dialogue)]:
                 self._abilities = self._server(self._place(request.dialogue)).abilities
+            for ability in (ability for ability, is_there in self._abilities.items() if not is_there):
+                self.notices.append(f"tools: the sandbox of this machine can give no {ability}; what needs that is "
+                                    "simulated (docs/tool_runtime.md)")
         return self._abilities["programs" if needs == "programs" else "folder"]
 
     def run(self, request: ToolRequest) -> tuple[str, str]:
