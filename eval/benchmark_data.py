@@ -11,18 +11,22 @@ from pathlib import Path
 
 from data.tool_calls import ToolCall, ToolCallError
 from data.trajectories import DataError, Message, normalize_tools
+from eval.dialogue_journal import DialogueTask
 from eval.json_lines import read_json_lines, read_json_list
 from eval.react_output import parse_react
 from eval.tool_call_metrics import GoldAnswer, GoldCall
 
 # Every benchmark's answer file, or folder of files, below --benchmark_dir.
 BENCHMARK_FILES = {
-    "tiny-seen": "test_seen.jsonl", "tiny-unseen": "test_unseen.jsonl",
+    "tiny-seen": "test_seen.jsonl", "tiny-unseen": "test_unseen.jsonl", "tiny-multi": "test_multi.jsonl",
     "rotbench-clean": "rotbench/First_Turn/clean.json", "rotbench-slight": "rotbench/First_Turn/slight.json",
     "rotbench-medium": "rotbench/First_Turn/medium.json", "rotbench-heavy": "rotbench/First_Turn/heavy.json",
     "rotbench-union": "rotbench/First_Turn/union.json", "toolalpaca": "toolalpaca/eval_real.masked.json",
     "bfcl-exec": "bfcl_v3_exec/2024-12-19_5bd63a96", "tooleyes": "tooleyes/Test_Data/scenario_data_zero_processed.json",
     "mmlu": "mmlu", "gsm8k": "gsm8k/test.jsonl", "humaneval": "humaneval/HumanEval.jsonl.gz"}
+
+# Benchmarks of whole dialogues, whose calls are executed; the loader of ToolEyes is in eval/tooleyes_data.py.
+DIALOGUE_BENCHMARKS = ("tiny-multi", "tooleyes")
 
 # Records of the published sets: the n that every share is over.
 BENCHMARK_COUNTS = {"rotbench-clean": 105, "rotbench-slight": 210, "rotbench-medium": 210, "rotbench-heavy": 210,
@@ -78,6 +82,17 @@ def load_tiny(path: Path) -> list[EvalExample]:
     if not rows:
         raise DataError(f"{path}: found no record, expected at least one line")
     return [_example(row, index, f"{path}:{line}") for index, (line, row) in enumerate(rows)]
+
+
+def load_tiny_multi(path: Path) -> list[DialogueTask]:
+    """Read lines `{"id", "tools", "messages", "meta": {"scenario", "requests", "calls", "results", "answer"}}`.
+
+    `results` are the texts that a right answer holds, one per request. Raises DataError with `file:line`.
+    """
+    rows, _ = read_json_lines(path, drop_partial_last_line=False)
+    if not rows:
+        raise DataError(f"{path}: found no record, expected at least one line")
+    return [_dialogue_task(row, index, f"{path}:{line}") for index, (line, row) in enumerate(rows)]
 
 
 def load_rotbench(path: Path) -> list[EvalExample]:
@@ -144,6 +159,23 @@ def _example(row: dict, index: int, where: str) -> EvalExample:
     if not gold:
         raise DataError(f"{where}: found no gold answer, expected at least one")
     return EvalExample(index=index, id=record_id, tools=tools, messages=messages, gold=gold, meta=row.get("meta", {}))
+
+
+def _dialogue_task(row: dict, index: int, where: str) -> DialogueTask:
+    record_id = field_of(row, "id", str, where)
+    tools = normalize_tools(field_of(row, "tools", list, where), f"{where}: tools")
+    messages = [_message(message, where) for message in field_of(row, "messages", list, where)]
+    if not messages:
+        raise DataError(f"{where}: found no message, expected at least the user's request")
+    meta = field_of(row, "meta", dict, where)
+    field_of(meta, "scenario", str, f"{where}: meta")
+    results = field_of(meta, "results", list, f"{where}: meta")
+    if not results or not all(isinstance(result, str) and result for result in results):
+        raise DataError(f"{where}: meta: found results {str(results)[:60]!a}, expected a list of texts, one per request")
+    if meta.get("requests") != len(results):
+        raise DataError(f"{where}: meta: found {str(meta.get('requests'))[:20]} requests and {len(results)} results, "
+                        "expected as many of each")
+    return DialogueTask(index=index, id=record_id, tools=tools, messages=messages, tool_set="toolbox", meta=meta)
 
 
 def field_of(row: object, name: str, kind: type, where: str) -> object:

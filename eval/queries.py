@@ -1,11 +1,20 @@
-"""What a model is asked for each record of a benchmark: a dialogue with tools, a text to continue, or a choice."""
+"""What a model is asked for each record of a benchmark: a call, a text to continue, a choice, or a whole dialogue."""
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from data.trajectories import DataError, Message
-from eval.benchmark_data import EvalExample, load_rotbench, load_tiny, load_toolalpaca
+from eval.benchmark_data import (
+    BENCHMARK_FILES,
+    DIALOGUE_BENCHMARKS,
+    EvalExample,
+    load_rotbench,
+    load_tiny,
+    load_tiny_multi,
+    load_toolalpaca,
+)
 from eval.bfcl_data import load_bfcl
+from eval.dialogue_journal import DialogueTask
 from eval.general_tasks import (
     NEXT_QUESTION,
     STOP_TEXTS,
@@ -17,6 +26,7 @@ from eval.general_tasks import (
 )
 from eval.output_formats import STOP_STRINGS
 from eval.prompt_formats import encode_formatted_prompt
+from eval.tooleyes_data import load_tooleyes
 from model.tokenizer import Tokenizer
 
 # Benchmarks whose prompt is a text, and where the model's continuation of it ends.
@@ -41,8 +51,10 @@ class ChoiceQuery:
     shots: Sequence[ChoiceQuestion]  # solved questions on the same subject
 
 
-def load_queries(name: str, path: Path) -> list[Query] | list[ChoiceQuery]:
+def load_queries(name: str, path: Path) -> list[Query] | list[ChoiceQuery] | list[DialogueTask]:
     """All queries of benchmark `name` from its file or folder, in order. Raises DataError with `file:line`."""
+    if name in DIALOGUE_BENCHMARKS:
+        return load_tasks(name, path)
     if name == "mmlu":
         questions, shots = load_mmlu(path)
         return [ChoiceQuery(question.index, question, shots[question.subject]) for question in questions]
@@ -51,6 +63,11 @@ def load_queries(name: str, path: Path) -> list[Query] | list[ChoiceQuery]:
     if name == "humaneval":
         return [Query(problem.index, [], [], problem.prompt) for problem in load_humaneval(path)]
     return [Query(example.index, example.tools, example.messages, "") for example in _load_examples(name, path)]
+
+
+def load_tasks(name: str, path: Path) -> list[DialogueTask]:
+    """The tasks of a multi-turn benchmark, in order. Raises DataError with `file:line`."""
+    return load_tiny_multi(path) if name == "tiny-multi" else load_tooleyes(path)
 
 
 def _load_examples(name: str, path: Path) -> list[EvalExample]:
@@ -62,7 +79,7 @@ def _load_examples(name: str, path: Path) -> list[EvalExample]:
         return load_toolalpaca(path)
     if name == "bfcl-exec":
         return load_bfcl(path)
-    raise DataError(f"--benchmarks: found {name}, expected a benchmark of single calls or a general one")
+    raise DataError(f"--benchmarks: found {name}, expected one of {', '.join(BENCHMARK_FILES)}")
 
 
 def encode_query(query: Query, prompt_format: str, tokenizer: Tokenizer) -> list[int]:
