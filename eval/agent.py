@@ -270,7 +270,7 @@ def run_dialogues_with_model(tasks: Sequence[DialogueTask], model: Transformer, 
                     live[dialogue.task.index] = dialogue
                 else:
                     bar.update()
-            for index, response_ids, _ in decoder.step():
+            for index, response_ids, _ in decoder.step() if live else ():
                 output, stop = read_response(response_ids, tokenizer, stop_ids=stop_ids, stop_texts=stop_texts,
                                              prompt_ids=[])
                 live[index].take_turn(output, is_cut=stop == "max_new_tokens")
