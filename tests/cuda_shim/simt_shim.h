@@ -323,7 +323,7 @@ UNTRACED inline void finish_block() {
 // ahead as it can, the warps before it wait at the barrier, those behind it have not begun.
 UNTRACED inline Fiber* next_fiber(int order) {
     constexpr unsigned WORDS = MAX_THREADS / 64;
-    const unsigned start = order == SIMT_RANDOM ? random_bits() % MAX_THREADS : 0;
+    const unsigned start = order == SIMT_RANDOM ? random_bits() % machine.block_size.x : 0;
     for (unsigned i = 0; i <= WORDS; ++i) {  // the random start's word comes twice: first its upper bits, last all
         const unsigned word = order == SIMT_DESCENDING ? (WORDS - 1 - i) % WORDS : (start / 64 + i) % WORDS;
         uint64_t bits = machine.ready[word];
