@@ -36,13 +36,14 @@ class KVCache:
     """Keys and values per layer, (R, L, K, H) each, and the number of filled slots per row.
 
     Storage is allocated by the first forward, in the dtype and on the device it computes in (under mixed precision
-    these are not the parameters'). `selected_rows` says which rows the segments of the next forward belong to, in
-    order. Raises ValueError when a row would overflow.
+    these are not the parameters'), and grows with the longest row, at least twofold each time: a limit of 16384 tokens
+    costs nothing while no row comes near it. `selected_rows` says which rows the segments of the next forward belong
+    to, in order. Raises ValueError when a row would overflow.
     """
 
     def __init__(self, config: ModelConfig, n_rows: int, max_tokens: int) -> None:
         self.max_tokens = -(-max_tokens // SLOTS_PER_STEP) * SLOTS_PER_STEP
-        self.shape = (n_rows, self.max_tokens, config.n_kv_heads, config.head_dim)
+        self.n_slots = 0  # per row, of storage in use from the next forward on
         self.keys_RLKH: list[Tensor | None] = [None] * config.n_layers
         self.values_RLKH: list[Tensor | None] = [None] * config.n_layers
         self.lengths = [0] * n_rows
@@ -59,11 +60,11 @@ class KVCache:
 
         Lengths move on only with advance(), after the last layer, because every layer writes at the same slots.
         """
-        keys_RLKH, values_RLKH = self._storage(layer, k_1KTH)
         row = self.selected_rows[segment]
         start, end = self.lengths[row], self.lengths[row] + k_1KTH.shape[2]
-        self._check_room(row, end)
+        self._make_room(row, end)
         self.written[row] = max(self.written[row], end)
+        keys_RLKH, values_RLKH = self._storage(layer, k_1KTH.transpose(1, 2))
         for storage_RLKH, new_1KTH in ((keys_RLKH, k_1KTH), (values_RLKH, v_1KTH)):
             storage_RLKH[row, start:end] = new_1KTH[0].transpose(0, 1)
         return (storage_RLKH[row:row + 1, :end].transpose(1, 2) for storage_RLKH in (keys_RLKH, values_RLKH))
@@ -72,10 +73,10 @@ class KVCache:
         """Prepares append_one and the runs for one new token per selected row; once per forward, not per layer."""
         lengths = self.selected_lengths()
         for row, length in zip(self.selected_rows, lengths, strict=True):
-            self._check_room(row, length + 1)
+            self._make_room(row, length + 1)
             self._wipe_behind(row, length)
             self.written[row] = length + 1
-        self.flat_slots_S = torch.tensor([row * self.max_tokens + length for row, length
+        self.flat_slots_S = torch.tensor([row * self.n_slots + length for row, length
                                           in zip(self.selected_rows, lengths, strict=True)],
                                          dtype=torch.long, device=device)
         lengths_S1 = torch.tensor(lengths, device=device)[:, None]
@@ -111,11 +112,19 @@ class KVCache:
                     storage_RLKH[row, length:self.written[row]] = 0.0
 
     def _storage(self, layer: int, like: Tensor) -> tuple[Tensor, Tensor]:
-        if self.keys_RLKH[layer] is None:  # zeros, because slots behind a row's end are read, with weight zero
-            self.keys_RLKH[layer] = torch.zeros(self.shape, dtype=like.dtype, device=like.device)
-            self.values_RLKH[layer] = torch.zeros(self.shape, dtype=like.dtype, device=like.device)
+        """The layer's keys and values, with room for n_slots; dtype, device, heads and head dim are those of `like`."""
+        for layers in (self.keys_RLKH, self.values_RLKH):
+            old_RLKH = layers[layer]
+            if old_RLKH is None or old_RLKH.shape[1] < self.n_slots:
+                # zeros, because slots behind a row's end are read, with weight zero
+                layers[layer] = like.new_zeros(len(self.lengths), self.n_slots, *like.shape[-2:])
+                if old_RLKH is not None:
+                    layers[layer][:, :old_RLKH.shape[1]] = old_RLKH
         return self.keys_RLKH[layer], self.values_RLKH[layer]
 
-    def _check_room(self, row: int, needed: int) -> None:
+    def _make_room(self, row: int, needed: int) -> None:
         if needed > self.max_tokens:
             raise ValueError(f"key/value cache row {row} holds {self.max_tokens} tokens, {needed} are needed")
+        if needed > self.n_slots:
+            n_slots = max(-(-needed // SLOTS_PER_STEP) * SLOTS_PER_STEP, 2 * self.n_slots)
+            self.n_slots = min(n_slots, self.max_tokens)

@@ -55,7 +55,7 @@ class Script:
 
 
 def run_dialogues(model: Transformer, numbers: list[int], *, n_rows: int, order: random.Random, hurry: float = 0.5,
-                  n_turns: int = 5, temperature: float = 0.0) -> dict[int, list[Turn]]:
+                  n_turns: int = 4, temperature: float = 0.0) -> dict[int, list[Turn]]:
     """All turns of these dialogues; in which order they begin and ask, and how long they wait for tools, is random.
     hurry: probability that one of them begins or asks before a step."""
     decoder = DialogueDecoder(model, n_rows=n_rows, max_tokens=MAX_TOKENS, max_new_tokens=MAX_NEW, stop_ids=STOPS,
