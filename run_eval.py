@@ -1,9 +1,10 @@
 """Evaluate a tool-calling model: `python run_eval.py`, or `torchrun --nproc_per_node N run_eval.py`.
 
 Greedy predictions, then scores with 95 % intervals per benchmark. Without flags: the model of run_sft.py on the bundled
-tiny benchmarks. `--endpoint URL` asks an OpenAI-compatible server instead of a model folder; `--predictions FILE`
-scores an existing file. A killed run goes on with the same command, under any number of ranks. Exit codes: 0 everything
-scored; 2 bad input (one line on stderr).
+tiny benchmarks. On multi-turn benchmarks (tooleyes, tiny-multi) every call is executed and its feedback goes back to
+the model. `--endpoint URL` asks an OpenAI-compatible server instead of a model folder; `--predictions FILE` scores an
+existing file. A killed run goes on with the same command, under any number of ranks. Exit codes: 0 everything scored; 2
+bad input (one line on stderr).
 """
 
 import fcntl
@@ -16,7 +17,10 @@ from pathlib import Path
 from typing import TextIO
 
 from data.trajectories import DataError
-from eval.benchmark_data import BENCHMARK_COUNTS, BENCHMARK_FILES, benchmark_file
+from eval.agent import complete_dialogues, run_dialogues_with_endpoint, run_dialogues_with_model
+from eval.benchmark_data import BENCHMARK_COUNTS, BENCHMARK_FILES, DIALOGUE_BENCHMARKS, benchmark_file
+from eval.dialogue_journal import DialogueJournal, DialogueTask
+from eval.dialogue_metrics import MAX_TURNS
 from eval.endpoint import Endpoint, ask_records, check_url
 from eval.fetch_benchmarks import check_benchmark
 from eval.generate_predictions import (
@@ -33,6 +37,7 @@ from eval.prompt_formats import PROMPT_FORMATS, PromptError
 from eval.queries import CHOICE_BENCHMARKS, TEXT_BENCHMARKS, ChoiceQuery, Query, load_queries, stop_texts_of
 from eval.report import format_report
 from eval.score_predictions import score_predictions
+from eval.tool_runtime import EXECUTOR_KINDS, RecordingExecutor, ToolExecutor, make_executor
 from model.pretrained_weights import ModelFolderError, load_pretrained
 from model.tokenizer import Tokenizer, check_vocabulary_fits, load_tokenizer
 from model.transformer import Transformer
@@ -45,9 +50,10 @@ USER_ERRORS = (ConfigError, DataError, ModelFolderError, PromptError, OSError)
 TINY_DATA = Path("assets/tiny_data")  # of the bundled benchmarks where --benchmark_dir does not have them
 
 
-def _setting(default: object, meaning: str, *, choices: tuple = (), low: float | None = None):
-    """A dataclass field with its help line, and the values it may have: one of `choices`, or at least `low`."""
-    return field(default=default, metadata={"help": meaning, "choices": choices, "low": low, "high": None})
+def _setting(default: object, meaning: str, *, choices: tuple = (), low: float | None = None,
+             high: float | None = None):
+    """A dataclass field with its help line, and the values it may have: one of `choices`, or low <= value <= high."""
+    return field(default=default, metadata={"help": meaning, "choices": choices, "low": low, "high": high})
 
 
 @dataclass(slots=True)
@@ -71,15 +77,27 @@ class EvalConfig:
                           "default is official for RoTBench, fair for the others", choices=("default", "official", "fair"))
     execute_code: str = _setting("off", "run code that the model wrote, in the sandbox (docs/sandbox.md); HumanEval "
                                  "needs it", choices=("on", "off"))
+    tool_executor: str = _setting("auto", "who answers the calls of a dialogue: tools of this project, a simulation by the "
+                                  "documents, a file; auto = local where there is a tool, else simulated "
+                                  "(docs/tool_runtime.md)", choices=EXECUTOR_KINDS)
+    instability_rate: float = _setting(0.0, "share of simulated calls that fail as if the service were down", low=0.0,
+                                       high=1.0)
+    call_failure_rate: float = _setting(0.0, "share of simulated calls that the tool itself fails on", low=0.0, high=1.0)
+    recorded_calls: str = _setting("", "file of calls and their feedback for --tool_executor recorded")
+    record_calls: str = _setting("", "write every call and its feedback to this file, for --recorded_calls of other runs")
+    max_turns: int = _setting(MAX_TURNS, "model outputs of a dialogue (ToolEyes and paper: 9)", low=1, high=MAX_TURNS)
+    max_dialogue_tokens: int = _setting(0, "prompt and output of a dialogue's last turn; 0 = the model's positions. The "
+                                        "key/value cache holds batch_size times as many", low=0)
     limit: int = _setting(0, "only the first N records of each benchmark; 0 = all", low=0)
     max_new_tokens: int = _setting(128, "longest output of a call, tokens; longer ones are cut and count as they are",
                                    low=1)
     max_answer_tokens: int = _setting(384, "the same for gsm8k and humaneval", low=1)
+    max_turn_tokens: int = _setting(512, "the same for a turn of a dialogue, whose answer may be long", low=1)
     batch_size: int = _setting(32, "prompts generated together on one rank; memory and speed only", low=1)
     output: str = _setting("runs/eval", "folder of predictions, results, summary.json, report.md, plots")
     resume: str = _setting("auto", "auto keeps predictions that output already holds for this model and settings; "
                            "never refuses a folder that has some", choices=("auto", "never"))
-    seed: int = _setting(0, "seed of every random generator; greedy predictions do not depend on it", low=0)
+    seed: int = _setting(0, "seed of every random generator and of the tools; greedy calls do not depend on it", low=0)
     dtype: str = _setting("float32", "compute type", choices=("float32", "bfloat16"))
     device: str = _setting("auto", "auto takes CUDA where present", choices=("auto", "cpu", "cuda"))
 
@@ -99,6 +117,12 @@ class EvalConfig:
             raise ValueError("endpoint: found it beside --predictions, expected one of the two")
         if self.prompt_format == "openai" and not self.endpoint:
             raise ValueError("prompt_format: found openai without --endpoint, expected the chat API of a server")
+        if (self.tool_executor == "recorded") != bool(self.recorded_calls):
+            raise ValueError(f"recorded_calls: found {self.recorded_calls or 'none'!a} with --tool_executor "
+                             f"{self.tool_executor}, expected a file with --tool_executor recorded, and only there")
+        if self.instability_rate + self.call_failure_rate > 1.0:
+            raise ValueError(f"instability_rate: found {self.instability_rate + self.call_failure_rate:g} together with "
+                             "--call_failure_rate, expected at most 1")
         if "humaneval" in names and self.execute_code == "off":
             raise ValueError("execute_code: found off, expected on for humaneval, whose scoring runs code that a model "
                              "wrote")
@@ -172,15 +196,20 @@ def predict(config: EvalConfig, world: World, answers: dict[str, Path], queries:
     with lock_folder(Path(config.output) / "predictions", world):
         for name, path in predictions.items():
             settings = {**source, "prompt_format": config.prompt_format, "max_new_tokens": longest_output(name, config),
-                        "answers_sha256": answers_sha256(answers[name])}
+                        "answers_sha256": answers_sha256(answers[name]), **dialogue_settings(name, config)}
             check_settings(path, settings, resume=config.resume, is_writer=world.is_main)
         for name, path in predictions.items():
             start = time.perf_counter()
-            predict_missing = ask_missing(name, config, endpoint) if config.endpoint else \
-                generate_missing(name, config, world, model, tokenizer)
-            has_format = name not in TEXT_BENCHMARKS and name not in CHOICE_BENCHMARKS and config.prompt_format != "tl"
-            notices = complete_predictions(path, queries[name][:config.limit or None], predict_missing, rank=world.rank,
-                                           label={"format": config.prompt_format} if has_format else {})
+            asked = queries[name][:config.limit or None]
+            if name in DIALOGUE_BENCHMARKS:
+                play = play_dialogues(config, world, endpoint if config.endpoint else (model, tokenizer))
+                notices = complete_dialogues(path, asked, play, prompt_format=config.prompt_format, rank=world.rank)
+            else:
+                predict_missing = ask_missing(name, config, endpoint) if config.endpoint else \
+                    generate_missing(name, config, world, model, tokenizer)
+                has_format = name not in (*TEXT_BENCHMARKS, *CHOICE_BENCHMARKS) and config.prompt_format != "tl"
+                notices = complete_predictions(path, asked, predict_missing, rank=world.rank,
+                                               label={"format": config.prompt_format} if has_format else {})
             if world.is_main:
                 for notice in notices:
                     log_line(notice)
@@ -191,6 +220,8 @@ def longest_output(name: str, config: EvalConfig) -> int:
     """Tokens that an answer to a record of benchmark `name` may have."""
     if name in CHOICE_BENCHMARKS:
         return 1
+    if name in DIALOGUE_BENCHMARKS:
+        return config.max_turn_tokens
     return config.max_answer_tokens if name in TEXT_BENCHMARKS else config.max_new_tokens
 
 
@@ -213,6 +244,50 @@ def ask_missing(name: str, config: EvalConfig, endpoint: Endpoint) -> Callable[[
     return lambda missing: ask_records(endpoint, missing, prompt_format=config.prompt_format,
                                        max_new_tokens=longest_output(name, config),
                                        stop_texts=stop_texts_of(name, config.prompt_format))
+
+
+def dialogue_settings(name: str, config: EvalConfig) -> dict[str, str | int | float]:
+    """What else decides the dialogues of a benchmark; nothing for other benchmarks."""
+    if name not in DIALOGUE_BENCHMARKS:
+        return {}
+    recorded = answers_sha256(Path(config.recorded_calls)) if config.recorded_calls else ""
+    return {"max_turns": config.max_turns, "max_dialogue_tokens": config.max_dialogue_tokens,
+            "tool_executor": config.tool_executor, "tool_seed": config.seed, "instability_rate": config.instability_rate,
+            "call_failure_rate": config.call_failure_rate, "recorded_calls_sha256": recorded,
+            "execute_code": config.execute_code}
+
+
+def make_tools(config: EvalConfig, world: World) -> ToolExecutor | RecordingExecutor:
+    """Who answers the calls of the dialogues; to be closed. Raises ConfigError for several ranks writing one file."""
+    execute = make_executor(config.tool_executor, seed=config.seed, instability_rate=config.instability_rate,
+                            failure_rate=config.call_failure_rate,
+                            recorded_file=Path(config.recorded_calls) if config.recorded_calls else None,
+                            execute_code=config.execute_code == "on")
+    if not config.record_calls:
+        return execute
+    if world.size > 1:
+        raise ConfigError(f"--record_calls: found {world.size} processes, expected one to write the file")
+    return RecordingExecutor(execute, Path(config.record_calls))
+
+
+def play_dialogues(config: EvalConfig, world: World,
+                   player: tuple[Transformer, Tokenizer] | Endpoint) -> Callable[[list[DialogueTask], DialogueJournal],
+                                                                                 None]:
+    """The function that plays this rank's share of some dialogues with a model and its tokenizer, or the endpoint."""
+    settings = {"prompt_format": config.prompt_format, "max_turns": config.max_turns,
+                "max_new_tokens": config.max_turn_tokens}
+
+    def play(missing: list[DialogueTask], journal: DialogueJournal) -> None:
+        with make_tools(config, world) as execute:
+            if isinstance(player, Endpoint):
+                run_dialogues_with_endpoint(missing, player, execute=execute, journal=journal, **settings)
+            else:
+                run_dialogues_with_model(missing, *player, execute=execute, journal=journal, **settings,
+                                         batch_size=config.batch_size, rank=world.rank, world_size=world.size,
+                                         max_dialogue_tokens=config.max_dialogue_tokens or None)
+            for notice in execute.notices if world.is_main else ():
+                log_line(notice)
+    return play
 
 
 def make_endpoint(config: EvalConfig, world: World) -> Endpoint:
@@ -259,7 +334,8 @@ def load_model(config: EvalConfig, world: World) -> tuple[Transformer, Tokenizer
     check_vocabulary_fits(tokenizer, model.config.vocab_size)
     for name in config.benchmarks.split(","):
         if (longest := longest_output(name, config)) >= model.config.max_positions:
-            flag = "max_answer_tokens" if name in TEXT_BENCHMARKS else "max_new_tokens"
+            flag = "max_answer_tokens" if name in TEXT_BENCHMARKS else \
+                "max_turn_tokens" if name in DIALOGUE_BENCHMARKS else "max_new_tokens"
             raise ConfigError(f"--{flag}: found {longest}, expected less than the model's {model.config.max_positions} "
                               "positions")
     return model.eval(), tokenizer
@@ -276,7 +352,8 @@ def score(config: EvalConfig, answers: dict[str, Path], predictions: dict[str, P
                    "prompt_format": None if config.predictions else config.prompt_format, "benchmarks": {}}
     for name, path in answers.items():
         rows, summary, notices = score_predictions(name, path, predictions[name], limit=config.limit or None,
-                                                   rules=config.rules, execute_code=config.execute_code == "on")
+                                                   rules=config.rules, execute_code=config.execute_code == "on",
+                                                   max_turns=config.max_turns)
         for notice in notices:
             log_line(notice)
         write_json_lines(output / "results" / f"{name}.jsonl", rows)

@@ -15,6 +15,7 @@ from pathlib import Path
 from data.trajectories import DataError
 from eval.benchmark_data import benchmark_of
 from eval.command_line import parse_arguments, run_command
+from eval.dialogue_metrics import MAX_TURNS
 from eval.evaluate_rotbench import RULES
 from eval.json_lines import read_json_lines
 from eval.report import CALL_METRICS, format_comparison, metrics_of, unattainable_rates
@@ -72,7 +73,8 @@ def score_files(answers: Path, predictions: Sequence[Path], rules: str) -> tuple
     name = "tiny-" + name if name == answers.stem and answers.suffix == ".jsonl" else name
     runs, results, notices = [], [], []
     for path in predictions:
-        rows, summary, found = score_predictions(name, answers, path, limit=None, rules=rules, execute_code=False)
+        rows, summary, found = score_predictions(name, answers, path, limit=None, rules=rules, execute_code=False,
+                                                 max_turns=MAX_TURNS)
         runs.append({"benchmarks": {name: {**summary, "answers_sha256": ""}}})
         results.append({name: {row["index"]: row for row in rows}})
         notices += found

@@ -9,6 +9,9 @@ METRICS = ("TS", "PI", "CF")
 DIALOGUE_METRICS = ("DE", "CE", "VA")
 CALL_METRICS = ("DE", "CE")  # shares of calls, n_calls of a summary; every other metric is a share of its n records
 SUMMARY_DECIMALS = 2  # digits of the percentages in a summary
+METRICS_NOTE = ("DE, lower is better: share of calls that go against the documents (tool or parameter not documented, "
+                "required parameter missing). CE, lower is better: share of calls that fail otherwise, outputs that are "
+                "no call included. VA: share of dialogues that the model ends with an answer in time.")
 EXECUTOR_NOTE = ("local: a tool of this project did what the document says. simulated: the feedback follows from the "
                  "document alone and is not that of the real tool, which a machine without its service cannot call. "
                  "recorded: taken from a file. Shares of errors depend on who answered.")
@@ -99,7 +102,8 @@ def format_report(run: Mapping) -> str:
     errors = [[name, category, str(count), f"{100 * count / max(summary.get('n_calls', summary['n']), 1):.1f}"]
               for name, summary in benchmarks.items() for category, count in summary.get("errors", {}).items()]
     if errors:
-        parts += ["## Errors", format_table([["benchmark", "error", "calls or records", "%"], *errors])]
+        unit = "records" if not dialogues else "calls" if len(dialogues) == len(benchmarks) else "records or calls"
+        parts += ["## Errors", format_table([["benchmark", "error", unit, "%"], *errors])]
     for title, table, notes in paper_tables(benchmarks, "this run"):
         parts += [f"## {title}", format_table(table), " ".join(notes)]
     odd = [f"{name} {line}" for name, summary in benchmarks.items() for line in unattainable_rates(summary)]
@@ -114,20 +118,28 @@ def _dialogue_tables(dialogues: Mapping[str, Mapping]) -> list[str]:
         return []
     head = ["dialogues", "calls", *(f"{metric} % [95 %]" for metric in DIALOGUE_METRICS)]
     rows = [[name, *_dialogue_cells(summary)] for name, summary in dialogues.items()]
-    parts = [format_table([["benchmark", *head], *rows]),
-             "DE, lower is better: share of calls that go against the documents (tool or parameter not documented, "
-             "required parameter missing). CE, lower is better: share of calls that fail otherwise. VA: share of "
-             "dialogues that the model ends with an answer in time."]
+    parts = [format_table([["benchmark", *head], *rows]), METRICS_NOTE]
     others = [[name, metric, "lower" if is_lower_better(metric) else "higher", str(summary["n"]),
                format_rate(summary, metric)] for name, summary in dialogues.items()
               for metric in metrics_of(summary) if metric not in DIALOGUE_METRICS]
     if others:
         parts += ["## Shares of dialogues",
                   format_table([["benchmark", "metric", "better", "dialogues", "% [95 %]"], *others])]
+        if any(row[1] == "answer_right" for row in others):
+            parts.append("answer_right: the final answer holds every requested result.")
+    requests = [[name, number, str(part["n"]), format_rate(part, "answer_right")] for name, summary in dialogues.items()
+                for number, part in summary.get("by_requests", {}).items()]
+    if requests:
+        parts.append(format_table([["benchmark", "requests in the query", "dialogues", "answer_right % [95 %]"],
+                                   *requests]))
     scenarios = [[name, scenario, *_dialogue_cells(part)] for name, summary in dialogues.items()
                  for scenario, part in summary.get("by_scenario", {}).items()]
     if scenarios:
         parts += ["## Dialogues by scenario", format_table([["benchmark", "scenario", *head], *scenarios])]
+    ends = [[name, end, str(count), f"{100 * count / summary['n']:.1f}"] for name, summary in dialogues.items()
+            for end, count in summary.get("ends", {}).items()]
+    if ends:
+        parts += ["## How dialogues ended", format_table([["benchmark", "end", "dialogues", "%"], *ends])]
     answered = [[name, executor, str(count), f"{100 * count / max(sum(summary['executors'].values()), 1):.1f}"]
                 for name, summary in dialogues.items() for executor, count in summary.get("executors", {}).items()]
     if answered:

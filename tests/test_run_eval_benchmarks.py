@@ -207,7 +207,7 @@ def test_endpoint_that_fails_loses_nothing(folder, tmp_path, monkeypatch):
     ({"endpoint": "http://h/v1", "predictions": "p"}, "--endpoint: found it beside --predictions"),
     ({"endpoint_timeout": 0}, "--endpoint_timeout"),
     ({"benchmarks": "humaneval"}, "--execute_code: found off, expected on for humaneval"),
-    ({"benchmarks": "tooleyes"}, "found tooleyes, expected a benchmark of single calls"),
+    ({"benchmarks": "tooleyes"}, "scenario_data_zero_processed.json: found No such file"),
     ({"check_files": "on"}, "clean.json: found"),
     ({"benchmarks": "mmlu", "benchmark_dir": "tests"}, "tests/mmlu: found no test/*_test.csv"),
     ({"benchmarks": "gsm8k", "max_answer_tokens": 2048}, "--max_answer_tokens: found 2048, expected less than"),
