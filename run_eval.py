@@ -8,7 +8,6 @@ bad input (one line on stderr).
 """
 
 import fcntl
-import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -21,7 +20,7 @@ from eval.agent import complete_dialogues, run_dialogues_with_endpoint, run_dial
 from eval.benchmark_data import BENCHMARK_COUNTS, BENCHMARK_FILES, DIALOGUE_BENCHMARKS, benchmark_file
 from eval.dialogue_journal import DialogueJournal, DialogueTask
 from eval.dialogue_metrics import MAX_TURNS
-from eval.endpoint import Endpoint, ask_records, check_url
+from eval.endpoint import Endpoint, ask_records, check_url, make_endpoint
 from eval.fetch_benchmarks import check_benchmark
 from eval.generate_predictions import (
     answers_sha256,
@@ -188,7 +187,7 @@ def predict(config: EvalConfig, world: World, answers: dict[str, Path], queries:
             predictions: dict[str, Path]) -> None:
     """Write the prediction file of every benchmark, or what is left of it; a collective over all ranks."""
     if config.endpoint:
-        endpoint = make_endpoint(config, world)
+        endpoint = endpoint_of(config, world)
         source = {"endpoint": config.endpoint, "model": config.model}
     else:
         model, tokenizer = load_model(config, world)
@@ -290,17 +289,14 @@ def play_dialogues(config: EvalConfig, world: World,
     return play
 
 
-def make_endpoint(config: EvalConfig, world: World) -> Endpoint:
-    """The endpoint of the settings, with its key. Raises ConfigError for a key that is none, or several ranks."""
+def endpoint_of(config: EvalConfig, world: World) -> Endpoint:
+    """The endpoint of the settings, with its key. Raises ConfigError for several ranks, EndpointError for the key."""
     if world.size > 1:
         raise ConfigError(f"--endpoint: found {world.size} processes, expected one; --endpoint_concurrency asks side "
                           "by side")
-    key = os.environ.get(config.endpoint_key, "").strip()
-    if not key.isascii() or not key.isprintable():  # never show it
-        raise ConfigError(f"--endpoint_key: found characters in {config.endpoint_key} that no key has, expected ASCII")
-    return Endpoint(url=config.endpoint.rstrip("/"), model=config.model, api_key=key,
-                    timeout_seconds=config.endpoint_timeout, attempts=config.endpoint_attempts,
-                    concurrency=config.endpoint_concurrency)
+    return make_endpoint(config.endpoint, config.model, key_variable=config.endpoint_key,
+                         timeout=config.endpoint_timeout, attempts=config.endpoint_attempts,
+                         concurrency=config.endpoint_concurrency)
 
 
 def lock_folder(folder: Path, world: World) -> TextIO:

@@ -9,6 +9,7 @@ elsewhere), and the key is cut out of every message.
 import http.client
 import json
 import math
+import os
 import random
 import threading
 import time
@@ -88,6 +89,19 @@ def check_url(url: str) -> None:
         is_usable = False
     if not is_usable or not url.isascii() or any(character <= " " for character in url):
         raise ValueError(f"found {url!a}, expected the base of an API, as in http://127.0.0.1:8000/v1")
+
+
+def make_endpoint(url: str, model: str, *, key_variable: str, timeout: float, attempts: int,
+                  concurrency: int) -> Endpoint:
+    """The endpoint with the key that the environment variable `key_variable` holds; none is no fault.
+
+    Raises EndpointError for a key that is none, without showing it.
+    """
+    key = os.environ.get(key_variable, "").strip()
+    if not key.isascii() or not key.isprintable():
+        raise EndpointError(f"--endpoint_key: found characters in {key_variable} that no key has, expected ASCII")
+    return Endpoint(url=url.rstrip("/"), model=model, api_key=key, timeout_seconds=timeout, attempts=attempts,
+                    concurrency=concurrency)
 
 
 def ask(endpoint: Endpoint, path: str, body: dict) -> Answer:

@@ -14,7 +14,14 @@ MAY_IMPORT = {  # package -> our packages that it may import besides itself
     "eval": {"data", "model"},
     "benchmarks": {"data", "model", "train", "rl", "eval"},
 }
-MAY_ALSO_IMPORT = {"data/inspect_loss_weights.py": {"model.tokenizer"}}
+MAY_ALSO_IMPORT = {  # programs that stand in data/ for what they make or show, and use the packages above it
+    "data/inspect_loss_weights.py": {"model.tokenizer"},
+    "data/collect_trajectories.py": {
+        *(f"eval.{module}" for module in (
+            "agent", "benchmark_data", "command_line", "dialogue_journal", "dialogue_metrics", "endpoint",
+            "error_statistics", "generate_predictions", "json_lines", "local_tools", "prompt_formats", "tool_runtime",
+            "tooleyes_data")),
+        "model.pretrained_weights", "model.tokenizer", "model.transformer"}}
 FORBIDDEN_PACKAGES = {"transformers", "trl", "accelerate", "deepspeed", "peft", "pickle", "cPickle", "dill",
                       "cloudpickle", "joblib", "marshal",
                       "shelve", "datasets", "lightning", "pytorch_lightning", "hydra", "omegaconf", "fire", "tyro"}
