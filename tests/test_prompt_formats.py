@@ -14,11 +14,14 @@ from eval.prompt_formats import (
     COMPLETION_FORMATS,
     PROMPT_FORMATS,
     PromptError,
+    WrittenTurn,
     completion_text,
     encode_formatted_prompt,
     prompt_parts,
+    react_messages,
     render_prompt,
 )
+from tests.piece_tokenizer import PieceTokenizer
 
 PAPER = Path(__file__).resolve().parents[1] / "../shared/paper.txt"
 CHAT_FORMATS = ("chatglm4", "qwen2", "llama31", "qwen25")
@@ -208,6 +211,8 @@ AFTER_QUERY = {  # what follows the text of the first query, up to the place whe
           "\nAssistant:",
     "toolllama": '\nAssistant: Thought: \nAction: get_weather\nAction Input: {"city": "Oslo"}\nFunction: {"rain": "yes"}'
                  "\nAssistant: It rains.\nUser: And Rome?\nAssistant:\n",
+    "react": '\nAssistant: Thought: \nAction: get_weather\nAction Input: {"city": "Oslo"}\nFunction: {"rain": "yes"}'
+             "\nAssistant: It rains.\nUser: And Rome?\nAssistant:",
     "nexusraven": '<human_end>\nCall: get_weather(city="Oslo")<bot_end>\nOutput: {"rain": "yes"}<human_end>\nIt rains.'
                   "<bot_end>\n\nUser Query: And Rome?<human_end>",
     "chatglm4": '<|assistant|>get_weather\n{"city": "Oslo"}<|observation|>\n{"rain": "yes"}<|assistant|>\nIt rains.'
@@ -285,6 +290,62 @@ def test_openai_dialogue():
              Message("user", "Oslo")]
     assert render_prompt([WEATHER], asked, "openai")[0][2] == {"role": "tool", "tool_call_id": "call_1",
                                                                "content": "Oslo"}
+
+
+def test_turns_that_the_model_wrote_stand_as_they_are():
+    """Canonical outputs give the prompt of the call itself; others, thoughts included, are not touched."""
+    for prompt_format in (name for name in PROMPT_FORMATS if name not in ("plain", "openai")):
+        output = render_output([DIALOGUE[1].call], prompt_format)
+        written = [DIALOGUE[0], WrittenTurn(output, (DIALOGUE[1].call,)), *DIALOGUE[2:]]
+        assert render_prompt([WEATHER], written, prompt_format) == render_prompt([WEATHER], DIALOGUE, prompt_format)
+        odd = [DIALOGUE[0], WrittenTurn("I think:\n\n get ( ", ()), Message("user", "What?")]
+        assert "I think:\n\n get ( " in render_prompt([WEATHER], odd, prompt_format)
+    # The model's first token has the space that the template writes; a second one was never seen in training.
+    for prompt_format, header in (("tl", "\nAssistant: "), ("plain", "\nAssistant: "), ("react", "\nAssistant: "),
+                                  ("toolllama", "\nAssistant: "), ("nexusraven", "<human_end>\n")):
+        space = "\n" if prompt_format == "nexusraven" else " "
+        text = render_prompt([WEATHER], [DIALOGUE[0], WrittenTurn(f"{space}f()", ()), DIALOGUE[2]], prompt_format)
+        assert f"{header}f()" in text
+    text = render_prompt([WEATHER], [DIALOGUE[0], WrittenTurn('\nIt rains.', ()), Message("user", "?")], "chatglm4")
+    assert "<|assistant|>\nIt rains.<|user|>" in text  # it wrote that line break itself
+
+
+def test_ids_of_written_turns_are_those_of_training():
+    tokenizer = PieceTokenizer()
+    written = [DIALOGUE[0], WrittenTurn(' get_weather(city="Oslo")', (DIALOGUE[1].call,)), *DIALOGUE[2:]]
+    assert encode_formatted_prompt([WEATHER], written, "tl", tokenizer) == encode_prompt([WEATHER], DIALOGUE, tokenizer)
+
+
+def test_written_turns_of_the_chat_api():
+    first, second = DIALOGUE[1].call, ToolCall("ask_to_user", {"question": "When?"})
+    output = json.dumps({"content": "I look.", "tool_calls": [{"id": "same"}, {"id": "same"}]})
+    messages, _ = render_prompt([WEATHER], [
+        DIALOGUE[0], WrittenTurn(output, (first, second)), Message("tool", "rain"), Message("user", "Now"),
+        WrittenTurn(json.dumps({"content": "Hm."}), ()), Message("user", "What?"),
+        WrittenTurn(json.dumps({"content": "Hm.", "tool_calls": [{"function": 5}]}), ()), Message("user", "What?"),
+        WrittenTurn("", ()), WrittenTurn("[" * 9000, ()), WrittenTurn("[]", ()), Message("user", "What?")], "openai")
+    assert [call["id"] for call in messages[1]["tool_calls"]] == ["call_1_0", "call_1_1"]
+    assert messages[1]["content"] == "I look." and messages[2:4] == [
+        {"role": "tool", "tool_call_id": "call_1_0", "content": "rain"},
+        {"role": "tool", "tool_call_id": "call_1_1", "content": "Now"}]
+    assert [message["content"] for message in messages[4:]] == [
+        "Hm.", "What?", '{"content": "Hm.", "tool_calls": [{"function": 5}]}', "What?", "", "[" * 9000, "[]", "What?"]
+    assert not any("tool_calls" in message for message in messages[4:])
+
+
+def test_published_prompt_as_chat():
+    messages = react_messages([WEATHER], [Message("system", "Be brief."), *DIALOGUE])
+    assert messages[0]["content"].startswith("Be brief.\n\nYou are an expert in using tools")
+    assert messages[0]["content"].endswith(f"tools:\n{json.dumps([WEATHER['function']])}\n\nLet's Begin!")
+    assert messages[1:] == [
+        {"role": "user", "content": "Oslo?"},
+        {"role": "assistant", "content": 'Thought: \nAction: get_weather\nAction Input: {"city": "Oslo"}'},
+        {"role": "user", "content": 'Function: {"rain": "yes"}'}, {"role": "assistant", "content": "It rains."},
+        {"role": "user", "content": "And Rome?"}]
+    text = render_prompt([WEATHER], QUERY, "react")
+    assert text == f"System: {react_messages([WEATHER], QUERY)[0]['content']}\nUser: {QUERY[0].content}\nAssistant:"
+    with pytest.raises(PromptError):
+        react_messages([WEATHER], [])
 
 
 def test_system_text_of_the_dialogue():
