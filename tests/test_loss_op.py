@@ -250,8 +250,8 @@ def test_run_with_loss_backend_cuda_ends_with_one_line(tmp_path, capsys):
         main(["--loss_backend", "cuda", "--device", "cpu", "--output", str(tmp_path / "run")])
     assert stopped.value.code == 2
     lines = capsys.readouterr().err.splitlines()
-    assert lines == ["--loss_backend: found cuda, expected auto or torch: our kernels need a CUDA device, this run is on "
-                     "cpu"]
+    line = "--loss_backend: found cuda, expected auto or torch: our kernels need a CUDA device, this run is on cpu"
+    assert lines == [line]
     assert not (tmp_path / "run").exists()
 
 
