@@ -134,19 +134,18 @@ def clustered_interval(errors: Sequence[int], calls: Sequence[int], z: float) ->
     Calls of one dialogue fail together: a model that does not understand a tool calls it nine times. Taken for
     independent they give intervals that are too narrow, so Wilson's interval is that of M / D calls instead of M, D the
     design effect, the variance of p between dialogues over the binomial one (Kish 1965; ratio estimator, Cochran 1977,
-    section 6.3). With one call per dialogue D = 1. At p = 0 and 1 nothing shows how calls hang together; n is then the
-    number of dialogues with a call, as if each of them were one throw. (0, 1) without calls. Raises ValueError unless
-    0 <= x_i <= m_i.
+    section 6.3). With one call per dialogue D = 1. At p = 0, at p = 1 and with one dialogue nothing shows how calls hang
+    together; n is then the number of dialogues with a call, as if each were one throw. (0, 1) without calls. Raises
+    ValueError unless 0 <= x_i <= m_i.
     """
     if len(errors) != len(calls) or any(not 0 <= x <= m for x, m in zip(errors, calls)):
         raise ValueError(f"found {sum(errors)} errors of {sum(calls)} calls, expected 0 <= errors <= calls everywhere")
     n_errors, n_calls = sum(errors), sum(calls)
     if n_calls == 0:
         return 0.0, 1.0
-    if n_errors in (0, n_calls):
-        n_effective = sum(m > 0 for m in calls)
-        return wilson_interval(n_effective if n_errors else 0, n_effective, z)
-    p = n_errors / n_calls
+    p, n_dialogues = n_errors / n_calls, sum(m > 0 for m in calls)
+    if n_errors in (0, n_calls) or n_dialogues == 1:
+        return wilson_interval(p * n_dialogues, n_dialogues, z)
     between = math.fsum((x - p * m) ** 2 for x, m in zip(errors, calls))
     n_effective = max(1.0, n_calls / max(1.0, between / (p * (1 - p) * n_calls)))  # E35
     return wilson_interval(p * n_effective, n_effective, z)
