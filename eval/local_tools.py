@@ -59,10 +59,10 @@ class ToolError(Exception):
 def answer_request(request: dict) -> list:
     """["value", result ready for JSON] or ["raised", text of the exception].
 
-    The request is {"tool_set", "name", "arguments", "attempt", "today", "tools"}; one without name gets an empty value.
+    The request is {"tool_set", "name", "arguments", "attempt", "today", "tools"}; one without a name is only a trial.
     """
     try:
-        result = _run(request) if request["name"] else ""
+        result = _run(request) if "name" in request else ""
         text = result if isinstance(result, str) else json.dumps(result)
         return ["value", text[:MAX_RESULT_CHARACTERS] if len(text) > MAX_RESULT_CHARACTERS else result]
     except Exception as error:  # noqa: BLE001 - whatever a tool raises on a model's arguments is its feedback

@@ -216,7 +216,7 @@ def _take(pipe: int, text: bytearray) -> str:
 
 def find_abilities(server: Server) -> dict[str, bool]:
     """What calls can do on this machine, found by trying: "folder" (files, Python code), "programs" (a shell)."""
-    request = {"dialogue": -1, "tool_set": "", "name": "", "arguments": {}}
+    request = {"dialogue": -1}
     can_have_folder = bool(server.is_in["memory_folder"] and server.place) and \
         server.answer(request | {"needs": "folder"})[:2] == ["ended", 0]
     can_run = can_have_folder and server.answer(

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Self
 
 from data.error_filter import check_documents, classify_feedback
-from data.tool_calls import ToolCall
+from data.tool_calls import MAX_NESTING, ToolCall
 from data.trajectories import tool_parameters
 from eval.local_tools import LOCAL_TOOLS, TOOLBOX, shell_command, shell_result
 from eval.recorded_tools import read_recording, recording_key
@@ -26,7 +26,7 @@ from eval.simulated_tools import check_types, draw_outcome
 
 EXECUTOR_KINDS = ("auto", "local", "simulated", "recorded")
 MAX_FEEDBACK_CHARACTERS = 4096  # the official executor keeps 1,023 tokens of its tokenizer
-MAX_ARGUMENT_BYTES = 1 << 20    # of a call's arguments as JSON; longer ones are refused, unseen by any tool
+MAX_ARGUMENT_BYTES = 1 << 20    # of a call as JSON; longer ones are refused, unseen by any tool
 TODAY = "2024-12-20"            # what the date tools call today unless they are told otherwise: the paper's month
 CALL_SECONDS = 10.0             # of wall time for one local call
 CALL_MEMORY_BYTES = 512 << 20
@@ -96,24 +96,24 @@ class ToolExecutor:
         """Answer one call. Raises SandboxError if the sandbox is needed and does not start."""
         if self.kind == "recorded":
             return self._replay(request)
-        arguments = arguments_json(request.call)
-        is_local = self.kind != "simulated" and (request.tool_set == TOOLBOX or self._local.has(request))
-        if arguments is None:
-            meant, text = "tool_call_failure", f"{REASON}arguments of more than {MAX_ARGUMENT_BYTES} bytes"
-        elif is_local and request.tool_set == TOOLBOX:
-            meant, text = self._local.run(request)
+        is_toolbox = request.tool_set == TOOLBOX
+        is_local = self.kind != "simulated" and (is_toolbox or self._local.has(request))
+        is_plain = is_plain_json([request.call.name, request.call.arguments])
+        if is_local and is_toolbox and is_plain:
+            found = self._local.run(request)  # its world checks the documents itself, in its own words
+        elif fault := find_fault(request):
+            found = fault
+        elif not is_plain:
+            found = "tool_call_failure", f"{REASON}arguments beyond {MAX_ARGUMENT_BYTES} bytes of JSON"
+        elif is_local:
+            found = self._local.run(request)
+        elif self.kind == "local":
+            found = "tool_instability", no_network(request.call.name)
         else:
-            meant, text = find_fault(request) or ("", "")
-            if not text and is_local:
-                meant, text = self._local.run(request)
-            elif not text and self.kind == "local":
-                meant, text = "tool_instability", no_network(request.call.name)
-            elif not text:
-                meant, text = draw_outcome(
-                    request.tool_set, document_of(request), request.call.arguments, request.attempt, seed=self._seed,
-                    instability_rate=self._instability_rate, failure_rate=self._failure_rate)
-        name = "local" if is_local or self.kind == "local" else "simulated"
-        return ToolResult(_settle(meant, text, request), name)
+            found = draw_outcome(
+                request.tool_set, document_of(request), request.call.arguments, request.attempt, seed=self._seed,
+                instability_rate=self._instability_rate, failure_rate=self._failure_rate)
+        return ToolResult(_settle(*found, request), "local" if is_local or self.kind == "local" else "simulated")
 
     def _replay(self, request: ToolRequest) -> ToolResult:
         """The recorded feedback, word for word; else what the documents find; else that there is no record."""
@@ -195,17 +195,23 @@ def document_of(request: ToolRequest) -> dict | None:
 
 def no_network(name: str) -> str:
     """What a tool of the web says on a machine without network."""
-    return (f"HTTPSConnectionPool(host='localhost', port=443): Max retries exceeded with url: /{_shown(name)} "
+    return (f"HTTPSConnectionPool(host='api.example.com', port=443): Max retries exceeded with url: /{_shown(name)} "
             "(Caused by NewConnectionError('Failed to establish a new connection'))")
 
 
-def arguments_json(call: ToolCall) -> str | None:
-    """The arguments as JSON, keys sorted; None if they are too long, too deep or none that JSON knows."""
+def is_plain_json(call: list) -> bool:
+    """Whether a call is JSON that every later step can take: bounded length, bounded depth, finite numbers."""
+    pending, depth = [call], 0
+    while pending and depth <= MAX_NESTING:  # no recursion, which a model's brackets could exhaust
+        nested = [value for value in pending if isinstance(value, (dict, list))]
+        pending = [item for value in nested for item in (value.values() if isinstance(value, dict) else value)]
+        depth += 1
+    if pending:
+        return False
     try:
-        text = json.dumps(call.arguments, sort_keys=True)
-    except (ValueError, TypeError, RecursionError):
-        return None
-    return text if len(text) <= MAX_ARGUMENT_BYTES else None
+        return len(json.dumps(call, allow_nan=False)) <= MAX_ARGUMENT_BYTES
+    except (ValueError, TypeError):
+        return False
 
 
 def _shown(text: object) -> str:
@@ -395,7 +401,7 @@ class RecordingExecutor:
                                "arguments": request.call.arguments, "attempt": request.attempt,
                                "feedback": result.feedback, "executor": result.executor}, allow_nan=False)
         except (ValueError, TypeError, RecursionError):
-            return result  # arguments that JSON cannot hold; replayed, the call is refused as it was here
+            return result  # arguments that JSON cannot hold: no such call can be found again
         with self._lock:
             self._file.write(line.encode("ascii") + b"\n")
             self._file.flush()
