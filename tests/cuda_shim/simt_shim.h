@@ -71,7 +71,7 @@ struct Index {
 
 struct Fiber {
     ucontext_t context;
-    char* stack = nullptr;
+    char* stack;
     Index thread_index;
     State state;
     int line;              // of the barrier or shuffle it waits in
@@ -92,20 +92,23 @@ struct Machine {  // one launch at a time; plain arrays, because the race detect
     Fiber fibers[MAX_THREADS];
     uint64_t ready[MAX_THREADS / 64];  // one bit per thread
     Fiber* running = nullptr;
-    ucontext_t scheduler;
-    void *scheduler_tsan = nullptr, *scheduler_asan = nullptr;
-    const void* scheduler_stack = nullptr;
-    size_t scheduler_stack_bytes = 0;
+    ucontext_t host;  // the code that launched
+    void *host_tsan = nullptr, *host_asan = nullptr;
+    const void* host_stack = nullptr;
+    size_t host_bytes = 0;
+    int order = SIMT_ASCENDING;
     unsigned at_barrier = 0, returned = 0;
     char barrier_generation[2];  // addresses for the race detector; two, or barrier n + 1 would order what follows n
     unsigned generation = 0;
     char launch_end;  // address for the race detector: what the host reads after a launch is ordered behind all threads
+    char* stacks = nullptr;
     char* shared_memory = nullptr;
     size_t shared_used = 0;
     Shared shared[MAX_SHARED_ARRAYS];
     int n_shared = 0;
     void (*call)(void**) = nullptr;
     void** parameters = nullptr;
+    bool failed = false;
     std::string error;
     uint64_t random_state = 0;
 };
@@ -118,40 +121,56 @@ UNTRACED inline void make_ready(Fiber& fiber) {
 }
 
 // --------------------------------------------------------------------------------------------------- Switching fibers
-UNTRACED inline void switch_to_scheduler() {
-    Fiber* self = machine.running;
+UNTRACED inline uint64_t random_bits() {  // splitmix64
+    uint64_t bits = machine.random_state += 0x9e3779b97f4a7c15u;
+    bits = (bits ^ bits >> 30) * 0xbf58476d1ce4e5b9u;
+    bits = (bits ^ bits >> 27) * 0x94d049bb133111ebu;
+    return bits ^ bits >> 31;
+}
+
+// The ready thread to run next; nullptr if there is none. Always the lowest (or highest) one: its warp runs as far
+// ahead as it can, the warps before it wait at the barrier, those behind it have not begun.
+UNTRACED inline Fiber* next_fiber() {
+    constexpr unsigned WORDS = MAX_THREADS / 64;
+    const unsigned start = machine.order == SIMT_RANDOM ? random_bits() % machine.block_size.x : 0;
+    for (unsigned i = 0; i <= WORDS; ++i) {  // the random start's word comes twice: first its upper bits, last all
+        const bool down = machine.order == SIMT_DESCENDING;
+        const unsigned word = down ? (WORDS - 1 - i) % WORDS : (start / 64 + i) % WORDS;
+        uint64_t bits = machine.ready[word];
+        if (i == 0) bits &= ~uint64_t{0} << start % 64;
+        if (bits) return &machine.fibers[word * 64 + (down ? 63 - __builtin_clzll(bits) : __builtin_ctzll(bits))];
+    }
+    return nullptr;
+}
+
+UNTRACED inline void switch_fibers(Fiber* from, Fiber* to) {  // nullptr: the code that launched
+    machine.running = to;
 #if SIMT_ASAN
-    __sanitizer_start_switch_fiber(self->state == RETURNED ? nullptr : &self->asan, machine.scheduler_stack,
-                                   machine.scheduler_stack_bytes);
+    void** keep = !from ? &machine.host_asan : from->state == RETURNED ? nullptr : &from->asan;
+    __sanitizer_start_switch_fiber(keep, to ? to->stack : machine.host_stack, to ? STACK_BYTES : machine.host_bytes);
 #endif
 #if SIMT_TSAN
-    __tsan_switch_to_fiber(machine.scheduler_tsan, 1);  // 1: the switch orders no memory
+    __tsan_switch_to_fiber(to ? to->tsan : machine.host_tsan, 1);  // 1: the switch orders no memory
 #endif
-    swapcontext(&self->context, &machine.scheduler);
+    swapcontext(from ? &from->context : &machine.host, to ? &to->context : &machine.host);
 #if SIMT_ASAN
-    __sanitizer_finish_switch_fiber(self->asan, nullptr, nullptr);
+    __sanitizer_finish_switch_fiber(from ? from->asan : machine.host_asan, nullptr, nullptr);
 #endif
 }
 
-UNTRACED inline void run_until_it_waits(Fiber& fiber) {
-    machine.running = &fiber;
-    machine.ready[fiber.thread_index.x / 64] &= ~(uint64_t{1} << fiber.thread_index.x % 64);
-#if SIMT_ASAN
-    __sanitizer_start_switch_fiber(&machine.scheduler_asan, fiber.stack, STACK_BYTES);
-#endif
-#if SIMT_TSAN
-    __tsan_switch_to_fiber(fiber.tsan, 1);
-#endif
-    swapcontext(&machine.scheduler, &fiber.context);
-#if SIMT_ASAN
-    __sanitizer_finish_switch_fiber(machine.scheduler_asan, nullptr, nullptr);
-#endif
-    machine.running = nullptr;
+UNTRACED inline void let_others_run() {
+    Fiber* self = machine.running;
+    Fiber* next = machine.failed ? nullptr : next_fiber();
+    if (next) machine.ready[next->thread_index.x / 64] &= ~(uint64_t{1} << next->thread_index.x % 64);
+    if (next != self) switch_fibers(self, next);
 }
 
 UNTRACED inline void fiber_main() {
 #if SIMT_ASAN
-    __sanitizer_finish_switch_fiber(nullptr, &machine.scheduler_stack, &machine.scheduler_stack_bytes);
+    const void* stack;  // of whoever switched here; the first one to do so is the host
+    size_t bytes;
+    __sanitizer_finish_switch_fiber(nullptr, &stack, &bytes);
+    if (!machine.host_stack) machine.host_stack = stack, machine.host_bytes = bytes;
 #endif
     machine.call(machine.parameters);
 #if SIMT_TSAN
@@ -159,7 +178,12 @@ UNTRACED inline void fiber_main() {
 #endif
     machine.running->state = RETURNED;
     ++machine.returned;
-    switch_to_scheduler();
+    let_others_run();
+}
+
+UNTRACED inline void fail(const std::string& what) {
+    machine.error = what;
+    machine.failed = true;
 }
 
 // ------------------------------------------------------------------------------------------------ What a kernel calls
@@ -175,15 +199,15 @@ UNTRACED inline void barrier(int line) {
         for (unsigned i = 0; i < machine.block_size.x; ++i) {
             Fiber& other = machine.fibers[i];
             if (other.line != line)
-                machine.error = "__syncthreads in line " + std::to_string(line) + " by thread " +
-                                std::to_string(self->thread_index.x) + ", in line " + std::to_string(other.line) +
-                                " by thread " + std::to_string(other.thread_index.x);
+                fail("__syncthreads in line " + std::to_string(line) + " by thread " +
+                     std::to_string(self->thread_index.x) + ", in line " + std::to_string(other.line) + " by thread " +
+                     std::to_string(other.thread_index.x));
             make_ready(other);
         }
         machine.at_barrier = 0;
         ++machine.generation;
     }
-    switch_to_scheduler();
+    let_others_run();
 #if SIMT_TSAN
     __tsan_acquire(order);
 #endif
@@ -213,7 +237,7 @@ UNTRACED Value shuffle(unsigned lanes, Value value, unsigned source_lane, int li
                 warp[other].received = warp[warp[other].source_lane % 32].sent;
                 make_ready(warp[other]);
             }
-    switch_to_scheduler();
+    let_others_run();
     memcpy(&value, &self->received, sizeof(Value));
     return value;
 }
@@ -247,14 +271,7 @@ UNTRACED inline int atomic_max(int* address, int value) {
     return old;
 }
 
-// ----------------------------------------------------------------------------------------------------------- Scheduler
-UNTRACED inline uint64_t random_bits() {  // splitmix64
-    uint64_t bits = machine.random_state += 0x9e3779b97f4a7c15u;
-    bits = (bits ^ bits >> 30) * 0xbf58476d1ce4e5b9u;
-    bits = (bits ^ bits >> 27) * 0x94d049bb133111ebu;
-    return bits ^ bits >> 31;
-}
-
+// --------------------------------------------------------------------------------------------------- Blocks and grids
 UNTRACED inline std::string what_it_does(const Fiber& fiber) {
     const std::string thread = "thread " + std::to_string(fiber.thread_index.x);
     const std::string line = " in line " + std::to_string(fiber.line);
@@ -287,16 +304,17 @@ UNTRACED inline void prepare_block(unsigned block, unsigned threads) {
 #if SIMT_ASAN
     ASAN_POISON_MEMORY_REGION(machine.shared_memory, SHARED_BYTES);
 #endif
+    if (!machine.stacks) machine.stacks = static_cast<char*>(malloc((SIMT_TSAN ? threads : MAX_THREADS) * STACK_BYTES));
+#if SIMT_ASAN
+    ASAN_UNPOISON_MEMORY_REGION(machine.stacks, threads * STACK_BYTES);
+#endif
     memset(machine.ready, 0, sizeof machine.ready);
     for (unsigned i = 0; i < threads; ++i) {
         Fiber& fiber = machine.fibers[i];
         fiber.thread_index.x = i;
         make_ready(fiber);
         fiber.line = 0;
-        if (!fiber.stack) fiber.stack = static_cast<char*>(malloc(STACK_BYTES));
-#if SIMT_ASAN
-        ASAN_UNPOISON_MEMORY_REGION(fiber.stack, STACK_BYTES);
-#endif
+        fiber.stack = machine.stacks + i * STACK_BYTES;
 #if SIMT_TSAN
         fiber.tsan = __tsan_create_fiber(0);
 #endif
@@ -311,50 +329,28 @@ UNTRACED inline void prepare_block(unsigned block, unsigned threads) {
 UNTRACED inline void finish_block() {
 #if SIMT_TSAN  // Stacks and shared memory used again would look like memory that two blocks race for; they are left to
                // the end of the (short) program, because freeing them looks like a write.
-    for (unsigned i = 0; i < machine.block_size.x; ++i) {
-        __tsan_destroy_fiber(machine.fibers[i].tsan);
-        machine.fibers[i].stack = nullptr;
-    }
-    machine.shared_memory = nullptr;
+    for (unsigned i = 0; i < machine.block_size.x; ++i) __tsan_destroy_fiber(machine.fibers[i].tsan);
+    machine.stacks = machine.shared_memory = nullptr;
 #endif
 }
 
-// The ready thread to run next; nullptr if there is none. Always the lowest (or highest) one: its warp runs as far
-// ahead as it can, the warps before it wait at the barrier, those behind it have not begun.
-UNTRACED inline Fiber* next_fiber(int order) {
-    constexpr unsigned WORDS = MAX_THREADS / 64;
-    const unsigned start = order == SIMT_RANDOM ? random_bits() % machine.block_size.x : 0;
-    for (unsigned i = 0; i <= WORDS; ++i) {  // the random start's word comes twice: first its upper bits, last all
-        const unsigned word = order == SIMT_DESCENDING ? (WORDS - 1 - i) % WORDS : (start / 64 + i) % WORDS;
-        uint64_t bits = machine.ready[word];
-        if (i == 0) bits &= ~uint64_t{0} << start % 64;
-        if (!bits) continue;
-        const int bit = order == SIMT_DESCENDING ? 63 - __builtin_clzll(bits) : __builtin_ctzll(bits);
-        return &machine.fibers[word * 64 + bit];
-    }
-    return nullptr;
-}
-
-UNTRACED inline bool run_block(unsigned block, int order) {
+UNTRACED inline bool run_block(unsigned block) {
     prepare_block(block, machine.block_size.x);
-    while (machine.error.empty()) {
-        Fiber* fiber = next_fiber(order);
-        if (!fiber) break;
-        run_until_it_waits(*fiber);
-    }
-    if (machine.error.empty() && machine.returned != machine.block_size.x) machine.error = describe_deadlock();
-    if (!machine.error.empty()) machine.error += " (block " + std::to_string(block) + ")";
+    let_others_run();  // returns when no thread can go on
+    if (!machine.failed && machine.returned != machine.block_size.x) fail(describe_deadlock());
+    if (machine.failed) machine.error += " (block " + std::to_string(block) + ")";
     finish_block();
-    return machine.error.empty();
+    return !machine.failed;
 }
 
-UNTRACED inline bool run_grid(int order) {
+UNTRACED inline bool run_grid() {
     std::vector<unsigned> blocks(machine.grid_size.x);
-    for (unsigned i = 0; i < blocks.size(); ++i) blocks[i] = order == SIMT_DESCENDING ? blocks.size() - 1 - i : i;
-    if (order == SIMT_RANDOM)
+    const bool down = machine.order == SIMT_DESCENDING;
+    for (unsigned i = 0; i < blocks.size(); ++i) blocks[i] = down ? blocks.size() - 1 - i : i;
+    if (machine.order == SIMT_RANDOM)
         for (size_t i = blocks.size(); i > 1; --i) std::swap(blocks[i - 1], blocks[random_bits() % i]);
     for (unsigned block : blocks)
-        if (!run_block(block, order)) return false;
+        if (!run_block(block)) return false;
     return true;
 }
 
@@ -408,6 +404,7 @@ extern "C" {
 UNTRACED int simt_launch(const char* name, unsigned grid, unsigned block, void** parameters, int order, uint64_t seed) {
     using simt::machine;
     machine.error.clear();
+    machine.failed = false;
     machine.call = nullptr;
     for (const simt::Kernel& kernel : simt::kernels())
         if (!strcmp(kernel.name, name)) machine.call = kernel.call;
@@ -417,11 +414,12 @@ UNTRACED int simt_launch(const char* name, unsigned grid, unsigned block, void**
     machine.parameters = parameters;
     machine.grid_size.x = grid;
     machine.block_size.x = block;
+    machine.order = order;
     machine.random_state = seed;
 #if SIMT_TSAN
-    machine.scheduler_tsan = __tsan_get_current_fiber();
+    machine.host_tsan = __tsan_get_current_fiber();
 #endif
-    const bool done = simt::run_grid(order);
+    const bool done = simt::run_grid();
 #if SIMT_TSAN
     __tsan_acquire(&machine.launch_end);
 #endif
