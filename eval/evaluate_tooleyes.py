@@ -3,8 +3,8 @@
     python -m eval.evaluate_tooleyes --answers tooleyes/Test_Data/scenario_data_zero_processed.json --predictions FILE
     python -m eval.evaluate_tooleyes --answers assets/tiny_data/test_multi.jsonl --predictions FILE [--output DIR]
 
-What counts as what: docs/multi_turn.md. --predictions has one dialogue per line, as run_eval.py writes them, with the
-feedback of every call; nothing is called here.
+What counts as what: docs/multi_turn.md. --predictions has one dialogue per line with the feedback of every call, as
+run_eval.py writes them, or is the file of ToolEyes' own loop, unchanged. Nothing is called here.
 """
 import argparse
 import json
@@ -16,8 +16,8 @@ from eval.benchmark_data import benchmark_of, load_tiny_multi
 from eval.command_line import parse_arguments, run_command
 from eval.dialogue_journal import DialogueTask, match_dialogues, read_dialogues
 from eval.dialogue_metrics import score_dialogues
-from eval.json_lines import write_json_lines
-from eval.tooleyes_data import load_tooleyes
+from eval.json_lines import read_json_lines, write_json_lines
+from eval.tooleyes_data import load_tooleyes, read_official_dialogues
 
 
 def load_tasks(answers: Path) -> list[DialogueTask]:
@@ -28,7 +28,9 @@ def load_tasks(answers: Path) -> list[DialogueTask]:
 def evaluate_tooleyes_files(answers: Path, predictions: Path, limit: int | None) -> tuple[list[dict], dict, list[str]]:
     """(rows, summary, notices) for an answer file and a file of dialogues. Raises DataError with `file:line`."""
     tasks = load_tasks(answers)
-    dialogues, has_dropped = read_dialogues(predictions)
+    rows, _ = read_json_lines(predictions, drop_partial_last_line=True)
+    is_official = bool(rows) and "conversations" in rows[0][1]
+    dialogues, has_dropped = read_official_dialogues(predictions, tasks) if is_official else read_dialogues(predictions)
     matched = match_dialogues(dialogues, len(tasks), limit, path=predictions)
     rows, summary = score_dialogues(matched, tasks[:len(matched)])
     return rows, summary, [f"{predictions}: dropped a partial last line"] if has_dropped else []
@@ -40,7 +42,8 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--answers", type=Path, required=True,
                         help="the benchmark's own file: ToolEyes' .json, or .jsonl with one task per line")
     parser.add_argument("--predictions", type=Path, required=True,
-                        help='JSONL of {"index": 0, "turns": [..], "end": "finish", "format": "tl"}')
+                        help='JSONL of {"index": 0, "turns": [..], "end": "finish", "format": "tl"}, or of '
+                             'ToolEyes\' own {"id", "conversations": [..], "path"}')
     parser.add_argument("--output", type=Path, help="folder for results/<benchmark>.jsonl (default: none written)")
     parser.add_argument("--limit", type=int, help="score only the first N records (default: all, none may miss)")
     flags = parse_arguments(parser, arguments)

@@ -1,17 +1,25 @@
-"""ToolEyes' records: 382 queries, each with its tool set (docs/multi_turn.md, docs/benchmarks.md)."""
+"""ToolEyes' records, 382 queries with their tool sets, and the prediction files of its own loop (docs/multi_turn.md)."""
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path
 
+from data.tool_calls import ToolCallError
 from data.trajectories import DataError, Message, normalize_tools
 from eval.benchmark_data import field_of
-from eval.dialogue_journal import DialogueTask
-from eval.json_lines import read_json_list
+from eval.dialogue_journal import DialogueTask, RecordedDialogue
+from eval.json_lines import read_json_lines, read_json_list
+from eval.output_formats import parse_output
 
 LIBRARY = "ToolEyes/Tool_Library/"  # before the name of a tool set in a record's path
 SCENARIOS = {"TG": "Text Generation", "DU": "Data Understanding", "RS": "Real-Time Search", "PL": "Personal Life",
              "IR": "Information Retrieval", "AM": "Application Manipulation", "FT": "Financial Transactions"}
+# What its loop writes in the model's place, after the ninth turn and where the model itself raised an exception.
+FORCED_ENDS = ("Thought: I cannot solve this task due to trying too many times.\nAction: finish\n",
+               "Thought: During execution, an error occurs.\nAction: finish\n")
+
+
+# -------------------------------------------------------------------------------------------------------------- records
 
 
 def load_tooleyes(path: Path) -> list[DialogueTask]:
@@ -74,3 +82,59 @@ def _tools_of(system: str, where: str) -> list[dict]:
     except (ValueError, RecursionError):
         raise DataError(f"{where}: found no JSON list of tools in the system message, expected one") from None
     return normalize_tools(documents, f"{where}: tools")
+
+
+# ------------------------------------------------------------------------------------------- files of ToolEyes' own loop
+
+
+def read_official_dialogues(path: Path, tasks: Sequence[DialogueTask]) -> tuple[list[RecordedDialogue], bool]:
+    """The dialogues of a file that ToolEyes' own loop wrote, and whether a partial last line was dropped.
+
+    Each line is `{"id", "conversations": [{"from", "value"}], "path", ..}`: system, user, then assistant in turn with
+    function or user. It belongs to the first task of its id that has no line yet. A message of the user after a call
+    other than ask_to_user is the loop's own word that the arguments were none. What the loop wrote in the model's place
+    is no turn. Raises DataError with `file:line`.
+    """
+    rows, has_dropped = read_json_lines(path, drop_partial_last_line=True)
+    indices: dict[str, list[int]] = {}
+    for task in reversed(tasks):
+        indices.setdefault(task.id, []).append(task.index)
+    dialogues = []
+    for line, row in rows:
+        where = f"{path}:{line}"
+        identity = field_of(row, "id", str, where)
+        if not indices.get(identity):
+            raise DataError(f"{where}: found id {identity[:40]!a}, expected that of a task without a line so far")
+        turns, end = _official_turns(field_of(row, "conversations", list, where), where)
+        dialogues.append(RecordedDialogue(indices[identity].pop(), turns, end, "", "react", line))
+    return dialogues, has_dropped
+
+
+def _official_turns(conversations: list, where: str) -> tuple[list[dict], str]:
+    """(turns, end) of one conversation, whose first two messages are the system's and the user's."""
+    said = [(field_of(message, "from", str, where), field_of(message, "value", str, where))
+            for message in conversations[2:]]
+    said = said[:-1] if said and said[-1][0] == "assistant" and said[-1][1].startswith(FORCED_ENDS) else said
+    turns: list[dict] = []
+    end = "max_turns"
+    for number in range(0, len(said), 2):
+        role, output = said[number]
+        answer_role, answer = said[number + 1] if number + 1 < len(said) else ("", "")
+        if role != "assistant" or answer_role not in ("function", "user", "") or end == "finish":
+            raise DataError(f"{where}: found {role!a} and {answer_role!a} as messages {number + 2} and {number + 3}, "
+                            "expected one of assistant and one of function or user, up to a call of finish")
+        try:
+            call = parse_output(output, "react")[0]
+        except ToolCallError as error:
+            turns.append({"output": output, "calls": [], "fault": str(error)})
+            continue
+        name, entry = call.name.lower(), {"name": call.name, "arguments": call.arguments}
+        if name == "finish":
+            end, entry = "finish", {**entry, "feedback": None, "executor": ""}
+        elif answer_role == "user" and name != "ask_to_user":
+            turns.append({"output": output, "calls": [], "fault": "ToolEyes' loop could not read the arguments"})
+            continue
+        else:
+            entry |= {"feedback": answer, "executor": "user" if name == "ask_to_user" else "recorded"}
+        turns.append({"output": output, "calls": [entry], "fault": ""})
+    return turns, end

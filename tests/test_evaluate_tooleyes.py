@@ -194,6 +194,67 @@ def test_bundled_tasks(tmp_path):
     assert set(summary["by_scenario"]) == {"seen", "unseen"} and len(rows) == 200
 
 
+# ------------------------------------------------------------------------------------------ the file of ToolEyes' loop
+
+SAID = {  # what the loop's messages say, and what they are to us: attempted calls, DE, CE, VA
+    "right": ([("assistant", 'Thought: x\nAction: get_weather\nAction Input: {"city": "Oslo"}'), ("function", '"rain"'),
+               ("assistant", 'Thought: x\nAction: finish\nAction Input: {"answer": "Rain."}')], 1, 0, 0, 1),
+    "faults": ([("assistant", "Thought: x\nAction: get_wind\nAction Input: {}"),
+                ("function", "cannot import name 'get_wind' from 'Weather.Weather.tool' (x)"),
+                ("assistant", "I wonder."), ("user", "Your output format does not match the specified format, .."),
+                ("assistant", "Action: ask_to_user\nAction Input: {'question': 'Where?'}"), ("user", "Oslo"),
+                ("assistant", "Action: get_weather\nAction Input: {'city': 'Oslo'}"), ("user", "Your output format .."),
+                ("assistant", "Action: get_weather\nAction Input: {'town': 'Oslo'}"), ("function", "got an unexpected"),
+                ("assistant", "Action: finish\nAction Input: {\"answer\": \"I cannot handle the task.\"}")], 4, 2, 2, 0),
+    "too long": ([("assistant", "Action: get_news\nAction Input: {}"), ("function", '{"error": "Response error."}')] * 9
+                 + [("assistant", ("Thought: I cannot solve this task due to trying too many times.\nAction: finish\n"
+                     'Action Input: {"answer": "I cannot handle the task."}'))], 9, 0, 9, 0),
+    "exception": ([("assistant", ("Thought: During execution, an error occurs.\nAction: finish\n"
+                    'Action Input: {"answer": "I cannot handle the task."}'))], 0, 0, 0, 0),
+}
+
+
+def official_file(tmp_path, *rows):
+    path = tmp_path / "official.jsonl"
+    path.write_text("".join(json.dumps(each) + "\n\n" for each in rows))  # blank lines pass, as in its own reader
+    return path
+
+
+def official_row(said, query="Weather in Oslo?"):
+    source = record(query)
+    return {**source, "conversations": source["conversations"] + [{"from": role, "value": text} for role, text in said]}
+
+
+def test_file_of_the_official_loop(tmp_path):
+    """Lines in any order, equal ids in the order of the records; what the loop wrote itself is no turn."""
+    answers = answers_file(tmp_path, record("a"), record("same"), record("same"), record("d"))
+    said = list(SAID.values())
+    path = official_file(tmp_path, official_row(said[3][0], "d"), official_row(said[1][0], "same"),
+                         official_row(said[0][0], "a"), official_row(said[2][0], "same"))
+    rows, summary, _ = evaluate_tooleyes_files(answers, path, None)
+    for row, (_, calls, de, ce, va) in zip(rows, said, strict=True):
+        assert (row["calls"], row["DE"], row["CE"], row["VA"]) == (calls, de, ce, va), row
+    assert [row["turns"] for row in rows] == [2, 6, 9, 0] and summary["executors"] == {"recorded": 12}
+    assert summary["ends"] == {"finish": 2, "max_turns": 2}
+    assert summary["no_answer"] == {"give-up": 1, "no finish: max_turns": 2}
+
+
+@pytest.mark.parametrize(("change", "text"), [
+    ({"id": "Turn 1: other"}, ":1: found id 'Turn 1: other', expected that of a task without a line"),
+    ({"id": 5}, "as 'id'"), ({"conversations": {}}, "as 'conversations'"),
+    ({"conversations": [0, 0, {"from": "user", "value": "x"}]}, "found 'user' and '' as messages 2 and 3"),
+    ({"conversations": [0, 0, {"from": "assistant", "value": 5}]}, "as 'value'"), ({"conversations": [0, 0, 7]}, "'from'"),
+    ({"conversations": [0, 0, *({"from": "assistant", "value": "Action: finish\nAction Input: {}"},) * 2]},
+     "found 'assistant' and 'assistant'"),
+])
+def test_malformed_official_files(tmp_path, capsys, change, text):
+    answers = answers_file(tmp_path, record())
+    path = official_file(tmp_path, {**official_row(SAID["right"][0]), **change})
+    assert main(["--answers", str(answers), "--predictions", str(path)]) == 2
+    error = capsys.readouterr().err
+    assert text in error and error.startswith(f"{path}:1: ") and error.count("\n") == 1
+
+
 # ------------------------------------------------------------------------------------------------------------- hostile
 
 
