@@ -4,7 +4,7 @@ set -euo pipefail
 cd "$(dirname "$0")"
 . ./setup_venv.sh requirements.txt
 # Peers and extras make more tests run; without them those tests skip and say why.
-for extra in requirements-optional.txt requirements-peers.txt; do
+for extra in requirements-optional.txt requirements-peers.txt requirements-cuda.txt; do
     (. ./setup_venv.sh "$extra") || echo "could not install $extra: its tests will be skipped"
 done
 exec "$python" -m pytest "$@"

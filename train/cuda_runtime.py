@@ -184,11 +184,14 @@ def _write_entry(path: Path, image: bytes) -> None:
     """Temporary file and rename: ranks that compile at the same time see no file or a whole one."""
     try:
         handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=".part_")
+    except OSError:  # the next process compiles again
+        return
+    try:
         with open(handle, "wb") as file:
             file.write(hashlib.sha256(image).digest() + image)
         os.replace(temporary, path)
-    except OSError:  # read-only or full: the next process compiles again
-        return
+    except OSError:
+        Path(temporary).unlink(missing_ok=True)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
