@@ -1,4 +1,4 @@
-"""ToolEyes' records, 382 queries with their tool sets, and the prediction files of its own loop (docs/multi_turn.md)."""
+"""ToolEyes' 382 queries with their tool sets, and the prediction files of its own loop (docs/multi_turn.md)."""
 import json
 from collections.abc import Mapping, Sequence
 from functools import cache
@@ -84,7 +84,7 @@ def _tools_of(system: str, where: str) -> list[dict]:
     return normalize_tools(documents, f"{where}: tools")
 
 
-# ------------------------------------------------------------------------------------------- files of ToolEyes' own loop
+# ------------------------------------------------------------------------------------------ files of ToolEyes' own loop
 
 
 def read_official_dialogues(path: Path, tasks: Sequence[DialogueTask]) -> tuple[list[RecordedDialogue], bool]:

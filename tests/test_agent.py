@@ -112,7 +112,8 @@ def test_own_words_stand_in_later_prompts(tmp_path, prompt_format):
     words = {"toolllama": "Thought: look.\n", "qwen2": "Thought: look.\n", "react": " Thought: look.\n",
              "nexusraven": "\n", "qwen25": "I look.\n"}.get(prompt_format, "")
     output = words + render_output([ToolCall("get_weather", {"city": "Oslo"})], prompt_format).removeprefix("Thought: ")
-    _, decoder = one(tmp_path, output, "no call", call("finish", prompt_format, answer="x"), prompt_format=prompt_format)
+    end = call("finish", prompt_format, answer="x")
+    _, decoder = one(tmp_path, output, "no call", end, prompt_format=prompt_format)
     prompts = [prompt for _, _, prompt in decoder.prompts]
     for before, after in itertools.pairwise(prompts):
         assert after.startswith(before.rstrip("\n") if prompt_format == "toolllama" else before)
@@ -217,8 +218,8 @@ def test_resumed_from_any_byte_of_the_journal(tmp_path):
 
         _, notices, _ = play(path, tasks, wandering, execute=execute, seed=number)
         assert path.read_bytes() == whole and not journal_files(path)
-        assert any("dropped 1 partial line" in notice for notice in notices) == (journal[:length][-1:] not in (b"", b"\n")
-                                                                                  and length != len(journal) - 1)
+        is_torn = journal[:length][-1:] not in (b"", b"\n") and length != len(journal) - 1
+        assert any("dropped 1 partial line" in notice for notice in notices) == is_torn
         recorded = [json.loads(line) for line in journal[:length].split(b"\n")[:-1]]
         n_recorded = sum(entry["executor"] == "simulated" for line in recorded for entry in line.get("calls", []))
         last = journal[:length].rpartition(b"\n")[2]

@@ -76,7 +76,8 @@ def test_dialogues_are_read(tmp_path):
     ({"turns": [{**TURN, "fault": "both"}]}, "found 1 calls and the fault 'both'"),
     ({"turns": [{**FAULTY, "fault": ""}]}, "found 0 calls and the fault ''"),
     ({"turns": [{**FAULTY, "fault": 3}]}, "found int as 'fault'"),
-    ({"end": "gave up"}, "found end 'gave up', expected one of finish, max_turns"), ({"end": None}, "found end nothing"),
+    ({"end": "gave up"}, "found end 'gave up', expected one of finish, max_turns"),
+    ({"end": None}, "found end nothing"),
     ({"format": "xml"}, "found format 'xml', expected one of tl"), ({"format": []}, "found format list"),
     ({"error": 7}, "found int as 'error'"), ({"index": 0}, "found index 0 again, expected it once .first in line 1"),
 ])
@@ -154,8 +155,9 @@ def test_threads_append_whole_lines(tmp_path):
 
 
 def test_killed_five_times(tmp_path):
-    """A process that is killed by SIGKILL inside a tool call, five times over; the last one ends with the same bytes."""
-    tasks, whole, path = [task(index, f"Query {index}?") for index in range(10)], tmp_path / "a.jsonl", tmp_path / "b.jsonl"
+    """A process killed by SIGKILL inside a tool call, five times over; the last one ends with the same bytes."""
+    tasks = [task(index, f"Query {index}?") for index in range(10)]
+    whole, path = tmp_path / "a.jsonl", tmp_path / "b.jsonl"
 
     def policy(dialogue, turn, prompt):
         rng = random.Random(f"{dialogue} {turn} {prompt}")

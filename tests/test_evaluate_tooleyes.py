@@ -33,7 +33,7 @@ def answers_file(tmp_path, *records):
 
 def turn(*calls):
     return {"output": "raw", "fault": "", "calls": [
-        {"name": name, "arguments": arguments, "feedback": feedback, "executor": "local" if feedback is not None else ""}
+        {"name": name, "arguments": arguments, "feedback": feedback, "executor": "" if feedback is None else "local"}
         for name, arguments, feedback in calls]}
 
 
@@ -93,7 +93,8 @@ def test_duplicates_stay_apart(tmp_path):
 
 @pytest.mark.parametrize(("changes", "text"), [
     ({"path": 5}, "found int as 'path'"), ({"scenario": "XX"}, "found scenario 'XX'"), ({"id": None}, "as 'id'"),
-    ({"path": "ToolEyes/Tool_Library/../../etc"}, "expected that of a tool set"), ({"path": "/etc"}, "expected that of"),
+    ({"path": "ToolEyes/Tool_Library/../../etc"}, "expected that of a tool set"),
+    ({"path": "/etc"}, "expected that of"),
     ({"conversations": []}, "expected one of system and one of user"),
     ({"conversations": [{"from": "user", "value": "x"}]}, "expected one of system and one of user"),
     ({"conversations": [5, 6]}, "expected one of system"),
@@ -136,7 +137,8 @@ def test_rows_and_summary(tmp_path, capsys):
     assert main(["--answers", str(answers), "--predictions", str(predictions), "--output", str(tmp_path)]) == 0
     summary = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert {key: summary[key] for key in ("n", "n_calls", "DE", "CE", "VA", "DE_percent", "CE_percent", "VA_percent")} \
-        == {"n": 3, "n_calls": 4, "DE": 1, "CE": 1, "VA": 2, "DE_percent": 25.0, "CE_percent": 25.0, "VA_percent": 66.67}
+        == {"n": 3, "n_calls": 4, "DE": 1, "CE": 1, "VA": 2, "DE_percent": 25.0, "CE_percent": 25.0,
+            "VA_percent": 66.67}
     assert set(summary["by_scenario"]) == {"RS", "TG"} and summary["executors"] == {"local": 3}
     rows = [json.loads(line) for line in (tmp_path / "results/tooleyes.jsonl").read_text().splitlines()]
     assert [(each["index"], each["VA"], each["DE"], each["CE"]) for each in rows] == [(0, 1, 0, 0), (1, 0, 1, 1),
@@ -178,7 +180,7 @@ def test_standalone_and_without_model_code():
                           text=True, check=False)
     assert done.returncode == 0 and "--predictions" in done.stdout
     source = ("import sys; from eval.evaluate_tooleyes import main; "
-              "sys.exit(any(name.split('.')[0] in ('torch', 'model') or name == 'eval.sandbox' for name in sys.modules))")
+              "sys.exit(any(name.split('.')[0] in ('torch', 'model') for name in sys.modules))")
     assert subprocess.run([sys.executable, "-c", source], cwd=ROOT, check=False).returncode == 0
 
 
@@ -205,7 +207,7 @@ SAID = {  # what the loop's messages say, and what they are to us: attempted cal
                 ("assistant", "Action: ask_to_user\nAction Input: {'question': 'Where?'}"), ("user", "Oslo"),
                 ("assistant", "Action: get_weather\nAction Input: {'city': 'Oslo'}"), ("user", "Your output format .."),
                 ("assistant", "Action: get_weather\nAction Input: {'town': 'Oslo'}"), ("function", "got an unexpected"),
-                ("assistant", "Action: finish\nAction Input: {\"answer\": \"I cannot handle the task.\"}")], 4, 2, 2, 0),
+                ("assistant", 'Action: finish\nAction Input: {"answer": "I cannot handle the task."}')], 4, 2, 2, 0),
     "too long": ([("assistant", "Action: get_news\nAction Input: {}"), ("function", '{"error": "Response error."}')] * 9
                  + [("assistant", ("Thought: I cannot solve this task due to trying too many times.\nAction: finish\n"
                      'Action Input: {"answer": "I cannot handle the task."}'))], 9, 0, 9, 0),
@@ -243,7 +245,8 @@ def test_file_of_the_official_loop(tmp_path):
     ({"id": "Turn 1: other"}, ":1: found id 'Turn 1: other', expected that of a task without a line"),
     ({"id": 5}, "as 'id'"), ({"conversations": {}}, "as 'conversations'"),
     ({"conversations": [0, 0, {"from": "user", "value": "x"}]}, "found 'user' and '' as messages 2 and 3"),
-    ({"conversations": [0, 0, {"from": "assistant", "value": 5}]}, "as 'value'"), ({"conversations": [0, 0, 7]}, "'from'"),
+    ({"conversations": [0, 0, {"from": "assistant", "value": 5}]}, "as 'value'"),
+    ({"conversations": [0, 0, 7]}, "'from'"),
     ({"conversations": [0, 0, *({"from": "assistant", "value": "Action: finish\nAction Input: {}"},) * 2]},
      "found 'assistant' and 'assistant'"),
 ])
