@@ -30,6 +30,7 @@ SOURCE = ROOT / "train" / "csrc" / "weighted_cross_entropy.cu"
 ORDERS = {"ascending": 0, "descending": 1, "random": 2}  # simt_api.h
 VARIANTS = {  # name -> (flags of the compiler, flags of the linker)
     "plain": (["-O1"], []),
+    "quick": (["-O0"], []),  # for programs that are built more often than they run
     "count": (["-O1", "-fsanitize=thread", "-DSIMT_COUNT"], []),  # hooks of simt_count.h, not the real run time
     # Without optimisation: a quarter of the compile time, and no faulty access is optimised away.
     "asan": (["-O0", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"],

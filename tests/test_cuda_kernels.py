@@ -6,6 +6,7 @@ import ctypes
 import math
 import mmap
 import re
+from random import Random
 
 import pytest
 import torch
@@ -21,7 +22,7 @@ from tests.cuda_build import (
     launch,
     why_no_gxx,
 )
-from train.cuda_cross_entropy import ROW_KERNELS, STREAM_THREADS
+from train.cuda_cross_entropy import ROW_KERNELS, STREAM_THREADS, choose_kernel
 
 pytestmark = pytest.mark.skipif(why_no_gxx() != "", reason=why_no_gxx() or "g++ is there")
 
@@ -194,6 +195,23 @@ def test_stream_kernel_at_every_alignment_of_rows(dtype_name, vocabulary_size):
     for result in results:
         check(result, rows)
     assert len({result.bits() for result in results}) == 1
+
+
+@pytest.mark.parametrize("seed", range(30))
+def test_the_kernel_that_the_product_chooses_for_any_rows(seed):
+    # Length, stride, first address, place and order at random; every second case keeps rows at 16-byte borders.
+    random = Random(seed)
+    dtype_name = random.choice(list(DTYPES))
+    vocabulary_size = random.randint(1, 700)
+    stride = vocabulary_size + random.randint(0, 20)
+    offset = random.randint(0, 7)
+    if seed % 2:
+        stride, offset = -(-stride // 8) * 8, 0
+    rows = Rows(DTYPES[dtype_name], vocabulary_size, stride=stride, offset=offset, seed=seed, n_rows=3)
+    kernel = choose_kernel(DTYPES[dtype_name], vocabulary_size, rows.logits_MV)
+    if seed % 2:
+        assert kernel[0].startswith("wce_row_")
+    check(run(kernel, rows, place=random.choice(["in", "out"]), order=random.choice(list(ORDERS))), rows)
 
 
 @each_dtype
@@ -407,7 +425,7 @@ def test_rows_further_apart_than_32_bits():
         assert torch.equal(logits_MV, expected.gradient_MV)
 
 
-# ------------------------------------------------------------------------------------------------- the text and the shim
+# ------------------------------------------------------------------------------------------------ the text and the shim
 def test_table_in_the_header_names_the_kernels_of_the_text():
     text = SOURCE.read_text(encoding="utf-8")
     table = {(int(threads), int(vectors)): (int(half.replace(",", "")), int(full.replace(",", "")))

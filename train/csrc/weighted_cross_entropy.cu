@@ -26,9 +26,9 @@
 // Promises of both: no logit of a row of weight 0 is read and its target may be anything; its gradient, loss and
 // logsumexp are 0. A target outside [0, V) on a row with weight gives loss and logsumexp NaN, gradient 0, and *bad_row
 // becomes the largest such row + 1. gradient == logits is allowed, any other overlap is not. Arithmetic is fp32, row
-// offsets are 64-bit (16,384 rows of 151,936 logits are more than 2^31), nothing is added by atomics: equal input, equal
-// bits. A row that holds +inf or NaN, or only -inf, gives NaN in that row alone. Finite logits above 2.3e38 count as
-// +inf, because they overflow when multiplied by log2(e).
+// offsets are 64-bit (16,384 rows of 151,936 logits are more than 2^31), nothing is added by atomics: equal input,
+// equal bits. A row that holds +inf or NaN, or only -inf, gives NaN in that row alone. Finite logits above 2.3e38 count
+// as +inf, because they overflow when multiplied by log2(e).
 //
 // Legend: column = position in the row; vector = 16 bytes of consecutive logits (8 of bf16 and fp16, 4 of fp32).
 
@@ -339,7 +339,8 @@ __device__ __forceinline__ void row_kernel(const Arguments<Dtype>& call) {
             const int index = threadIdx.x + k * THREADS;
             Dtype::unpack(vectors[k], values);
 #pragma unroll
-            for (int j = 0; j < PER_VECTOR; ++j) values[j] = scale * exp2_approximate(score_of(values[j], shift));
+            for (int j = 0; j < PER_VECTOR; ++j)
+                values[j] = scale * exp2_approximate(score_of(values[j], shift));  // E10, softmax
             Dtype::pack(values, vectors[k]);
             if (index < n_vectors) store_vector(row.gradient, index, vectors[k]);
         }
@@ -351,17 +352,18 @@ __device__ __forceinline__ void row_kernel(const Arguments<Dtype>& call) {
 }
 
 // --------------------------------------------------------------------------------------------------- Row of any length
-// Two reads and one write of each logit; the second read finds what the L2 cache still has. The first pass keeps the
-// maximum and the sum of what a thread has seen so far, so that one pass does for both (online softmax).
+// Two reads and one write of each logit. The first pass keeps the maximum and the sum of what a thread has seen so far,
+// so that one pass does for both (online softmax).
 constexpr int STREAM_THREADS = 512;
 
 // Adds COUNT logits to a thread's running shift and sum. A shift of -inf means that only -inf was seen (or nothing):
 // subtracting it would make NaN of 2^(-inf + inf), where 0 is meant.
 template <int COUNT>
 __device__ __forceinline__ void add_logits(const float* logits, float& shift, float& sum) {
-    float new_shift = shift;
+    float maximum = logits[0];
 #pragma unroll
-    for (int j = 0; j < COUNT; ++j) new_shift = fmaxf(new_shift, logits[j] * LOG2_E);
+    for (int j = 1; j < COUNT; ++j) maximum = fmaxf(maximum, logits[j]);
+    const float new_shift = fmaxf(shift, maximum * LOG2_E);
     const float base = new_shift == MINUS_INFINITY ? 0.f : new_shift;
     sum *= exp2_approximate(shift - base);
 #pragma unroll
@@ -408,14 +410,17 @@ __device__ __forceinline__ void stream_kernel(const Arguments<Dtype>& call) {
     shift = block_maximum<THREADS>(shift, warp_maxima);
     sum = block_sum<THREADS>(sum * exp2_approximate(thread_shift - shift), warp_sums);
 
-    // 3. Second pass: gradient. A thread overwrites only columns that it alone reads.
+    // 3. Second pass: gradient. A thread overwrites only columns that it alone reads. Vectors from the row's end to its
+    // start: the end was read last and is still in the L2 cache where the rows in work do not fit in it together.
     if (row.gradient) {
         const float scale = row.factor / sum;
-        for (int k = threadIdx.x; k < n_vectors; k += THREADS) {
+        const int first_behind = (n_vectors + THREADS - 1 - (int)threadIdx.x) / THREADS * THREADS + (int)threadIdx.x;
+        for (int k = first_behind - THREADS; k >= 0; k -= THREADS) {
             Vector vector = load_vector(row.logits + n_head, k);
             Dtype::unpack(vector, values);
 #pragma unroll
-            for (int j = 0; j < PER_VECTOR; ++j) values[j] = scale * exp2_approximate(score_of(values[j], shift));
+            for (int j = 0; j < PER_VECTOR; ++j)
+                values[j] = scale * exp2_approximate(score_of(values[j], shift));  // E10, softmax
             Dtype::pack(values, vector);
             store_vector(row.gradient + n_head, k, vector);
         }
@@ -430,7 +435,7 @@ __device__ __forceinline__ void stream_kernel(const Arguments<Dtype>& call) {
     if (owns_target) finish_row(call, row, target_logit, shift, sum);
 }
 
-// ----------------------------------------------------------------------------------------------------- values *= factor
+// ---------------------------------------------------------------------------------------------------- values *= factor
 // The backward pass multiplies a stored gradient by the incoming one, which is 1 unless the caller scaled the loss.
 // Each block reads the factor on the device: no wait of the host, and no pass over the values if nothing is to be done.
 template <class Dtype>
