@@ -85,8 +85,8 @@ class EvalConfig:
     recorded_calls: str = _setting("", "file of calls and their feedback for --tool_executor recorded")
     record_calls: str = _setting("", "write every call and its feedback to this file, for --recorded_calls of other runs")
     max_turns: int = _setting(MAX_TURNS, "model outputs of a dialogue (ToolEyes and paper: 9)", low=1, high=MAX_TURNS)
-    max_dialogue_tokens: int = _setting(0, "prompt and output of a dialogue's last turn; 0 = the model's positions. The "
-                                        "key/value cache holds batch_size times as many", low=0)
+    max_dialogue_tokens: int = _setting(8192, "prompt and output together, at most the model's positions; a dialogue that "
+                                        "grows beyond ends. The key/value cache holds batch_size times as many", low=2)
     limit: int = _setting(0, "only the first N records of each benchmark; 0 = all", low=0)
     max_new_tokens: int = _setting(128, "longest output of a call, tokens; longer ones are cut and count as they are",
                                    low=1)
@@ -283,7 +283,7 @@ def play_dialogues(config: EvalConfig, world: World,
             else:
                 run_dialogues_with_model(missing, *player, execute=execute, journal=journal, **settings,
                                          batch_size=config.batch_size, rank=world.rank, world_size=world.size,
-                                         max_dialogue_tokens=config.max_dialogue_tokens or None)
+                                         max_dialogue_tokens=config.max_dialogue_tokens)
             for notice in execute.notices if world.is_main else ():
                 log_line(notice)
     return play

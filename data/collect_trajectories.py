@@ -260,7 +260,7 @@ def player_of(flags: argparse.Namespace,
             else:
                 run_dialogues_with_model(missing, *teacher, execute=execute, journal=journal, **settings,
                                          batch_size=flags.batch_size, seed=flags.seed,
-                                         max_dialogue_tokens=flags.max_dialogue_tokens or None)
+                                         max_dialogue_tokens=flags.max_dialogue_tokens)
             for notice in execute.notices:
                 print(notice, file=sys.stderr)
     return play
@@ -295,7 +295,7 @@ def read_flags(arguments: Sequence[str]) -> argparse.Namespace:
     add("--execute_code", action="store_true", help="run code that the teacher wrote, in the sandbox")
     add("--max_turns", type=int, default=MAX_TURNS, help="outputs of a dialogue, 1 to 9 (%(default)s)")
     add("--max_new_tokens", type=int, default=512, help="longest output, tokens (%(default)s)")
-    add("--max_dialogue_tokens", type=int, default=0, help="prompt and output together; 0 = the model's positions")
+    add("--max_dialogue_tokens", type=int, default=8192, help="prompt and output together (%(default)s)")
     add("--temperature", type=float, default=0.0, help="0 = greedy; above, one draw per turn (%(default)s)")
     add("--seed", type=int, default=0, help="seed of the draws and of the tools (%(default)s)")
     add("--batch_size", type=int, default=32, help="dialogues side by side; memory and speed only (%(default)s)")
@@ -312,7 +312,7 @@ def read_flags(arguments: Sequence[str]) -> argparse.Namespace:
 
 def _check_flags(parser: argparse.ArgumentParser, flags: argparse.Namespace) -> None:
     for name, low, high in (("limit", 1, None), ("max_turns", 1, MAX_TURNS), ("max_new_tokens", 1, None),
-                            ("max_dialogue_tokens", 0, None), ("batch_size", 1, None), ("seed", 0, None),
+                            ("max_dialogue_tokens", 2, None), ("batch_size", 1, None), ("seed", 0, None),
                             ("temperature", 0, 100), ("instability_rate", 0, 1), ("call_failure_rate", 0, 1),
                             ("endpoint_timeout", 0.1, None), ("endpoint_attempts", 1, None),
                             ("endpoint_concurrency", 1, None)):
