@@ -121,13 +121,12 @@ def test_more_rows_than_a_forward_takes_advance_in_turn():
     decoder = DialogueDecoder(model, n_rows=20, max_tokens=40, max_new_tokens=6, stop_ids=frozenset())
     for dialogue in range(20):
         decoder.ask(dialogue, [5, dialogue])
-    for _ in range(20):
-        decoder.step()  # prefills
     n_sampled = []
-    for _ in range(4):
+    for _ in range(24):
         decoder.step()
         n_sampled.append([len(decoder.responses[row].ids) for row in range(20)])
-    assert n_sampled == [[2] * 16 + [1] * 4, [2] * 20, [3] * 16 + [2] * 4, [3] * 20]
+    assert n_sampled[:20] == [[1] * (1 + n) + [0] * (19 - n) for n in range(20)]  # prefilled in the order of asking
+    assert n_sampled[20:] == [[2] * 16 + [1] * 4, [2] * 20, [3] * 16 + [2] * 4, [3] * 20]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -286,7 +285,7 @@ def test_nan_of_an_earlier_turn_or_dialogue_does_not_reach_the_next_one():
         if cache.keys_RLKH[0] is not None:
             for storage_RLKH in cache.keys_RLKH + cache.values_RLKH:
                 with torch.inference_mode():
-                    storage_RLKH[0, n_shared:cache.written[0]] = float("nan")
+                    storage_RLKH[0, n_shared:len(decoder.ids_of_row[0])] = float("nan")
         if dialogue not in decoder.dialogue_of_row:
             decoder.drop(dialogue - 1)
         assert answer(decoder, dialogue, prompt) == generate(model, [prompt], max_new_tokens=6, eos_id=None)[0][0]

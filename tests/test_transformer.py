@@ -198,16 +198,16 @@ def test_cache_equals_full_forward(chunks):
 
 def test_cache_grows_with_its_longest_row():
     model = tiny_model()
-    ids = torch.randint(0, 61, (1, 300), generator=torch.Generator().manual_seed(8))
-    cache, slots, logits = KVCache(model.config, 2, 300), [], {0: [], 1: []}
+    ids = torch.randint(0, 61, (1, 520), generator=torch.Generator().manual_seed(8))
+    cache, slots, logits = KVCache(model.config, 2, 600), [], {0: [], 1: []}
     with torch.no_grad():
-        for row, start, end in ((0, 0, 100), (1, 0, 128), (0, 100, 101), (1, 128, 129), (0, 101, 130), (1, 129, 257)):
+        for row, start, end in ((0, 0, 100), (1, 0, 128), (0, 100, 101), (1, 128, 129), (1, 129, 257), (0, 101, 520)):
             cache.selected_rows = [row]
             logits[row].append(model(ids[:, start:end], kv_cache=cache))
             slots.append(cache.keys_RLKH[1].shape[1])
         full = model(ids)
-    assert slots == [128, 128, 128, 256, 256, 384]  # by steps of 128, at least twofold, 300 rounded up at most
-    assert torch.allclose(torch.cat(logits[0], dim=1), full[:, :130], rtol=1e-5, atol=5e-5)
+    assert slots == [128, 128, 128, 256, 512, 640]  # steps of 128, at least twofold, at most 600 rounded up
+    assert torch.allclose(torch.cat(logits[0], dim=1), full, rtol=1e-5, atol=5e-5)
     assert torch.allclose(torch.cat(logits[1], dim=1), full[:, :257], rtol=1e-5, atol=5e-5)
 
 
