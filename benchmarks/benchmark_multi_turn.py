@@ -32,7 +32,7 @@ from model.sampling import generate
 from model.transformer import Transformer
 
 GOAL = 1.5
-SHAPES = {"tiny": (400, 24, 32), "135m": (200, 12, 24)}  # tokens of the first prompt, a response, a feedback
+SHAPES = {"tiny": (400, 24, 32), "135m": (200, 8, 16)}  # tokens of the first prompt, a response, a feedback
 
 Turns = list[list[int]]  # responses of one dialogue
 
