@@ -64,13 +64,14 @@ def launched(log: Path) -> list[str]:
     return log.read_text(encoding="ascii").splitlines() if log.exists() else []
 
 
-def random_rows(dtype, n_rows, vocab_size, *, stride=None, seed=0):
+def random_rows(dtype, n_rows, vocab_size, *, stride=None, seed=0, device="cpu"):
     """Logits (rows padded to `stride`), targets, weights with a zero, a negative and a fraction."""
     generator = torch.Generator().manual_seed(seed)
     block = torch.full((n_rows, stride or vocab_size), float("nan"))
     block[:, :vocab_size] = 4 * torch.randn(n_rows, vocab_size, generator=generator)
     weights = torch.tensor([1.0, 0.0, -0.375, 9.0])[torch.arange(n_rows) % 4]
-    return block.to(dtype)[:, :vocab_size], torch.randint(0, vocab_size, (n_rows,), generator=generator), weights
+    target_ids = torch.randint(0, vocab_size, (n_rows,), generator=generator)
+    return block.to(dtype).to(device)[:, :vocab_size], target_ids.to(device), weights.to(device)
 
 
 def exact_results(logits_CV, target_ids_C, loss_weights_C):
@@ -80,7 +81,7 @@ def exact_results(logits_CV, target_ids_C, loss_weights_C):
     logsumexps_C = logits_CV.logsumexp(1)
     losses_C = loss_weights_C * (logsumexps_C - logits_CV.gather(1, target_ids_C[:, None]).squeeze(1))
     gradient_CV = logits_CV.softmax(1)
-    gradient_CV[torch.arange(len(target_ids_C)), target_ids_C] -= 1
+    gradient_CV[torch.arange(len(target_ids_C), device=target_ids_C.device), target_ids_C] -= 1
     return losses_C, logsumexps_C * (loss_weights_C != 0), gradient_CV * loss_weights_C[:, None]
 
 
@@ -91,8 +92,9 @@ def assert_rows_agree(logits_CV, target_ids_C, loss_weights_C, kernel=None, in_p
     untouched = logits_CV.clone()
     gradient_CV = logits_CV
     if not in_place:
-        gradient_CV = torch.empty_strided(logits_CV.shape, logits_CV.stride(), dtype=logits_CV.dtype)
-    found_lse_C, bad_row = torch.full_like(loss_weights_C, 7.0), torch.zeros(1, dtype=torch.int32)
+        gradient_CV = torch.empty_strided(logits_CV.shape, logits_CV.stride(), dtype=logits_CV.dtype,
+                                          device=logits_CV.device)
+    found_lse_C, bad_row = torch.full_like(loss_weights_C, 7.0), torch.zeros_like(target_ids_C[:1], dtype=torch.int32)
     found_C = cuda_row_cross_entropy(logits_CV, target_ids_C, loss_weights_C, gradient_CV, upstream=upstream,
                                      logsumexps_C=found_lse_C, bad_row=bad_row, kernel=kernel)
     torch.testing.assert_close(found_C.double(), losses_C, rtol=1e-5, atol=1e-5)

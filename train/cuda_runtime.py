@@ -115,9 +115,9 @@ def _compile_error(source: KernelSource, architecture: str, log: bytes) -> str:
 def _nvrtc_bytes(what: str, program: object) -> bytes:
     """One of the buffers of a program; NVRTC tells its size first."""
     (size,) = _nvrtc(f"nvrtcGet{what}Size", program)
-    buffer = b"\0" * size
+    buffer = bytearray(size)
     _nvrtc(f"nvrtcGet{what}", program, buffer)
-    return buffer
+    return bytes(buffer)
 
 
 def _nvrtc(name: str, *arguments: object) -> tuple:
