@@ -92,15 +92,16 @@ class Dialogue:
         """Let the model have said `output`, cut at max_new_tokens or not: answer its calls, journal the turn.
 
         A recorded turn is not journaled again and its feedback stands; only local tools run once more, for the files
-        that they leave for later calls. Raises DataError where the recorded output is another.
+        that they leave for later calls. Raises DataError where the recorded output or what was read from it is another.
         """
         recorded = self.recorded_turn()
-        if recorded is not None and recorded["output"] != output:
-            raise DataError(f"{self._journal.path}: found another output for turn {self.n_turns + 1} of index "
-                            f"{self.task.index} than in its journal, expected the same one: model, machine or number "
-                            "of threads have changed; choose another --output")
-        self.n_turns += 1
         calls, fault = self._read(output, is_cut)
+        said = [{"name": call.name, "arguments": call.arguments} for call in calls]
+        if recorded is not None and (recorded["output"], _calls_of(recorded)) != (output, said):
+            raise DataError(f"{self._journal.path}: found another output for turn {self.n_turns + 1} of index "
+                            f"{self.task.index} than in its journal, expected the same one: model, machine, number of "
+                            "threads or this program have changed; choose another --output")
+        self.n_turns += 1
         answered = self._answer(calls, recorded)
         if recorded is None:
             self._journal.add_turn(self.task.index, self.n_turns, {"output": output, "calls": answered, "fault": fault})
@@ -154,6 +155,10 @@ class Dialogue:
                 entry = _call_entry(call, result.feedback[:MAX_FEEDBACK_CHARACTERS], result.executor)
             answered.append(entry)
         return answered
+
+
+def _calls_of(turn: dict) -> list[dict]:
+    return [{"name": entry["name"], "arguments": entry["arguments"]} for entry in turn["calls"]]
 
 
 def _call_entry(call: ToolCall, feedback: str | None, executor: str) -> dict:

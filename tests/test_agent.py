@@ -1,9 +1,12 @@
 """eval/agent.py: the loop of a dialogue, batches, resumption at every point, the endpoint, all of ToolEyes."""
 import itertools
 import json
+import os
 import random
+import signal
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -26,11 +29,14 @@ from eval.output_formats import OUTPUT_FORMATS, STOP_STRINGS, render_output
 from eval.prompt_formats import COMPLETION_FORMATS, render_prompt
 from eval.tool_runtime import MAX_FEEDBACK_CHARACTERS, ToolResult, make_executor
 from eval.tooleyes_data import load_tooleyes
+from model.pretrained_weights import load_pretrained
+from model.tokenizer import load_tokenizer
 from tests.dialogue_doubles import (
     FINISH,
     TOOLS,
     WEATHER,
     CharacterTokenizer,
+    ScriptedDecoder,
     answer_right,
     call,
     follow,
@@ -40,8 +46,8 @@ from tests.dialogue_doubles import (
 from tests.test_endpoint import Server
 from tests.tiny_run import tiny_model
 
-TOOLEYES = Path(__file__).resolve().parents[1] / "../shared/data/benchmarks/tooleyes/Test_Data" \
-    / "scenario_data_zero_processed.json"
+ROOT = Path(__file__).resolve().parents[1]
+TOOLEYES = ROOT / "../shared/data/benchmarks/tooleyes/Test_Data/scenario_data_zero_processed.json"
 NEWS = call("get_news")
 
 # --------------------------------------------------------------------------------------------------------- one dialogue
@@ -260,6 +266,12 @@ def test_another_model_is_noticed_on_resumption(tmp_path):
         play(path, [task()], follow(NEWS, WEATHER, FINISH), stop_after=2)
     with pytest.raises(DataError, match=r"found another output for turn 2 of index 0 than in its journal"):
         play(path, [task()], follow(NEWS, NEWS, FINISH))
+    journal = journal_file(path, 0)
+    text = journal.read_text()
+    journal.write_text(text.replace('"name": "get_weather"', '"name": "get_wind"'))  # read by another parser
+    with pytest.raises(DataError, match=r"found another output for turn 2"):
+        play(path, [task()], follow(NEWS, WEATHER, FINISH))
+    journal.write_text(text)
     assert play(path, [task()], follow(NEWS, WEATHER, FINISH))[0][0].end == "finish"
 
 
@@ -528,3 +540,49 @@ def test_all_of_tooleyes(tmp_path):
                                       "tool_call_failure", "tool_instability"}
     assert list(summary["executors"]) == ["simulated"] and 0 < summary["VA"] < 382
     assert summary["executors"]["simulated"] == summary["n_calls"] == sum(row["calls"] for row in rows)
+
+
+@pytest.mark.very_slow
+@pytest.mark.skipif(not TOOLEYES.exists(), reason="the benchmark files are not there")
+@pytest.mark.parametrize("player", ["scripted", "bundled base"])
+def test_all_of_tooleyes_killed_five_times(tmp_path, player):
+    """Five processes killed by SIGKILL between two lines of the journal, each later than the one before."""
+    tasks = load_tooleyes(TOOLEYES)
+
+    def complete(path, batch_size, kill_after=None):
+        def run(missing, journal):
+            written, count = journal.add_turn, itertools.count(1)
+
+            def add_turn(*arguments):
+                written(*arguments)
+                if next(count) == kill_after:
+                    os.kill(os.getpid(), signal.SIGKILL)
+
+            journal.add_turn = add_turn
+            with make_executor("simulated", seed=1, instability_rate=0.05, failure_rate=0.05) as execute:
+                settings = {"execute": execute, "max_turns": 9, "max_new_tokens": 16, "batch_size": batch_size,
+                            "journal": journal}
+                if player == "scripted":
+                    tokenizer = CharacterTokenizer()
+                    decoder = ScriptedDecoder(tooleyes_policy, tokenizer, n_rows=batch_size, seed=batch_size)
+                    model = SimpleNamespace(config=SimpleNamespace(max_positions=1_000_000))
+                    run_dialogues_with_model(missing, model, tokenizer, prompt_format="tl", decoder=decoder, **settings)
+                else:
+                    folder = ROOT / "assets/tiny_model"
+                    run_dialogues_with_model(missing, load_pretrained(folder), load_tokenizer(folder),
+                                             prompt_format="plain", **settings)
+
+        complete_dialogues(path, tasks, run, prompt_format="tl" if player == "scripted" else "plain", rank=0)
+
+    path, whole = tmp_path / "a" / "p.jsonl", tmp_path / "b" / "p.jsonl"
+    for number in range(5):
+        child = os.fork()
+        if child == 0:
+            try:
+                complete(path, 8 + 8 * number, kill_after=40 + 60 * number)
+            finally:
+                os._exit(9)  # only if the kill did not come
+        assert os.waitpid(child, 0)[1] == signal.SIGKILL
+    complete(path, 16)
+    complete(whole, 32)
+    assert path.read_bytes() == whole.read_bytes() and len(read_dialogues(path)[0]) == 382
