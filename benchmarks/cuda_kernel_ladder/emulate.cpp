@@ -1,7 +1,7 @@
 // The ladder and the shipped kernels in the CPU emulation; linked with count_traffic.cpp (run.py has the commands).
 //
-// Compiled with -fsanitize=thread for its hooks, with -O1 and without scalar replacement: if the compiler took a load of
-// 16 bytes apart, or split or unrolled a loop, what is one request on a GPU would be counted as several.
+// Compiled with -fsanitize=thread for its hooks, with -O1 and without scalar replacement: if the compiler took a load
+// of 16 bytes apart, or split or unrolled a loop, what is one request on a GPU would be counted as several.
 #undef __SANITIZE_THREAD__  // or the shim calls the race detector, which is not linked
 #include "simt_shim.h"
 #include "element_host.h"

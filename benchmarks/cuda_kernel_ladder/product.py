@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import re
 import sys
-from pathlib import Path
 
 from benchmarks.cuda_kernel_ladder.device_code import (
     Compiled,
@@ -22,11 +21,12 @@ from benchmarks.cuda_kernel_ladder.device_code import (
     disassemble,
 )
 from benchmarks.cuda_kernel_ladder.sass_count import looped_count, straight_count
+from train.cuda_cross_entropy import ROW_KERNELS, SOURCE
 
-KERNEL_FILE = Path(__file__).resolve().parents[2] / "train" / "csrc" / "weighted_cross_entropy.cu"
+KERNEL_FILE = SOURCE.resolve()
 ARCHITECTURES = ("sm_80", "sm_90", "sm_100")
 DTYPES = {"bf16": 2, "fp16": 2, "fp32": 4}  # bytes of a logit
-SHAPES = ("128x1", "128x2", "128x4", "256x4", "256x8", "512x8", "1024x8")  # threads x vectors
+SHAPES = tuple(f"{threads}x{vectors}" for threads, vectors in ROW_KERNELS)
 PASSES = {"stream": 2, "scale": 1}
 COMPILERS = {"nvrtc": compile_with_nvrtc, "nvcc": compile_with_nvcc}
 ROW_NAME = re.compile(r"wce_row_(?P<dtype>\w+?)_(?P<threads>\d+)x(?P<vectors>\d+)")

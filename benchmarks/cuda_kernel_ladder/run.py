@@ -87,20 +87,21 @@ def build(folder: Path, sources: Path = FOLDER, *, with_product: bool = True) ->
 
 
 def emulate(
-    library: ctypes.CDLL, kernel: str, grid: int, block: int, logits: Tensor, arguments: list
+    library: ctypes.CDLL, kernel: str, grid: int, block: int, logits: Tensor, arguments: list, order: int = 0
 ) -> tuple[Access, Access]:
     """Run a kernel on the CPU; (loads, stores) of what lies in the tensor `logits`.
 
     arguments: the kernel's, ctypes numbers or tensors (their address is passed) or None (a null pointer).
+    order: which ready thread runs next: 0 the lowest, 1 the highest, 2 a random one.
     Raises RuntimeError with the emulation's words, for instance for a barrier that not all threads reach.
     """
-    values = [ctypes.c_void_p(None if one is None else one.data_ptr()) if one is None or isinstance(one, Tensor) else one
-              for one in arguments]
+    values = [one if isinstance(one, ctypes.c_int | ctypes.c_longlong)
+              else ctypes.c_void_p(None if one is None else one.data_ptr()) for one in arguments]
     pointers = (ctypes.c_void_p * len(values))(*(ctypes.addressof(value) for value in values))
     span = (logits.shape[0] - 1) * logits.stride(0) + logits.shape[1]
     library.ladder_watch(ctypes.c_void_p(logits.data_ptr()), ctypes.c_longlong(span * logits.element_size()))
     library.simt_error.restype = ctypes.c_char_p
-    if library.simt_launch(kernel.encode(), grid, block, pointers, 0, ctypes.c_uint64(0)):
+    if library.simt_launch(kernel.encode(), grid, block, pointers, order, ctypes.c_uint64(0)):
         raise RuntimeError(f"{kernel}: {library.simt_error().decode()}")
     figures = (ctypes.c_longlong * 10)()
     library.ladder_counted(figures)
@@ -108,7 +109,7 @@ def emulate(
 
 
 def run_step(
-    step: Step, library: ctypes.CDLL, logits_MV: Tensor, target_ids_M: Tensor, loss_weights_M: Tensor
+    step: Step, library: ctypes.CDLL, logits_MV: Tensor, target_ids_M: Tensor, loss_weights_M: Tensor, order: int = 0
 ) -> tuple[Tensor, Access, Access]:
     """A kernel of the ladder; `logits_MV` (fp32, rows may be strided) ends as the gradient.
 
@@ -119,7 +120,7 @@ def run_step(
     arguments = [logits_MV, ctypes.c_longlong(logits_MV.stride(0)), ctypes.c_int(vocabulary_size), target_ids_M,
                  loss_weights_M, losses_M, ctypes.c_int(n_rows)]
     grid = -(-n_rows // step.rows_per_block)
-    loads, stores = emulate(library, f"ladder_{step.name}", grid, step.threads, logits_MV, arguments)
+    loads, stores = emulate(library, f"ladder_{step.name}", grid, step.threads, logits_MV, arguments, order)
     return losses_M, loads, stores
 
 
@@ -176,20 +177,24 @@ def traffic_rows(library: ctypes.CDLL) -> list[str]:
 
 
 # -------------------------------------------------------------------------------------------------------- machine code
+def ladder_text() -> str:
+    """The four kernels as one text, each in a namespace of its own: one compilation per architecture."""
+    return "".join(f"namespace {step.name} {{\n{(FOLDER / f'{step.name}.cu').read_text(encoding='ascii')}}}\n"
+                   for step in STEPS)
+
+
 def machine_code_rows() -> tuple[str, list[str]]:
     """(compiler, rows of the table on machine code): registers and instructions per logit, by architecture."""
-    lines = []
-    for step in STEPS:
-        text = (FOLDER / f"{step.name}.cu").read_text(encoding="ascii")
-        cells = []
-        for arch in ARCHITECTURES:
-            compiled = compile_with_nvrtc(text, arch)
-            listing = disassemble(compiled.cubin)[f"ladder_{step.name}"]
+    cells: dict[str, list[str]] = {step.name: [] for step in STEPS}
+    for arch in ARCHITECTURES:
+        compiled = compile_with_nvrtc(ladder_text(), arch)
+        listings = disassemble(compiled.cubin)
+        for step in STEPS:
+            listing = listings[f"ladder_{step.name}"]
             count = (straight_count(listing, BYTES_PER_LOGIT) if step.passes == 1
                      else looped_count(listing, BYTES_PER_LOGIT, step.passes))
-            cells.append(f"{compiled.resources[f'ladder_{step.name}'].registers} / {count:.1f}")
-        lines.append(f"| {step.name} | " + " | ".join(cells) + " |")
-    return compiled.compiler, lines
+            cells[step.name].append(f"{compiled.resources[f'ladder_{step.name}'].registers} / {count:.1f}")
+    return compiled.compiler, [f"| {name} | " + " | ".join(row) + " |" for name, row in cells.items()]
 
 
 def main() -> int:

@@ -166,8 +166,13 @@ def find_loops(listing: Listing) -> list[Path]:
 
 # -------------------------------------------------------------------------------------------------------- per logit
 def straight_count(listing: Listing, logit_bytes: int) -> float:
-    """Instructions per logit of a kernel that loads its row into registers, by vectors of 16 bytes."""
+    """Instructions per logit of a kernel that loads its row into registers, by vectors of 16 bytes.
+
+    Raises UnknownFlow where it does not.
+    """
     path = longest_path(listing)
+    if not path.loads[16]:
+        raise UnknownFlow("nothing is loaded by 16 bytes")
     return path.instructions / (path.loads[16] * 16 / logit_bytes)
 
 
@@ -175,7 +180,8 @@ def looped_count(listing: Listing, logit_bytes: int, n_passes: int) -> float:
     """Instructions per logit of a kernel that goes over its row `n_passes` times.
 
     Of each pass (told apart by whether it computes exponentials and whether it stores) the loop that takes most logits
-    at once counts: all but the first or last few logits go round there. Raises UnknownFlow for another number of passes.
+    at once counts: all but the first or last few logits go round there. Raises UnknownFlow where the passes are another
+    number.
     """
     passes: dict[tuple[bool, bool], Path] = {}
     for loop in find_loops(listing):
