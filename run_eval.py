@@ -32,7 +32,7 @@ from eval.generate_predictions import (
 from eval.json_lines import write_json_lines, write_text
 from eval.letter_logprobs import letter_rows
 from eval.plots import write_plots
-from eval.prompt_formats import PROMPT_FORMATS, PromptError
+from eval.prompt_formats import PROMPT_FORMATS, PromptError, encode_formatted_prompt
 from eval.queries import CHOICE_BENCHMARKS, TEXT_BENCHMARKS, ChoiceQuery, Query, load_queries, stop_texts_of
 from eval.report import format_report
 from eval.score_predictions import score_predictions
@@ -191,6 +191,8 @@ def predict(config: EvalConfig, world: World, answers: dict[str, Path], queries:
         source = {"endpoint": config.endpoint, "model": config.model}
     else:
         model, tokenizer = load_model(config, world)
+        for task in (queries[name][0] for name in predictions if name in DIALOGUE_BENCHMARKS):  # before any bar
+            encode_formatted_prompt(task.tools, task.messages, config.prompt_format, tokenizer)
         source = {"model_sha256": folder_sha256(Path(config.model)), "dtype": config.dtype, "device": world.device.type}
     with lock_folder(Path(config.output) / "predictions", world):
         for name, path in predictions.items():

@@ -35,7 +35,7 @@ from eval.error_statistics import classify_turns, format_turns, summarize_turns
 from eval.generate_predictions import answers_sha256, check_settings, folder_sha256
 from eval.json_lines import read_json_lines, read_json_list, write_text
 from eval.local_tools import TOOLBOX
-from eval.prompt_formats import PROMPT_FORMATS, PromptError
+from eval.prompt_formats import PROMPT_FORMATS, PromptError, encode_formatted_prompt
 from eval.tool_runtime import EXECUTOR_KINDS, make_executor
 from eval.tooleyes_data import load_tooleyes
 from model.pretrained_weights import ModelFolderError, load_pretrained
@@ -187,7 +187,7 @@ def collect(flags: argparse.Namespace) -> str:
     """Do what the flags ask; the statistics to show. Raises DataError, PromptError, ModelFolderError, OSError."""
     tasks = read_queries(flags.queries)
     path = flags.output.with_name(flags.output.name + ".dialogues.jsonl")
-    teacher = read_endpoint(flags) if flags.endpoint else load_teacher(flags)
+    teacher = read_endpoint(flags) if flags.endpoint else load_teacher(flags, tasks[0])
     source = {"endpoint": flags.endpoint, "model": flags.model} if flags.endpoint else \
         {"model_sha256": folder_sha256(Path(flags.model)), "dtype": flags.dtype, "device": flags.device}
     recorded = answers_sha256(flags.recorded_calls) if flags.recorded_calls else ""
@@ -228,9 +228,10 @@ def _shown(counts: dict[str, int]) -> str:
     return ", ".join(f"{count} {name}" for name, count in counts.items() if count) or "nothing left out"
 
 
-def load_teacher(flags: argparse.Namespace) -> tuple[Transformer, Tokenizer]:
-    """The model of --model on its device, and its tokenizer. Raises ModelFolderError, DataError."""
+def load_teacher(flags: argparse.Namespace, first: DialogueTask) -> tuple[Transformer, Tokenizer]:
+    """The model of --model on its device, and its tokenizer. Raises ModelFolderError, DataError, PromptError."""
     tokenizer = load_tokenizer(flags.model)
+    encode_formatted_prompt(first.tools, first.messages, flags.prompt_format, tokenizer)  # has it the format's tokens?
     model = load_pretrained(flags.model, dtype=torch.bfloat16 if flags.dtype == "bfloat16" else torch.float32,
                             device=flags.device)
     check_vocabulary_fits(tokenizer, model.config.vocab_size)

@@ -1,6 +1,7 @@
 """run_eval.py on multi-turn benchmarks: kills, ranks, endpoint, executors, settings, bad lines, all of ToolEyes."""
 import json
 import os
+import re
 import signal
 import time
 
@@ -354,6 +355,7 @@ def test_bad_lines_are_one_line_and_code_2(folder, tmp_path, spoil, expected):
     ({"instability_rate": 0.6, "call_failure_rate": 0.6}, "--instability_rate: found 1.2 together with"),
     ({"max_turn_tokens": 1024}, "--max_turn_tokens: found 1024, expected less than the model's 1024 positions"),
     ({"benchmarks": "tooleyes", "check_files": "on"}, "tooleyes/LICENSE: found no such file, expected it"),
+    ({"prompt_format": "qwen25"}, "--prompt_format qwen25: found no token <|im_start|> in the tokenizer"),
     ({"predictions": "none.jsonl", "prompt_format": "tl"}, "none.jsonl: found No such file"),
 ])
 def test_bad_settings_are_one_line_and_code_2(folder, tmp_path, change, expected):
@@ -377,10 +379,12 @@ needs_tooleyes = pytest.mark.skipif(not TOOLEYES.is_dir(), reason="needs the pub
 
 
 def finish_after_one_call(number, path, body):
-    """A server that calls the first tool of the prompt without arguments, then gives an answer."""
+    """A server that calls the first tool of the prompt with its required parameters, then gives an answer."""
     prompt = body["prompt"]
-    name = prompt.partition("\ndef ")[2].partition("(")[0]
-    text = f"{name}()" if "\nOutput:" not in prompt else 'finish(answer="done")'
+    name, signature = re.search(r"\ndef ([^\n(]+)\(([^\n]*)\):\n", prompt).groups()
+    required = [part.partition(":")[0] for part in signature.split(", ") if part and not part.endswith(" = None")]
+    call = ToolCall(name, dict.fromkeys(required, "7"))
+    text = render_output([call], "tl") if "\nOutput:" not in prompt else 'finish(answer="done")'
     return 200, {"choices": [{"text": text, "finish_reason": "stop"}]}, {}
 
 
@@ -392,7 +396,8 @@ def test_first_dialogues_of_tooleyes_with_a_scripted_endpoint(tmp_path):
     server.http.shutdown()
     assert code == 0, err
     summary = summary_of(tmp_path, "tooleyes")
-    assert (summary["n"], summary["VA"]) == (12, 12) and sum(summary["executors"].values()) == summary["n_calls"] == 12
+    assert (summary["n"], summary["VA"], summary["DE"]) == (12, 12, 0)
+    assert sum(summary["executors"].values()) == summary["n_calls"] == 12
     report = (tmp_path / "report.md").read_text()
     assert "## Table 4: multi-turn" in report and "tooleyes: 12 of 382 records were run; not comparable." in report
     assert ("the paper's models called the real tools" in report) == bool(summary["executors"].get("simulated"))
@@ -408,6 +413,19 @@ def test_all_of_tooleyes_with_a_scripted_endpoint(tmp_path):
     assert code == 0, err
     summary = summary_of(tmp_path, "tooleyes")
     assert (summary["n"], summary["VA"], summary["n_calls"]) == (382, 382, 382) and len(server.requests) == 2 * 382
+    assert summary["DE"] == 0 and set(summary["executors"]) == {"local", "simulated"}
     assert {name: part["n"] for name, part in summary["by_scenario"].items()} == {
         "TG": 58, "DU": 49, "RS": 56, "PL": 70, "IR": 54, "AM": 45, "FT": 50}
     assert "not comparable" not in (tmp_path / "report.md").read_text()
+
+
+@needs_tooleyes
+@pytest.mark.very_slow
+def test_all_of_tooleyes_with_the_bundled_model(tmp_path):
+    """It cannot read these documents; what shows is that every dialogue comes to an end, killed or not."""
+    code, _, err = run_here(flags(TOOLEYES, tmp_path, benchmarks="tooleyes", batch_size=16, max_turns=9))
+    assert code == 0, err
+    dialogues, _ = read_dialogues(tmp_path / "predictions/tooleyes.jsonl")
+    assert [dialogue.index for dialogue in dialogues] == list(range(382))
+    assert sum(bool(dialogue.turns) for dialogue in dialogues) > 150  # the others' documents exceed its 1,024 positions
+    assert summary_of(tmp_path, "tooleyes")["n"] == 382
