@@ -242,9 +242,12 @@ def run_dialogues_with_model(tasks: Sequence[DialogueTask], model: Transformer, 
     max_dialogue_tokens (None: the model's positions) ends its dialogue with "prompt_too_long": nothing is dropped from
     the front. Above temperature 0 a turn draws with a generator made of seed, index and turn. A caller
     who wants the decoder's counters makes it: for this model, with these settings. Raises DataError where a recorded
-    turn decodes differently, PromptError for a tokenizer of another format.
+    turn decodes differently or a turn has no room, PromptError for a tokenizer of another format.
     """
     room = min(max_dialogue_tokens or model.config.max_positions, model.config.max_positions)
+    if max_new_tokens >= room:
+        raise DataError(f"--max_dialogue_tokens: found room for {room} tokens, expected more than the {max_new_tokens} "
+                        "of one turn")
     stop_texts = STOP_STRINGS[prompt_format]
     stop_ids = {token_id for token_id in (tokenizer.eos_id, *map(tokenizer.control_id, stop_texts))
                 if token_id is not None}

@@ -168,6 +168,8 @@ def test_prompts_that_no_longer_fit(tmp_path):
     dialogues, notices, _ = play(path, [task()], follow(NEWS, FINISH), positions=length + 20, max_new_tokens=20)
     assert dialogues[0].end == "prompt_too_long" and len(dialogues[0].turns) == 1
     assert "1 dialogues ended because the prompt no longer fits" in notices[0]
+    with pytest.raises(DataError, match="found room for 20 tokens, expected more than the 20 of one turn"):
+        play(path, [task(1)], follow(FINISH), positions=20, max_new_tokens=20)
 
 
 # ------------------------------------------------------------------------------------------- batches, kills, resumption
