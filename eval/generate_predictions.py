@@ -201,8 +201,8 @@ def generated_rows(model: Transformer, tokenizer: Tokenizer, queries: Sequence[Q
                    world_size: int) -> Iterator[dict]:
     """The greedy output for this rank's share of the queries, batch by batch, longest prompts first.
 
-    An output ends with EOS, before the first of `stop_texts` (control tokens are found by their id, others as text), or
-    after `max_new_tokens`. A prompt that leaves less than these of the model's positions gets the empty output with
+    An output ends with EOS, before the first of `stop_texts`, or after `max_new_tokens`. Generation itself stops at EOS
+    and at those stop texts that are control tokens, by their id; at other texts the output is cut afterwards. A prompt that leaves less than these of the model's positions gets the empty output with
     `"stop": "prompt_too_long"`. A row does not depend on batch_size or ranks. Raises PromptError, before the first row.
     """
     prompts = {query.index: encode_query(query, prompt_format, tokenizer) for query in queries}
@@ -214,7 +214,7 @@ def generated_rows(model: Transformer, tokenizer: Tokenizer, queries: Sequence[Q
     def rows_of(batch: list[int]) -> Iterator[dict]:
         fitting = [index for index in batch if len(prompts[index]) <= room]
         responses = generate(model, [prompts[index] for index in fitting], max_new_tokens=max_new_tokens,
-                             eos_id=tokenizer.eos_id) if fitting else []
+                             eos_id=tokenizer.eos_id, stop_ids=stop_ids) if fitting else []
         for index in batch:
             if len(prompts[index]) > room:
                 yield {"index": index, "output": "", "stop": "prompt_too_long"}

@@ -15,9 +15,12 @@ import pytest
 
 from data.prompt_format import encode_prompt
 from data.tool_calls import ToolCall, render_tool_call
+from eval import generate_predictions
 from eval.benchmark_data import load_tiny
 from eval.compare import main as compare_main
-from eval.generate_predictions import length_sorted_batches, read_response
+from eval.generate_predictions import generated_rows, length_sorted_batches, read_response
+from eval.queries import load_queries
+from model.pretrained_weights import load_pretrained
 from model.tokenizer import load_tokenizer
 from run_eval import main
 from tests.tiny_run import CITIES, ROOT, copy_of_model, make_records, tiny_files
@@ -180,6 +183,23 @@ def test_response_ends_at_eos_at_a_stop_or_at_its_length():
     tokenizer = load_tokenizer(ROOT / "assets/tiny_model")  # the one of the small run joins blanks
     prompt, body = tokenizer.encode("def f():\n"), tokenizer.encode_continuation("    return 1")
     assert read(body, prompt_ids=prompt) == ("    return 1", "max_new_tokens")
+
+
+def test_generation_is_told_the_control_tokens_that_end_it(benchmark_dir, monkeypatch):
+    """`<s>` stands for a format's control token; a stop text that is none is looked for in the text afterwards."""
+    tokenizer, calls = load_tokenizer(tiny_files()[0]), []
+    ids, bos = tokenizer.encode("search(city"), tokenizer.control_id("<s>")
+
+    def scripted(model, prompts, *, stop_ids, eos_id, max_new_tokens):
+        calls.append((set(stop_ids), eos_id, max_new_tokens))
+        return [([*ids, bos], [0.0] * (len(ids) + 1)) for _ in prompts]
+
+    monkeypatch.setattr(generate_predictions, "generate", scripted)
+    queries = load_queries("tiny-seen", benchmark_dir / "test_seen.jsonl")[:3]
+    rows = list(generated_rows(load_pretrained(tiny_files()[0]), tokenizer, queries, prompt_format="tl",
+                               stop_texts=("<s>", "(city"), max_new_tokens=12, batch_size=4, rank=0, world_size=1))
+    assert calls == [({bos, tokenizer.eos_id}, tokenizer.eos_id, 12)]
+    assert [(row["output"], row["stop"]) for row in rows] == [("search", "end")] * 3
 
 
 def test_length_sorted_batches():
