@@ -15,6 +15,7 @@ import hashlib
 import re
 import shutil
 import subprocess
+import sys
 import tempfile
 import threading
 from collections.abc import Iterable, Iterator
@@ -30,6 +31,7 @@ SOURCE = ROOT / "train" / "csrc" / "weighted_cross_entropy.cu"
 ORDERS = {"ascending": 0, "descending": 1, "random": 2}  # simt_api.h
 VARIANTS = {  # name -> (flags of the compiler, flags of the linker)
     "plain": (["-O1"], []),
+    "rough": (["-O1", "-DROUGH_EXP2"], []),  # element_host.h
     "quick": (["-O0"], []),  # for programs that are built more often than they run
     "count": (["-O1", "-fsanitize=thread", "-DSIMT_COUNT"], []),  # hooks of simt_count.h, not the real run time
     # Without optimisation: a quarter of the compile time, and no faulty access is optimised away.
@@ -46,11 +48,27 @@ COMMON_FLAGS = ["-std=c++17", "-fPIC", "-march=native", "-ffp-contract=off", "-f
 @functools.cache
 def why_no_gxx() -> str:
     """Why kernels cannot be run on this machine's CPU; empty if they can."""
+    if sys.platform != "linux":
+        return f"kernels run on the CPU under Linux, this is {sys.platform}"
     if shutil.which("g++") is None:
         return "g++ is not installed: kernels cannot be run on the CPU"
     version = subprocess.run(["g++", "-dumpfullversion"], capture_output=True, text=True, check=True).stdout.strip()
     if int(version.partition(".")[0] or 0) < 12:
         return f"g++ {version}: 12 or newer is needed (_Float16)"
+    return ""
+
+
+@functools.cache
+def why_no_sanitizer(variant: str) -> str:
+    """Why programs of this variant cannot be built or run here; empty if they can."""
+    source, program = session_folder() / f"empty_{variant}.cpp", session_folder() / f"empty_{variant}"
+    source.write_text("int main() {}\n", encoding="utf-8")
+    compile_flags, link_flags = VARIANTS[variant]
+    commands = (["g++", *compile_flags, str(source), *link_flags, "-o", str(program)], [str(program)])
+    for command in commands:
+        result = subprocess.run(command, capture_output=True, text=True, check=False)
+        if result.returncode != 0:
+            return f"{variant}: {(result.stderr.strip().splitlines() or ['no message'])[-1]}"
     return ""
 
 
@@ -77,6 +95,17 @@ def run_compiler(command: list[str]) -> str:
     if result.returncode != 0:
         raise RuntimeError(f"{' '.join(command)}\n{result.stdout}{result.stderr}")
     return result.stdout + result.stderr
+
+
+def keep_kernels(text: str, names: set[str]) -> str:
+    """The text of weighted_cross_entropy.cu without the lines that make other kernels: less to compile."""
+    def kept(line: str) -> bool:
+        row = re.match(r"ROW_KERNEL\((\w+), \w+, (\d+), (\d+)\)", line)
+        other = re.match(r"STREAM_AND_SCALE_KERNELS\((\w+), \w+\)", line)
+        if row:
+            return f"wce_row_{row[1]}_{row[2]}x{row[3]}" in names
+        return not other or f"wce_stream_{other[1]}" in names
+    return "".join(line for line in text.splitlines(keepends=True) if kept(line))
 
 
 def kernel_names(preprocessed: str) -> list[str]:
@@ -128,7 +157,7 @@ def build(source: Path | str, variant: str = "plain", *, more_sources: Iterable[
     result = folder / (name or ("program" if program else "libkernels.so"))
     if not result.exists():
         folder.mkdir(exist_ok=True)
-        flags = [*COMMON_FLAGS, *compile_flags, f"-I{precompiled_shim(variant)}"]
+        flags = [*COMMON_FLAGS, *compile_flags, *([f"-I{precompiled_shim(variant)}"] if program else [])]
         unit = translation_unit(text, folder, flags)
         # Compiled and linked apart: the "count" variant must not link the sanitizer that it compiles for.
         objects = [compiled(unit, flags), *(compiled(path, flags) for path in more_sources)]
@@ -140,7 +169,7 @@ def build(source: Path | str, variant: str = "plain", *, more_sources: Iterable[
 def build_all(requests: Iterable[dict]) -> list[Path]:
     """`build(**request)` for each request, two at a time."""
     requests = list(requests)
-    for variant in {request.get("variant", "plain") for request in requests}:
+    for variant in {request["variant"] for request in requests if request.get("program")}:
         precompiled_shim(variant)  # here, and not in both threads at once
     with ThreadPoolExecutor(2) as pool:
         return list(pool.map(lambda request: build(**request), requests))

@@ -1,5 +1,6 @@
 // CPU versions of the lines of train/csrc/weighted_cross_entropy.cu that only a GPU can run.
 #pragma once
+#include <math.h>
 #include <string.h>
 
 inline float __uint_as_float(unsigned bits) {
@@ -14,7 +15,15 @@ inline unsigned __float_as_uint(float value) {
     return bits;
 }
 
-inline float exp2_approximate(float x) { return exp2f(x); }
+inline float exp2_approximate(float x) {
+#ifdef ROUGH_EXP2  // as far off as the GPU's instruction may be: 2^-22 up or down, and nothing below 2^-126
+    const unsigned direction = __float_as_uint(x) * 2654435769u >> 31;
+    const float value = exp2f(x);
+    return value < 0x1p-126f ? 0.f : value * (direction ? 1 + 0x1p-22f : 1 - 0x1p-22f);
+#else
+    return exp2f(x);
+#endif
+}
 
 inline unsigned bf16_bits(float value) {  // to nearest, ties to even; every NaN becomes the one that the GPU makes
     const unsigned bits = __float_as_uint(value);

@@ -10,8 +10,8 @@ struct Watched {
 };
 
 constexpr int MAX_WATCHED = 16;
-inline Watched watched[MAX_WATCHED];
-inline int n_watched = 0;
+static Watched watched[MAX_WATCHED];
+static int n_watched = 0;
 
 UNTRACED inline void count(const void* address, size_t bytes, long long Watched::*counter) {
     const uintptr_t position = reinterpret_cast<uintptr_t>(address);

@@ -113,7 +113,9 @@ struct Machine {  // one launch at a time; plain arrays, because the race detect
     uint64_t random_state = 0;
 };
 
-inline Machine machine;
+// static, not inline: g++ makes one object of all inline variables of a process, and two libraries of kernels loaded
+// into it would find each other's kernels.
+static Machine machine;
 
 UNTRACED inline void make_ready(Fiber& fiber) {
     fiber.state = READY;
@@ -360,10 +362,7 @@ struct Kernel {
     void (*call)(void** parameters);
 };
 
-inline std::vector<Kernel>& kernels() {
-    static std::vector<Kernel> table;
-    return table;
-}
+static std::vector<Kernel> kernels;
 
 template <class... Types, size_t... I>
 UNTRACED inline void call_with(void (*kernel)(Types...), void** parameters, std::index_sequence<I...>) {
@@ -376,7 +375,7 @@ UNTRACED inline void call_packed(void (*kernel)(Types...), void** parameters) { 
 }
 
 struct Registration {
-    Registration(const char* name, void (*call)(void**)) { kernels().push_back({name, call}); }
+    Registration(const char* name, void (*call)(void**)) { kernels.push_back({name, call}); }
 };
 
 #define SIMT_KERNEL(name) \
@@ -406,7 +405,7 @@ UNTRACED int simt_launch(const char* name, unsigned grid, unsigned block, void**
     machine.error.clear();
     machine.failed = false;
     machine.call = nullptr;
-    for (const simt::Kernel& kernel : simt::kernels())
+    for (const simt::Kernel& kernel : simt::kernels)
         if (!strcmp(kernel.name, name)) machine.call = kernel.call;
     if (!machine.call) machine.error = std::string("no kernel ") + name;
     if (block < 1 || block > 1024) machine.error = "block size " + std::to_string(block) + ", expected 1 to 1024";
@@ -427,7 +426,7 @@ UNTRACED int simt_launch(const char* name, unsigned grid, unsigned block, void**
 }
 
 int simt_has_kernel(const char* name) {
-    for (const simt::Kernel& kernel : simt::kernels())
+    for (const simt::Kernel& kernel : simt::kernels)
         if (!strcmp(kernel.name, name)) return 1;
     return 0;
 }
