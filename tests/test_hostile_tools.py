@@ -21,7 +21,9 @@ import pytest
 from data.error_filter import CATEGORIES, classify_feedback
 from data.tool_calls import ToolCall
 from eval import sandbox
+from eval.sandbox_limits import ALLOW, FAIL, _filter_rows
 from eval.tool_runtime import MAX_FEEDBACK_CHARACTERS, ToolRequest, make_executor
+from tests.test_sandbox import interpret
 from tests.test_tool_runtime import DOCUMENTS, MANY
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -288,6 +290,18 @@ def test_processes_of_a_bomb_stay_few_while_it_burns(tools, outside):
     is_over.set()
     counter.join()
     assert 0 < max(most) <= 17  # 16 and, for a moment, the one that becomes the shell
+
+
+@pytest.mark.parametrize(("number", "arguments", "answer"), [
+    (57, (), ALLOW), (58, (), ALLOW), (59, (), ALLOW), (56, (0x01200011,), ALLOW),  # fork, vfork, execve, clone
+    (56, (0x10000011,), FAIL | 1), (56, (0x20011,), FAIL | 1), (272, (), FAIL | 1),  # clone with namespaces, unshare
+    (322, (), FAIL | 1), (112, (), FAIL | 1), (109, (), FAIL | 1),  # execveat, setsid, setpgid: out of its group
+    (41, (), FAIL | 1), (101, (), FAIL | 1), (62, (78, 9), FAIL | 1), (62, (0xFFFFFFFF, 9), FAIL | 1),  # ptrace, kill
+    (280, (), FAIL), (90, (), FAIL | 1),  # utimensat: told that it is done; chmod
+])
+def test_what_a_shell_may_ask_of_the_kernel(number, arguments, answer):
+    rows = _filter_rows(0, 0xC000003E, 77, deny_writes=False, allow_processes=True)
+    assert interpret(rows, number, arguments) == answer
 
 
 # ----------------------------------------------------------------------------------------------- names and arguments
