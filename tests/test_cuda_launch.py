@@ -20,6 +20,7 @@ import torch
 
 from tests.cuda_build import COMMON_FLAGS, ROOT, SHIM, run_compiler, translation_unit, why_no_gxx
 from tests.test_weighted_cross_entropy import make_rows, oracle
+from tests.tiny_run import random_batch, tiny_model
 from train import cuda_cross_entropy, cuda_runtime
 from train.cuda_cross_entropy import (
     DTYPES,
@@ -34,6 +35,8 @@ from train.cuda_cross_entropy import (
     cuda_scale_,
 )
 from train.cuda_runtime import CudaKernelError, KernelSource, cached_kernels, compile_kernels, load_kernels
+from train.distributed import init_world, shard_model
+from train.sft_loop import train_step
 from train.weighted_cross_entropy import (
     linear_token_logprobs,
     linear_weighted_cross_entropy,
@@ -209,6 +212,21 @@ def check_no_rows_are_no_launch():
         loss = linear_weighted_cross_entropy(hidden_MD, head_weight_VD, target_ids_M, torch.zeros(3), backend="cuda")
         loss.backward()
     assert loss.item() == 0 and not hidden_MD.grad.any() and not head_weight_VD.grad.any() and not launched(log)
+
+
+def check_train_steps_of_a_sharded_model():
+    """FSDP in bf16 on one rank: the head is gathered when the loss runs, its gradient joins the reduction."""
+    world = init_world("cpu")
+    figures = {}
+    for backend in ("cuda", "torch"):
+        model = tiny_model()
+        shard_model(model, world, dtype="bfloat16")
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        steps = [train_step(model, optimizer, [random_batch(each), random_batch(each + 1)], world, step=1,
+                            loss_normalization="token_mean", max_grad_norm=1.0, gradient_sync="last",
+                            loss_backend=backend) for each in (0, 2)]
+        figures[backend] = torch.tensor([(each.loss, each.grad_norm) for each in steps])
+    torch.testing.assert_close(figures["cuda"], figures["torch"], rtol=1e-3, atol=0)
 
 
 def check_compiled_loss_launches_the_kernels():

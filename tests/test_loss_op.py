@@ -8,7 +8,8 @@ from torch.library import opcheck
 
 from run_sft import main
 from tests.test_weighted_cross_entropy import make_rows, oracle
-from tests.tiny_run import random_batch, tiny_model
+from tests.tiny_ppo import run_ppo_here
+from tests.tiny_run import random_batch, tiny_files, tiny_model
 from train import weighted_cross_entropy as module_file
 from train.cuda_cross_entropy import LossBackendError, agree_on_loss_backend, choose_loss_backend
 from train.distributed import init_world
@@ -269,6 +270,21 @@ def test_run_says_once_which_backend_it_takes_and_hands_it_to_the_loss(tmp_path,
     assert lines == ["loss backend: torch (our kernels need a CUDA device, this run is on cpu)"]
     assert set(seen) == {"torch"}
     assert json.loads((output / "config.json").read_text(encoding="utf-8"))["loss_backend"] == "auto"
+
+
+def test_ppo_hands_its_backend_to_every_log_probability(tmp_path, monkeypatch):
+    seen = []
+
+    def recording(*arguments, backend):
+        seen.append(backend)
+        return linear_token_logprobs(*arguments)
+
+    monkeypatch.setattr("rl.rollout.linear_token_logprobs", recording)
+    monkeypatch.setattr("run_ppo.agree_on_loss_backend", lambda requested, world: ("cuda", f"for {requested}"))
+    code, out, err = run_ppo_here(tmp_path / "run", model=tiny_files()[0], max_steps=1, max_response_tokens=4)
+    assert code == 0, err
+    assert "loss backend: cuda (for auto)" in out.splitlines()
+    assert len(seen) == 3 * 2 and set(seen) == {"cuda"}  # policy, reference, update; two micro-batches each
 
 
 def test_train_step_passes_the_backend_on(monkeypatch):
