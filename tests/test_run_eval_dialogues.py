@@ -404,7 +404,6 @@ def test_first_dialogues_of_tooleyes_with_a_scripted_endpoint(tmp_path):
 
 
 @needs_tooleyes
-@pytest.mark.very_slow
 def test_all_of_tooleyes_with_a_scripted_endpoint(tmp_path):
     server = Server(finish_after_one_call)
     code, _, err = run_here(flags(TOOLEYES, tmp_path, benchmarks="tooleyes", endpoint=server.url, model="m",
@@ -413,7 +412,8 @@ def test_all_of_tooleyes_with_a_scripted_endpoint(tmp_path):
     assert code == 0, err
     summary = summary_of(tmp_path, "tooleyes")
     assert (summary["n"], summary["VA"], summary["n_calls"]) == (382, 382, 382) and len(server.requests) == 2 * 382
-    assert summary["DE"] == 0 and set(summary["executors"]) == {"local", "simulated"}
+    # execute_pycode documents a parameter named `code:`; the script says `code`, in each of the seven dialogues.
+    assert (summary["DE"], summary["CE"]) == (7, 0) and summary["executors"] == {"local": 41, "simulated": 341}
     assert {name: part["n"] for name, part in summary["by_scenario"].items()} == {
         "TG": 58, "DU": 49, "RS": 56, "PL": 70, "IR": 54, "AM": 45, "FT": 50}
     assert "not comparable" not in (tmp_path / "report.md").read_text()
@@ -422,7 +422,7 @@ def test_all_of_tooleyes_with_a_scripted_endpoint(tmp_path):
 @needs_tooleyes
 @pytest.mark.very_slow
 def test_all_of_tooleyes_with_the_bundled_model(tmp_path):
-    """It cannot read these documents; what shows is that every dialogue comes to an end, killed or not."""
+    """It cannot read these documents; what shows is that every dialogue comes to an end. 45 s of processor time."""
     code, _, err = run_here(flags(TOOLEYES, tmp_path, benchmarks="tooleyes", batch_size=16, max_turns=9))
     assert code == 0, err
     dialogues, _ = read_dialogues(tmp_path / "predictions/tooleyes.jsonl")
