@@ -50,3 +50,4 @@ inline float unpack_fp16(unsigned short bits) {
 }
 
 inline void forget(unsigned&) {}
+inline void keep_stores_in_order() {}  // -fno-strict-aliasing

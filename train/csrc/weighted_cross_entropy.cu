@@ -63,6 +63,10 @@ __device__ __forceinline__ float unpack_fp16(unsigned short bits) {
 // No instruction: the compiler only may not assume that the word is still the same. Without it the compiler remembers
 // the 64 unpacked floats of a thread from one phase to the next instead of unpacking 32 words again, and spills.
 __device__ __forceinline__ void forget(unsigned& word) { asm volatile("" : "+r"(word)); }
+
+// No instruction either: the compiler moves no store past this line. Vectors and single logits are accesses of
+// different types to the same memory, which C++ allows it to exchange.
+__device__ __forceinline__ void keep_stores_in_order() { asm volatile("" ::: "memory"); }
 #endif
 
 // ------------------------------------------------------------------------------------------------------- Element types
@@ -262,8 +266,8 @@ __device__ __forceinline__ bool open_row(const Arguments<Dtype>& call, Row<Dtype
     return false;
 }
 
-// By the one thread that wrote the target's column: its own earlier store and this one keep their order, so neither a
-// barrier nor a comparison per logit is needed.
+// By the one thread that wrote the target's column, over that earlier store of its own: neither a barrier nor a
+// comparison per logit is needed.
 template <class Dtype>
 __device__ __forceinline__ void finish_row(
     const Arguments<Dtype>& call, const Row<Dtype>& row, float target_logit, float shift, float sum) {
@@ -275,6 +279,7 @@ __device__ __forceinline__ void finish_row(
     if (call.logsumexps) call.logsumexps[blockIdx.x] = fmaf(LN_2, shift, log_sum);
     if (row.gradient) {
         const float term = exp2_approximate(target_score);
+        keep_stores_in_order();
         row.gradient[row.target] = Dtype::round(fmaf(row.factor / sum, term, -row.factor));  // E10: one rounding
     }
 }
