@@ -32,8 +32,10 @@ from eval.general_tasks import (
     match_completions,
     match_texts,
 )
+from eval.json_lines import read_json_lines
 from eval.queries import load_tasks
 from eval.report import summarize_results
+from eval.tooleyes_data import read_official_dialogues
 
 Scores = tuple[list[dict], dict, list[str]]  # rows, summary, notices
 
@@ -71,7 +73,9 @@ def score_predictions(name: str, answers: Path, predictions: Path, *, limit: int
 
 def _score_dialogues(name: str, answers: Path, predictions: Path, limit: int | None, max_turns: int) -> Scores:
     tasks = load_tasks(name, answers)
-    found, has_dropped = read_dialogues(predictions)
+    lines, _ = read_json_lines(predictions, drop_partial_last_line=True)
+    is_official = bool(lines) and "conversations" in lines[0][1]  # of ToolEyes' own loop
+    found, has_dropped = read_official_dialogues(predictions, tasks) if is_official else read_dialogues(predictions)
     dialogues = match_dialogues(found, len(tasks), limit, path=predictions)
     rows, summary = score_dialogues(dialogues, tasks[:limit], max_turns)
     if name == "tiny-multi":

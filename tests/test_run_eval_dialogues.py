@@ -420,6 +420,20 @@ def test_all_of_tooleyes_with_a_scripted_endpoint(tmp_path):
 
 
 @needs_tooleyes
+def test_file_of_tooleyes_own_loop_is_scored(tmp_path):
+    records = json.loads((TOOLEYES / "tooleyes/Test_Data/scenario_data_zero_processed.json").read_text())[:3]
+    path = tmp_path / "official.jsonl"
+    answer = {"from": "assistant", "value": 'Thought: done\nAction: finish\nAction Input: {"answer": "it rains"}'}
+    path.write_text("".join(json.dumps({**record, "conversations": [*record["conversations"], answer]}) + "\n"
+                            for record in records))
+    code, _, err = run_here(flags_of(TOOLEYES, tmp_path / "out", benchmarks="tooleyes", predictions=path, limit=3))
+    assert code == 0, err
+    summary = summary_of(tmp_path / "out", "tooleyes")
+    assert (summary["n"], summary["n_calls"], summary["VA"]) == (3, 0, 3)
+    assert "0.00 " in (tmp_path / "out/report.md").read_text()  # no call at all: no share that could be warned of
+
+
+@needs_tooleyes
 @pytest.mark.very_slow
 def test_all_of_tooleyes_with_the_bundled_model(tmp_path):
     """It cannot read these documents; what shows is that every dialogue comes to an end. 45 s of processor time."""
