@@ -155,11 +155,11 @@ def test_prediction_files_are_compared(tmp_path, capsys):
 # ----------------------------------------------------------------------------------------------------------- dialogues
 
 
-def dialogue_summary(n, n_calls, de, ce, va, **more):
+def dialogue_summary(n, n_calls, de, ce, va, *, de_dialogues=None, **more):
     """Counts in the shape of the dialogue metrics, intervals as wide as a point on each side."""
     summary = {"n": n, "n_calls": n_calls}
     for metric, count, of in (("DE", de, n_calls), ("CE", ce, n_calls), ("VA", va, n),
-                              ("DE_dialogues", min(de, n), n)):
+                              ("DE_dialogues", min(de, n) if de_dialogues is None else de_dialogues, n)):
         percent = round(100 * count / of, 2)
         summary |= {metric: count, f"{metric}_percent": percent,
                     f"{metric}_interval_95": [max(percent - 1, 0.0), min(percent + 1, 100.0)]}
@@ -193,9 +193,9 @@ def test_comparison_calls_fewer_errors_better(tmp_path, capsys):
     """Base with errors in 8 of 10 dialogues, then with none: the lower rate is the better one, and those are won."""
     folders = []
     for name, errors, answers in (("base", 8, 2), ("SFT", 0, 9)):
-        rows = [{"index": i, "calls": 3, "DE": int(i < errors), "CE": 0, "VA": int(i < answers),
+        rows = [{"index": i, "calls": 3, "DE": 2 * (i < errors), "CE": 0, "VA": int(i < answers),
                  "DE_dialogues": int(i < errors)} for i in range(10)]
-        summary = dialogue_summary(10, 30 if errors else 24, errors, 0, answers)
+        summary = dialogue_summary(10, 30 if errors else 24, 2 * errors, 0, answers, de_dialogues=errors)
         folders.append(str(write_run(tmp_path / name, run_of(tiny_multi=summary), {"tiny-multi": rows})))
     assert compare_main([*folders, "--mcnemar"]) == 0
     cells = [[cell.strip() for cell in line.split("|")][1:-1] for line in capsys.readouterr().out.splitlines()[2:]]

@@ -16,6 +16,7 @@ from data.toolbox_words import VALUE_KINDS
 from data.toolbox_world import (
     HARD_QUALIFIERS,
     build_toolbox,
+    draw_multi_tasks,
     draw_request,
     draw_test_examples,
     execute,
@@ -118,6 +119,15 @@ def test_multi_turn_tasks_are_new_and_their_answers_are_what_the_tools_say(traje
         assert results == meta["results"] and calls == meta["attempts"] and len(set(results)) == meta["requests"]
         assert all(result in meta["answer"] for result in results)
     assert sum(task["meta"]["attempts"] > task["meta"]["requests"] for task in tasks) == 12
+
+
+def test_known_queries_are_not_drawn():
+    tasks = list(draw_multi_tasks(5, 6, unseen=True, request_count=1, known_queries=()))
+    known = {tasks[0]["messages"][0]["content"], tasks[3]["messages"][0]["content"]}
+    others = list(draw_multi_tasks(5, 6, unseen=True, request_count=1, known_queries=known))
+    assert not known & {task["messages"][0]["content"] for task in others}
+    assert [task["id"] for task in others] == [task["id"] for task in tasks]
+    assert [task["meta"] for task in others[:2]] == [task["meta"] for task in tasks[1:3]]
 
 
 def test_share_of_failing_trajectories_is_figure_1(trajectories):
