@@ -144,6 +144,7 @@ def test_loops_of_streaming_kernels_move_whole_vectors(compiler, arch):
 def test_text_stands_alone():
     """NVRTC has no include path; doubles run at 1/64 of the speed on some devices."""
     assert "#include" not in TEXT.replace("no #include", "")
+    assert max(map(len, TEXT.splitlines())) <= 120
     code = re.sub(r"//.*", "", TEXT)
     assert not re.search(r"\bdouble\b|\bprintf\b|\batomicAdd\b|\b\d+\.\d*(?![\df.]|e)", code)
 
