@@ -45,6 +45,7 @@ MAX_PROCESSES = 16          # of one call that may start programs
 PROGRAM_MEMORY_BYTES = 128 << 20  # of each of them
 CALL_FOLDERS = ("/srv", "/mnt", "/media")  # where a call sees its dialogue's folder: the first that can be used
 PROGRAM_FOLDERS = ("/usr", "/bin", "/lib", "/lib64")
+GONE_SECONDS = 5.0          # for killed processes to be gone; on a busy machine that takes a while
 MACHINE_NAME = "sandbox"
 
 
@@ -194,6 +195,11 @@ def kill_call(child: int) -> int:
     with suppress(ChildProcessError):
         while True:  # processes that made this one their parent
             os.waitpid(-child, 0)
+    deadline = time.monotonic() + GONE_SECONDS
+    with suppress(ProcessLookupError, PermissionError):
+        while time.monotonic() < deadline:  # others die a little later, and would count against the next call's limit
+            os.killpg(child, 0)
+            time.sleep(0.001)
     return code if code >= 0 else 128 - code
 
 
