@@ -70,10 +70,11 @@ class ScriptedDecoder:
         self.tokenizer = tokenizer
         self.policy, self.n_rows, self.stop_after, self.max_new_tokens = policy, n_rows, stop_after, max_new_tokens
         self.rng, self.turns, self.prompts, self.running, self.held = random.Random(seed), {}, [], {}, set()
-        self.n_asked = 0
+        self.n_asked, self.generators = 0, []
 
     def ask(self, dialogue, prompt_ids, generator=None):
         assert dialogue not in self.running
+        self.generators.append(generator)
         self.held.add(dialogue)
         assert len(self.held) <= self.n_rows
         prompt = self.tokenizer.decode(prompt_ids)

@@ -21,8 +21,9 @@ from eval.agent import (
     format_reminder,
     run_dialogues_with_endpoint,
     run_dialogues_with_model,
+    turn_generator,
 )
-from eval.dialogue_journal import journal_file, journal_files, read_dialogues
+from eval.dialogue_journal import DialogueJournal, journal_file, journal_files, read_dialogues, read_journals
 from eval.dialogue_metrics import score_dialogues
 from eval.endpoint import EndpointError
 from eval.output_formats import OUTPUT_FORMATS, STOP_STRINGS, render_output
@@ -249,6 +250,24 @@ def test_killed_over_and_over_with_other_ranks(tmp_path):
     assert not path.exists() and len(journal_files(path)) >= 1
     play(path, tasks, wandering)
     assert path.read_bytes() == whole
+
+
+def test_ranks_split_the_dialogues_and_turns_have_generators_of_their_own(tmp_path):
+    tasks = [task(index) for index in range(7)]
+    played, seeds = [], []
+    for rank in range(3):
+        decoder = ScriptedDecoder(follow(NEWS, FINISH), CharacterTokenizer(), n_rows=2)
+        with DialogueJournal(tmp_path / "p.jsonl", rank=rank, recorded={}) as journal:
+            run_dialogues_with_model(tasks, SimpleNamespace(config=SimpleNamespace(max_positions=99_999)),
+                                     decoder.tokenizer, execute=answer_right, prompt_format="tl", max_turns=9,
+                                     max_new_tokens=10, batch_size=2, journal=journal, temperature=0.7, seed=5,
+                                     rank=rank, world_size=3, decoder=decoder)
+        played.append(sorted({dialogue for dialogue, _, _ in decoder.prompts}))
+        seeds += [generator.initial_seed() for generator in decoder.generators]
+        assert seeds[-1] == turn_generator(5, *decoder.prompts[-1][:2]).initial_seed()
+    assert played == [[0, 3, 6], [1, 4], [2, 5]]
+    assert len(seeds) == len(set(seeds)) == 14 and len(journal_files(tmp_path / "p.jsonl")) == 3
+    assert [len(each.turns) for each in read_journals(tmp_path / "p.jsonl")[0].values()] == [2] * 7
 
 
 def test_more_tasks_later(tmp_path):
