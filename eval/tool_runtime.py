@@ -168,6 +168,8 @@ def find_fault(request: ToolRequest) -> tuple[str, str] | None:
     category = check_documents(request.call, request.tools).category
     document = document_of(request)
     if category == "tool_hallucination" or document is None:
+        if not request.tool_set:  # tools of no library: the words of the authors' data
+            return "tool_hallucination", f"name '{name}' is not defined"
         module = ".".join(request.tool_set.split("/")[-2:] + ["tool"])
         return "tool_hallucination", f"cannot import name '{name}' from '{module}' ({request.tool_set}/tool.py)"
     properties, required = tool_parameters(document)

@@ -324,6 +324,12 @@ def test_words_of_the_document_check(kind, name, arguments, category, feedback):
         assert executor(asked).feedback == feedback and read_as(asked, feedback) == category
 
 
+def test_tools_of_no_library_are_unknown_in_the_words_of_the_authors_data():
+    asked = request("", "h", {}, tools=MANY)
+    with make_executor("auto") as executor:
+        assert executor(asked).feedback == "name 'h' is not defined"
+
+
 def test_missing_arguments_are_told_in_pythons_own_words():
     def f(a, b, c, d=None):
         return a, b, c, d
