@@ -14,6 +14,7 @@ from benchmarks.cuda_kernel_ladder.device_code import (
     CompileError,
     Listing,
     ToolMissing,
+    compile_with_nvcc,
     disassemble,
     ptx_of,
     read_listing,
@@ -181,6 +182,11 @@ def test_refusal_of_the_compiler_is_an_error_with_its_log():
             ptx_of(TEXT, "compute_50")
     except ToolMissing as error:
         pytest.skip(str(error))
+
+
+def test_nvcc_that_does_not_know_an_architecture_counts_as_missing():
+    with pytest.raises(ToolMissing, match="nvcc"):
+        compile_with_nvcc(TEXT, "sm_35")
 
 
 # -------------------------------------------------------------------------------------------------------------- mutants

@@ -79,7 +79,7 @@ def _checked(answer: tuple) -> tuple:
 
 
 def compile_with_nvcc(text: str, arch: str) -> Compiled:
-    """As compile_with_nvrtc, by the nvcc on PATH."""
+    """As compile_with_nvrtc, by the nvcc on PATH; an nvcc that does not know `arch` counts as missing."""
     nvcc = shutil.which("nvcc")
     if nvcc is None:
         raise ToolMissing("nvcc is not on PATH")
@@ -89,6 +89,8 @@ def compile_with_nvcc(text: str, arch: str) -> Compiled:
         source.write_text(text)
         command = [nvcc, "-cubin", f"-arch={arch}", "-Xptxas", "-v", "-o", str(cubin), str(source)]
         run = subprocess.run(command, capture_output=True, text=True, check=False)
+        if "nvcc fatal" in run.stderr:  # an architecture it does not know, no host compiler: not the text's fault
+            raise ToolMissing(" ".join(run.stderr.split()))
         if run.returncode:
             raise CompileError(f"nvcc for {arch}: {run.stderr}")
         compiler = "nvcc " + re.search(r"release (\d+\.\d+)", version)[1]
