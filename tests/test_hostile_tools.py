@@ -172,6 +172,23 @@ def test_links_lead_nowhere(tools, outside, maker):
     tools.forget(4)
 
 
+def test_files_of_another_dialogue_are_out_of_reach(tools, outside):
+    """Also where the server keeps them: in a folder whose name code could guess."""
+    text = {"text": "in-the-file", "file_path": "a"}
+    assert ask(tools, "File/file_operation", "write_file", text, dialogue=22)[1] == "all_right"
+    places = [f"{folder}/22/a" for folder in Path(tempfile.gettempdir()).glob("sandbox_*")]
+    assert places
+    code = f"for place in {places!r}:\n    try: print(open(place).read())\n" \
+           "    except OSError as error: print(error.errno)"
+    answer, _ = ask(tools, "Execute/Execute", "execute_pycode", {"code:": code}, dialogue=24)  # on the same server
+    assert set(json.loads(answer.feedback).split()) <= {"2", "13"} and "13" in answer.feedback
+    arguments = {"commands": f"cat {' '.join(places)}", "return_err_outputpersistent=False": True}
+    assert "Permission denied" in ask(tools, "Execute/Execute", "execute_bash_code", arguments, dialogue=24)[0].feedback
+    assert "in-the-file" in tools(request("File/file_operation", "read_file", {"file_path": "a"}, dialogue=22)).feedback
+    tools.forget(22)
+    tools.forget(24)
+
+
 def test_a_full_folder_hurts_its_own_dialogue_only(tools, outside):
     fill = "for i in $(seq 40); do head -c 1M /dev/zero > f$i; done 2>/dev/null; ls | wc -l; du -sm . | cut -f1"
     answer, _ = ask(tools, "Execute/Execute", "execute_bash_code", {"commands": fill}, dialogue=6)
