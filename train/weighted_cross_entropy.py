@@ -170,10 +170,10 @@ def _logits_loss(logits_MV: Tensor, target_ids_M: Tensor, loss_weights_M: Tensor
     index_K = loss_weights_M.nonzero().squeeze(1)
     logits_KV, target_ids_K, loss_weights_K = _select_rows(logits_MV, target_ids_M, loss_weights_M, index_K)
     _check_targets(target_ids_K, index_K, logits_MV.shape[1])
-    # The maximum goes first. logsumexp(x) - x[target] would round at the size of the logits: at 1e4 in fp32 a
-    # probability of 0.5 comes out as 0.4999.
-    scores_KV = logits_KV.to(loss_weights_M.dtype, copy=True)
-    return chunk_loss_and_gradient_(scores_KV, target_ids_K, loss_weights_K, need_gradient=False).sum()  # E9
+    # log_softmax subtracts the row's maximum first. logsumexp(x) - x[target] rounds at the size of the logits instead:
+    # at 1e4 in fp32 a probability of 0.5 comes out as 0.4999.
+    logprobs_KV = logits_KV.to(loss_weights_M.dtype).log_softmax(dim=1)
+    return -(loss_weights_K * logprobs_KV.gather(1, target_ids_K[:, None]).squeeze(1)).sum()  # E9
 
 
 @custom_op("tl_training::logits_gradient", mutates_args=())
@@ -186,9 +186,10 @@ def _logits_gradient(
         return grad_MV
     index_K = loss_weights_M.nonzero().squeeze(1)
     logits_KV, target_ids_K, loss_weights_K = _select_rows(logits_MV, target_ids_M, loss_weights_M, index_K)
-    grad_KV = logits_KV.to(loss_weights_M.dtype, copy=True)
-    chunk_loss_and_gradient_(grad_KV, target_ids_K, loss_weights_K * grad_loss, need_gradient=True)  # E10
-    return torch.zeros_like(logits_MV).index_copy_(0, index_K, grad_KV.to(logits_MV.dtype))
+    grad_loss_K1 = (loss_weights_K * grad_loss)[:, None]
+    grad_KV = logits_KV.to(loss_weights_M.dtype).softmax(dim=1).mul_(grad_loss_K1)
+    grad_KV = grad_KV.scatter_add_(1, target_ids_K[:, None], -grad_loss_K1).to(logits_MV.dtype)  # E10
+    return grad_KV if grad_KV.shape == logits_MV.shape else torch.zeros_like(logits_MV).index_copy_(0, index_K, grad_KV)
 
 
 @_logits_loss.register_fake

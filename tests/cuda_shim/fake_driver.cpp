@@ -127,7 +127,8 @@ int cuDevicePrimaryCtxRetain(void** context, int device) {
 
 int cuCtxPushCurrent_v2(void* context) {
     CALL("cuCtxPushCurrent");
-    if (context != &fake::context) return fake::INVALID_CONTEXT;
+    // one left behind by an earlier call would make torch's next one run on the wrong device
+    if (context != &fake::context || !fake::driver.contexts.empty()) return fake::INVALID_CONTEXT;
     fake::driver.contexts.push_back(context);
     return fake::SUCCESS;
 }
