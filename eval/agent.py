@@ -117,13 +117,11 @@ class Dialogue:
             self.close("max_turns")
 
     def close(self, end: str, error: str = "") -> None:
-        """End the dialogue, in the journal too unless it ended there before; its tools' files go."""
+        """End the dialogue, in the journal too; its tools' files go."""
         self.end = end
         if forget := getattr(self._execute, "forget", None):  # a bare function may answer too
             forget(self.task.index)
-        recorded = self._journal.recorded.get(self.task.index)
-        if recorded is None or not recorded.end:
-            self._journal.add_end(self.task.index, end, error)
+        self._journal.add_end(self.task.index, end, error)
 
     def _read(self, output: str, is_cut: bool) -> tuple[list[ToolCall], str]:
         """The calls up to the first `finish`, or why there is none. What follows a `finish` is never run."""
