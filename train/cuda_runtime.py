@@ -1,7 +1,7 @@
 """CUDA kernels from source text at run time: NVRTC, a cache of its output on disk, launches on torch's current stream.
 
-The user needs no nvcc and no compiler, only the packages of requirements-cuda.txt, which a CUDA build of torch brings
-along. They are imported when a kernel is wanted, never before: this file costs nothing on a machine without CUDA.
+The user needs no nvcc and no compiler, only cuda-bindings and NVRTC, which a CUDA build of torch brings along (without
+one, requirements-cuda.txt). They are imported when a kernel is wanted: on a machine without CUDA this file costs nothing.
 Everything that goes wrong is a CudaKernelError of one line, which names the call, the kernel and the grid.
 
 Cache: one file per compiled source in $TL_TRAINING_KERNEL_CACHE ("off": none; default ~/.cache/tl_training/kernels,
@@ -260,7 +260,7 @@ def _check_parameters(function: object, name: str, parameter_types: Sequence[typ
         try:
             found = _driver("cuFuncGetParamInfo", function, number, place=name)
         except CudaKernelError as error:
-            if isinstance(error.__cause__, RuntimeError):  # a driver older than CUDA 12.4 cannot be asked
+            if error.__cause__ is not None:  # a driver, or bindings, older than CUDA 12.4 cannot be asked
                 return
             raise CudaKernelError(f"{name}: found fewer parameters than the {len(parameter_types)} expected") from None
         if tuple(found) != (offset, size):
@@ -305,7 +305,7 @@ def _driver(name: str, *arguments: object, place: str = "") -> tuple:
     driver, _ = _bindings()
     try:
         status, *values = getattr(driver, name)(*arguments)
-    except (RuntimeError, OSError) as error:
+    except (AttributeError, RuntimeError, OSError) as error:  # the driver, or this function of it, is not there
         raise CudaKernelError(f"the CUDA driver is not usable ({_one_line(error)})") from error
     if int(status):
         where = f" ({place})" if place else ""
