@@ -135,7 +135,7 @@ class EvalConfig:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one evaluation; returns the exit code."""
     try:
-        config = read_config(EvalConfig, "Predict and score tool calls (TS, PI, CF).", arguments)
+        config = read_config(EvalConfig, "Predict and score tool calls (TS, PI, CF) and dialogues (DE, CE, VA).", arguments)
         try:
             world = init_world(config.device)
         except ValueError as error:
