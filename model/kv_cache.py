@@ -6,6 +6,8 @@ run. Slot index = position: rows have their own lengths and nothing is padded.
 One new token per row (decoding) is the case that counts. Its attention is one call per run of neighbouring rows whose
 lengths round up to the same multiple of SLOTS_PER_STEP, masked at each row's own length. The shape of a row's attention
 thus follows from that row's own length alone, and its result does not depend, not in the last bit, on the other rows.
+On a CPU with several threads every row is a call: there the last bits of a row, in fp32, were seen to change with the
+number of rows in its call, whose heads the kernel deals out to the threads.
 
 `lengths` may be set back, to 0 for another sequence or to a prefix that the next one shares: the slots behind are then
 overwritten or wiped, before anything reads them.
@@ -81,15 +83,16 @@ class KVCache:
                                          dtype=torch.long, device=device)
         lengths_S1 = torch.tensor(lengths, device=device)[:, None]
         n_slots_S = [(length // SLOTS_PER_STEP + 1) * SLOTS_PER_STEP for length in lengths]
+        unseen_SL = torch.arange(max(n_slots_S, default=0), device=device) > lengths_S1
+        mask_SL = torch.zeros(unseen_SL.shape, dtype=dtype, device=device).masked_fill_(unseen_SL, -torch.inf)
+        is_joint = device.type != "cpu" or torch.get_num_threads() == 1
         self.runs, first = [], 0
         for last in range(len(lengths)):
-            if last + 1 < len(lengths) and n_slots_S[last + 1] == n_slots_S[first] and \
+            if is_joint and last + 1 < len(lengths) and n_slots_S[last + 1] == n_slots_S[first] and \
                     self.selected_rows[last + 1] == self.selected_rows[last] + 1:
                 continue
-            unseen_PL = torch.arange(n_slots_S[first], device=device) > lengths_S1[first:last + 1]
-            mask_PL = torch.zeros(unseen_PL.shape, dtype=dtype, device=device).masked_fill_(unseen_PL, -torch.inf)
             self.runs.append(DecodeRun(first, last + 1 - first, self.selected_rows[first], n_slots_S[first],
-                                       mask_PL[:, None, None]))
+                                       mask_SL[first:last + 1, None, None, :n_slots_S[first]]))
             first = last + 1
 
     def append_one(self, layer: int, k_SKH: Tensor, v_SKH: Tensor) -> tuple[Tensor, Tensor]:

@@ -59,6 +59,18 @@ def test_greedy_does_not_depend_on_batching():
     assert together == alone == eights  # ids and log-probabilities, bit for bit
 
 
+def test_greedy_does_not_depend_on_batching_with_two_threads():
+    """Head dim and widths of the bundled model: with them two threads give a row other bits in another place."""
+    model = tiny_model(dim=192, n_heads=3, n_kv_heads=3, head_dim=64, ffn_dim=512)
+    prompts, n_threads = random_prompts(5, 61, 140), torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        together = generate(model, prompts, max_new_tokens=4, eos_id=None)
+        assert together == [generate(model, [prompt], max_new_tokens=4, eos_id=None)[0] for prompt in prompts]
+    finally:
+        torch.set_num_threads(n_threads)
+
+
 def test_decoding_without_module_calls_equals_decoding_through_them():
     """With gradients on, forward goes through the modules; without, a plain model takes the short way."""
     model = tiny_model(qkv_bias=True)
