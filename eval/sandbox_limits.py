@@ -210,7 +210,10 @@ def show_folder_at(folder: str, place: str) -> bool:
 
 
 def name_machine(name: str) -> None:
-    """Let the machine be called `name` in this process's namespaces; nothing happens where that is not permitted."""
+    """Let the machine be called `name` in this process's own namespace of names (enter_namespaces with a second user).
+
+    Outside of one, root would rename the whole machine.
+    """
     if hasattr(_LIBC, "sethostname"):
         _LIBC.sethostname(name.encode("ascii"), ctypes.c_size_t(len(name)))
 

@@ -238,7 +238,8 @@ def main() -> None:
     sys.dont_write_bytecode = True
     is_in = separate(job, ends_with_parent=False, second_user=NOBODY)
     os.chdir(job["folder"])
-    name_machine(MACHINE_NAME)
+    if is_in["namespaces"]:  # else the name would be that of the whole machine
+        name_machine(MACHINE_NAME)
     server = Server(job, is_in)
     abilities = find_abilities(server)
     limits = describe_limits(job, is_in | _tried_limits(server) | {"may_write": abilities["folder"]})

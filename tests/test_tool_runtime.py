@@ -4,6 +4,7 @@ import inspect
 import json
 import math
 import re
+import socket
 import threading
 import uuid
 from collections import Counter
@@ -710,6 +711,7 @@ def test_a_server_that_is_killed_is_replaced_and_lost_files_are_told(can):
 @pytest.mark.parametrize("layers", [(), ("seccomp",), ("landlock", "seccomp"), ("namespaces", "seccomp")],
                          ids=lambda layers: "+".join(layers) or "none")
 def test_where_a_machine_permits_less_only_pure_tools_are_local(layers):
+    machine = socket.gethostname()
     local = LocalTools(execute_code=True, today=TODAY, seconds=10.0, servers=1, layers=layers)
     with ToolExecutor("auto", local=local, recording={}, seed=0, instability_rate=0.0, failure_rate=0.0) as executor:
         assert result_of(executor, "get_uuid") and executor.limits_applied
@@ -718,6 +720,7 @@ def test_where_a_machine_permits_less_only_pure_tools_are_local(layers):
                                           ("Execute/Execute", "execute_bash_code", {"commands": "true"})):
             assert executor(request(tool_set, name, arguments)).executor == "simulated"
         assert any("can give no folder" in notice for notice in executor.notices)
+    assert socket.gethostname() == machine  # a server without namespaces of its own once renamed the machine
 
 
 def test_server_refuses_a_request_that_is_too_long():
