@@ -47,6 +47,7 @@ def test_asset_hashes():
         "tiny_data/train.json",
         "tiny_data/test_seen.jsonl",
         "tiny_data/test_unseen.jsonl",
+        "tiny_data/test_multi.jsonl",
     }
     for path, stated in rows:
         assert hashlib.sha256((ROOT / "assets" / path).read_bytes()).hexdigest() == stated, path
