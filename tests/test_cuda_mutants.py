@@ -27,7 +27,7 @@ from tests.cuda_build import (
     why_no_sanitizer,
 )
 
-pytestmark = pytest.mark.skipif(why_no_gxx() != "", reason=why_no_gxx() or "g++ is there")
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(why_no_gxx() != "", reason=why_no_gxx() or "g++ is there")]
 
 VARIANT_OF_TOOL = {"value": "quick", "bits": "quick", "shim": "quick", "asan": "asan", "ubsan": "asan", "tsan": "tsan"}
 MESSAGES = {  # what a tool prints when it has found something
