@@ -23,7 +23,7 @@ from dataclasses import dataclass, field
 from data.trajectories import DataError
 from eval.general_tasks import LETTERS, MMLU_SHOTS, mmlu_prompt
 from eval.output_formats import json_text
-from eval.prompt_formats import PromptError, completion_text, render_prompt
+from eval.prompt_formats import PromptError, completion_text, react_messages, render_prompt
 from eval.queries import ChoiceQuery, Query, cut_at
 
 BACKOFF_SECONDS, MAX_PAUSE_SECONDS = 1.0, 60.0  # before the second attempt; the longest pause, also for Retry-After
@@ -226,15 +226,18 @@ def _seconds(text: str | None) -> float:
 
 def ask_record(endpoint: Endpoint, query: Query | ChoiceQuery, *, prompt_format: str, max_new_tokens: int,
                stop_texts: Sequence[str], temperature: float = 0.0) -> dict:
-    """The predictions row for one record. `openai` is asked by chat, every other format by a completion of its text.
+    """The predictions row for one record: `openai` and `react` by chat, every other format by a completion of its text.
 
     `temperature` 0 asks for the likeliest tokens; a choice always does. Raises EndpointError.
     """
     if isinstance(query, ChoiceQuery):
         return _ask_choice(endpoint, query, prompt_format)
-    if prompt_format == "openai":
-        messages, tools = render_prompt(query.tools, query.messages, "openai") if not query.text else \
-            ([{"role": "user", "content": query.text}], [])
+    if prompt_format in ("openai", "react"):
+        messages, tools = [{"role": "user", "content": query.text}], []
+        if not query.text and prompt_format == "openai":
+            messages, tools = render_prompt(query.tools, query.messages, "openai")
+        elif not query.text:
+            messages = react_messages(query.tools, query.messages)
         answer = _chat(endpoint, messages, tools, max_new_tokens, stop_texts, temperature)
         return _row(query.index, _message_text(answer, bool(tools)), answer, stop_texts)
     text = query.text or completion_text(query.tools, query.messages, prompt_format)
@@ -285,7 +288,7 @@ def _ask_choice(endpoint: Endpoint, query: ChoiceQuery, prompt_format: str) -> d
     """
     for kept in range(min(MMLU_SHOTS, len(query.shots)), -1, -1):
         text = mmlu_prompt(query.question, query.shots[:kept])
-        if prompt_format == "openai":
+        if prompt_format in ("openai", "react"):
             answer = _chat(endpoint, [{"role": "user", "content": text}], [], 16, ())
             output = _message_text(answer, has_tools=False)
         else:

@@ -85,7 +85,7 @@ def ask_one(server, prompt_format, asked=None, stop_texts=None, **changes):
 # -------------------------------------------------------------------------------------------------------------- formats
 
 
-@pytest.mark.parametrize("prompt_format", [name for name in COMPLETION_FORMATS if name != "plain"])
+@pytest.mark.parametrize("prompt_format", [name for name in COMPLETION_FORMATS if name not in ("plain", "react")])
 def test_completion_formats(serve, prompt_format):
     output = render_output([CALL], prompt_format)
     stops = STOP_STRINGS[prompt_format]
@@ -107,6 +107,17 @@ def test_openai_is_asked_by_chat_with_native_tool_calls(serve):
     path, body, _ = server.requests[0]
     assert path == "/v1/chat/completions" and body["tools"] == TOOLS
     assert body["messages"] == [{"role": "user", "content": "find \u00e9"}] and "stop" not in body
+
+
+def test_react_is_asked_by_chat_without_native_tools(serve):
+    output = render_output([CALL], "react")
+    server = serve(lambda *_: (200, {"choices": [{"message": {"content": output}, "finish_reason": "stop"}]}, {}))
+    row = ask_one(server, "react")
+    assert parse_output(row["output"], "react") == [CALL] and row["stop"] == "end"
+    path, body, _ = server.requests[0]
+    assert path == "/v1/chat/completions" and "tools" not in body
+    assert [message["role"] for message in body["messages"]] == ["system", "user"]
+    assert '"search"' in body["messages"][0]["content"] and body["messages"][1]["content"] == "find \u00e9"
 
 
 def test_text_queries_and_their_stops(serve):

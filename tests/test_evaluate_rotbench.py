@@ -201,7 +201,7 @@ def test_jsonl_predictions_in_any_order_with_a_torn_last_line(files, tmp_path, c
     ('{"index": 0, "output": ""}\n{"index": 0, "output": ""}', ":2: found index 0 again"),
     ('{"index": 0, "out\n{"index": 0, "output": ""}', ":1: found no valid JSON"), ("7", ":1: found int"),
     ('{"index": 0, "output": []}', ":1: found list"), ("", "found 0 of 5"),
-    ('{"index": 0, "output": "", "format": "react"}', ":1: found format 'react'"),
+    ('{"index": 0, "output": "", "format": "xml"}', ":1: found format 'xml'"),
 ])
 def test_bad_predictions_are_one_line_and_code_2(files, tmp_path, capsys, content, expected):
     path = tmp_path / "bad"
