@@ -18,7 +18,7 @@ from rl.reward import CATEGORIES
 from tests.tiny_run import tiny_files
 
 ROOT = Path(__file__).resolve().parent.parent
-METRICS = (ROOT / "docs/metrics.md").read_text(encoding="ascii").partition("\n## PPO\n")[2]
+METRICS = (ROOT / "docs/metrics.md").read_text(encoding="ascii").partition("\n## PPO\n")[2].partition("\n## ")[0]
 DETAILS = (ROOT / "docs/ppo_details.md").read_text(encoding="ascii")
 LINES, _, JOURNALS = METRICS.partition("### Other journals")
 

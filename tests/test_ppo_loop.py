@@ -292,9 +292,9 @@ def test_a_late_fault_loses_nothing_before_it(straight, tmp_path, monkeypatch):
     """A log-probability of the reference turns nan in the fourth iteration; the run goes on from the third."""
     calls = []
 
-    def failing(hidden_KD, model, batch, temperature):
+    def failing(hidden_KD, model, batch, temperature, loss_backend):
         calls.append(None)
-        logprobs_K = response_logprobs(hidden_KD, model, batch, temperature)
+        logprobs_K = response_logprobs(hidden_KD, model, batch, temperature, loss_backend)
         # 2 micro-batches per iteration: policy, reference, update
         return logprobs_K * float("nan") if len(calls) == 21 else logprobs_K
 
