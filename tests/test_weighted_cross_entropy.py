@@ -113,6 +113,23 @@ def test_linear_loss_in_bf16(chunk_rows):
         assert error < 8e-3, error
 
 
+@pytest.mark.parametrize("half_is_slow", [True, False])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
+def test_products_are_rounded_once_whichever_way_they_are_made(monkeypatch, dtype, half_is_slow):
+    """On CPUs without bf16 units the product of fp32 copies stands in for that of bf16 matrices."""
+    monkeypatch.setattr(module_file, "HALF_IS_SLOW", half_is_slow)
+    generator = torch.Generator().manual_seed(3)
+    left, right = (torch.randn(shape, generator=generator).to(dtype) for shape in ((7, 33), (33, 5)))
+    exact = left.double() @ right.double()
+    product = module_file._matmul(left, right)
+    given = torch.full((9, 5), torch.nan, dtype=dtype)
+    module_file._matmul(left, right, out=given[1:8])
+    assert product.dtype == dtype and torch.equal(given[1:8], product) and given[[0, 8]].isnan().all()
+    # half an ulp of rounding, and what 33 sums in fp32 may lose
+    bound = exact.abs() * torch.finfo(dtype).eps * 0.5 + 33 * 8 * torch.finfo(torch.float32).eps
+    assert ((product.double() - exact).abs() <= bound).all()
+
+
 def test_bf16_head_gradient_is_accumulated_in_fp32():
     # Two logits, both 0: gradients +-1/2. Chunks of two rows add -(1 + 2^-9) / 2 and +1 / 2 in turn to head row 0; the
     # 2^-9 is lost if a chunk's product, or the running total, is rounded to bf16 (8 bits). Truth: 256 * -2^-10.

@@ -79,8 +79,8 @@ def _obstacle(device: torch.device) -> str | None:
     except CudaKernelError as error:
         return str(error)
     except RuntimeError as error:  # torch met a fault of a kernel; after that nothing works on this device any more
-        raise LossBackendError(f"--loss_backend: the check of the kernels broke off on {device}, start again with torch "
-                               f"({' '.join(str(error).split())})") from None
+        raise LossBackendError(f"--loss_backend: the check of the kernels broke off on {device}, start again with "
+                               f"torch ({' '.join(str(error).split())})") from None
     return None
 
 

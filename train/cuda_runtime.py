@@ -1,7 +1,7 @@
 """CUDA kernels from source text at run time: NVRTC, a cache of its output on disk, launches on torch's current stream.
 
 The user needs no nvcc and no compiler, only cuda-bindings and NVRTC, which a CUDA build of torch brings along (without
-one, requirements-cuda.txt). They are imported when a kernel is wanted: on a machine without CUDA this file costs nothing.
+one, requirements-cuda.txt). They are imported when a kernel is wanted: without CUDA this file costs nothing.
 Everything that goes wrong is a CudaKernelError of one line, which names the call, the kernel and the grid.
 
 Cache: one file per compiled source in $TL_TRAINING_KERNEL_CACHE ("off": none; default ~/.cache/tl_training/kernels,
@@ -36,7 +36,8 @@ def _bindings() -> tuple[ModuleType, ModuleType]:
     try:
         from cuda.bindings import driver, nvrtc
     except ImportError as error:
-        raise CudaKernelError(f"cuda-bindings is not installed, see requirements-cuda.txt ({_one_line(error)})") from None
+        raise CudaKernelError("cuda-bindings is not installed, see requirements-cuda.txt "
+                              f"({_one_line(error)})") from None
     return driver, nvrtc
 
 

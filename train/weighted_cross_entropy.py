@@ -21,6 +21,9 @@ from train.cuda_cross_entropy import cuda_chunk_loss_and_gradient_, cuda_row_cro
 # then takes less time than the chunk's matmuls).
 MAX_LOGITS_BYTES = {"cpu": 64 * 2**20, "cuda": 256 * 2**20}
 
+# A CPU without bf16 units multiplies bf16 matrices up to ninety times slower than their fp32 copies (measured, AVX2).
+HALF_IS_SLOW = torch.backends.cpu.get_cpu_capability() in ("DEFAULT", "AVX2")
+
 
 # ---------------------------------------------------------------------------------------------------- public functions
 def weighted_cross_entropy(
@@ -32,8 +35,8 @@ def weighted_cross_entropy(
     train.cuda_cross_entropy.choose_loss_backend gives it.
     Returns a scalar in fp32 (fp64 for fp64 logits), differentiable once in the logits; the backward pass reads them
     again. Rows of weight 0 are never read: they may hold inf or nan, and their gradient is exactly 0.
-    Raises ValueError for shapes that disagree, another backend, or a target outside [0, V) on a row with weight (backend
-    "cuda": the loss is nan instead).
+    Raises ValueError for shapes that disagree, another backend, or a target outside [0, V) on a row with weight
+    (backend "cuda": the loss is nan instead).
     """
     _check_rows(logits_MV, target_ids_M, loss_weights_M)
     _check_backend(backend)
@@ -46,8 +49,8 @@ def linear_weighted_cross_entropy(
 ) -> Tensor:
     """The value of `weighted_cross_entropy(hidden @ head.T, ...)` without ever building (M, V) logits (E9-E11).
 
-    Rows of weight 0 are dropped before the matmul; the rest go through in equal chunks of at most `chunk_rows` (default:
-    as many as MAX_LOGITS_BYTES allows). Logits are made in the dtype of `hidden`; softmax, loss and the head's gradient
+    Rows of weight 0 are dropped before the matmul; the rest go through in equal chunks of at most `chunk_rows`
+    (default: as many as MAX_LOGITS_BYTES allows). Logits are made in the dtype of `hidden`; softmax, loss and the head's gradient
     are accumulated in fp32 (fp64 for fp64 inputs) and rounded to the parameter's dtype once.
     Args: hidden_MD and head_weight_VD of one dtype; trained_index_K the rows with weight != 0 when the caller knows
     them (data/batches.py does): saves a wait for the device on CUDA, and torch.compile a break of its graph; backend as
@@ -134,10 +137,10 @@ def _loss_and_gradients(
     grad_head_VD.zero_()
     for start in range(0, n_rows, chunk_rows):
         rows = slice(start, start + chunk_rows)
-        logits_CV = hidden_KD[rows] @ head_weight_VD.T
+        logits_CV = _matmul(hidden_KD[rows], head_weight_VD.T)
         loss_K[rows] = _seam(backend)(logits_CV, target_ids_K[rows], loss_weights_K[rows], need_hidden or need_head)
         if need_hidden:
-            torch.mm(logits_CV, head_weight_VD, out=grad_hidden_KD[rows])  # E11
+            _matmul(logits_CV, head_weight_VD, out=grad_hidden_KD[rows])  # E11
         if need_head:
             _add_matmul_(grad_head_VD, logits_CV.T, hidden_KD[rows])  # E11
     return loss_K, grad_hidden_KD, grad_head_VD
@@ -150,6 +153,14 @@ def _empty_results(
     return (torch.empty_like(loss_weights_K),
             torch.empty_like(hidden_KD) if need_hidden else hidden_KD.new_empty(0),
             head_weight_VD.new_empty(head_weight_VD.shape if need_head else 0, dtype=loss_weights_K.dtype))
+
+
+def _matmul(left: Tensor, right: Tensor, out: Tensor | None = None) -> Tensor:
+    """left @ right. Also in half precision it is summed in fp32 and rounded once, everywhere."""
+    if left.device.type == "cpu" and left.dtype in (torch.bfloat16, torch.float16) and HALF_IS_SLOW:
+        product = (left.float() @ right.float()).to(left.dtype)
+        return product if out is None else out.copy_(product)
+    return torch.mm(left, right, out=out)
 
 
 def _add_matmul_(total_VD: Tensor, left_VC: Tensor, right_CD: Tensor) -> None:
@@ -227,7 +238,7 @@ def _one_piece(
     """(loss, gradient of the logits)."""
     if row_numbers_K is not None:
         _check_targets(target_ids_K, row_numbers_K, head_weight_VD.shape[0])
-    logits_KV = hidden_KD @ head_weight_VD.T
+    logits_KV = _matmul(hidden_KD, head_weight_VD.T)
     loss_K = _seam(backend)(logits_KV, target_ids_K, loss_weights_K, True)
     return loss_K.sum(), logits_KV  # E1: over the tokens of a micro-batch; E2-E8 are in the weights
 
@@ -251,8 +262,8 @@ def _one_piece_backward(ctx, grad_loss, _):
         return (None,) * 6
     need_hidden, need_head = ctx.needs_input_grad[:2]
     grad_logits_KV, hidden_KD, head_weight_VD = ctx.saved_tensors
-    grad_hidden_KD = (grad_logits_KV @ head_weight_VD).mul_(grad_loss) if need_hidden else None  # E11
-    grad_head_VD = grad_logits_KV.T @ (hidden_KD * grad_loss) if need_head else None  # E11
+    grad_hidden_KD = _matmul(grad_logits_KV, head_weight_VD).mul_(grad_loss) if need_hidden else None  # E11
+    grad_head_VD = _matmul(grad_logits_KV.T, hidden_KD * grad_loss) if need_head else None  # E11
     return grad_hidden_KD, grad_head_VD, None, None, None, None
 
 
