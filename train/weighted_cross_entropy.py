@@ -50,8 +50,8 @@ def linear_weighted_cross_entropy(
     """The value of `weighted_cross_entropy(hidden @ head.T, ...)` without ever building (M, V) logits (E9-E11).
 
     Rows of weight 0 are dropped before the matmul; the rest go through in equal chunks of at most `chunk_rows`
-    (default: as many as MAX_LOGITS_BYTES allows). Logits are made in the dtype of `hidden`; softmax, loss and the head's gradient
-    are accumulated in fp32 (fp64 for fp64 inputs) and rounded to the parameter's dtype once.
+    (default: as many as MAX_LOGITS_BYTES allows). Logits are made in the dtype of `hidden`; softmax, loss and the
+    head's gradient are accumulated in fp32 (fp64 for fp64 inputs) and rounded to the parameter's dtype once.
     Args: hidden_MD and head_weight_VD of one dtype; trained_index_K the rows with weight != 0 when the caller knows
     them (data/batches.py does): saves a wait for the device on CUDA, and torch.compile a break of its graph; backend as
     train.cuda_cross_entropy.choose_loss_backend gives it.
