@@ -73,20 +73,23 @@ class EvalConfig:
     endpoint_concurrency: int = _setting(8, "requests at the endpoint at a time", low=1)
     predictions: str = _setting("", "score this file of predictions (one benchmark), no model; empty = predict")
     rules: str = _setting("default", "official = the benchmark's own scorer, fair = empty arguments may be right; "
-                          "default is official for RoTBench, fair for the others", choices=("default", "official", "fair"))
+                          "default is official for RoTBench, fair for the others",
+                          choices=("default", "official", "fair"))
     execute_code: str = _setting("off", "run code that the model wrote, in the sandbox (docs/sandbox.md); HumanEval "
                                  "needs it", choices=("on", "off"))
-    tool_executor: str = _setting("auto", "who answers the calls of a dialogue: tools of this project, a simulation by the "
-                                  "documents, a file; auto = local where there is a tool, else simulated "
+    tool_executor: str = _setting("auto", "who answers the calls of a dialogue: tools of this project, a simulation by "
+                                  "the documents, a file; auto = local where there is a tool, else simulated "
                                   "(docs/tool_runtime.md)", choices=EXECUTOR_KINDS)
     instability_rate: float = _setting(0.0, "share of simulated calls that fail as if the service were down", low=0.0,
                                        high=1.0)
-    call_failure_rate: float = _setting(0.0, "share of simulated calls that the tool itself fails on", low=0.0, high=1.0)
+    call_failure_rate: float = _setting(0.0, "share of simulated calls that the tool itself fails on", low=0.0,
+                                        high=1.0)
     recorded_calls: str = _setting("", "file of calls and their feedback for --tool_executor recorded")
-    record_calls: str = _setting("", "write every call and its feedback to this file, for --recorded_calls of other runs")
+    record_calls: str = _setting("", "write every call and its feedback to this file, for --recorded_calls of other "
+                                 "runs")
     max_turns: int = _setting(MAX_TURNS, "model outputs of a dialogue (ToolEyes and paper: 9)", low=1, high=MAX_TURNS)
-    max_dialogue_tokens: int = _setting(8192, "prompt and output together, at most the model's positions; a dialogue that "
-                                        "grows beyond ends. The key/value cache holds batch_size times as many", low=2)
+    max_dialogue_tokens: int = _setting(8192, "prompt and output together, at most the model's positions; a dialogue "
+                                        "that grows beyond ends. The key/value cache holds batch_size times as many", low=2)
     limit: int = _setting(0, "only the first N records of each benchmark; 0 = all", low=0)
     max_new_tokens: int = _setting(128, "longest output of a call, tokens; longer ones are cut and count as they are",
                                    low=1)
@@ -120,8 +123,8 @@ class EvalConfig:
             raise ValueError(f"recorded_calls: found {self.recorded_calls or 'none'!a} with --tool_executor "
                              f"{self.tool_executor}, expected a file with --tool_executor recorded, and only there")
         if self.instability_rate + self.call_failure_rate > 1.0:
-            raise ValueError(f"instability_rate: found {self.instability_rate + self.call_failure_rate:g} together with "
-                             "--call_failure_rate, expected at most 1")
+            raise ValueError(f"instability_rate: found {self.instability_rate + self.call_failure_rate:g} together "
+                             "with --call_failure_rate, expected at most 1")
         if "humaneval" in names and self.execute_code == "off":
             raise ValueError("execute_code: found off, expected on for humaneval, whose scoring runs code that a model "
                              "wrote")
@@ -135,7 +138,8 @@ class EvalConfig:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one evaluation; returns the exit code."""
     try:
-        config = read_config(EvalConfig, "Predict and score tool calls (TS, PI, CF) and dialogues (DE, CE, VA).", arguments)
+        config = read_config(EvalConfig, "Predict and score tool calls (TS, PI, CF) and dialogues (DE, CE, VA).",
+                             arguments)
         try:
             world = init_world(config.device)
         except ValueError as error:
@@ -253,9 +257,9 @@ def dialogue_settings(name: str, config: EvalConfig) -> dict[str, str | int | fl
         return {}
     recorded = answers_sha256(Path(config.recorded_calls)) if config.recorded_calls else ""
     return {"max_turns": config.max_turns, "max_dialogue_tokens": config.max_dialogue_tokens,
-            "tool_executor": config.tool_executor, "tool_seed": config.seed, "instability_rate": config.instability_rate,
-            "call_failure_rate": config.call_failure_rate, "recorded_calls_sha256": recorded,
-            "execute_code": config.execute_code}
+            "tool_executor": config.tool_executor, "tool_seed": config.seed,
+            "instability_rate": config.instability_rate, "call_failure_rate": config.call_failure_rate,
+            "recorded_calls_sha256": recorded, "execute_code": config.execute_code}
 
 
 def make_tools(config: EvalConfig, world: World) -> ToolExecutor | RecordingExecutor:

@@ -1,4 +1,4 @@
-"""Time and extra memory of our linear weighted cross-entropy over eager PyTorch and over torch's F.linear_cross_entropy.
+"""Time and extra memory of our linear weighted cross-entropy over eager PyTorch and torch's F.linear_cross_entropy.
 
     python -m benchmarks.benchmark_loss                 # fp32, 2048 tokens, V = 32016, D = 512
     python -m benchmarks.benchmark_loss --dtype bfloat16 --tokens 512
@@ -155,8 +155,8 @@ def main() -> int:
     if args.memory_of:
         print(measure_memory(args))
         return 0
-    print(f"{args.dtype}, {args.tokens} tokens, V {args.vocab_size}, D {args.dim}, {args.threads} threads, {args.clock} "
-          f"clock, torch {torch.__version__}, {args.repeats} rounds")
+    print(f"{args.dtype}, {args.tokens} tokens, V {args.vocab_size}, D {args.dim}, {args.threads} threads, "
+          f"{args.clock} clock, torch {torch.__version__}, {args.repeats} rounds")
     print("trained  side        seconds  ours over it  extra MiB  ours over it  loss rel. diff")
     rows = []
     for percent in map(float, args.percents.split(",")):

@@ -1,10 +1,10 @@
-"""Our CUDA kernels against their roof, and the loss against its peers on a CUDA device. NOT YET RUN BY US: no machine of
-ours has such a device, so no figure of it stands anywhere in this repository.
+"""Our CUDA kernels against their roof, and the loss against its peers on a CUDA device. NOT YET RUN BY US: no machine
+of ours has such a device, so no figure of it stands anywhere in this repository.
 
     python -m benchmarks.benchmark_loss_cuda                      # needs a CUDA device
     python -m benchmarks.benchmark_loss_cuda --tokens 65536 --dtypes bfloat16,float32
     python -m benchmarks.benchmark_loss_cuda --static             # no device: registers, spills, instructions per logit
-    python -m benchmarks.benchmark_loss_cuda --device cpu --tokens 64 --dim 32 --vocab_size 500   # only tries the script
+    python -m benchmarks.benchmark_loss_cuda --device cpu --tokens 64 --dim 32 --vocab_size 500  # only tries the script
 
 Part 1, the roof: a kernel reads and writes each logit once, so it can take no less time than a copy of the logits from
 device to device, which is timed beside it. Printed: GB/s by that count (2 * size of a logit; 3 * for the streaming
@@ -45,7 +45,7 @@ INCOMING_GRADIENT = 1 / 7  # as in benchmark_loss
 FLUSH_BYTES = 256 * 2**20  # more than any L2 cache
 
 
-# ------------------------------------------------------------------------------------------------------------- measuring
+# ------------------------------------------------------------------------------------------------------------ measuring
 def median_seconds(call: Callable[[], object], args) -> float:
     """Of one call on the device (of the host on the CPU)."""
     flush = torch.empty(FLUSH_BYTES if args.device == "cuda" else 1, dtype=torch.int8, device=args.device)
@@ -80,7 +80,7 @@ def extra_mib(call: Callable[[], object], args) -> float:
     return (torch.cuda.max_memory_allocated() - before) / 2**20
 
 
-# ------------------------------------------------------------------------------------------------------- part 1: the roof
+# ----------------------------------------------------------------------------------------------------- part 1: the roof
 def print_roof(args, dtype: torch.dtype) -> None:
     logits_CV = torch.randn(args.tokens, args.vocab_size, device=args.device).to(dtype)
     target_ids_C = torch.randint(0, args.vocab_size, (args.tokens,), device=args.device)
@@ -93,7 +93,8 @@ def print_roof(args, dtype: torch.dtype) -> None:
     print(f"{'copy, device to device':24}  {roof:.6f}  {2e-9 * logit_bytes / roof:8.0f}  1.00")
     if args.device != "cuda":
         return
-    for name, threads in (choose_kernel(dtype, args.vocab_size, logits_CV), (f"wce_stream_{DTYPES[dtype]}", STREAM_THREADS)):
+    for name, threads in (choose_kernel(dtype, args.vocab_size, logits_CV),
+                          (f"wce_stream_{DTYPES[dtype]}", STREAM_THREADS)):
         def call(kernel=(name, threads)):  # in place again and again: values stay finite, the cost stays the same
             cuda_row_cross_entropy(logits_CV, target_ids_C, loss_weights_C, logits_CV, kernel=kernel)
 
@@ -102,7 +103,7 @@ def print_roof(args, dtype: torch.dtype) -> None:
         print(f"{name:24}  {seconds:.6f}  {rate * 1e-9:8.0f}  {rate / (2 * logit_bytes / roof):.2f}")
 
 
-# ------------------------------------------------------------------------------------------------------- part 2: the loss
+# ----------------------------------------------------------------------------------------------------- part 2: the loss
 def make_inputs(args, dtype: torch.dtype, percent: float) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """hidden (M, D), head (V, D), targets (M,), weights (M,), index of the rows with weight (K,)."""
     generator = torch.Generator().manual_seed(args.seed)
@@ -137,7 +138,8 @@ def make_sides(args, dtype: torch.dtype, backend: str) -> dict[str, Callable]:
     }
     sides = {name: lambda *inputs, side=side: side(*inputs[:4]) for name, side in plain.items()}
     sides |= {f"{name}, drop": lambda hidden, head, targets, weights, index, side=side: side(
-        hidden[index], head, targets[index], weights[index]) for name, side in plain.items() if name != "fused, default"}
+        hidden[index], head, targets[index], weights[index])
+        for name, side in plain.items() if name != "fused, default"}
     for each in ("torch", backend):
         sides[f"ours, {each}"] = lambda *inputs, each=each: linear_weighted_cross_entropy(
             *inputs[:4], trained_index_K=inputs[4], backend=each)
@@ -170,14 +172,14 @@ def print_losses(args, dtype: torch.dtype, backend: str) -> None:
                   f"{abs(loss - ours[2]) / abs(ours[2]):14.1e}", flush=True)
 
 
-# -------------------------------------------------------------------------------------------------------- without a device
+# ----------------------------------------------------------------------------------------------------- without a device
 def print_static() -> None:
     """Machine code of the kernels. Raises ToolMissing, CompileError."""
     text = KERNEL_FILE.read_text(encoding="ascii")
     compiled = {arch: compile_with_nvrtc(text, arch) for arch in ARCHITECTURES}
     listings = {arch: disassemble(one.cubin) for arch, one in compiled.items()}
-    print(f"registers per thread / spilled bytes / instructions per logit, {compiled[ARCHITECTURES[0]].compiler}; no time "
-          "was measured\n")
+    print(f"registers per thread / spilled bytes / instructions per logit, {compiled[ARCHITECTURES[0]].compiler}; no "
+          "time was measured\n")
     print("| kernel | " + " | ".join(ARCHITECTURES) + " |\n" + "|---" * (1 + len(ARCHITECTURES)) + "|")
     print("\n".join(table_lines(compiled, listings)))
 

@@ -163,8 +163,8 @@ def main() -> int:
     if unknown:
         parser.error(f"--models: found {sorted(unknown)}, expected tiny or 135m")
     clock = time.perf_counter if args.clock == "wall" else time.process_time
-    print(f"{args.turns} turns, {torch.get_num_threads()} threads, torch {torch.__version__}, {args.repeats} alternating "
-          f"rounds, {args.clock} time")
+    print(f"{args.turns} turns, {torch.get_num_threads()} threads, torch {torch.__version__}, {args.repeats} "
+          f"alternating rounds, {args.clock} time")
     singles, batches = [], []
     for name in args.models.split(","):
         n_prompt, n_response, n_feedback = SHAPES[name]

@@ -43,7 +43,7 @@ GOALS = {"tiny": 2.0, "135m": 1.3}
 N_ROLLOUT, ROLLOUT_BATCH = 64, 8
 
 
-# ---------------------------------------------------------------------------------------------------- models and prompts
+# --------------------------------------------------------------------------------------------------- models and prompts
 def make_models(name: str, seed: int) -> tuple[Transformer, torch.nn.Module]:
     """Ours and transformers' with the same weights."""
     from transformers import AutoModelForCausalLM
@@ -177,8 +177,8 @@ def main() -> int:
             print_row(rows[-1])
         if name == "tiny" and args.rollout == "on":
             rollout = measure_rollout(args, models, clock)
-            print(f"rollout of {N_ROLLOUT} prompts, {args.new_tokens} tokens each: hf {rollout['seconds']['hf']:.2f} s, "
-                  f"default {rollout['seconds']['default']:.2f} s, default/hf {rollout['ratio_over_hf']:.2f}")
+            print(f"rollout of {N_ROLLOUT} prompts, {args.new_tokens} tokens each: hf {rollout['seconds']['hf']:.2f} s"
+                  f", default {rollout['seconds']['default']:.2f} s, default/hf {rollout['ratio_over_hf']:.2f}")
     met = all(row["ratio_over_hf"]["default"] >= GOALS[row["model"]] for row in rows)
     print(json.dumps({"benchmark": "rollout", "rows": rows, "rollout": rollout, "goal_met": met}))
     return 0 if met else 1

@@ -50,10 +50,11 @@ _LONE_SURROGATE = re.compile(r"[\ud800-\udfff]")
 
 
 def read_queries(path: Path) -> list[DialogueTask]:
-    """What the teacher is asked: the queries of a file in any of these forms, told apart by its first record; answers in it are left aside.
+    """What the teacher is asked: the queries of a file in any of these forms, told apart by its first record.
 
     JSON list: ToolEyes (`path`), RoTBench (`from`, `value`), training data in the authors' form. JSON lines:
-    `{"tools", "messages"}`, which tiny-multi and the OpenAI form of training data are. Raises DataError, `file:line`.
+    `{"tools", "messages"}`, which tiny-multi and the OpenAI form of training data are. Answers in the file are left
+    aside. Raises DataError, `file:line`.
     """
     first = _first_record(path)
     turns = first.get("conversations")
@@ -200,15 +201,16 @@ def collect(flags: argparse.Namespace) -> str:
         except BlockingIOError:
             raise DataError(f"{flags.output}: found another process at work on it, expected none") from None
         check_settings(path, settings, resume="auto", is_writer=True)
-        notices = complete_dialogues(path, tasks[:flags.limit], player_of(flags, teacher), prompt_format=flags.prompt_format, rank=0)
+        notices = complete_dialogues(path, tasks[:flags.limit], player_of(flags, teacher),
+                                     prompt_format=flags.prompt_format, rank=0)
     for notice in notices:
         print(notice, file=sys.stderr)
     dialogues = match_dialogues(read_dialogues(path)[0], len(tasks), flags.limit, path=path)
     written = authors_records(tasks[:flags.limit], dialogues, keeps_unfinished=flags.unfinished == "keep",
                               keeps_unparsable=flags.unparsable == "keep")
     if not written.records:
-        raise DataError(f"{path}: found no dialogue to write among {len(dialogues)} ({_shown(written.counts)}), expected "
-                        "at least one that ends with finish")
+        raise DataError(f"{path}: found no dialogue to write among {len(dialogues)} ({_shown(written.counts)}), "
+                        "expected at least one that ends with finish")
     write_records(flags.output, written.records)
     return describe(flags, written, len(dialogues))
 
@@ -247,8 +249,9 @@ def read_endpoint(flags: argparse.Namespace) -> Endpoint:
                          attempts=flags.endpoint_attempts, concurrency=flags.endpoint_concurrency)
 
 
-def player_of(flags: argparse.Namespace,
-              teacher: tuple[Transformer, Tokenizer] | Endpoint) -> Callable[[list[DialogueTask], DialogueJournal], None]:
+def player_of(
+    flags: argparse.Namespace, teacher: tuple[Transformer, Tokenizer] | Endpoint
+) -> Callable[[list[DialogueTask], DialogueJournal], None]:
     """The function that plays some dialogues with the teacher."""
     settings = {name: getattr(flags, name) for name in ("prompt_format", "max_turns", "max_new_tokens", "temperature")}
 
@@ -285,8 +288,8 @@ def read_flags(arguments: Sequence[str]) -> argparse.Namespace:
     add("--endpoint_timeout", type=float, default=120.0, help="seconds for one answer (%(default)s)")
     add("--endpoint_attempts", type=int, default=6, help="requests per turn before the run ends (%(default)s)")
     add("--endpoint_concurrency", type=int, default=8, help="dialogues at a time (%(default)s)")
-    add("--queries", type=Path, required=True, help="tools and queries: ToolEyes, RoTBench, tiny-multi, training data, or "
-        'JSON lines {"id", "tools", "messages"}')
+    add("--queries", type=Path, required=True, help="tools and queries: ToolEyes, RoTBench, tiny-multi, training data, "
+        'or JSON lines {"id", "tools", "messages"}')
     add("--output", type=Path, required=True, help="file of the trajectories, authors' form")
     add("--prompt_format", choices=PROMPT_FORMATS, default="tl", help="form of prompt and calls (%(default)s)")
     add("--tool_executor", choices=EXECUTOR_KINDS, default="auto", help="who answers the calls (%(default)s)")
@@ -324,8 +327,8 @@ def _check_flags(parser: argparse.ArgumentParser, flags: argparse.Namespace) -> 
     if flags.instability_rate + flags.call_failure_rate > 1:
         parser.error("--instability_rate: found more than 1 together with --call_failure_rate, expected at most 1")
     if (flags.tool_executor == "recorded") != (flags.recorded_calls is not None):
-        parser.error(f"--recorded_calls: found {flags.recorded_calls} with --tool_executor {flags.tool_executor}, expected "
-                     "a file with --tool_executor recorded, and only there")
+        parser.error(f"--recorded_calls: found {flags.recorded_calls} with --tool_executor {flags.tool_executor}, "
+                     "expected a file with --tool_executor recorded, and only there")
     if flags.prompt_format == "openai" and not flags.endpoint:
         parser.error("--prompt_format: found openai without --endpoint, expected the chat API of a server")
     if flags.endpoint:

@@ -1,12 +1,10 @@
 """Closed word lists of the toolbox world: verbs, domains, qualifiers, value kinds.
 
 Every tool name, document, request and value of the bundled data is composed from these lists, so that a tokenizer
-with one
-piece per word covers them and a held-out tool is a new combination of known words, never a new word.
+with one piece per word covers them and a held-out tool is a new combination of known words, never a new word.
 """
 
 from dataclasses import dataclass
-
 
 # ---------------------------------------------------------------- verbs: name part -> the two cues a request may use
 

@@ -341,8 +341,8 @@ def draw_test_examples(seed: int, count: int, unseen: bool) -> Iterator[dict]:
 def draw_multi_tasks(
     seed: int, count: int, unseen: bool, request_count: int, known_queries: Collection[str]
 ) -> Iterator[dict]:
-    """`count` multi-turn tasks of `request_count` requests each on the tools of one toolbox; no query of `known_queries`
-    and none twice.
+    """`count` multi-turn tasks of `request_count` requests each on the tools of one toolbox; no query of
+    `known_queries` and none twice.
 
     `meta`: `scenario` ("seen" or "unseen" tools), `requests`, `calls` (the right call of each request, in order),
     `results` (what each gives, all different, so that an answer shows which calls were made), `answer` (of the

@@ -171,7 +171,8 @@ def _dialogue_task(row: dict, index: int, where: str) -> DialogueTask:
     field_of(meta, "scenario", str, f"{where}: meta")
     results = field_of(meta, "results", list, f"{where}: meta")
     if not results or not all(isinstance(result, str) and result for result in results):
-        raise DataError(f"{where}: meta: found results {str(results)[:60]!a}, expected a list of texts, one per request")
+        raise DataError(f"{where}: meta: found results {str(results)[:60]!a}, expected a list of texts, one per "
+                        "request")
     if meta.get("requests") != len(results):
         raise DataError(f"{where}: meta: found {str(meta.get('requests'))[:20]} requests and {len(results)} results, "
                         "expected as many of each")

@@ -132,8 +132,8 @@ def clustered_interval(errors: Sequence[int], calls: Sequence[int], z: float) ->
         p = X / M,  X = sum x_i,  M = sum m_i,  D = max(1, sum (x_i - p m_i)^2 / (p (1 - p) M)),  Wilson at n = M / D
 
     Calls of one dialogue fail together: a model that does not understand a tool calls it nine times. Taken for
-    independent they give intervals that are too narrow, so Wilson's interval is that of M / D calls instead of M, D the
-    design effect, the variance of p between dialogues over the binomial one (Kish 1965; ratio estimator, Cochran 1977,
+    independent they give intervals that are too narrow, so Wilson's interval is that of M / D calls instead of M, D
+    the design effect, the variance of p between dialogues over the binomial one (Kish 1965; ratio estimator, Cochran 1977,
     section 6.3). With one call per dialogue D = 1. At p = 0, at p = 1 and with one dialogue nothing shows how calls hang
     together; n is then the number of dialogues with a call, as if each were one throw. (0, 1) without calls. Raises
     ValueError unless 0 <= x_i <= m_i.

@@ -44,8 +44,9 @@ def score_predictions(name: str, answers: Path, predictions: Path, *, limit: int
                       execute_code: bool, max_turns: int) -> Scores:
     """Rows of results, summary and notices worth showing for the prediction file of benchmark `name`.
 
-    `rules` is "official", "fair" or "default", each benchmark's own; `max_turns` is for dialogues. Raises DataError with `file:line`, also for a
-    benchmark whose scoring needs `execute_code`, and SandboxError where code can not be run.
+    `rules` is "official", "fair" or "default", each benchmark's own; `max_turns` is for dialogues. Raises
+    DataError with `file:line`, also for a benchmark whose scoring needs `execute_code`, and SandboxError where code
+    can not be run.
     """
     if name in DIALOGUE_BENCHMARKS:
         return _score_dialogues(name, answers, predictions, limit, max_turns)

@@ -150,7 +150,8 @@ def format_table(summaries: Sequence[dict]) -> str:
               + "".join(f"  {category.replace('_parameter', '_param')}" for category in CATEGORIES)]
     widths = {category: 2 + len(category.replace("_parameter", "_param")) for category in CATEGORIES}
     for row in summaries:
-        cells = (f"{100 * row['categories'][category] / row['n']:>{columns}.1f}" for category, columns in widths.items())
+        cells = (f"{100 * row['categories'][category] / row['n']:>{columns}.1f}"
+                 for category, columns in widths.items())
         lines.append(f"{row['model']:<{max(width, 24)}}{''.join(cells)}")
     for row in summaries:
         if "difference" in row:

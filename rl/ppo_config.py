@@ -133,8 +133,8 @@ class PPOConfig:
 # Fields that do not change what is learned: a run may go on with other values. Paths do not count, their content does.
 _FREE_FIELDS = {
     "model", "data", "output", "resume", "reference_model", "critic_model", "max_steps", "device", "loss_backend",
-    "reference_device", "activation_checkpointing", "checkpoint_every", "keep_checkpoints", "final_dtype", "save_critic", "eval_data",
-    "eval_every", "eval_limit", "print_ledger", "plot", "micro_batch_size",
+    "reference_device", "activation_checkpointing", "checkpoint_every", "keep_checkpoints", "final_dtype",
+    "save_critic", "eval_data", "eval_every", "eval_limit", "print_ledger", "plot", "micro_batch_size",
 }  # fmt: skip
 
 

@@ -1,6 +1,6 @@
 """The kernels on a real device: `pytest -m gpu`. NOT YET RUN BY US: no machine of ours has one.
 
-What the checks without a GPU cannot show stands here: the device's own rounding, streams, waits, 64-bit offsets, graphs.
+What the checks without a GPU cannot show stands here: the device's rounding, streams, waits, 64-bit offsets, graphs.
 """
 import json
 import shutil
@@ -92,7 +92,8 @@ def test_rows_of_weight_0_and_bad_targets(dtype):
         assert not logits_CV[1].any() and not logits_CV[3].any() and logits_CV.isfinite().all() and bad_row.item() == 4
 
 
-@pytest.mark.parametrize("dtype, loss_tolerance, tolerance", [(torch.float32, 1e-4, 1e-4), (torch.bfloat16, 4e-3, 8e-3)])
+@pytest.mark.parametrize("dtype, loss_tolerance, tolerance", [
+    (torch.float32, 1e-4, 1e-4), (torch.bfloat16, 4e-3, 8e-3)])
 @pytest.mark.parametrize("chunk_rows", [None, 3])
 def test_losses_and_gradients_through_autograd(dtype, loss_tolerance, tolerance, chunk_rows):
     rows = on_device(make_rows(torch.float32, n_rows=28, dim=16, vocab_size=40), dtype)
@@ -238,7 +239,8 @@ def test_compiled_loss(backend):
     torch._dynamo.reset()
     eager, compiled = loss_of(*rows[:2]), torch.compile(loss_of, backend=backend, fullgraph=True)(*rows[:2])
     torch.testing.assert_close(compiled, eager, rtol=1e-6, atol=0)
-    for found, expected in zip(torch.autograd.grad(compiled, rows[:2]), torch.autograd.grad(eager, rows[:2]), strict=True):
+    for found, expected in zip(torch.autograd.grad(compiled, rows[:2]), torch.autograd.grad(eager, rows[:2]),
+                               strict=True):
         torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
 
 
@@ -247,7 +249,8 @@ def test_memory_is_the_logits_and_the_gradients():
     n_rows, dim, vocab_size = 1024, 512, 32016
     hidden_MD = torch.randn(n_rows, dim, device=DEVICE).bfloat16().requires_grad_()
     head_weight_VD = (torch.randn(vocab_size, dim, device=DEVICE) * 0.02).bfloat16().requires_grad_()
-    target_ids_M, loss_weights_M = torch.zeros(n_rows, dtype=torch.int64, device=DEVICE), torch.ones(n_rows, device=DEVICE)
+    target_ids_M = torch.zeros(n_rows, dtype=torch.int64, device=DEVICE)
+    loss_weights_M = torch.ones(n_rows, device=DEVICE)
     index_K = torch.arange(n_rows, device=DEVICE)
 
     def step():
@@ -288,5 +291,6 @@ for dtype in (torch.bfloat16, torch.float16, torch.float32):
         assert_rows_agree(*random_rows(dtype, 5, vocab_size, device="cuda"))
 """
     result = subprocess.run(["compute-sanitizer", "--tool", tool, "--error-exitcode", "86", "--kernel-regex",
-                             "kns=wce_", sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+                             "kns=wce_", sys.executable, "-c", code],
+                            cwd=ROOT, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stdout[-4000:] + result.stderr[-1000:]

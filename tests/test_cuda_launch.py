@@ -1,7 +1,7 @@
-"""From Python to the kernels without a GPU: packing, driver calls, kernel source; then cache, loader and their failures.
+"""From Python to the kernels without a GPU: packing, driver calls, kernel source; cache, loader and their failures.
 
-A `libcuda.so.1` of ours (tests/cuda_shim/fake_driver.cpp, with the kernels' own text inside) stands on the loader's path
-of a child process; there train/cuda_runtime.py compiles with the real NVRTC and launches on CPU tensors. The child runs
+A `libcuda.so.1` of ours (tests/cuda_shim/fake_driver.cpp, with the kernels' own text inside) stands on the loader's
+path of a child process; there train/cuda_runtime.py compiles with the real NVRTC and launches on CPU tensors. The child runs
 every `check_...` function below and reports; each is one test here. What a GPU alone can show is in test_cuda_gpu.py.
 """
 import contextlib
@@ -235,8 +235,8 @@ def check_compiled_loss_launches_the_kernels():
     log = Path(tempfile.mkdtemp()) / "launches"
 
     def loss_of(hidden_MD, head_weight_VD):
-        return linear_weighted_cross_entropy(hidden_MD, head_weight_VD, *rows[2:], trained_index_K=index_K, chunk_rows=2,
-                                             backend="cuda")
+        return linear_weighted_cross_entropy(hidden_MD, head_weight_VD, *rows[2:], trained_index_K=index_K,
+                                             chunk_rows=2, backend="cuda")
 
     expected = torch.autograd.grad(loss_of(*rows[:2]), rows[:2])
     with environment(FAKE_DRIVER_LOG=str(log)):
@@ -273,7 +273,8 @@ def check_wrong_parameters_are_noticed():
             cuda_cross_entropy.launch = with_changed(change)
             assert re.search(message, error_of(assert_rows_agree, *rows)), message
         for first, second in ((0, 2), (6, 8), (8, 9)):  # logits and gradient, weights and losses, losses and logsumexps
-            cuda_cross_entropy.launch = with_changed(lambda each, first=first, second=second: swapped(each, first, second))
+            cuda_cross_entropy.launch = with_changed(
+                lambda each, first=first, second=second: swapped(each, first, second))
             assert error_of(assert_rows_agree, *[each.clone() for each in rows], in_place=False), (first, second)
     finally:
         cuda_cross_entropy.launch = launch
@@ -352,7 +353,8 @@ def check_devices_of_other_generations():
         load_kernels.cache_clear()
         assert re.search(r"compiles for compute capability 7\.5 and later, found a device of 5\.0",
                          error_of(load_kernels, SOURCE, 0))
-    compile_kernels, cuda_runtime.compile_kernels = cuda_runtime.compile_kernels, lambda _, arch: f".target {arch}\0".encode()
+    compile_kernels = cuda_runtime.compile_kernels
+    cuda_runtime.compile_kernels = lambda _, arch: f".target {arch}\0".encode()
     with environment(FAKE_DRIVER_CAPABILITY="9.9", TL_TRAINING_KERNEL_CACHE="off"):  # newer than NVRTC knows: PTX
         load_kernels.cache_clear()
         assert load_kernels(SOURCE, 0).architecture == "compute_90"
@@ -370,7 +372,8 @@ def check_the_check_at_the_start_of_a_run():
     for change in (lambda losses: losses + 1e-3, lambda losses: losses * float("nan")):
         cuda_cross_entropy.cuda_row_cross_entropy = lambda *each, change=change: change(right(*each))
         assert "disagree on cpu for torch.float32" in error_of(check_kernels, cpu, torch.float32, 1000)
-    cuda_cross_entropy.cuda_row_cross_entropy = lambda logits, targets, weights, gradient: right(logits, targets, weights)
+    cuda_cross_entropy.cuda_row_cross_entropy = lambda logits, targets, weights, gradient: right(
+        logits, targets, weights)
     assert "disagree" in error_of(check_kernels, cpu, torch.float32, 1000)  # no gradient came back
     cuda_cross_entropy.cuda_row_cross_entropy = right
 
@@ -535,7 +538,8 @@ def test_second_process_reads_what_the_first_compiled(tmp_path, monkeypatch, com
     assert cached_kernels(SOURCE_OF_NOTHING, "sm_90") == cached_kernels(SOURCE_OF_NOTHING, "sm_90") == IMAGE + b"sm_90"
     assert compilations == ["sm_90"] and folder.stat().st_mode & 0o777 == 0o700
     (entry,) = folder.iterdir()
-    assert entry.suffix == ".cubin" and entry.read_bytes() == hashlib.sha256(IMAGE + b"sm_90").digest() + IMAGE + b"sm_90"
+    assert entry.suffix == ".cubin"
+    assert entry.read_bytes() == hashlib.sha256(IMAGE + b"sm_90").digest() + IMAGE + b"sm_90"
 
 
 def test_each_ingredient_has_its_own_entry(tmp_path, monkeypatch, compilations):
@@ -657,14 +661,15 @@ def test_compile_error_is_one_line_and_a_file(tmp_path, monkeypatch):
     broken = KernelSource("broken.cu", b'extern "C" __global__ void k(float* x) {\n  x[0] = lost;\n  also_lost();\n}\n')
     with pytest.raises(CudaKernelError) as caught:
         compile_kernels(broken, "sm_90")
-    match = re.fullmatch(r'NVRTC cannot compile broken.cu for sm_90: broken.cu\(2\): error: identifier "lost" is undefined '
-                         r"\(whole log: (.*)\)", str(caught.value))
+    match = re.fullmatch(r'NVRTC cannot compile broken.cu for sm_90: broken.cu\(2\): error: identifier "lost" is '
+                         r"undefined \(whole log: (.*)\)", str(caught.value))
     assert match and "also_lost" in Path(match[1]).read_text(encoding="utf-8")
 
 
 def test_architecture_of_a_device(monkeypatch):
     monkeypatch.setattr(cuda_runtime, "_nvrtc", lambda name: ([75, 80, 90, 120],) if "Archs" in name else (13, 0))
-    assert [cuda_runtime.choose_architecture(each) for each in ((8, 0), (9, 0), (12, 0))] == ["sm_80", "sm_90", "sm_120"]
+    assert [cuda_runtime.choose_architecture(each) for each in ((8, 0), (9, 0), (12, 0))] == [
+        "sm_80", "sm_90", "sm_120"]
     assert [cuda_runtime.choose_architecture(each) for each in ((8, 9), (10, 3), (13, 0))] == [
         "compute_80", "compute_90", "compute_120"]
     with pytest.raises(CudaKernelError, match=r"NVRTC 13.0 .* capability 7.5 and later, found a device of 7.0"):

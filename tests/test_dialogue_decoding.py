@@ -326,8 +326,9 @@ def test_a_refused_prompt_changes_nothing():
 
 
 @pytest.mark.parametrize("changes, words", [
-    ({"n_rows": 0}, "n_rows is 0"), ({"max_tokens": 4}, "max_tokens is 4"), ({"max_new_tokens": 0}, "max_new_tokens is 0"),
-    ({"temperature": -1.0}, "temperature is -1.0"), ({"temperature": float("nan")}, "temperature is nan"),
+    ({"n_rows": 0}, "n_rows is 0"), ({"max_tokens": 4}, "max_tokens is 4"),
+    ({"max_new_tokens": 0}, "max_new_tokens is 0"), ({"temperature": -1.0}, "temperature is -1.0"),
+    ({"temperature": float("nan")}, "temperature is nan"),
 ], ids=str)
 def test_wrong_settings_are_errors(changes, words):
     with pytest.raises(ValueError, match=words):

@@ -1,4 +1,4 @@
-"""eval/endpoint.py against a scripted server on 127.0.0.1: answers in all formats, faults that pass, faults that stay."""
+"""eval/endpoint.py against a scripted server on 127.0.0.1: answers in all formats, faults that pass and that stay."""
 import json
 import threading
 import time

@@ -1,4 +1,4 @@
-"""Ten losses and gradient norms of the bundled run, committed: a change that should not alter training must not move them.
+"""Ten losses and gradient norms of the bundled run, committed: a change that should not alter training leaves them.
 
 To change them on purpose: `python -m tests.test_golden_losses "why they moved"`; the reason is kept in the file.
 """

@@ -49,7 +49,7 @@ def test_operators_pass_opcheck():
 
 
 def test_operators_of_the_linear_loss_save_no_second_copy():
-    """One piece: logits' gradient, hidden, head; chunks: the two gradients. What autograd keeps is memory of the step."""
+    """One piece: logits' gradient, hidden, head; chunks: the two gradients. What autograd keeps is the step's memory."""
     rows, _ = trained_rows(torch.float32)
     sizes = {}
     for name, max_rows in (("one piece", 12), ("chunks", 5)):
@@ -91,7 +91,8 @@ def test_compiled_logprobs_and_logits_loss_are_one_graph():
 
     def both(hidden_MD, head_weight_VD):
         logprobs_M = linear_token_logprobs(hidden_MD, head_weight_VD, target_ids_M, 3)
-        return weighted_cross_entropy(hidden_MD @ head_weight_VD.T, target_ids_M, loss_weights_M) + logprobs_M.exp().sum()
+        loss = weighted_cross_entropy(hidden_MD @ head_weight_VD.T, target_ids_M, loss_weights_M)
+        return loss + logprobs_M.exp().sum()
 
     expected = torch.autograd.grad(both(hidden_MD, head_weight_VD), (hidden_MD, head_weight_VD))
     found = torch.autograd.grad(compiled(both, fullgraph=True)(hidden_MD, head_weight_VD), (hidden_MD, head_weight_VD))
@@ -207,7 +208,7 @@ def test_gradient_is_scaled_before_it_is_rounded_to_fp16():
     assert logits_MV.grad.tolist() == [[-3 * 2.0**-14, 2.0**-14, 2.0**-14, 2.0**-14]]
 
 
-# --------------------------------------------------------------------------------------------------- choice of a backend
+# -------------------------------------------------------------------------------------------------- choice of a backend
 def test_unknown_backend_is_refused():
     rows = make_rows()
     for call in (lambda: linear_weighted_cross_entropy(*rows, backend="triton"),

@@ -39,7 +39,8 @@ ACCEPTED = [
               'Action: finish\nAction Input: {"answer": "rain"}'), [OSLO]),
     ("qwen2", "Thought: x\nAction: random_advice\nAction Input: {}<|im_end|>", [ADVICE]),
     ("nexusraven", "Call: random_advice()<bot_end>\nThought: The function f(x) gives advice; that's all.", [ADVICE]),
-    ("nexusraven", "\nCall: get_weather(city='Oslo', days=3); get_weather(city='Rome', days=1)<bot_end>\n", [OSLO, ROME]),
+    ("nexusraven", "\nCall: get_weather(city='Oslo', days=3); get_weather(city='Rome', days=1)<bot_end>\n",
+     [OSLO, ROME]),
     ("nexusraven", "get_weather(city='Oslo', days=3);\nThought: done", [OSLO]),
     ("nexusraven", "Call: f(a=\"it's; (not) over<bot_end>\\nThought:\", b=[{'c': None}, (1, 2)])",
      [ToolCall("f", {"a": "it's; (not) over<bot_end>\nThought:", "b": [{"c": None}, [1, 2]]})]),
@@ -54,8 +55,8 @@ ACCEPTED = [
                 '{"name": "get_weather", "arguments": {"days": 1, "city": "Rome"}}'), [OSLO, ROME]),
     ("qwen25", '{"arguments": {"q": "London", "days": "7", "api_key": "your_api_key"}, "name": "forecast"}', [LONDON]),
     ("qwen25", '<tool_call>\n{"name": "random_advice", "arguments": {}}\n</tool_call><|im_end|>\n', [ADVICE]),
-    ("qwen25", ('I ask for {both}.\n<tool_call>\n{"name": "get_weather", "arguments": {"city": "Oslo", "days": 3}}\n'
-               '</tool_call>\n<tool_call>{"name": "get_weather", "arguments": {"city": "Rome", "days": 1}}</tool_call>'),
+    ("qwen25", ('I ask for {both}.\n<tool_call>\n{"name": "get_weather", "arguments": {"city": "Oslo", "days": 3}}'
+               '\n</tool_call>\n<tool_call>{"name": "get_weather", "arguments": {"city": "Rome", "days": 1}}</tool_call>'),
      [OSLO, ROME]),
     ("openai", ('{"arguments": {"query": "Bitcoin", "data_type": "RELATED_QUERIES", "limit": "5"}, '
                '"name": "google_trends_search"}'), [BITCOIN]),
@@ -81,8 +82,9 @@ REFUSED = [
     *(case for name in ("toolllama", "qwen2") for case in (
         (name, "Thought: done\nFinal Answer: 42", "'Action:'"), (name, "Action Input: {}", "'Action:' before"),
         (name, ACTION, "JSON"), (name, ACTION + "{'a': 1}", "JSON"), (name, ACTION + '{"a": 1', "JSON"),
-        (name, ACTION + '{"a": 1} ok', "end of the text"), (name, ACTION + "[1]", "dict"), (name, ACTION + '"x"', "dict"),
-        (name, ACTION + '{"a": NaN}', "finite"), (name, ACTION + '{"a": 1e999}', "finite"),
+        (name, ACTION + '{"a": 1} ok', "end of the text"), (name, ACTION + "[1]", "dict"),
+        (name, ACTION + '"x"', "dict"), (name, ACTION + '{"a": NaN}', "finite"),
+        (name, ACTION + '{"a": 1e999}', "finite"),
         (name, ACTION + '{"a": 1, "a": 2}', "again"), (name, ACTION + '{"a": "raw\nbreak"}', "JSON"),
         (name, "Action: two words\nAction Input: {}", "name"), (name, "Action: \nAction Input: {}", "name"))),
     ("toolllama", ACTION + "{}\nObservation: mine", "end of the text"),
@@ -99,9 +101,10 @@ REFUSED = [
     ("chatglm4", 'f\n{"a": 1}\nThat was it.', "JSON"), ("chatglm4", "{}", "a tool name"),
     ("llama31", '{"name": "f"}', '"parameters" or "arguments"'), ("llama31", '{"parameters": {}}', '"name"'),
     ("llama31", '{"name": "f", "parameters": {}, "arguments": {}}', "expected an object"),
-    ("llama31", '{"name": "f", "parameters": null}', "dict"), ("llama31", '{"name": ["f"], "parameters": {}}', "string"),
-    ("llama31", 'Sure: {"name": "f", "parameters": {}}', "JSON"), ("llama31", "[]", "a list"), ("llama31", "f()", "JSON"),
-    ("llama31", '{"name": "f", "parameters": {}} I hope', "JSON"),
+    ("llama31", '{"name": "f", "parameters": null}', "dict"),
+    ("llama31", '{"name": ["f"], "parameters": {}}', "string"),
+    ("llama31", 'Sure: {"name": "f", "parameters": {}}', "JSON"), ("llama31", "[]", "a list"),
+    ("llama31", "f()", "JSON"), ("llama31", '{"name": "f", "parameters": {}} I hope', "JSON"),
     ("qwen25", "The answer is 42.", "JSON"), ("qwen25", "<tool_call>\n</tool_call>", "JSON"),
     ("qwen25", '<tool_call>{"name": "f", "arguments": {}}', "</tool_call>"),
     ("qwen25", '<tool_call>{"name": "f", "arguments": "{}"}</tool_call>', "dict"),
@@ -117,8 +120,8 @@ REFUSED = [
 ]
 HOSTILE = ["", " ", "\x00", "\ud800", "[]", "{}", "null", "5", "true", '"x"', "Action: Action Input:", "<tool_call>",
            "Call:", ";", "{\"name\": \"\\ud800\", \"parameters\": {}, \"arguments\": {}}", "[" * 100_000,
-           '{"a":' * 100_000, "f(a=" + "[" * 100_000, '"' + '\\"' * 400_000, "'" * 999_999, "Call: f(a='" + "\\'" * 400_000,
-           "Action: " * 120_000, "Action Input: " * 70_000, "<tool_call>" * 90_000, "f\n{}" * 250_000, "f();" * 250_000,
+           '{"a":' * 100_000, "f(a=" + "[" * 100_000, '"' + '\\"' * 400_000, "'" * 999_999,
+           "Call: f(a='" + "\\'" * 400_000, "Action: " * 120_000, "Action Input: " * 70_000, "<tool_call>" * 90_000, "f\n{}" * 250_000, "f();" * 250_000,
            '{"name":"f","parameters":{}};' * 30_000, "Action: f\nAction Input: " + "9" * 1_000_000, " " * 1_000_000,
            "\nThought:" * 100_000, "<|eot_id|>" * 100_000, "a" * 1_000_000, "Call: f(a=1)" + "\n" * 1_000_000 + "x",
            '{"name": "f", "arguments": {' + ", ".join(f'"k{i}": 1' for i in range(60_000)) + ', "k59999": 2}}']
@@ -236,8 +239,8 @@ def test_hostile_outputs_fail_fast_with_a_reason(output_format):
 def test_mutated_outputs_never_crash(output_format):
     rng = random.Random(5)
     sources = [output for name, output, _ in ACCEPTED if name == output_format]
-    pieces = ['"', "'", "(", ")", "{", "}", "[", "]", ":", ",", ";", "\\", "\n", "x", "7", "\ud800", "\u2603", "", "null",
-              "Action:", "Action Input:", "<tool_call>", "</tool_call>", "<bot_end>", "NaN", "<|assistant|>", "\\u12"]
+    pieces = ['"', "'", "(", ")", "{", "}", "[", "]", ":", ",", ";", "\\", "\n", "x", "7", "\ud800", "\u2603", "",
+              "null", "Action:", "Action Input:", "<tool_call>", "</tool_call>", "<bot_end>", "NaN", "<|assistant|>", "\\u12"]
     accepted = 0
     for _ in range(1500):
         text = list(rng.choice(sources))

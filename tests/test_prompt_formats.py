@@ -77,8 +77,8 @@ You are a helpful assistant.<|im_end|>
 <|im_start|>user
 Answer the following questions as best you can. You have access to the following tools:
 
-random_advice: Call this tool to interact with the random_advice API. What is the random_advice API useful for? ''' + '''\
-Returns a random advice slip as a slip object. Parameters: [] Format the arguments as a JSON object.
+random_advice: Call this tool to interact with the random_advice API. What is the random_advice API useful ''' + '''\
+for? Returns a random advice slip as a slip object. Parameters: [] Format the arguments as a JSON object.
 
 Use the following format:
 
@@ -105,8 +105,8 @@ Today Date: 26 Jul 2024
 
 <|eot_id|><|start_header_id|>user<|end_header_id|>
 
-Given the following functions, please respond with a JSON for a function call with its proper arguments that best ''' + '''\
-answers the given prompt.
+Given the following functions, please respond with a JSON for a function call with its proper arguments that ''' + '''\
+best answers the given prompt.
 
 Respond in the format {"name": function name, "parameters": dictionary of argument name and its value}.''' + '''\
 Do not use variables.
@@ -209,8 +209,8 @@ def test_letters_are_those_of_the_papers_text(number):
 AFTER_QUERY = {  # what follows the text of the first query, up to the place where the model goes on
     "tl": '\nAssistant: get_weather(city="Oslo")\nOutput: {"rain": "yes"}\nAssistant: It rains.\nUser: And Rome?'
           "\nAssistant:",
-    "toolllama": '\nAssistant: Thought: \nAction: get_weather\nAction Input: {"city": "Oslo"}\nFunction: {"rain": "yes"}'
-                 "\nAssistant: It rains.\nUser: And Rome?\nAssistant:\n",
+    "toolllama": '\nAssistant: Thought: \nAction: get_weather\nAction Input: {"city": "Oslo"}\nFunction: '
+                 '{"rain": "yes"}\nAssistant: It rains.\nUser: And Rome?\nAssistant:\n',
     "react": '\nAssistant: Thought: \nAction: get_weather\nAction Input: {"city": "Oslo"}\nFunction: {"rain": "yes"}'
              "\nAssistant: It rains.\nUser: And Rome?\nAssistant:",
     "nexusraven": '<human_end>\nCall: get_weather(city="Oslo")<bot_end>\nOutput: {"rain": "yes"}<human_end>\nIt rains.'
@@ -272,7 +272,8 @@ def random_advice():''' in render_prompt([WEATHER, ADVICE], QUERY, "nexusraven")
     first, length = json.JSONDecoder().raw_decode(documents)
     assert first == WEATHER and json.JSONDecoder().raw_decode(documents, length + 2)[0] == ADVICE
     text = render_prompt([WEATHER, ADVICE], QUERY, "chatglm4")
-    assert text.count("\u53c2\u6570\u3002\n\n## ") == 1 and f"## get_weather\n\n{json.dumps(WEATHER['function'])}\n" in text
+    assert text.count("\u53c2\u6570\u3002\n\n## ") == 1
+    assert f"## get_weather\n\n{json.dumps(WEATHER['function'])}\n" in text
     documents = render_prompt([WEATHER], QUERY, "toolllama").partition("following APIs: ")[2]
     function = json.JSONDecoder().raw_decode(documents)[0][0]["function"]
     assert function["required"] == ["city"] and "required" not in function["parameters"]
@@ -283,7 +284,8 @@ def test_openai_dialogue():
     assert messages == [
         {"role": "system", "content": "Be brief."}, {"role": "user", "content": "Oslo?"},
         {"role": "assistant", "content": None, "tool_calls": [
-            {"id": "call_2", "type": "function", "function": {"name": "get_weather", "arguments": '{"city": "Oslo"}'}}]},
+            {"id": "call_2", "type": "function",
+             "function": {"name": "get_weather", "arguments": '{"city": "Oslo"}'}}]},
         {"role": "tool", "tool_call_id": "call_2", "content": '{"rain": "yes"}'},
         {"role": "assistant", "content": "It rains."}, {"role": "user", "content": "And Rome?"}]
     asked = [Message("user", "Rain?"), Message("assistant", "", ToolCall("ask_to_user", {"question": "Where?"})),
@@ -352,7 +354,8 @@ def test_system_text_of_the_dialogue():
     messages = [Message("system", "Be brief."), *QUERY]
     starts = {"tl": "System: Be brief.\n\nFunction:", "toolllama": "System: Be brief.\n\nYou are AutoGPT",
               "nexusraven": "Be brief.\n\nFunction:", "chatglm4": "<|system|>\nBe brief.\n\n\u4f60",
-              "qwen2": "<|im_start|>system\nBe brief.<|im_end|>\n", "qwen25": "<|im_start|>system\nBe brief.\n\n# Tools",
+              "qwen2": "<|im_start|>system\nBe brief.<|im_end|>\n",
+              "qwen25": "<|im_start|>system\nBe brief.\n\n# Tools",
               "llama31": TABLES["llama31"][0].partition("<|eot_id|>")[0] + "Be brief.<|eot_id|>"}
     for prompt_format, start in starts.items():
         assert render_prompt([ADVICE], messages, prompt_format).startswith(start), prompt_format

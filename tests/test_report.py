@@ -173,7 +173,8 @@ def test_report_of_dialogues_says_what_is_of_calls_and_who_answered():
     lines = report.splitlines()
     assert "| tooleyes  | 382       | 1000  | 1.0 [0.0, 2.0] | 5.0 [4.0, 6.0] | 50.0 [49.0, 51.0] |" in lines
     assert "| tooleyes  | DE_dialogues | lower  | 382       | 2.6 [1.6, 3.6] |" in lines
-    assert "| tooleyes  | TG       | 2         | 4     | 25.0 [24.0, 26.0] | 0.0 [0.0, 1.0] | 100.0 [99.0, 100.0] |" in lines
+    assert ("| tooleyes  | TG       | 2         | 4     | 25.0 [24.0, 26.0] | 0.0 [0.0, 1.0] | 100.0 [99.0, 100.0] |"
+            in lines)
     assert "| tooleyes  | local     | 250   | 25.0 |" in lines and "| tooleyes  | simulated | 750   | 75.0 |" in lines
     assert "is not that of the real tool" in report and "## Table 4: multi-turn" in lines
     assert any(line.split() == ["|", "TL-CodeLLaMA-2", "|", "0.82", "|", "4.84", "|", "77.75", "|"] for line in lines)

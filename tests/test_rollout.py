@@ -204,7 +204,7 @@ def test_sampling_stops_when_told(policy, prompts, tokenizer):
 
 @pytest.mark.parametrize("world_size", [1, 2, 3])
 def test_a_minibatch_is_dealt_out_whole_and_with_equal_numbers_of_forwards(tokenizer, world_size):
-    """Each response g on rank g % world_size, in equally many micro-batches on every rank: a forward is a collective."""
+    """Each response g on rank g % world_size, in as many micro-batches on every rank: a forward is a collective."""
     for n_responses in (1, 2, 5, 8):
         prompts = [make_prompt([1, 10], index) for index in range(n_responses)]
         sampled = [([100 + index], [-1.0]) for index in range(n_responses)]

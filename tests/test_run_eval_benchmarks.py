@@ -1,4 +1,4 @@
-"""run_eval.py on small files of each published benchmark's form: every benchmark, ranks' shares, resuming, an endpoint."""
+"""run_eval.py on small files of each published benchmark's form: each benchmark, ranks' shares, resuming, endpoint."""
 import csv
 import gzip
 import importlib.util

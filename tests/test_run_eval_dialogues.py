@@ -95,7 +95,8 @@ def test_batch_size_and_rescoring_do_not_matter(reference, folder, tmp_path):
     assert run_here(flags(folder, tmp_path, batch_size=1))[0] == 0
     assert predictions_of(tmp_path) == predictions_of(reference[0])
     path = reference[0] / "predictions/tiny-multi.jsonl"
-    code, _, err = run_here(flags_of(folder, tmp_path / "again", benchmarks="tiny-multi", predictions=path, max_turns=5))
+    code, _, err = run_here(
+        flags_of(folder, tmp_path / "again", benchmarks="tiny-multi", predictions=path, max_turns=5))
     assert code == 0, err
     assert summary_of(tmp_path / "again") == summary_of(reference[0]) and rows_of(tmp_path / "again") == rows_of(
         reference[0])
@@ -109,8 +110,8 @@ def test_limit_is_a_prefix_and_can_be_extended(reference, folder, tmp_path):
     assert predictions_of(tmp_path) == predictions_of(reference[0])
 
 
-@pytest.mark.parametrize("change", [{"max_turns": 4}, {"max_turn_tokens": 23}, {"max_dialogue_tokens": 500}, {"seed": 1},
-                                    {"tool_executor": "simulated"}, {"instability_rate": 0.5},
+@pytest.mark.parametrize("change", [{"max_turns": 4}, {"max_turn_tokens": 23}, {"max_dialogue_tokens": 500},
+                                    {"seed": 1}, {"tool_executor": "simulated"}, {"instability_rate": 0.5},
                                     {"call_failure_rate": 0.5}, {"execute_code": "on"}, {"prompt_format": "tl"}])
 def test_other_settings_are_refused_and_nothing_is_lost(reference, folder, change):
     before = predictions_of(reference[0])
@@ -133,7 +134,7 @@ def journal_of(content):
 
 
 def test_continues_from_every_cut(reference, folder, tmp_path):
-    """States that a kill can leave: turns of several ranks, torn lines, half of the file finished, a journal too late."""
+    """States that a kill can leave: turns of several ranks, torn lines, half of the file done, a journal too late."""
     lines = journal_of(predictions_of(reference[0]))
     whole = predictions_of(reference[0]).splitlines(keepends=True)
     settings = (reference[0] / "predictions/tiny-multi.settings.json").read_bytes()
@@ -155,7 +156,7 @@ def test_continues_from_every_cut(reference, folder, tmp_path):
 
 @pytest.mark.slow
 def test_killed_five_times_with_one_rank_and_two(reference, folder, tmp_path):
-    """SIGKILL after every few journal lines, under one rank, two, one ...; the file ends as undisturbed, byte by byte."""
+    """SIGKILL after every few journal lines, under one rank, two, one ...; the file ends as undisturbed, to the byte."""
     arguments = flags(folder, tmp_path, batch_size=2)
 
     def lines_there():
@@ -260,7 +261,8 @@ def test_recorded_calls_are_replayed(folder, tmp_path):
     arguments = {"endpoint": server.url, "model": "m", "prompt_format": "tl"}
     recording = tmp_path / "calls.jsonl"
     assert run_here(flags(folder, tmp_path / "a", record_calls=recording, **arguments))[0] == 0
-    code, _, err = run_here(flags(folder, tmp_path / "b", tool_executor="recorded", recorded_calls=recording, **arguments))
+    code, _, err = run_here(
+        flags(folder, tmp_path / "b", tool_executor="recorded", recorded_calls=recording, **arguments))
     server.http.shutdown()
     assert code == 0, err
     first, second = (summary_of(tmp_path / name) for name in "ab")
@@ -330,7 +332,8 @@ def test_runs_are_compared_with_lower_is_better(reference, folder, tmp_path, cap
 @pytest.mark.parametrize("spoil, expected", [
     (lambda row: {**row, "tools": "none"}, ":1: found str as 'tools', expected list"),
     (lambda row: {**row, "messages": []}, ":1: found no message"),
-    (lambda row: {**row, "messages": [{"role": "assistant", "content": "x"}]}, ":1: found a message of role 'assistant'"),
+    (lambda row: {**row, "messages": [{"role": "assistant", "content": "x"}]},
+     ":1: found a message of role 'assistant'"),
     (lambda row: {key: row[key] for key in row if key != "meta"}, ":1: found nothing as 'meta', expected dict"),
     (lambda row: {**row, "meta": {**row["meta"], "results": [3]}}, ":1: meta: found results '[3]', expected a list"),
     (lambda row: {**row, "meta": {**row["meta"], "requests": 2}}, ":1: meta: found 2 requests and 1 results"),

@@ -257,7 +257,8 @@ def test_no_prompts_is_no_work():
 
 @pytest.mark.parametrize("prompts, changes, words", [
     ([[1], []], {}, r"prompts \[1\] are empty"), ([[1]], {"max_new_tokens": 0}, "max_new_tokens is 0"),
-    ([[1]], {"generator": []}, "0 generators for 1 prompts"), ([[1]], {"temperature": -1.0}, "temperature is -1.0"), ([[1]], {"temperature": float("nan")}, "temperature is nan"),
+    ([[1]], {"generator": []}, "0 generators for 1 prompts"), ([[1]], {"temperature": -1.0}, "temperature is -1.0"),
+    ([[1]], {"temperature": float("nan")}, "temperature is nan"),
 ], ids=str)
 def test_wrong_arguments_are_errors(prompts, changes, words):
     with pytest.raises(ValueError, match=words):

@@ -433,7 +433,8 @@ def test_feedback_reads_as_it_was_meant_for_all_tool_sets_of_tooleyes():
     assert count == 758
 
 
-@pytest.mark.skipif(not (TOOLEYES / "tool_scan.json").exists(), reason="no scan of ToolEyes' tools beside the repository")
+@pytest.mark.skipif(not (TOOLEYES / "tool_scan.json").exists(),
+                    reason="no scan of ToolEyes' tools beside the repository")
 def test_local_tools_are_those_that_run_without_network_and_take_the_documented_parameters():
     scan = json.loads((TOOLEYES / "tool_scan.json").read_text(encoding="utf-8"))
     assert set(LOCAL_TOOLS) == {(tool_set, name) for tool_set, functions in scan.items()

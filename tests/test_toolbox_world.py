@@ -112,7 +112,8 @@ def test_multi_turn_tasks_are_new_and_their_answers_are_what_the_tools_say(traje
         for call in meta["calls"]:
             assert (call["name"] in trained) == (meta["scenario"] == "seen")
             for attempt in (0, 1):
-                feedback, calls = json.loads(execute(task["tools"], call["name"], call["arguments"], attempt)), calls + 1
+                feedback = json.loads(execute(task["tools"], call["name"], call["arguments"], attempt))
+                calls += 1
                 if "result" in feedback:
                     results.append(feedback["result"])
                     break
@@ -196,7 +197,7 @@ def test_prompts_are_short(tokenizer):
 
 @pytest.mark.slow
 def test_every_vocabulary_entry_occurs_in_the_base_corpus(tokenizer):
-    """Whole-word and template pieces by the dialogues alone, all ids with the noise rows (both within the run's 43,200)."""
+    """Whole-word and template pieces by the dialogues alone, all ids with the noise rows (both within 43,200, the run's)."""
     held_out, seen = held_out_pairs(), Counter()
     rng = random.Random(1)
     for _ in range(2500):

@@ -1,4 +1,4 @@
-"""model/value_model.py and its folder: the values by hand, gradients everywhere, round trips, every kind of bad head."""
+"""model/value_model.py and its folder: values by hand, gradients everywhere, round trips, every kind of bad head."""
 
 import json
 

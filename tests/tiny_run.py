@@ -1,4 +1,4 @@
-"""A whole SFT run in miniature for tests: a random Transformer, a SentencePiece model, trajectories, ways to start it."""
+"""A whole SFT run in miniature for tests: random Transformer, SentencePiece model, trajectories, ways to start it."""
 
 import contextlib
 import functools
