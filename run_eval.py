@@ -89,7 +89,8 @@ class EvalConfig:
                                  "runs")
     max_turns: int = _setting(MAX_TURNS, "model outputs of a dialogue (ToolEyes and paper: 9)", low=1, high=MAX_TURNS)
     max_dialogue_tokens: int = _setting(8192, "prompt and output together, at most the model's positions; a dialogue "
-                                        "that grows beyond ends. The key/value cache holds batch_size times as many", low=2)
+                                        "that grows beyond ends. The key/value cache holds batch_size times as many",
+                                        low=2)
     limit: int = _setting(0, "only the first N records of each benchmark; 0 = all", low=0)
     max_new_tokens: int = _setting(128, "longest output of a call, tokens; longer ones are cut and count as they are",
                                    low=1)

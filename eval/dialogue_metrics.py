@@ -133,10 +133,10 @@ def clustered_interval(errors: Sequence[int], calls: Sequence[int], z: float) ->
 
     Calls of one dialogue fail together: a model that does not understand a tool calls it nine times. Taken for
     independent they give intervals that are too narrow, so Wilson's interval is that of M / D calls instead of M, D
-    the design effect, the variance of p between dialogues over the binomial one (Kish 1965; ratio estimator, Cochran 1977,
-    section 6.3). With one call per dialogue D = 1. At p = 0, at p = 1 and with one dialogue nothing shows how calls hang
-    together; n is then the number of dialogues with a call, as if each were one throw. (0, 1) without calls. Raises
-    ValueError unless 0 <= x_i <= m_i.
+    the design effect, the variance of p between dialogues over the binomial one (Kish 1965; ratio estimator, Cochran
+    1977, section 6.3). With one call per dialogue D = 1. At p = 0, at p = 1 and with one dialogue nothing shows how
+    calls hang together; n is then the number of dialogues with a call, as if each were one throw. (0, 1) without
+    calls. Raises ValueError unless 0 <= x_i <= m_i.
     """
     if len(errors) != len(calls) or any(not 0 <= x <= m for x, m in zip(errors, calls)):
         raise ValueError(f"found {sum(errors)} errors of {sum(calls)} calls, expected 0 <= errors <= calls everywhere")

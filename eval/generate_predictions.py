@@ -202,9 +202,9 @@ def generated_rows(model: Transformer, tokenizer: Tokenizer, queries: Sequence[Q
     """The greedy output for this rank's share of the queries, batch by batch, longest prompts first.
 
     An output ends with EOS, before the first of `stop_texts`, or after `max_new_tokens`. Generation itself stops at EOS
-    and at those stop texts that are control tokens, by their id; at other texts the output is cut afterwards. A prompt that
-    leaves less than `max_new_tokens` of the model's positions gets the empty output with `"stop": "prompt_too_long"`.
-    A row does not depend on batch_size or ranks. Raises PromptError, before the first row.
+    and at those stop texts that are control tokens, by their id; at other texts the output is cut afterwards. A prompt
+    that leaves less than `max_new_tokens` of the model's positions gets the empty output with
+    `"stop": "prompt_too_long"`. A row does not depend on batch_size or ranks. Raises PromptError, before the first row.
     """
     prompts = {query.index: encode_query(query, prompt_format, tokenizer) for query in queries}
     continued = {query.index for query in queries if query.text}

@@ -49,7 +49,7 @@ def test_operators_pass_opcheck():
 
 
 def test_operators_of_the_linear_loss_save_no_second_copy():
-    """One piece: logits' gradient, hidden, head; chunks: the two gradients. What autograd keeps is the step's memory."""
+    """One piece: logits' gradient, hidden, head; chunks: the two gradients. What autograd keeps costs memory."""
     rows, _ = trained_rows(torch.float32)
     sizes = {}
     for name, max_rows in (("one piece", 12), ("chunks", 5)):

@@ -11,7 +11,7 @@ from train.muon import MuonAdamW, orthogonalize
 
 
 def test_orthogonalize_is_near_the_polar_factor():
-    """Oracle: U V^T of the SVD. The quintic's singular values end within 0.68..1.13: directions agree, lengths nearly."""
+    """Oracle: U V^T of the SVD. The singular values end within 0.68..1.13: directions agree, lengths nearly."""
     generator = torch.Generator().manual_seed(0)
     for shape in ((8, 8), (6, 20), (20, 6)):
         matrix = torch.randn(shape, generator=generator)

@@ -56,7 +56,8 @@ ACCEPTED = [
     ("qwen25", '{"arguments": {"q": "London", "days": "7", "api_key": "your_api_key"}, "name": "forecast"}', [LONDON]),
     ("qwen25", '<tool_call>\n{"name": "random_advice", "arguments": {}}\n</tool_call><|im_end|>\n', [ADVICE]),
     ("qwen25", ('I ask for {both}.\n<tool_call>\n{"name": "get_weather", "arguments": {"city": "Oslo", "days": 3}}'
-               '\n</tool_call>\n<tool_call>{"name": "get_weather", "arguments": {"city": "Rome", "days": 1}}</tool_call>'),
+               '\n</tool_call>\n<tool_call>'
+               '{"name": "get_weather", "arguments": {"city": "Rome", "days": 1}}</tool_call>'),
      [OSLO, ROME]),
     ("openai", ('{"arguments": {"query": "Bitcoin", "data_type": "RELATED_QUERIES", "limit": "5"}, '
                '"name": "google_trends_search"}'), [BITCOIN]),
@@ -84,8 +85,8 @@ REFUSED = [
         (name, ACTION, "JSON"), (name, ACTION + "{'a': 1}", "JSON"), (name, ACTION + '{"a": 1', "JSON"),
         (name, ACTION + '{"a": 1} ok', "end of the text"), (name, ACTION + "[1]", "dict"),
         (name, ACTION + '"x"', "dict"), (name, ACTION + '{"a": NaN}', "finite"),
-        (name, ACTION + '{"a": 1e999}', "finite"),
-        (name, ACTION + '{"a": 1, "a": 2}', "again"), (name, ACTION + '{"a": "raw\nbreak"}', "JSON"),
+        (name, ACTION + '{"a": 1e999}', "finite"), (name, ACTION + '{"a": 1, "a": 2}', "again"),
+        (name, ACTION + '{"a": "raw\nbreak"}', "JSON"),
         (name, "Action: two words\nAction Input: {}", "name"), (name, "Action: \nAction Input: {}", "name"))),
     ("toolllama", ACTION + "{}\nObservation: mine", "end of the text"),
     ("react", "Thought: done\nFinal Answer: 42", "'Action:'"), ("react", "Action Input: {}", "'Action:' before"),
@@ -121,7 +122,8 @@ REFUSED = [
 HOSTILE = ["", " ", "\x00", "\ud800", "[]", "{}", "null", "5", "true", '"x"', "Action: Action Input:", "<tool_call>",
            "Call:", ";", "{\"name\": \"\\ud800\", \"parameters\": {}, \"arguments\": {}}", "[" * 100_000,
            '{"a":' * 100_000, "f(a=" + "[" * 100_000, '"' + '\\"' * 400_000, "'" * 999_999,
-           "Call: f(a='" + "\\'" * 400_000, "Action: " * 120_000, "Action Input: " * 70_000, "<tool_call>" * 90_000, "f\n{}" * 250_000, "f();" * 250_000,
+           "Call: f(a='" + "\\'" * 400_000, "Action: " * 120_000, "Action Input: " * 70_000,
+           "<tool_call>" * 90_000, "f\n{}" * 250_000, "f();" * 250_000,
            '{"name":"f","parameters":{}};' * 30_000, "Action: f\nAction Input: " + "9" * 1_000_000, " " * 1_000_000,
            "\nThought:" * 100_000, "<|eot_id|>" * 100_000, "a" * 1_000_000, "Call: f(a=1)" + "\n" * 1_000_000 + "x",
            '{"name": "f", "arguments": {' + ", ".join(f'"k{i}": 1' for i in range(60_000)) + ', "k59999": 2}}']
@@ -240,7 +242,8 @@ def test_mutated_outputs_never_crash(output_format):
     rng = random.Random(5)
     sources = [output for name, output, _ in ACCEPTED if name == output_format]
     pieces = ['"', "'", "(", ")", "{", "}", "[", "]", ":", ",", ";", "\\", "\n", "x", "7", "\ud800", "\u2603", "",
-              "null", "Action:", "Action Input:", "<tool_call>", "</tool_call>", "<bot_end>", "NaN", "<|assistant|>", "\\u12"]
+              "null", "Action:", "Action Input:", "<tool_call>", "</tool_call>", "<bot_end>", "NaN", "<|assistant|>",
+              "\\u12"]
     accepted = 0
     for _ in range(1500):
         text = list(rng.choice(sources))

@@ -59,8 +59,8 @@ def test_a_held_out_record_without_gold_calls_is_found_by_its_line(tmp_path):
 def test_an_empty_set_after_the_filter_comes_with_the_counts(tmp_path):
     records = [make_record("p0", QUERY, ARMS[:1], TOOLS[1:])]  # the gold tool is not offered
     path = write_records(tmp_path / "prompts.jsonl", records)
-    expect_refusal(tmp_path, r"found no prompt, expected at least one \(.*1 turns dropped: erroneous, tool_hallucination",
-                   data=path)
+    words = r"found no prompt, expected at least one \(.*1 turns dropped: erroneous, tool_hallucination"
+    expect_refusal(tmp_path, words, data=path)
 
 
 def test_prompts_longer_than_the_context(tmp_path):

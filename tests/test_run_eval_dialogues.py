@@ -156,7 +156,7 @@ def test_continues_from_every_cut(reference, folder, tmp_path):
 
 @pytest.mark.slow
 def test_killed_five_times_with_one_rank_and_two(reference, folder, tmp_path):
-    """SIGKILL after every few journal lines, under one rank, two, one ...; the file ends as undisturbed, to the byte."""
+    """SIGKILL after every few journal lines, under one rank, two, one ...; the file ends the same, byte by byte."""
     arguments = flags(folder, tmp_path, batch_size=2)
 
     def lines_there():

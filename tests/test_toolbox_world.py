@@ -197,7 +197,7 @@ def test_prompts_are_short(tokenizer):
 
 @pytest.mark.slow
 def test_every_vocabulary_entry_occurs_in_the_base_corpus(tokenizer):
-    """Whole-word and template pieces by the dialogues alone, all ids with the noise rows (both within 43,200, the run's)."""
+    """Whole-word and template pieces by the dialogues alone, all ids with the noise rows (both within 43,200)."""
     held_out, seen = held_out_pairs(), Counter()
     rng = random.Random(1)
     for _ in range(2500):
