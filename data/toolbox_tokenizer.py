@@ -10,8 +10,15 @@ import string
 import sentencepiece
 
 from data.toolbox_words import (
-    DOMAINS, QUALIFIER_PHRASES, REQUEST_PREFIXES, RESULT_WORDS, TITLE_FIRST, TITLE_SECOND, VALUE_KINDS, VERB_CUES,
+    DOMAINS,
     MONTHS,
+    QUALIFIER_PHRASES,
+    REQUEST_PREFIXES,
+    RESULT_WORDS,
+    TITLE_FIRST,
+    TITLE_SECOND,
+    VALUE_KINDS,
+    VERB_CUES,
 )
 from data.toolbox_world import special_tools
 

@@ -8,6 +8,7 @@ There is no padding anywhere. A batch of rows of different lengths is one packed
 attention runs segment by segment, so no mask is ever built and no token sees another segment. Generation uses the same
 mechanism: one segment per sequence, each with its own row of the key/value cache.
 """
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -15,7 +16,6 @@ from torch.utils.checkpoint import checkpoint
 
 from model.config import ModelConfig
 from model.kv_cache import KVCache
-
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Rotary position embedding, E16

@@ -17,7 +17,13 @@ from torch.distributed.fsdp import fully_shard
 
 from model.config import ModelFolderError, config_to_hf
 from model.pretrained_weights import (
-    INDEX_FILE, WEIGHTS_FILE, hf_name, load_pretrained, load_weights_into, read_config, save_pretrained,
+    INDEX_FILE,
+    WEIGHTS_FILE,
+    hf_name,
+    load_pretrained,
+    load_weights_into,
+    read_config,
+    save_pretrained,
     save_pretrained_streamed,
 )
 from model.transformer import Transformer

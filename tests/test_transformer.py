@@ -9,7 +9,13 @@ import pytest
 import torch
 
 from model.config import (
-    PRESETS, ModelConfig, ModelFolderError, RopeScaling, config_from_hf, config_to_hf, count_parameters,
+    PRESETS,
+    ModelConfig,
+    ModelFolderError,
+    RopeScaling,
+    config_from_hf,
+    config_to_hf,
+    count_parameters,
 )
 from model.kv_cache import KVCache
 from model.pretrained_weights import load_pretrained
