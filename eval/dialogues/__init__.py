@@ -1,0 +1,1 @@
+"""Dialogues with live tools: played, journaled, counted."""

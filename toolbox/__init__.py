@@ -1,0 +1,1 @@
+"""How the bundled model and data were made."""

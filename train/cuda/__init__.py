@@ -1,0 +1,1 @@
+"""The CUDA kernels of the loss: source, runtime compilation, launch."""
