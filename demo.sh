@@ -28,7 +28,7 @@ echo "4/6 train it further by PPO with the paper's reward, three passes over 1,2
 echo "5/6 score the result"
 evaluate "$runs/ppo/final" tl eval_ppo $all >/dev/null
 echo "6/6 greedy calls and dialogues of the three, $(( (SECONDS - started) / 60 )) min $(( (SECONDS - started) % 60 )) s after the installation"
-"$python" -m eval.compare "$runs/eval_base" "$runs/eval_sft" "$runs/eval_ppo" --names base,SFT,PPO
+"$python" -m eval.reports.compare "$runs/eval_base" "$runs/eval_sft" "$runs/eval_ppo" --names base,SFT,PPO
 echo
 echo "reward of sampled calls (temperature 1), which is what PPO maximises"
 for split in seen unseen; do
@@ -37,4 +37,4 @@ for split in seen unseen; do
 done
 echo
 echo "what the base can do in its own call form, beside the fine-tuned model in the paper's"
-"$python" -m eval.compare "$runs/eval_base_plain" "$runs/eval_sft" --names "base (own form),SFT"
+"$python" -m eval.reports.compare "$runs/eval_base_plain" "$runs/eval_sft" --names "base (own form),SFT"

@@ -16,31 +16,31 @@ from pathlib import Path
 from typing import TextIO
 
 from data.trajectories import DataError
-from eval.agent import complete_dialogues, run_dialogues_with_endpoint, run_dialogues_with_model
+from eval.dialogues.play import complete_dialogues, run_dialogues_with_endpoint, run_dialogues_with_model
 from eval.benchmark_data import BENCHMARK_COUNTS, BENCHMARK_FILES, DIALOGUE_BENCHMARKS, benchmark_file
-from eval.dialogue_journal import DialogueJournal, DialogueTask
-from eval.dialogue_metrics import MAX_TURNS
-from eval.endpoint import Endpoint, ask_records, check_url, make_endpoint
+from eval.dialogues.journal import DialogueJournal, DialogueTask
+from eval.dialogues.metrics import MAX_TURNS
+from eval.predict.endpoint import Endpoint, ask_records, check_url, make_endpoint
 from eval.fetch_benchmarks import check_benchmark
-from eval.generate_predictions import (
+from eval.predict.generate import (
     answers_sha256,
     check_settings,
     complete_predictions,
     folder_sha256,
     generated_rows,
 )
-from eval.json_lines import write_json_lines, write_text
-from eval.letter_logprobs import letter_rows
-from eval.plots import write_plots
-from eval.prompt_formats import PROMPT_FORMATS, PromptError, encode_formatted_prompt
+from data.json_records import write_json_lines, write_text
+from eval.predict.letter_logprobs import letter_rows
+from eval.reports.plots import write_plots
+from data.formats.prompts import PROMPT_FORMATS, PromptError, encode_formatted_prompt
 from eval.queries import CHOICE_BENCHMARKS, TEXT_BENCHMARKS, ChoiceQuery, Query, load_queries, stop_texts_of
-from eval.report import format_report
-from eval.score_predictions import score_predictions
-from eval.tool_runtime import EXECUTOR_KINDS, RecordingExecutor, ToolExecutor, make_executor
+from eval.reports.report import format_report
+from eval.benchmarks import score_predictions
+from eval.dialogues.tools import EXECUTOR_KINDS, RecordingExecutor, ToolExecutor, make_executor
 from model.pretrained_weights import ModelFolderError, load_pretrained
 from model.tokenizer import Tokenizer, check_vocabulary_fits, load_tokenizer
 from model.transformer import Transformer
-from run_config import ConfigError, fail, read_config
+from command_line import ConfigError, fail, read_config
 from train.distributed import DTYPES, World, any_rank, close_world, init_world
 from train.run_logging import describe_environment, log_line, write_json_atomically
 from train.seeding import seed_everything

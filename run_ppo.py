@@ -19,10 +19,10 @@ from rl.ppo_config import PPOConfig
 from rl.ppo_loop import Models, train_ppo
 from rl.prompts import PPOPrompt, read_prompts
 from rl.reward import check_rewards
-from run_config import ConfigError, fail, read_config
+from command_line import ConfigError, fail, read_config
 from train.checkpoint import CheckpointError
 from train.checksums import differing_tensors, folder_checksums, parameter_checksums
-from train.cuda_cross_entropy import LossBackendError, agree_on_loss_backend
+from train.cuda.launch import LossBackendError, agree_on_loss_backend
 from train.distributed import (
     DTYPES,
     DeviceError,

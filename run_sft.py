@@ -14,9 +14,9 @@ from data.trajectories import DataError
 from model.config import ModelFolderError
 from model.pretrained_weights import save_pretrained_streamed
 from model.tokenizer import load_tokenizer
-from run_config import ConfigError, fail, read_config
+from command_line import ConfigError, fail, read_config
 from train.checkpoint import CheckpointError
-from train.cuda_cross_entropy import LossBackendError, agree_on_loss_backend
+from train.cuda.launch import LossBackendError, agree_on_loss_backend
 from train.distributed import DTYPES, DeviceError, close_world, init_world, load_sharded_model
 from train.optimizer import make_adamw
 from train.run_control import TrainingError

@@ -31,14 +31,14 @@ from torch.nn.functional import cross_entropy, linear, linear_cross_entropy
 
 from benchmarks.cuda_kernel_ladder.device_code import CompileError, ToolMissing, compile_with_nvrtc, disassemble
 from benchmarks.cuda_kernel_ladder.product import ARCHITECTURES, KERNEL_FILE, table_lines
-from train.cuda_cross_entropy import (
+from train.cuda.launch import (
     DTYPES,
     STREAM_THREADS,
     choose_kernel,
     choose_loss_backend,
     cuda_row_cross_entropy,
 )
-from train.cuda_runtime import nvrtc_version
+from train.cuda.runtime import nvrtc_version
 from train.weighted_cross_entropy import linear_weighted_cross_entropy
 
 INCOMING_GRADIENT = 1 / 7  # as in benchmark_loss

@@ -55,7 +55,7 @@ from rl.ppo_loss import policy_loss, value_loss
 from rl.prompts import PPOPrompt
 from rl.reward import tool_call_reward
 from rl.rollout import Rollout, prompts_of_iteration, response_text
-from run_config import ConfigError, fail
+from command_line import ConfigError, fail
 from run_ppo import load_models, make_prompts
 from train.distributed import World, clip_gradients, close_world, init_world, local_part, reshard_all
 from train.optimizer import make_adamw

@@ -19,7 +19,7 @@ from typing import Protocol
 
 from data.error_filter import TurnDecision, decide_masked_turns
 from data.key_tokens import find_key_tokens, key_token_weights
-from data.prompt_format import encode_segments, trajectory_segments
+from data.formats.tl import encode_segments, trajectory_segments
 from data.trajectories import Trajectory
 
 TOKEN_CLASSES = ("context", "masked", "normal", "key", "eos")

@@ -12,7 +12,7 @@ from data.token_view import SampleView, TokenView, TurnView
 KIND_TITLES = {"key": "key token", "normal": "trained", "eos": "end of turn", "masked": "masked", "context": "context"}
 EOS_TEXT = "end of turn"
 
-# Colours: every text/background pair reaches a contrast of 4.5:1 in both schemes (tests/test_inspect_loss_weights.py).
+# Colours: every text/background pair reaches a contrast of 4.5:1 in both schemes (tests/data/test_inspect_loss_weights.py).
 LIGHT = {"page": "#ffffff", "panel": "#f3f4f6", "text": "#1a1c20", "faint": "#55585f", "line": "#8a8f98",
          "key-text": "#1f1500", "key": "#ffd24d", "normal-text": "#0b3d1c", "normal": "#d3f2dc", "eos-text": "#0a2f66",
          "eos": "#d9e6ff", "masked-text": "#55585f", "masked": "#ececec", "evidence-text": "#8a0f0f",

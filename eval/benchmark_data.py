@@ -11,10 +11,10 @@ from pathlib import Path
 
 from data.tool_calls import ToolCall, ToolCallError
 from data.trajectories import DataError, Message, normalize_tools
-from eval.dialogue_journal import DialogueTask
-from eval.json_lines import read_json_lines, read_json_list
-from eval.react_output import parse_react
-from eval.tool_call_metrics import GoldAnswer, GoldCall
+from eval.dialogues.journal import DialogueTask
+from data.json_records import read_json_lines, read_json_list
+from eval.predict.react_output import parse_react
+from eval.metrics import GoldAnswer, GoldCall
 
 # Every benchmark's answer file, or folder of files, below --benchmark_dir.
 BENCHMARK_FILES = {

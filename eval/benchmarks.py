@@ -11,8 +11,8 @@ from pathlib import Path
 from data.trajectories import DataError
 from eval.benchmark_data import BENCHMARK_FILES, DIALOGUE_BENCHMARKS
 from eval.confidence import Z_95, wilson_interval
-from eval.dialogue_journal import DialogueTask, RecordedDialogue, match_dialogues, read_dialogues
-from eval.dialogue_metrics import score_dialogues
+from eval.dialogues.journal import DialogueTask, RecordedDialogue, match_dialogues, read_dialogues
+from eval.dialogues.metrics import score_dialogues
 from eval.evaluate_bfcl import evaluate_bfcl_files
 from eval.evaluate_gsm8k import evaluate_gsm8k, summarize_gsm8k
 from eval.evaluate_humaneval import MEMORY_MIB, SECONDS, evaluate_humaneval, summarize_humaneval
@@ -32,9 +32,9 @@ from eval.general_tasks import (
     match_completions,
     match_texts,
 )
-from eval.json_lines import read_json_lines
+from data.json_records import read_json_lines
 from eval.queries import load_tasks
-from eval.report import summarize_results
+from eval.reports.report import summarize_results
 from eval.tooleyes_data import read_official_dialogues
 
 Scores = tuple[list[dict], dict, list[str]]  # rows, summary, notices

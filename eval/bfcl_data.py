@@ -7,8 +7,8 @@ from pathlib import Path
 from data.tool_calls import ToolCall
 from data.trajectories import DataError, Message, normalize_tools
 from eval.benchmark_data import EvalExample, field_of
-from eval.json_lines import read_json_lines
-from eval.tool_call_metrics import GoldAnswer, GoldCall
+from data.json_records import read_json_lines
+from eval.metrics import GoldAnswer, GoldCall
 
 CATEGORIES = ("simple", "multiple", "parallel", "parallel_multiple")  # the files, in the order of the records' indices
 JSON_TYPES = {"dict": "object", "float": "number", "tuple": "array"}  # other type names are those of JSON Schema

@@ -1,7 +1,7 @@
 """Training trajectories from a teacher: a model or an endpoint works through queries, every call executed.
 
-    python -m data.collect_trajectories --model runs/sft/final --queries assets/tiny_data/test_multi.jsonl --output FILE
-    python -m data.collect_trajectories --endpoint http://HOST:PORT/v1 --model NAME --prompt_format openai \
+    python -m eval.collect_trajectories --model runs/sft/final --queries assets/tiny_data/test_multi.jsonl --output FILE
+    python -m eval.collect_trajectories --endpoint http://HOST:PORT/v1 --model NAME --prompt_format openai \
         --queries queries.jsonl --temperature 0.7 --output FILE
 
 FILE gets the authors' raw form (docs/data_format.md), one record per line, calls that failed and their feedback
@@ -23,20 +23,20 @@ from pathlib import Path
 
 import torch
 
-from data.toolbox_world import build_toolbox
+from toolbox.world import build_toolbox
 from data.trajectories import DataError, Message, normalize_tools, read_trajectories
-from eval.agent import complete_dialogues, format_reminder, run_dialogues_with_endpoint, run_dialogues_with_model
+from eval.dialogues.play import complete_dialogues, format_reminder, run_dialogues_with_endpoint, run_dialogues_with_model
 from eval.benchmark_data import field_of, load_rotbench
 from eval.command_line import parse_arguments, run_command
-from eval.dialogue_journal import DialogueJournal, DialogueTask, RecordedDialogue, match_dialogues, read_dialogues
-from eval.dialogue_metrics import MAX_TURNS
-from eval.endpoint import Endpoint, check_url, make_endpoint
-from eval.error_statistics import classify_turns, format_turns, summarize_turns
-from eval.generate_predictions import answers_sha256, check_settings, folder_sha256
-from eval.json_lines import read_json_lines, read_json_list, write_text
-from eval.local_tools import TOOLBOX
-from eval.prompt_formats import PROMPT_FORMATS, PromptError, encode_formatted_prompt
-from eval.tool_runtime import EXECUTOR_KINDS, make_executor
+from eval.dialogues.journal import DialogueJournal, DialogueTask, RecordedDialogue, match_dialogues, read_dialogues
+from eval.dialogues.metrics import MAX_TURNS
+from eval.predict.endpoint import Endpoint, check_url, make_endpoint
+from eval.reports.error_statistics import classify_turns, format_turns, summarize_turns
+from eval.predict.generate import answers_sha256, check_settings, folder_sha256
+from data.json_records import read_json_lines, read_json_list, write_text
+from eval.dialogues.local_tools import TOOLBOX
+from data.formats.prompts import PROMPT_FORMATS, PromptError, encode_formatted_prompt
+from eval.dialogues.tools import EXECUTOR_KINDS, make_executor
 from eval.tooleyes_data import load_tooleyes
 from model.pretrained_weights import ModelFolderError, load_pretrained
 from model.tokenizer import Tokenizer, check_vocabulary_fits, load_tokenizer

@@ -23,12 +23,12 @@ from eval.bfcl_functions import FUNCTIONS
 from eval.command_line import run_command
 from eval.evaluate_rotbench import rates, read_flags, report_scores
 from eval.general_tasks import count_notice, rate_summary
-from eval.output_formats import parse_output
-from eval.prediction_files import Prediction
-from eval.react_output import REACT, read_call, read_call_predictions
-from eval.report import summarize_results
-from eval.sandbox import SandboxError, run_python
-from eval.tool_call_metrics import CallScore, GoldAnswer, can_pair, is_same_tool, score_calls
+from data.formats.outputs import parse_output
+from eval.predict.prediction_files import Prediction
+from eval.predict.react_output import REACT, read_call, read_call_predictions
+from eval.reports.report import summarize_results
+from eval.sandbox.run import SandboxError, run_python
+from eval.metrics import CallScore, GoldAnswer, can_pair, is_same_tool, score_calls
 
 # Variant -> what is compared with what.
 VARIANTS = {

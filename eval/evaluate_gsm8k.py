@@ -24,8 +24,8 @@ from eval.general_tasks import (
     match_texts,
     rate_summary,
 )
-from eval.json_lines import write_json_lines
-from eval.prediction_files import Prediction
+from data.json_records import write_json_lines
+from eval.predict.prediction_files import Prediction
 
 SHOWN_CHARACTERS = 40  # longest quotation of a number in a reason
 

@@ -27,9 +27,9 @@ from eval.general_tasks import (
     match_completions,
     rate_summary,
 )
-from eval.json_lines import write_json_lines
-from eval.prediction_files import Prediction
-from eval.sandbox import CheckResult, run_check
+from data.json_records import write_json_lines
+from eval.predict.prediction_files import Prediction
+from eval.sandbox.run import CheckResult, run_check
 
 SECONDS, MEMORY_MIB = 3.0, 512  # the benchmark's time limit; it sets no limit of memory by default
 
@@ -38,7 +38,7 @@ def check_completion(problem: CodeProblem, completion: str, *, seconds: float, m
     """Run the problem's test on `prompt + completion`. Raises SandboxError if nothing can be run.
 
     The benchmark joins prompt, completion and test to one program. Here the test runs in a process of its own, with the
-    prompt but without the completion, and calls the completed function in another (eval/sandbox.py:run_check).
+    prompt but without the completion, and calls the completed function in another (eval/sandbox/run.py:run_check).
     """
     return run_check(problem.prompt + completion + "\n", entry_point=problem.entry_point,
                      checker=f"{problem.prompt}\n{problem.test}\n", seconds=seconds, memory_bytes=memory_bytes)

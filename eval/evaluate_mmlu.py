@@ -22,8 +22,8 @@ from eval.general_tasks import (
     rate_summary,
     read_letter,
 )
-from eval.json_lines import write_json_lines
-from eval.prediction_files import Prediction
+from data.json_records import write_json_lines
+from eval.predict.prediction_files import Prediction
 
 
 def evaluate_mmlu(questions: Sequence[ChoiceQuestion], predictions: Sequence[Prediction]) -> list[dict]:

@@ -18,11 +18,11 @@ from pathlib import Path
 from data.tool_calls import ToolCall
 from eval.benchmark_data import EvalExample, benchmark_of, load_rotbench
 from eval.command_line import parse_arguments, run_command
-from eval.json_lines import write_json_lines
-from eval.prediction_files import Prediction
-from eval.react_output import PredictedCall, read_call, read_call_predictions
-from eval.report import METRICS, summarize_results
-from eval.tool_call_metrics import CallScore, GoldAnswer, equal_python, score_calls
+from data.json_records import write_json_lines
+from eval.predict.prediction_files import Prediction
+from eval.predict.react_output import PredictedCall, read_call, read_call_predictions
+from eval.reports.report import METRICS, summarize_results
+from eval.metrics import CallScore, GoldAnswer, equal_python, score_calls
 
 RULES = ("official", "fair")
 SCENARIOS = {"TG": "Text Generation", "RS": "Real-Time Search", "DU": "Data Understanding", "PL": "Personal Life",

@@ -14,11 +14,11 @@ from pathlib import Path
 from data.tool_calls import ToolCallError
 from eval.benchmark_data import BENCHMARK_FILES, EvalExample, load_tiny
 from eval.command_line import parse_arguments, run_command
-from eval.json_lines import write_json_lines
-from eval.output_formats import parse_output
-from eval.prediction_files import Prediction, match_predictions, read_predictions
-from eval.report import summarize_results
-from eval.tool_call_metrics import equal_strict, score_calls
+from data.json_records import write_json_lines
+from data.formats.outputs import parse_output
+from eval.predict.prediction_files import Prediction, match_predictions, read_predictions
+from eval.reports.report import summarize_results
+from eval.metrics import equal_strict, score_calls
 
 
 def evaluate_tiny(examples: Sequence[EvalExample], predictions: Sequence[Prediction]) -> list[dict]:

@@ -16,10 +16,10 @@ from data.tool_calls import ToolCall
 from eval.benchmark_data import EvalExample, load_toolalpaca
 from eval.command_line import run_command
 from eval.evaluate_rotbench import rates, read_flags, report_scores
-from eval.prediction_files import Prediction
-from eval.react_output import PredictedCall, read_call, read_call_predictions
-from eval.report import summarize_results
-from eval.tool_call_metrics import CallScore, GoldAnswer, equal_json, equal_lenient, equal_python, score_calls
+from eval.predict.prediction_files import Prediction
+from eval.predict.react_output import PredictedCall, read_call, read_call_predictions
+from eval.reports.report import summarize_results
+from eval.metrics import CallScore, GoldAnswer, equal_json, equal_lenient, equal_python, score_calls
 
 # Variant -> what it changes against first_call, the primary one of `--rules fair`.
 VARIANTS = {

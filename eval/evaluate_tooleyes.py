@@ -14,9 +14,9 @@ from pathlib import Path
 
 from eval.benchmark_data import benchmark_of, load_tiny_multi
 from eval.command_line import parse_arguments, run_command
-from eval.dialogue_journal import DialogueTask, match_dialogues, read_dialogues
-from eval.dialogue_metrics import score_dialogues
-from eval.json_lines import read_json_lines, write_json_lines
+from eval.dialogues.journal import DialogueTask, match_dialogues, read_dialogues
+from eval.dialogues.metrics import score_dialogues
+from data.json_records import read_json_lines, write_json_lines
 from eval.tooleyes_data import load_tooleyes, read_official_dialogues
 
 

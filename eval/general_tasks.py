@@ -17,8 +17,8 @@ from pathlib import Path
 
 from data.trajectories import DataError
 from eval.confidence import Z_95, wilson_interval
-from eval.json_lines import read_json_lines
-from eval.prediction_files import Prediction, match_predictions, read_predictions
+from data.json_records import read_json_lines
+from eval.predict.prediction_files import Prediction, match_predictions, read_predictions
 
 GSM8K_COUNT, HUMANEVAL_COUNT, MMLU_COUNT, MMLU_SHOTS, MMLU_SUBJECTS = 1319, 164, 14042, 5, 57
 LETTERS = "ABCD"
@@ -321,7 +321,7 @@ def read_letter(output: str) -> str | None:
 
 
 def match_texts(path: Path, count: int, limit: int | None) -> tuple[list[Prediction], list[str]]:
-    """The predictions of records 0, 1, ... (eval/prediction_files.py) and notices worth showing. Raises DataError."""
+    """The predictions of records 0, 1, ... (eval/predict/prediction_files.py) and notices worth showing. Raises DataError."""
     predictions, has_dropped = read_predictions(path)
     return match_predictions(predictions, count, limit, path=path), _notices(path, has_dropped)
 
@@ -385,7 +385,7 @@ def count_notice(path: Path, found: int, published: int) -> list[str]:
 
 
 def rate_summary(name: str, count: int, n: int) -> dict:
-    """`name` -> count, with `_percent` and the 95 % Wilson interval in percent (E20), as in eval/report.py."""
+    """`name` -> count, with `_percent` and the 95 % Wilson interval in percent (E20), as in eval/reports/report.py."""
     low, high = wilson_interval(count, n, Z_95)
     return {name: count, f"{name}_percent": round(100 * count / n, 2),
             f"{name}_interval_95": [round(100 * low, 2), round(100 * high, 2)]}

@@ -14,7 +14,7 @@ from eval.benchmark_data import (
     load_toolalpaca,
 )
 from eval.bfcl_data import load_bfcl
-from eval.dialogue_journal import DialogueTask
+from eval.dialogues.journal import DialogueTask
 from eval.general_tasks import (
     NEXT_QUESTION,
     STOP_TEXTS,
@@ -24,8 +24,8 @@ from eval.general_tasks import (
     load_humaneval,
     load_mmlu,
 )
-from eval.output_formats import STOP_STRINGS
-from eval.prompt_formats import encode_formatted_prompt
+from data.formats.outputs import STOP_STRINGS
+from data.formats.prompts import encode_formatted_prompt
 from eval.tooleyes_data import load_tooleyes
 from model.tokenizer import Tokenizer
 

@@ -7,9 +7,9 @@ from pathlib import Path
 from data.tool_calls import ToolCallError
 from data.trajectories import DataError, Message, normalize_tools
 from eval.benchmark_data import field_of
-from eval.dialogue_journal import DialogueTask, RecordedDialogue
-from eval.json_lines import read_json_lines, read_json_list
-from eval.output_formats import parse_output
+from eval.dialogues.journal import DialogueTask, RecordedDialogue
+from data.json_records import read_json_lines, read_json_list
+from data.formats.outputs import parse_output
 
 LIBRARY = "ToolEyes/Tool_Library/"  # before the name of a tool set in a record's path
 SCENARIOS = {"TG": "Text Generation", "DU": "Data Understanding", "RS": "Real-Time Search", "PL": "Personal Life",

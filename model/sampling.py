@@ -8,7 +8,7 @@ dialogue's next turn.
 
 Greedy output does not depend on batching. A matrix product sums in an order that depends on its shape, so logits of one
 row differ in the last bits between a batch of 1 and a batch of 8, and a near-tie flips. Therefore a prefill has the
-shape of its own prompt; attention has the shape of the row's own length (model/kv_cache.py); and a decode forward has
+shape of its own prompt; attention has the shape of the row's own length (model/decode.py); and a decode forward has
 `rows_per_forward` rows, some of them idle, or a smaller number of rows for which the matrix products of this machine
 were seen to give the same bits (interchangeable_row_counts).
 """
@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from model.config import ModelConfig
-from model.kv_cache import KVCache
+from model.decode import KVCache
 from model.transformer import Transformer
 
 ROWS_PER_FORWARD = 16  # a multiple of 8, so that BLAS treats the rows alike at every place in the batch

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from model.config import ModelConfig
-from model.kv_cache import KVCache
+from model.decode import KVCache
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Rotary position embedding, E16

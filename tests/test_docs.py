@@ -9,14 +9,14 @@ from pathlib import Path
 import pytest
 
 from rl.ppo_config import PPOConfig
-from run_config import read_config
+from command_line import read_config
 from train.sft_loop import SFTConfig
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCUMENTS = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("assets/*.md")])
 EQUATIONS = [f"E{number}" for number in range(1, 36)]
 PLACE = re.compile(r"`([\w/]+\.py):(\w+)`")
-TEST = re.compile(r"`(tests/\w+\.py)::(\w+)`")
+TEST = re.compile(r"`(tests/[\w/]+\.py)::(\w+)`")
 
 
 def math_rows() -> dict[str, str]:

@@ -8,8 +8,8 @@ import sys
 import pytest
 
 from rl.ppo_config import PPOConfig
-from run_config import ConfigError, read_config
-from tests.tiny_run import ROOT, run_process
+from command_line import ConfigError, read_config
+from tests.support.tiny_run import ROOT, run_process
 from train.sft_loop import SFTConfig
 
 

@@ -13,9 +13,9 @@ cures of known traps:
 import json
 import random
 
-from data.prompt_format import render_tools
-from data.toolbox_words import RESULT_WORDS
-from data.toolbox_world import (
+from data.formats.tl import render_tools
+from toolbox.words import RESULT_WORDS
+from toolbox.world import (
     domain_of,
     draw_request,
     draw_tool,

@@ -1,4 +1,4 @@
-"""Write the bundled toolbox data: `python -m data.make_toolbox --output assets`.
+"""Write the bundled toolbox data: `python -m toolbox.make --output assets`.
 
 tiny_model/tokenizer.model, tiny_data/train.json (authors' raw format), tiny_data/test_seen.jsonl, test_unseen.jsonl
 and test_multi.jsonl. With
@@ -12,8 +12,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from data.toolbox_tokenizer import train_tokenizer
-from data.toolbox_world import draw_multi_tasks, draw_test_examples, draw_trajectories
+from toolbox.tokenizer import train_tokenizer
+from toolbox.world import draw_multi_tasks, draw_test_examples, draw_trajectories
 
 TRAIN_SEED, SEEN_SEED, UNSEEN_SEED, MULTI_SEED = 11, 12, 13, 14
 TRAIN_COUNT, TEST_COUNT = 1217, 300

@@ -1,6 +1,6 @@
-"""Pre-train the bundled tiny base with the project's own loop: `torchrun --nproc_per_node 2 -m train.pretrain_base`.
+"""Pre-train the bundled tiny base with the project's own loop: `torchrun --nproc_per_node 2 -m toolbox.pretrain`.
 
-Every token is trained, with a weight by its kind (data/toolbox_documents.py). Unusual, and therefore named here: Muon
+Every token is trained, with a weight by its kind (toolbox/corpus.py). Unusual, and therefore named here: Muon
 on the matrices,
 the embedding drawn with 5 times the usual deviation, two tools per document in the first tenth, the weights themselves.
 Resumes like SFT.
@@ -14,14 +14,14 @@ from pathlib import Path
 import torch
 
 from data.batches import PackedBatch
-from data.toolbox_documents import encode_document
-from data.toolbox_world import held_out_pairs
+from toolbox.corpus import encode_document
+from toolbox.world import held_out_pairs
 from model.config import ModelConfig
 from model.pretrained_weights import save_pretrained, save_pretrained_streamed
 from model.tokenizer import Tokenizer, load_tokenizer
 from model.transformer import Transformer
 from train.distributed import close_world, init_world, load_sharded_model
-from train.muon import MuonAdamW
+from toolbox.muon import MuonAdamW
 from train.run_logging import file_sha256
 from train.sft_loop import SFTConfig, train_sft
 

@@ -9,7 +9,7 @@ import string
 
 import sentencepiece
 
-from data.toolbox_words import (
+from toolbox.words import (
     DOMAINS,
     MONTHS,
     QUALIFIER_PHRASES,
@@ -20,7 +20,7 @@ from data.toolbox_words import (
     VALUE_KINDS,
     VERB_CUES,
 )
-from data.toolbox_world import special_tools
+from toolbox.world import special_tools
 
 # Strings of the prompt template, of both call forms (`p="v"` and the base's `p: "v"`) and of the feedback.
 TEMPLATE_PIECES = (

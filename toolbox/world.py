@@ -14,7 +14,7 @@ import json
 import random
 from collections.abc import Collection, Iterator
 
-from data.toolbox_words import (
+from toolbox.words import (
     DOMAINS,
     MONTHS,
     QUALIFIER_PHRASES,

@@ -5,7 +5,7 @@ computes `sum_i w_i * (logsumexp_i - logit_i[target_i])` and its gradients (docs
 
 Public functions choose rows. Operators (torch.library) hold forward and backward: torch.compile sees one node each, and
 what depends on the data (checks of targets, number of chunks) stays inside. One seam touches logits: PyTorch's
-operators, or with backend="cuda" the kernels of train/cuda_cross_entropy.py.
+operators, or with backend="cuda" the kernels of train/cuda/launch.py.
 
 Shape legend: M rows (tokens of a micro-batch), K rows with weight != 0, C rows of one chunk, D model dim, V vocabulary.
 """
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.library import custom_op
 
-from train.cuda_cross_entropy import cuda_chunk_loss_and_gradient_, cuda_row_cross_entropy, cuda_scale_
+from train.cuda.launch import cuda_chunk_loss_and_gradient_, cuda_row_cross_entropy, cuda_scale_
 
 # Largest block of logits alive at once, counted in bytes of the arithmetic. Fewer rows than this are done in one
 # piece (fastest); more rows are chunked, which costs one pass over the head gradient per chunk and bounds the memory.
@@ -32,7 +32,7 @@ def weighted_cross_entropy(
     """Sum over rows of weight times cross-entropy (nats), from logits that exist already (E9).
 
     Args: logits_MV float; target_ids_M integer, any value where the weight is 0; loss_weights_M float; backend as
-    train.cuda_cross_entropy.choose_loss_backend gives it.
+    train.cuda.launch.choose_loss_backend gives it.
     Returns a scalar in fp32 (fp64 for fp64 logits), differentiable once in the logits; the backward pass reads them
     again. Rows of weight 0 are never read: they may hold inf or nan, and their gradient is exactly 0.
     Raises ValueError for shapes that disagree, another backend, or a target outside [0, V) on a row with weight
@@ -54,7 +54,7 @@ def linear_weighted_cross_entropy(
     head's gradient are accumulated in fp32 (fp64 for fp64 inputs) and rounded to the parameter's dtype once.
     Args: hidden_MD and head_weight_VD of one dtype; trained_index_K the rows with weight != 0 when the caller knows
     them (data/batches.py does): saves a wait for the device on CUDA, and torch.compile a break of its graph; backend as
-    train.cuda_cross_entropy.choose_loss_backend gives it.
+    train.cuda.launch.choose_loss_backend gives it.
     Returns a scalar in fp32 (fp64 for fp64 inputs), differentiable once in hidden and head. Without any trained row it
     is 0, still connected to both, so that every rank of a sharded model runs the same collectives.
     Raises ValueError for shapes, dtypes or an index that disagree, another backend, and for a target outside [0, V) on

@@ -1,9 +1,9 @@
-"""Machine-code figures of the shipped kernels, train/csrc/weighted_cross_entropy.cu, without a GPU.
+"""Machine-code figures of the shipped kernels, train/cuda/csrc/weighted_cross_entropy.cu, without a GPU.
 
     python -m benchmarks.cuda_kernel_ladder.product [--compiler nvcc]
 
 Prints registers per thread, spilled bytes and instructions per logit of every entry point on three architectures: the
-table of train/csrc/README.md, which tests/test_cuda_compile.py keeps true. No figure here is a time.
+table of train/cuda/csrc/README.md, which tests/train/test_cuda_compile.py keeps true. No figure here is a time.
 """
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from benchmarks.cuda_kernel_ladder.device_code import (
     disassemble,
 )
 from benchmarks.cuda_kernel_ladder.sass_count import looped_count, straight_count
-from train.cuda_cross_entropy import ROW_KERNELS, SOURCE
+from train.cuda.launch import ROW_KERNELS, SOURCE
 
 KERNEL_FILE = SOURCE.resolve()
 ARCHITECTURES = ("sm_80", "sm_90", "sm_100")

@@ -16,7 +16,7 @@
 // (4 bytes per row) instead of being searched, and its gradient is put right by the thread that stored its vector.
 //
 // Grid: one block of exactly 1024 threads per row. V a multiple of 4 and at most 32,768; logits and stride * 4
-// multiples of 16 bytes. (train/csrc has the other cases.)
+// multiples of 16 bytes. (train/cuda/csrc has the other cases.)
 
 #ifndef WCE_HOST  // the CPU emulation brings its own
 #define SHARED(type, name, count) __shared__ type name[count]

@@ -19,7 +19,7 @@ import re
 from collections.abc import Sequence
 
 from data.tool_calls import ToolCall, ToolCallError, parse_tool_call, parse_value, render_tool_call
-from eval.plain_calls import parse_plain_call
+from data.formats.plain import parse_plain_call
 
 OUTPUT_FORMATS = ("tl", "plain", "toolllama", "nexusraven", "chatglm4", "qwen2", "llama31", "qwen25", "openai", "react")
 # Formats whose output holds exactly one call.

@@ -1,6 +1,6 @@
 """Prompts of the ten models of the paper's Table 3, in each one's own format (Appendix B, Tables 6 to 13).
 
-    tl          TL-CodeLLaMA-2    Table 13    completion, data/prompt_format.py
+    tl          TL-CodeLLaMA-2    Table 13    completion, data/formats/tl.py
     plain       the bundled base  Table 13    the same prompt; only the answers differ
     toolllama   ToolLLaMA-2       Table 6     completion, ReAct
     nexusraven  NexusRaven-2      Table 7     completion
@@ -19,10 +19,10 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from data.prompt_format import ASSISTANT_HEADER, encode_prompt, message_segments, render_tools
+from data.formats.tl import ASSISTANT_HEADER, encode_prompt, message_segments, render_tools
 from data.tool_calls import ToolCall
 from data.trajectories import Message, tool_parameters
-from eval.output_formats import OUTPUT_FORMATS, json_text, openai_tool_call, render_output
+from data.formats.outputs import OUTPUT_FORMATS, json_text, openai_tool_call, render_output
 from model.tokenizer import Tokenizer
 
 PROMPT_FORMATS = OUTPUT_FORMATS  # every format has both sides
@@ -205,7 +205,7 @@ def _words(message: Message | WrittenTurn, prompt_format: str) -> str:
 
 
 def _tl_messages(messages: Sequence[Message | WrittenTurn]) -> list[Message]:
-    """The dialogue for data/prompt_format.py, which writes the space that the model's first token has in front."""
+    """The dialogue for data/formats/tl.py, which writes the space that the model's first token has in front."""
     return [Message("assistant", message.content.removeprefix(" ")) if isinstance(message, WrittenTurn) else message
             for message in messages]
 

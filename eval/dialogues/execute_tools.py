@@ -1,7 +1,7 @@
 """Run Python code that a model wrote, as ToolEyes' `execute_pycode` does. Only for inside the sandbox.
 
-eval/sandbox_tools.py calls this in the process of one call, after its limits are in force; nothing else may
-(tests/test_hostile_tools.py looks). Python's own interactive interpreter runs the code.
+eval/sandbox/tool_server.py calls this in the process of one call, after its limits are in force; nothing else may
+(tests/eval/test_hostile_tools.py looks). Python's own interactive interpreter runs the code.
 """
 import ast
 import code

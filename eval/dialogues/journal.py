@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import Self
 
 from data.trajectories import DataError, Message
-from eval.json_lines import read_json_lines, write_json_lines
-from eval.output_formats import OUTPUT_FORMATS
+from data.json_records import read_json_lines, write_json_lines
+from data.formats.outputs import OUTPUT_FORMATS
 
 END_REASONS = ("finish", "max_turns", "prompt_too_long", "refused")
 # Who answered a call: a tool runtime, the fixed reply to ask_to_user, nobody (finish).

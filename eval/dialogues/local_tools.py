@@ -18,7 +18,7 @@ import urllib.parse
 import uuid
 from datetime import date, timedelta
 
-from data.toolbox_world import execute
+from toolbox.world import execute
 
 TOOLBOX = "toolbox"  # the tool set of the toolbox world, whose tools come with the request
 # What a call needs: nothing (a pure function), a folder, to run Python code there, or programs. What a machine cannot

@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from data.error_filter import CATEGORIES, classify_feedback
 from data.tool_calls import ToolCall
 from eval.confidence import Z_95, wilson_interval
-from eval.dialogue_journal import EXECUTORS, DialogueTask, RecordedDialogue
+from eval.dialogues.journal import EXECUTORS, DialogueTask, RecordedDialogue
 
 MAX_TURNS = 9  # outputs that a model has for one dialogue (paper, section 4.3; ToolEyes' own loop has as many)
 DE_CATEGORIES = ("tool_hallucination", "parameter_hallucination", "parameter_missing")

@@ -2,7 +2,7 @@
 
 One turn is one output of the model. Its calls are answered in order; `finish` ends the dialogue, `ask_to_user` gets a
 fixed reply, an output that is no call gets a reminder of the format. Who answers the other calls is the `execute` of
-eval/tool_runtime.py. The model's own text stands in its later prompts word for word.
+eval/dialogues/tools.py. The model's own text stands in its later prompts word for word.
 """
 import hashlib
 import json
@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from data.tool_calls import ToolCall, ToolCallError
 from data.trajectories import DataError, Message
-from eval.dialogue_journal import (
+from eval.dialogues.journal import (
     DialogueJournal,
     DialogueTask,
     RecordedDialogue,
@@ -25,11 +25,11 @@ from eval.dialogue_journal import (
     read_dialogues,
     read_journals,
 )
-from eval.dialogue_metrics import MAX_TURNS
-from eval.endpoint import MAX_STOPS, REFUSALS_TO_STOP, Answer, Endpoint, EndpointError, ask
-from eval.generate_predictions import read_response
-from eval.output_formats import STOP_STRINGS, json_text, parse_output
-from eval.prompt_formats import (
+from eval.dialogues.metrics import MAX_TURNS
+from eval.predict.endpoint import MAX_STOPS, REFUSALS_TO_STOP, Answer, Endpoint, EndpointError, ask
+from eval.predict.generate import read_response
+from data.formats.outputs import STOP_STRINGS, json_text, parse_output
+from data.formats.prompts import (
     REACT_FORM,
     WrittenTurn,
     completion_text,
@@ -38,7 +38,7 @@ from eval.prompt_formats import (
     render_prompt,
 )
 from eval.queries import cut_at
-from eval.tool_runtime import MAX_FEEDBACK_CHARACTERS, Executor, ToolRequest
+from eval.dialogues.tools import MAX_FEEDBACK_CHARACTERS, Executor, ToolRequest
 from model.dialogue_decoding import DialogueDecoder
 from model.tokenizer import Tokenizer
 from model.transformer import Transformer

@@ -3,7 +3,7 @@ import json
 from pathlib import Path
 
 from data.trajectories import DataError
-from eval.json_lines import read_json_lines
+from data.json_records import read_json_lines
 
 
 def recording_key(name: str, arguments: object) -> str:

@@ -10,7 +10,7 @@ import json
 import random
 import re
 
-from eval.local_tools import seed_of
+from eval.dialogues.local_tools import seed_of
 
 MAX_ECHO_CHARACTERS = 80   # of an argument that comes back in a result
 MAX_RECORDS = 5

@@ -1,6 +1,6 @@
 """Who answers a tool call: one interface, three executors (docs/tool_runtime.md).
 
-    local      our own tools, each call in a process of its own in the sandbox (eval/local_tools.py, eval/sandbox.py)
+    local      our own tools, each call in a process of its own in the sandbox (eval/dialogues/local_tools.py, eval/sandbox/run.py)
     simulated  the tools' documents: exact checks, then a made-up payload shaped by the document
     recorded   a file of calls and their feedback
 
@@ -19,10 +19,10 @@ from typing import Self
 from data.error_filter import check_documents, classify_feedback
 from data.tool_calls import MAX_NESTING, ToolCall
 from data.trajectories import tool_parameters
-from eval.local_tools import LOCAL_TOOLS, TOOLBOX, shell_command, shell_result
-from eval.recorded_tools import read_recording, recording_key
-from eval.sandbox import LAYERS, ToolServer, ToolServerEnded
-from eval.simulated_tools import check_types, draw_outcome
+from eval.dialogues.local_tools import LOCAL_TOOLS, TOOLBOX, shell_command, shell_result
+from eval.dialogues.recorded_tools import read_recording, recording_key
+from eval.sandbox.run import LAYERS, ToolServer, ToolServerEnded
+from eval.dialogues.simulated_tools import check_types, draw_outcome
 
 EXECUTOR_KINDS = ("auto", "local", "simulated", "recorded")
 MAX_FEEDBACK_CHARACTERS = 4096  # the official executor keeps 1,023 tokens of its tokenizer

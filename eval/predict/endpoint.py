@@ -22,8 +22,8 @@ from dataclasses import dataclass, field
 
 from data.trajectories import DataError
 from eval.general_tasks import LETTERS, MMLU_SHOTS, mmlu_prompt
-from eval.output_formats import json_text
-from eval.prompt_formats import PromptError, completion_text, react_messages, render_prompt
+from data.formats.outputs import json_text
+from data.formats.prompts import PromptError, completion_text, react_messages, render_prompt
 from eval.queries import ChoiceQuery, Query, cut_at
 
 BACKOFF_SECONDS, MAX_PAUSE_SECONDS = 1.0, 60.0  # before the second attempt; the longest pause, also for Retry-After

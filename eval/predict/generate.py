@@ -13,8 +13,8 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 from data.trajectories import DataError
-from eval.json_lines import read_json_lines, write_json_lines, write_text
-from eval.prediction_files import read_predictions
+from data.json_records import read_json_lines, write_json_lines, write_text
+from eval.predict.prediction_files import read_predictions
 from eval.queries import ChoiceQuery, Query, cut_at, encode_query
 from model.sampling import generate
 from model.tokenizer import Tokenizer

@@ -12,7 +12,7 @@ import torch
 
 from eval.general_tasks import LETTERS, choose_letter, fit_mmlu_prompt
 from eval.queries import ChoiceQuery, encode_text
-from model.kv_cache import KVCache
+from model.decode import KVCache
 from model.tokenizer import Tokenizer
 from model.transformer import Transformer
 

@@ -4,8 +4,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from data.trajectories import DataError
-from eval.json_lines import read_json_lines
-from eval.output_formats import OUTPUT_FORMATS
+from data.json_records import read_json_lines
+from data.formats.outputs import OUTPUT_FORMATS
 
 # Why generation ended, written as "stop" by generate_predictions; files of other origin need not have it.
 # "refused": an endpoint answered this request, and only such, with an error; the output is empty.

@@ -13,9 +13,9 @@ from pathlib import Path
 
 from data.tool_calls import ToolCallError
 from data.trajectories import DataError
-from eval.json_lines import read_json_list
-from eval.output_formats import parse_output
-from eval.prediction_files import Prediction, match_predictions, read_predictions
+from data.json_records import read_json_list
+from data.formats.outputs import parse_output
+from eval.predict.prediction_files import Prediction, match_predictions, read_predictions
 
 REACT = "react"  # format of the predictions of an official file; JSONL files have the formats of output_formats
 NAME_OFFSET, ARGUMENTS_OFFSET = len("Action: "), len("Action Input: ")

@@ -1,7 +1,7 @@
 """Compare runs of run_eval.py, or prediction files: rates with n, 95 % intervals, verdicts, McNemar's paired test.
 
-    python -m eval.compare runs/eval_base runs/eval_sft [--names base,SFT] [--mcnemar]
-    python -m eval.compare --answers rotbench/First_Turn/clean.json a.jsonl b.jsonl [--rules fair]
+    python -m eval.reports.compare runs/eval_base runs/eval_sft [--names base,SFT] [--mcnemar]
+    python -m eval.reports.compare --answers rotbench/First_Turn/clean.json a.jsonl b.jsonl [--rules fair]
 
 The intervals are blind to the pairing of records; the paired test (always shown for prediction files) is not, and so
 finds smaller differences. Of DE and CE, which count errors, the lower rate is the better one.
@@ -15,11 +15,11 @@ from pathlib import Path
 from data.trajectories import DataError
 from eval.benchmark_data import benchmark_of
 from eval.command_line import parse_arguments, run_command
-from eval.dialogue_metrics import MAX_TURNS
+from eval.dialogues.metrics import MAX_TURNS
 from eval.evaluate_rotbench import RULES
-from eval.json_lines import read_json_lines
-from eval.report import CALL_METRICS, format_comparison, metrics_of, unattainable_rates
-from eval.score_predictions import score_predictions
+from data.json_records import read_json_lines
+from eval.reports.report import CALL_METRICS, format_comparison, metrics_of, unattainable_rates
+from eval.benchmarks import score_predictions
 
 
 def read_run(run_dir: Path) -> dict:

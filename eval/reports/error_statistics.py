@@ -1,7 +1,7 @@
 """Which errors there are: the paper's Figure 1 over training data, its Table 1 over predictions.
 
-    python -m eval.error_statistics --data train.json
-    python -m eval.error_statistics --answers rotbench/First_Turn/clean.json --predictions FILE [--rules official]
+    python -m eval.reports.error_statistics --data train.json
+    python -m eval.reports.error_statistics --answers rotbench/First_Turn/clean.json --predictions FILE [--rules official]
         [--tokenizer MODEL_DIR] [--output DIR]
 
 Definitions, and what the paper leaves open: docs/error_statistics.md. A table for people, then one JSON object as the
@@ -23,12 +23,12 @@ from eval.confidence import Z_95, wilson_interval
 from eval.evaluate_rotbench import RULES, evaluate_rotbench
 from eval.evaluate_tiny import evaluate_tiny
 from eval.evaluate_toolalpaca import PRIMARY, evaluate_toolalpaca
-from eval.json_lines import write_json_lines
-from eval.paper_tables import read_published
-from eval.react_output import PredictedCall, read_call, read_call_predictions
-from eval.report import format_table
-from eval.tool_call_metrics import SHOWN_CHARACTERS, GoldCall, equal_json, equal_python, equal_strict
-from eval.value_synonyms import is_synonym
+from data.json_records import write_json_lines
+from eval.reports.paper_tables import read_published
+from eval.predict.react_output import PredictedCall, read_call, read_call_predictions
+from eval.reports.report import format_table
+from eval.metrics import SHOWN_CHARACTERS, GoldCall, equal_json, equal_python, equal_strict
+from eval.reports.synonyms import is_synonym
 from model.pretrained_weights import ModelFolderError
 from model.tokenizer import load_tokenizer
 

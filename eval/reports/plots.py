@@ -1,6 +1,6 @@
 """Figure 4 (TS, PI, CF over RoTBench's five environments) and Figure 5 (general tasks) from summary.json files.
 
-    python -m eval.plots runs/eval_base runs/eval_sft [--names base,SFT] [--output DIR]
+    python -m eval.reports.plots runs/eval_base runs/eval_sft [--names base,SFT] [--output DIR]
 
 Bars with 95 % Wilson intervals, as PNG and SVG. Needs matplotlib, which nothing else does.
 """
@@ -10,8 +10,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from eval.command_line import parse_arguments, run_command
-from eval.compare import read_run
-from eval.report import METRICS, metrics_of
+from eval.reports.compare import read_run
+from eval.reports.report import METRICS, metrics_of
 
 ENVIRONMENTS = ("clean", "slight", "medium", "heavy", "union")
 GENERAL_TASKS = {"mmlu": "accuracy", "gsm8k": "exact_match", "humaneval": "pass_at_1"}  # benchmark -> metric

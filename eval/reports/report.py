@@ -3,7 +3,7 @@ from collections.abc import Mapping, Sequence
 
 from data.trajectories import DataError
 from eval.confidence import Z_95, are_disjoint, attainable_count, mcnemar_p_value, wilson_interval
-from eval.paper_tables import paper_tables
+from eval.reports.paper_tables import paper_tables
 
 METRICS = ("TS", "PI", "CF")
 DIALOGUE_METRICS = ("DE", "CE", "VA")

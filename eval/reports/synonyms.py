@@ -7,7 +7,7 @@ import re
 import unicodedata
 from collections.abc import Sequence
 
-from eval.tool_call_metrics import equal_lenient
+from eval.metrics import equal_lenient
 
 SHARED_WORDS = 0.5  # two texts are synonymous from this share of common words on (rule 6)
 LONGEST = 2000  # characters of a value that are looked at

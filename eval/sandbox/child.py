@@ -1,6 +1,6 @@
-"""The inside of the sandbox: eval/sandbox.py starts it as a process, it limits itself, then it runs the program.
+"""The inside of the sandbox: eval/sandbox/run.py starts it as a process, it limits itself, then it runs the program.
 
-The job comes as JSON on stdin: {"mode", "program", "entry_point", "seconds", ...} as eval/sandbox.py:_start writes it.
+The job comes as JSON on stdin: {"mode", "program", "entry_point", "seconds", ...} as eval/sandbox/run.py:_start writes it.
 
     script   run the program as `__main__`
     serve    load the program, then answer calls of its function `entry_point` until the other side hangs up
@@ -23,7 +23,7 @@ from collections.abc import Callable
 from collections.abc import Set as AbstractSet
 from types import ModuleType
 
-from eval.sandbox_limits import (
+from eval.sandbox.limits import (
     die_with_parent,
     drop_privileges,
     enter_namespaces,

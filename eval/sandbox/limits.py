@@ -1,6 +1,6 @@
 """What the kernel forbids a sandboxed process: resource limits, namespaces, Landlock, a seccomp filter.
 
-Only the standard library and ctypes: this runs in the child (eval/sandbox_child.py), between its start and the first
+Only the standard library and ctypes: this runs in the child (eval/sandbox/child.py), between its start and the first
 line of foreign code. Every layer but the resource limits may be missing on a machine; each function says whether it
 took effect. Numbers and structures are those of the Linux user-space interface (linux/seccomp.h, linux/landlock.h,
 asm/unistd.h); docs/sandbox.md says what each layer is for.

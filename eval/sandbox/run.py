@@ -4,7 +4,7 @@
     run_check    a function against a test: the verdict of a second process, which the function's process cannot reach
     ToolServer   one process for many tool calls, each in a process of its own that it forks
 
-What confines the child stands in eval/sandbox_limits.py, in which order in eval/sandbox_child.py, why in
+What confines the child stands in eval/sandbox/limits.py, in which order in eval/sandbox/child.py, why in
 docs/sandbox.md. Here is the side that starts the processes, keeps the clock, collects output and kills.
 """
 import json
@@ -27,10 +27,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import BinaryIO
 
-from eval.sandbox_child import MAX_FRAME_BYTES
-from eval.sandbox_limits import LAYERS
+from eval.sandbox.child import MAX_FRAME_BYTES
+from eval.sandbox.limits import LAYERS
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 START_SECONDS = 30.0  # a child that has not reported its limits by then will not; reached only on a starved machine
 ANSWER_SECONDS = 20.0  # beyond a call's own time for the tool server to end it and to answer
 LAUNCHER_SECONDS = 5.0  # for the launcher to kill its namespace and end; then it is killed too
@@ -114,7 +114,7 @@ def run_check(solution: str, *, entry_point: str, checker: str, seconds: float, 
     """Judge the function `entry_point` of the Python text `solution` by `check(candidate)` of the text `checker`.
 
     Two sandboxed processes: one loads the solution and answers calls, the other runs the test, whose `candidate` sends
-    arguments and receives results as plain values (eval/sandbox_child.py). The solution passes if `check` comes back
+    arguments and receives results as plain values (eval/sandbox/child.py). The solution passes if `check` comes back
     and its own process then ends by itself, all within `seconds`. Raises SandboxError like run_python.
     """
     token = secrets.token_hex(16)
@@ -148,7 +148,7 @@ class ToolServerEnded(SandboxError):
 
 
 class ToolServer:
-    """A sandboxed process that answers tool calls, one at a time (eval/sandbox_tools.py), until it is closed.
+    """A sandboxed process that answers tool calls, one at a time (eval/sandbox/tool_server.py), until it is closed.
 
     State: the process with its pipes. A call has `seconds` of wall time, `memory_bytes` of address space, a dialogue
     `folder_bytes` for its files. Not for several threads at once. Raises SandboxError if it cannot start.
@@ -165,7 +165,7 @@ class ToolServer:
             job = {"seconds": seconds, "memory_bytes": memory_bytes, "file_bytes": file_bytes,
                    "folder_bytes": folder_bytes, "output_bytes": 4096, "layers": list(layers),
                    "requests": requests_out.fileno(), "responses": responses_in.fileno()}
-            self._child = self._stack.enter_context(_started(job, (requests_out, responses_in), "eval.sandbox_tools"))
+            self._child = self._stack.enter_context(_started(job, (requests_out, responses_in), "eval.sandbox.tool_server"))
             requests_out.close()
             responses_in.close()
             self.limits_applied = _wait_until_ready([self._child])
@@ -180,7 +180,7 @@ class ToolServer:
         return self._child.process.pid
 
     def call(self, request: dict) -> tuple[str, int, str]:
-        """(status, exit code, text) of a request as eval/sandbox_tools.py describes it.
+        """(status, exit code, text) of a request as eval/sandbox/tool_server.py describes it.
 
         Raises ToolServerEnded if the server is gone or does not answer, ValueError for a request too long.
         """
@@ -231,7 +231,7 @@ def _pipe(stack: ExitStack) -> tuple[BinaryIO, BinaryIO]:
 
 
 @contextmanager
-def _started(job: dict, pipes: Sequence[BinaryIO], module: str = "eval.sandbox_child") -> Iterator[_Child]:
+def _started(job: dict, pipes: Sequence[BinaryIO], module: str = "eval.sandbox.child") -> Iterator[_Child]:
     """A child at work on `job`, with `pipes` open in it too; afterwards it and its folder are gone in any case."""
     folder = tempfile.mkdtemp(prefix="sandbox_")
     with ExitStack() as stack:

@@ -1,4 +1,4 @@
-"""The inside of the tool server: a sandboxed process that forks once per tool call (eval/sandbox.py:ToolServer).
+"""The inside of the tool server: a sandboxed process that forks once per tool call (eval/sandbox/run.py:ToolServer).
 
 The server itself runs no foreign code. It keeps one folder in memory per dialogue, and for each request it forks a
 process that shuts itself in - tighter than the server, which needs rights to make folders - and runs one local tool
@@ -7,9 +7,9 @@ that it started is killed.
 
 A request is {"dialogue", "needs", ...} or {"forget": dialogue}. By `needs` it is answered
 
-    nothing    by a local tool that is a pure function (eval/local_tools.py:answer_request, for the rest of the keys)
+    nothing    by a local tool that is a pure function (eval/dialogues/local_tools.py:answer_request, for the rest of the keys)
     folder     by one that also reads and writes in the dialogue's folder
-    python     by running "code", in that folder (eval/execute_tools.py)
+    python     by running "code", in that folder (eval/dialogues/execute_tools.py)
     programs   by the program with arguments "program", in that folder
 
 with [status, exit code, text]; status "ended", "timed out" or "no folder". The first three write JSON, if they are
@@ -24,10 +24,10 @@ import sys
 import time
 from contextlib import suppress
 
-from eval.execute_tools import answer_code
-from eval.local_tools import answer_request
-from eval.sandbox_child import describe_limits, read_frame, report, separate, write_frame
-from eval.sandbox_limits import (
+from eval.dialogues.execute_tools import answer_code
+from eval.dialogues.local_tools import answer_request
+from eval.sandbox.child import describe_limits, read_frame, report, separate, write_frame
+from eval.sandbox.limits import (
     become_user,
     drop_privileges,
     filter_system_calls,

@@ -1,4 +1,4 @@
-"""eval/output_formats.py: each format's own outputs, faults with a reason, round trips, hostile text."""
+"""data/formats/outputs.py: each format's own outputs, faults with a reason, round trips, hostile text."""
 import json
 import random
 import time
@@ -6,8 +6,8 @@ import time
 import pytest
 
 from data.tool_calls import ToolCall, ToolCallError
-from eval.output_formats import MAX_CALLS, OUTPUT_FORMATS, STOP_STRINGS, parse_output, render_output
-from tests.test_tool_calls import PARAMETERS, random_value, short_id, strictly_equal
+from data.formats.outputs import MAX_CALLS, OUTPUT_FORMATS, STOP_STRINGS, parse_output, render_output
+from tests.data.test_tool_calls import PARAMETERS, random_value, short_id, strictly_equal
 
 RENDERED = [name for name in OUTPUT_FORMATS if name != "plain"]
 PARALLEL = ["nexusraven", "chatglm4", "llama31", "qwen25", "openai"]

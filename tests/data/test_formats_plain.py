@@ -4,7 +4,7 @@ import random
 import pytest
 
 from data.tool_calls import ToolCall, ToolCallError
-from eval.plain_calls import parse_plain_call
+from data.formats.plain import parse_plain_call
 
 
 @pytest.mark.parametrize("text, name, arguments", [

@@ -1,4 +1,4 @@
-"""eval/prompt_formats.py: the tables of the paper's Appendix B, dialogues of several turns, control tokens."""
+"""data/formats/prompts.py: the tables of the paper's Appendix B, dialogues of several turns, control tokens."""
 import json
 import random
 import re
@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 
-from data.prompt_format import encode_prompt
+from data.formats.tl import encode_prompt
 from data.tool_calls import ToolCall
 from data.trajectories import Message
-from eval.output_formats import parse_output, render_output
-from eval.prompt_formats import (
+from data.formats.outputs import parse_output, render_output
+from data.formats.prompts import (
     COMPLETION_FORMATS,
     PROMPT_FORMATS,
     PromptError,
@@ -21,9 +21,9 @@ from eval.prompt_formats import (
     react_messages,
     render_prompt,
 )
-from tests.piece_tokenizer import PieceTokenizer
+from tests.support.piece_tokenizer import PieceTokenizer
 
-PAPER = Path(__file__).resolve().parents[1] / "../shared/paper.txt"
+PAPER = Path(__file__).resolve().parents[2] / "../shared/paper.txt"
 CHAT_FORMATS = ("chatglm4", "qwen2", "llama31", "qwen25")
 
 

@@ -1,4 +1,4 @@
-"""data/prompt_format.py: the text of Table 13 letter by letter, and ids that inference and training share."""
+"""data/formats/tl.py: the text of Table 13 letter by letter, and ids that inference and training share."""
 import io
 import random
 from pathlib import Path
@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import sentencepiece
 
-from data.prompt_format import (
+from data.formats.tl import (
     ASSISTANT_HEADER,
     Segment,
     encode_prompt,
@@ -19,7 +19,7 @@ from data.tool_calls import ToolCall, parse_tool_call
 from data.trajectories import Message, Trajectory
 from model.tokenizer import load_tokenizer
 
-LLAMA2 = Path(__file__).resolve().parents[1] / "../shared/fixtures/llama2-tokenizer/tokenizer.model"
+LLAMA2 = Path(__file__).resolve().parents[2] / "../shared/fixtures/llama2-tokenizer/tokenizer.model"
 
 
 def tool(name: str, description: str, properties: dict, required: list[str]) -> dict:

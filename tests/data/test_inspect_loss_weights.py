@@ -16,8 +16,8 @@ from data.loss_weights_page import DARK, LIGHT, SCRIPT, TEXT_PAIRS, render_page
 from data.token_view import printable, view_sample
 from data.tool_calls import ToolCall
 from data.trajectories import Message, Trajectory
-from tests.piece_tokenizer import PieceTokenizer
-from tests.test_loss_weights import FIND_PAPER, TOOLS, trajectory
+from tests.support.piece_tokenizer import PieceTokenizer
+from tests.data.test_loss_weights import FIND_PAPER, TOOLS, trajectory
 
 SETTINGS = {"error_filter": "structured", "key_tokens": True, "max_key_token_weight": 9.0}
 HOSTILE = trajectory(

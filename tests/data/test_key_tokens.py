@@ -7,7 +7,7 @@ import pytest
 from data.key_tokens import find_key_tokens, key_token_weights
 from data.loss_weights import encode_other_names, without_leading_blanks
 
-LLAMA2 = Path(__file__).parents[2] / "shared" / "fixtures" / "llama2-tokenizer" / "tokenizer.model"
+LLAMA2 = Path(__file__).parents[3] / "shared" / "fixtures" / "llama2-tokenizer" / "tokenizer.model"
 
 # Ids by hand. 10 `.get`, 11 `P`, 12 `apers`, 13 `aper`, 14 `Details`, 15 `(`, 16 `()`, 17 `.search`, 18 `_`, 19 `ad`,
 # 20 `vice`, 21 `mov`, 22 `ies`, 23 `.finish`, 24 `)`, 30... = arguments.

@@ -7,8 +7,8 @@ from data.batches import drop_unusable, pack
 from data.loss_weights import encode_trajectory, expand_per_turn, scale_turn
 from data.tool_calls import ToolCall
 from data.trajectories import DataError, Message, Trajectory
-from tests.piece_tokenizer import PieceTokenizer
-from tests.random_trajectories import random_trajectory
+from tests.support.piece_tokenizer import PieceTokenizer
+from tests.support.random_trajectories import random_trajectory
 
 
 def tool(name, parameter):

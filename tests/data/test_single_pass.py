@@ -15,8 +15,8 @@ from data.error_filter import decide_masked_turns
 from data.loss_weights import LOSS_NORMALIZATIONS, encode_trajectory, expand_per_turn
 from model.config import ModelConfig
 from model.transformer import Transformer
-from tests.piece_tokenizer import PieceTokenizer
-from tests.random_trajectories import random_trajectory
+from tests.support.piece_tokenizer import PieceTokenizer
+from tests.support.random_trajectories import random_trajectory
 
 VOCAB_SIZE = 300
 CONFIG = ModelConfig(vocab_size=VOCAB_SIZE, dim=16, n_layers=2, n_heads=2, n_kv_heads=1, head_dim=8, ffn_dim=24,
@@ -164,7 +164,7 @@ def test_gradient_of_a_step_depends_on_neither_micro_batches_nor_ranks(normaliza
 
 
 def test_rotbench_third_turn_is_read_as_calls():
-    path = Path(__file__).parents[2] / "shared" / "data" / "benchmarks" / "rotbench" / "Third_Turn" / "clean.json"
+    path = Path(__file__).parents[3] / "shared" / "data" / "benchmarks" / "rotbench" / "Third_Turn" / "clean.json"
     if not path.exists():
         pytest.skip("RoTBench is not at ../shared/data/benchmarks/rotbench")
     trajectories = read_multi_turn(path)

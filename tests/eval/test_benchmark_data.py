@@ -16,10 +16,10 @@ from eval.benchmark_data import (
     load_rotbench,
     load_toolalpaca,
 )
-from eval.json_lines import read_json_list
-from tests.rotbench_records import react, rotbench_record, toolalpaca_record
+from data.json_records import read_json_list
+from tests.support.rotbench_records import react, rotbench_record, toolalpaca_record
 
-REAL = Path(__file__).resolve().parents[2] / "shared/data/benchmarks"
+REAL = Path(__file__).resolve().parents[3] / "shared/data/benchmarks"
 needs_real_files = pytest.mark.skipif(not REAL.is_dir(), reason="needs the published benchmarks in "
                                       "../shared/data/benchmarks")
 

@@ -1,4 +1,4 @@
-"""data.collect_trajectories: the file by hand, resuming, sampling, forms of queries, flags; run_sft.py reads it."""
+"""eval.collect_trajectories: the file by hand, resuming, sampling, forms of queries, flags; run_sft.py reads it."""
 import contextlib
 import io
 import json
@@ -10,16 +10,16 @@ import time
 
 import pytest
 
-from data.collect_trajectories import authors_records, is_toolbox, main, read_queries
-from data.toolbox_world import build_toolbox, special_tools
+from eval.collect_trajectories import authors_records, is_toolbox, main, read_queries
+from toolbox.world import build_toolbox, special_tools
 from data.trajectories import DataError, Message, read_trajectories
-from eval import endpoint as endpoint_module
-from eval.agent import FORMAT_REMINDER
+from eval.predict import endpoint as endpoint_module
+from eval.dialogues.play import FORMAT_REMINDER
 from eval.benchmark_data import load_tiny_multi
-from eval.dialogue_journal import DialogueTask, RecordedDialogue
-from tests.test_endpoint import Server
-from tests.test_run_eval_dialogues import TOOLEYES, gold_script, needs_tooleyes
-from tests.tiny_run import ROOT, run_here
+from eval.dialogues.journal import DialogueTask, RecordedDialogue
+from tests.eval.test_endpoint import Server
+from tests.eval.test_run_eval_dialogues import TOOLEYES, gold_script, needs_tooleyes
+from tests.support.tiny_run import ROOT, run_here
 
 TINY_DATA = ROOT / "assets" / "tiny_data"
 
@@ -191,7 +191,7 @@ def test_killed_process_gives_the_same_bytes(collected, tmp_path):
     """SIGKILL three times between two requests, each time after some more of them."""
     script = clumsy_script(load_tiny_multi(TINY_DATA / "test_multi.jsonl"))
     server = Server(lambda number, path, body: (time.sleep(0.02), script(number, path, body))[1])
-    line = [sys.executable, "-m", "data.collect_trajectories", *words(
+    line = [sys.executable, "-m", "eval.collect_trajectories", *words(
         tmp_path / "raw.json", endpoint=server.url, model="m", limit=12, endpoint_concurrency=2)]
     for more in (3, 5, 8):
         wanted = len(server.requests) + more

@@ -1,4 +1,4 @@
-"""eval/dialogue_journal.py: journals of killed runs, files put together, malformed lines, a process that is killed."""
+"""eval/dialogues/journal.py: journals of killed runs, files put together, malformed lines, a process that is killed."""
 import json
 import os
 import random
@@ -8,7 +8,7 @@ import threading
 import pytest
 
 from data.trajectories import DataError
-from eval.dialogue_journal import (
+from eval.dialogues.journal import (
     DialogueJournal,
     RecordedDialogue,
     close_journals,
@@ -19,7 +19,7 @@ from eval.dialogue_journal import (
     read_dialogues,
     read_journals,
 )
-from tests.dialogue_doubles import FINISH, WEATHER, answer_right, call, play, task
+from tests.support.dialogue_doubles import FINISH, WEATHER, answer_right, call, play, task
 
 CALL = {"name": "f", "arguments": {"a": 1}, "feedback": "x", "executor": "local"}
 END = {"name": "finish", "arguments": {}, "feedback": None, "executor": ""}

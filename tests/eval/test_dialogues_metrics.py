@@ -1,15 +1,15 @@
-"""eval/dialogue_metrics.py: 20 dialogues counted by hand, what a valid answer is, the interval of shares of calls."""
+"""eval/dialogues/metrics.py: 20 dialogues counted by hand, what a valid answer is, the interval of shares of calls."""
 import math
 import random
 from pathlib import Path
 
 import pytest
 
-from eval.agent import format_reminder
+from eval.dialogues.play import format_reminder
 from eval.benchmark_data import load_tiny_multi
 from eval.confidence import Z_95, wilson_interval
-from eval.dialogue_journal import RecordedDialogue
-from eval.dialogue_metrics import (
+from eval.dialogues.journal import RecordedDialogue
+from eval.dialogues.metrics import (
     GIVE_UPS,
     answer_fault,
     call_categories,
@@ -17,10 +17,10 @@ from eval.dialogue_metrics import (
     score_dialogue,
     score_dialogues,
 )
-from eval.tool_runtime import ToolResult, make_executor
-from tests.dialogue_doubles import FINISH, TOOLS, call, play, task
+from eval.dialogues.tools import ToolResult, make_executor
+from tests.support.dialogue_doubles import FINISH, TOOLS, call, play, task
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 # Feedback by the called city: the words of the paper's Table 14 and of ToolEyes' executor.
 FEEDBACK = {
     "down": "HTTPSConnectionPool(host='x', port=443): Max retries exceeded with url: /",

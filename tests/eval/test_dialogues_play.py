@@ -1,4 +1,4 @@
-"""eval/agent.py: the loop of a dialogue, batches, resumption at every point, the endpoint, all of ToolEyes."""
+"""eval/dialogues/play.py: the loop of a dialogue, batches, resumption at every point, the endpoint, all of ToolEyes."""
 import itertools
 import json
 import os
@@ -13,8 +13,8 @@ import pytest
 from data.error_filter import classify_feedback
 from data.tool_calls import ToolCall
 from data.trajectories import DataError, Message
-from eval import endpoint as endpoint_module
-from eval.agent import (
+from eval.predict import endpoint as endpoint_module
+from eval.dialogues.play import (
     MAX_TURNS,
     USER_REPLY,
     complete_dialogues,
@@ -23,16 +23,16 @@ from eval.agent import (
     run_dialogues_with_model,
     turn_generator,
 )
-from eval.dialogue_journal import DialogueJournal, journal_file, journal_files, read_dialogues, read_journals
-from eval.dialogue_metrics import score_dialogues
-from eval.endpoint import EndpointError
-from eval.output_formats import OUTPUT_FORMATS, STOP_STRINGS, render_output
-from eval.prompt_formats import COMPLETION_FORMATS, render_prompt
-from eval.tool_runtime import MAX_FEEDBACK_CHARACTERS, ToolResult, make_executor
+from eval.dialogues.journal import DialogueJournal, journal_file, journal_files, read_dialogues, read_journals
+from eval.dialogues.metrics import score_dialogues
+from eval.predict.endpoint import EndpointError
+from data.formats.outputs import OUTPUT_FORMATS, STOP_STRINGS, render_output
+from data.formats.prompts import COMPLETION_FORMATS, render_prompt
+from eval.dialogues.tools import MAX_FEEDBACK_CHARACTERS, ToolResult, make_executor
 from eval.tooleyes_data import load_tooleyes
 from model.pretrained_weights import load_pretrained
 from model.tokenizer import load_tokenizer
-from tests.dialogue_doubles import (
+from tests.support.dialogue_doubles import (
     FINISH,
     TOOLS,
     WEATHER,
@@ -44,10 +44,10 @@ from tests.dialogue_doubles import (
     play,
     task,
 )
-from tests.test_endpoint import Server
-from tests.tiny_run import tiny_model
+from tests.eval.test_endpoint import Server
+from tests.support.tiny_run import tiny_model
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 TOOLEYES = ROOT / "../shared/data/benchmarks/tooleyes/Test_Data/scenario_data_zero_processed.json"
 NEWS = call("get_news")
 

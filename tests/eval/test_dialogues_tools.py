@@ -14,9 +14,9 @@ import pytest
 
 from data.error_filter import classify_feedback
 from data.tool_calls import ToolCall, parse_tool_call
-from data.toolbox_world import draw_trajectories, execute
+from toolbox.world import draw_trajectories, execute
 from data.trajectories import DataError
-from eval.local_tools import (
+from eval.dialogues.local_tools import (
     _PLAIN_TOOLS,
     _RANDOM_TOOLS,
     INDICATORS,
@@ -27,9 +27,9 @@ from eval.local_tools import (
     city_photo,
     shell_result,
 )
-from eval.sandbox import ToolServer
-from eval.simulated_tools import check_types, draw_result
-from eval.tool_runtime import (
+from eval.sandbox.run import ToolServer
+from eval.dialogues.simulated_tools import check_types, draw_result
+from eval.dialogues.tools import (
     CALL_FAILURE,
     FILES_LOST,
     MAX_FEEDBACK_CHARACTERS,
@@ -43,7 +43,7 @@ from eval.tool_runtime import (
     make_executor,
 )
 
-TOOLEYES = Path(__file__).resolve().parents[2] / "shared" / "data" / "benchmarks" / "tooleyes"
+TOOLEYES = Path(__file__).resolve().parents[3] / "shared" / "data" / "benchmarks" / "tooleyes"
 needs_tooleyes = pytest.mark.skipif(not TOOLEYES.is_dir(), reason="needs ToolEyes' documents in ../shared")
 
 

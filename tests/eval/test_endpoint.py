@@ -1,4 +1,4 @@
-"""eval/endpoint.py against a scripted server on 127.0.0.1: answers in all formats, faults that pass and that stay."""
+"""eval/predict/endpoint.py against a scripted server on 127.0.0.1: answers in all formats, faults that pass and that stay."""
 import json
 import threading
 import time
@@ -8,11 +8,11 @@ import pytest
 
 from data.tool_calls import ToolCall
 from data.trajectories import Message
-from eval import endpoint as endpoint_module
-from eval.endpoint import Endpoint, EndpointError, ask, ask_record, ask_records, check_url
+from eval.predict import endpoint as endpoint_module
+from eval.predict.endpoint import Endpoint, EndpointError, ask, ask_record, ask_records, check_url
 from eval.general_tasks import ChoiceQuestion
-from eval.output_formats import STOP_STRINGS, parse_output, render_output
-from eval.prompt_formats import COMPLETION_FORMATS, completion_text
+from data.formats.outputs import STOP_STRINGS, parse_output, render_output
+from data.formats.prompts import COMPLETION_FORMATS, completion_text
 from eval.queries import ChoiceQuery, Query
 
 TOOLS = [{"type": "function", "function": {"name": "search", "description": "finds", "parameters": {

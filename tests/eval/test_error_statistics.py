@@ -8,7 +8,7 @@ import pytest
 from data.tool_calls import ToolCall
 from data.trajectories import Message, Trajectory
 from eval.benchmark_data import load_rotbench
-from eval.error_statistics import (
+from eval.reports.error_statistics import (
     classify_predictions,
     classify_turns,
     main,
@@ -17,12 +17,12 @@ from eval.error_statistics import (
     summarize_errors,
     summarize_turns,
 )
-from eval.paper_tables import read_published
-from eval.value_synonyms import is_synonym
-from tests.rotbench_records import NAMES, react, rotbench_record, toolalpaca_record
+from eval.reports.paper_tables import read_published
+from eval.reports.synonyms import is_synonym
+from tests.support.rotbench_records import NAMES, react, rotbench_record, toolalpaca_record
 
-REAL = Path(__file__).resolve().parents[2] / "shared/data/benchmarks"
-TINY_DATA = Path(__file__).resolve().parents[1] / "assets/tiny_data"
+REAL = Path(__file__).resolve().parents[3] / "shared/data/benchmarks"
+TINY_DATA = Path(__file__).resolve().parents[2] / "assets/tiny_data"
 GOLD = react("get_weather", {"city": "Oslo", "unit": "metric"})
 RIGHT = [GOLD, react("get_weather", {"city": "None"})]
 

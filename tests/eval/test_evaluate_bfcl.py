@@ -24,11 +24,11 @@ from eval.evaluate_bfcl import (
     score_bfcl_calls,
     summarize_bfcl,
 )
-from eval.output_formats import parse_output, render_output
-from eval.prediction_files import Prediction
-from eval.report import METRICS
+from data.formats.outputs import parse_output, render_output
+from eval.predict.prediction_files import Prediction
+from eval.reports.report import METRICS
 
-REAL = Path(__file__).resolve().parents[2] / "shared/data/benchmarks/bfcl_v3_exec/2024-12-19_5bd63a96"
+REAL = Path(__file__).resolve().parents[3] / "shared/data/benchmarks/bfcl_v3_exec/2024-12-19_5bd63a96"
 needs_real_files = pytest.mark.skipif(not REAL.is_dir(), reason="needs ../shared/data/benchmarks/bfcl_v3_exec")
 RIGHT, VALUES, TOOL, WRONG = (1, 1, 1), (1, 1, 0), (1, 0, 0), (0, 0, 0)
 

@@ -22,7 +22,7 @@ from eval.general_tasks import (
     load_gsm8k,
 )
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 REAL = ROOT / "../shared/data/benchmarks/gsm8k/test.jsonl"
 needs_real = pytest.mark.skipif(not REAL.is_file(), reason="needs the published GSM8K file in ../shared")
 

@@ -12,9 +12,9 @@ from eval import evaluate_humaneval as evaluator
 from eval import general_tasks
 from eval.evaluate_humaneval import check_completion, main
 from eval.general_tasks import HUMANEVAL_COUNT, cut_completion, load_humaneval
-from eval.sandbox import SandboxError
+from eval.sandbox.run import SandboxError
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 REAL = ROOT / "../shared/data/benchmarks/humaneval/HumanEval.jsonl.gz"
 needs_real = pytest.mark.skipif(not REAL.is_file(), reason="needs the published HumanEval file in ../shared")
 

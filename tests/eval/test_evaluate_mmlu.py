@@ -19,7 +19,7 @@ from eval.general_tasks import (
     read_letter,
 )
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 REAL = ROOT / "../shared/data/benchmarks/mmlu"
 needs_real = pytest.mark.skipif(not REAL.is_dir(), reason="needs the published MMLU files in ../shared")
 HEADER = "question,choice0,choice1,choice2,choice3,answer\n"

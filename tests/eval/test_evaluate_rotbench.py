@@ -10,11 +10,11 @@ import pytest
 
 from eval.benchmark_data import load_rotbench
 from eval.evaluate_rotbench import RULES, main, score_rotbench_call, summarize_rotbench
-from eval.prediction_files import Prediction
-from eval.react_output import REACT, read_call
-from tests.rotbench_records import react, rotbench_record
+from eval.predict.prediction_files import Prediction
+from eval.predict.react_output import REACT, read_call
+from tests.support.rotbench_records import react, rotbench_record
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 REAL = ROOT.parent / "shared/data/benchmarks/rotbench"
 WEATHER = react("get_weather", {"city": "Oslo", "unit": "None"})
 NEWS = react("get_news", {})

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 
 from eval.evaluate_tiny import main
-from eval.report import compare_rates, summarize_results
+from eval.reports.report import compare_rates, summarize_results
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 TOOL = {"type": "function", "function": {"name": "get_weather", "description": "Weather.", "parameters": {
     "type": "object", "properties": {"city": {"type": "string"}, "days": {"type": "integer"}}, "required": ["city"]}}}
 

@@ -9,12 +9,12 @@ import pytest
 from data.tool_calls import ToolCall, render_tool_call
 from eval.benchmark_data import load_toolalpaca
 from eval.evaluate_toolalpaca import PRIMARY, VARIANTS, main, score_toolalpaca_call, summarize_toolalpaca
-from eval.prediction_files import Prediction
-from eval.react_output import read_call
-from eval.tool_call_metrics import equal_json, equal_lenient, equal_python
-from tests.rotbench_records import react, toolalpaca_record
+from eval.predict.prediction_files import Prediction
+from eval.predict.react_output import read_call
+from eval.metrics import equal_json, equal_lenient, equal_python
+from tests.support.rotbench_records import react, toolalpaca_record
 
-REAL = Path(__file__).resolve().parents[2] / "shared/data/benchmarks/toolalpaca/eval_real.masked.json"
+REAL = Path(__file__).resolve().parents[3] / "shared/data/benchmarks/toolalpaca/eval_real.masked.json"
 RIGHT, VALUES, TOOL, WRONG = (1, 1, 1), (1, 1, 0), (1, 0, 0), (0, 0, 0)
 ALL_VARIANTS = ("first_call", "rotbench_rules", "any_call", "authentication_ignored", "lenient_values")
 

@@ -9,11 +9,11 @@ import pytest
 
 from data.trajectories import DataError, Message
 from eval.evaluate_tooleyes import evaluate_tooleyes_files, main
-from eval.prompt_formats import react_messages
+from data.formats.prompts import react_messages
 from eval.tooleyes_data import load_tool_sets, load_tooleyes
-from tests.dialogue_doubles import TOOLS
+from tests.support.dialogue_doubles import TOOLS
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 REAL = ROOT / "../shared/data/benchmarks/tooleyes"
 needs_files = pytest.mark.skipif(not REAL.is_dir(), reason="the benchmark files are not there")
 DOCUMENTS = [tool["function"] for tool in TOOLS]

@@ -22,7 +22,7 @@ from eval.fetch_benchmarks import (
     read_origins,
 )
 
-REAL = Path(__file__).resolve().parents[2] / "shared/data/benchmarks"
+REAL = Path(__file__).resolve().parents[3] / "shared/data/benchmarks"
 
 
 def sha256(content: bytes) -> str:

@@ -21,13 +21,13 @@ import pytest
 
 from data.error_filter import CATEGORIES, classify_feedback
 from data.tool_calls import ToolCall
-from eval import sandbox
-from eval.sandbox_limits import ALLOW, FAIL, _filter_rows
-from eval.tool_runtime import MAX_FEEDBACK_CHARACTERS, ToolRequest, make_executor
-from tests.test_sandbox import interpret
-from tests.test_tool_runtime import DOCUMENTS, MANY
+from eval.sandbox import run as sandbox
+from eval.sandbox.limits import ALLOW, FAIL, _filter_rows
+from eval.dialogues.tools import MAX_FEEDBACK_CHARACTERS, ToolRequest, make_executor
+from tests.eval.test_sandbox import interpret
+from tests.eval.test_dialogues_tools import DOCUMENTS, MANY
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 SECRET = "HOSTILE_TOOLS_SECRET"
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="namespaces, Landlock and seccomp are Linux's")
 
@@ -429,7 +429,7 @@ def test_a_server_that_is_harmed_is_replaced(tools, monkeypatch, how):
 
 
 def test_nothing_survives_the_evaluator_itself_being_killed(tools, tmp_path):
-    program = "import sys\nfrom eval.tool_runtime import *\nfrom tests.test_tool_runtime import DOCUMENTS\n" \
+    program = "import sys\nfrom eval.dialogues.tools import *\nfrom tests.eval.test_dialogues_tools import DOCUMENTS\n" \
               "executor = make_executor('auto', execute_code=True, seconds=600.0)\n" \
               "call = lambda text: executor(ToolRequest(0, 'Execute/Execute', DOCUMENTS['Execute/Execute'], " \
               "ToolCall('execute_bash_code', {'commands': text}), 0))\ncall('true')\nprint('ready', flush=True)\n" \
@@ -460,11 +460,11 @@ def test_nothing_survives_the_evaluator_itself_being_killed(tools, tmp_path):
 
 
 MAY_RUN = {  # what can run text or programs -> the files that may use it, each inside the sandbox or to start it
-    "code": {"eval/execute_tools.py"}, "codeop": set(), "builtins": set(), "pty": set(), "multiprocessing": set(),
-    "runpy": {"eval/sandbox_child.py"}, "importlib": {"eval/sandbox_child.py"},
-    "subprocess": {"eval/sandbox.py", "train/run_logging.py"}, "eval.execute_tools": {"eval/sandbox_tools.py"},
-    "eval.sandbox_tools": set(), "fork": {"eval/sandbox_child.py", "eval/sandbox_limits.py", "eval/sandbox_tools.py"},
-    "execve": {"eval/sandbox_tools.py"}, "exec_module": {"eval/sandbox_child.py"},
+    "code": {"eval/dialogues/execute_tools.py"}, "codeop": set(), "builtins": set(), "pty": set(), "multiprocessing": set(),
+    "runpy": {"eval/sandbox/child.py"}, "importlib": {"eval/sandbox/child.py"},
+    "subprocess": {"eval/sandbox/run.py", "train/run_logging.py"}, "eval.dialogues.execute_tools": {"eval/sandbox/tool_server.py"},
+    "eval.sandbox.tool_server": set(), "fork": {"eval/sandbox/child.py", "eval/sandbox/limits.py", "eval/sandbox/tool_server.py"},
+    "execve": {"eval/sandbox/tool_server.py"}, "exec_module": {"eval/sandbox/child.py"},
 }
 OF_OS = {"system", "popen", "fork", "forkpty", "posix_spawn", "posix_spawnp", "startfile", "exec_module"}
 
@@ -496,7 +496,7 @@ def test_nothing_but_the_sandbox_runs_text_or_programs():
 
 
 def test_the_evaluators_own_process_does_not_load_what_runs_code():
-    program = "import sys\nimport eval.tool_runtime\nprint([name for name in ('code', 'eval.execute_tools', " \
-              "'eval.sandbox_tools') if name in sys.modules])"
+    program = "import sys\nimport eval.dialogues.tools\nprint([name for name in ('code', 'eval.dialogues.execute_tools', " \
+              "'eval.sandbox.tool_server') if name in sys.modules])"
     done = subprocess.run([sys.executable, "-S", "-c", program], cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.stdout == "[]\n", done.stderr

@@ -6,7 +6,7 @@ import random
 import pytest
 
 from data.tool_calls import ToolCall, parse_tool_call
-from eval.tool_call_metrics import GoldAnswer, GoldCall, can_pair, equal_strict, is_same_content, score_calls
+from eval.metrics import GoldAnswer, GoldCall, can_pair, equal_strict, is_same_content, score_calls
 
 
 def gold(*calls, order_free=False):

@@ -6,13 +6,13 @@ from pathlib import Path
 import pytest
 
 from data.trajectories import DataError
-from eval.compare import main as compare_main
-from eval.json_lines import write_json_lines
-from eval.paper_tables import read_published, unattainable_cells
-from eval.plots import ENVIRONMENTS, figure4_bars, figure5_bars, write_plots
-from eval.plots import main as plots_main
-from eval.report import format_comparison, format_report, metrics_of, summarize_results, unattainable_rates
-from tests.rotbench_records import react, rotbench_record
+from eval.reports.compare import main as compare_main
+from data.json_records import write_json_lines
+from eval.reports.paper_tables import read_published, unattainable_cells
+from eval.reports.plots import ENVIRONMENTS, figure4_bars, figure5_bars, write_plots
+from eval.reports.plots import main as plots_main
+from eval.reports.report import format_comparison, format_report, metrics_of, summarize_results, unattainable_rates
+from tests.support.rotbench_records import react, rotbench_record
 
 
 def rows_of(levels):

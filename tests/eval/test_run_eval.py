@@ -13,23 +13,23 @@ from pathlib import Path
 
 import pytest
 
-from data.prompt_format import encode_prompt
+from data.formats.tl import encode_prompt
 from data.tool_calls import ToolCall, render_tool_call
-from eval import generate_predictions
+from eval.predict import generate as generate_predictions
 from eval.benchmark_data import load_tiny
-from eval.compare import main as compare_main
-from eval.generate_predictions import generated_rows, length_sorted_batches, read_response
+from eval.reports.compare import main as compare_main
+from eval.predict.generate import generated_rows, length_sorted_batches, read_response
 from eval.queries import load_queries
 from model.pretrained_weights import load_pretrained
 from model.tokenizer import load_tokenizer
 from run_eval import main
-from tests.tiny_run import CITIES, ROOT, copy_of_model, make_records, tiny_files
+from tests.support.tiny_run import CITIES, ROOT, copy_of_model, make_records, tiny_files
 
 COUNT = 23  # records per benchmark: no multiple of a batch or of the ranks
 
 
 def make_benchmarks(folder: Path) -> Path:
-    """test_seen.jsonl and test_unseen.jsonl with the tools of tests.tiny_run and requests of different lengths."""
+    """test_seen.jsonl and test_unseen.jsonl with the tools of tests.support.tiny_run and requests of different lengths."""
     tools = [{"type": "function", "function": tool}
              for tool in json.loads(make_records(1)[0]["conversations"][0]["content"])]
     draw = random.Random(3)

@@ -8,17 +8,17 @@ import pytest
 import torch
 
 from data.tool_calls import ToolCall
-from eval import endpoint as endpoint_module
+from eval.predict import endpoint as endpoint_module
 from eval.general_tasks import LETTERS, load_mmlu, mmlu_prompt
-from eval.generate_predictions import generated_rows
-from eval.letter_logprobs import letter_rows
-from eval.output_formats import render_output
+from eval.predict.generate import generated_rows
+from eval.predict.letter_logprobs import letter_rows
+from data.formats.outputs import render_output
 from eval.queries import encode_text, load_queries
 from model.pretrained_weights import load_pretrained
 from model.tokenizer import load_tokenizer
-from tests.test_endpoint import Server
-from tests.test_run_eval import flags_of, predictions_of, run_here
-from tests.tiny_run import tiny_files
+from tests.eval.test_endpoint import Server
+from tests.eval.test_run_eval import flags_of, predictions_of, run_here
+from tests.support.tiny_run import tiny_files
 
 TOOL = {"name": "search", "description": "finds", "parameters": {
     "type": "object", "properties": {"q": {"type": "string", "description": "what"}}, "required": ["q"]}}

@@ -8,16 +8,16 @@ import time
 import pytest
 
 from data.tool_calls import ToolCall
-from data.toolbox_world import execute
-from eval import endpoint as endpoint_module
+from toolbox.world import execute
+from eval.predict import endpoint as endpoint_module
 from eval.benchmark_data import load_tiny_multi
-from eval.compare import main as compare_main
-from eval.dialogue_journal import RecordedDialogue, read_dialogues
-from eval.output_formats import render_output
-from eval.score_predictions import add_right_answers, is_answer_right
-from tests.test_endpoint import Server
-from tests.test_run_eval import children_of, flags_of, process, run_here
-from tests.tiny_run import ROOT
+from eval.reports.compare import main as compare_main
+from eval.dialogues.journal import RecordedDialogue, read_dialogues
+from data.formats.outputs import render_output
+from eval.benchmarks import add_right_answers, is_answer_right
+from tests.eval.test_endpoint import Server
+from tests.eval.test_run_eval import children_of, flags_of, process, run_here
+from tests.support.tiny_run import ROOT
 
 ASSETS = ROOT / "assets"
 TASKS = ASSETS / "tiny_data" / "test_multi.jsonl"

@@ -15,11 +15,11 @@ from pathlib import Path
 
 import pytest
 
-from eval.sandbox import SandboxError, run_check, run_python
-from eval.sandbox_child import decode_value, encode_value
-from eval.sandbox_limits import ALLOW, FAIL, KILL, _filter_rows
+from eval.sandbox.run import SandboxError, run_check, run_python
+from eval.sandbox.child import decode_value, encode_value
+from eval.sandbox.limits import ALLOW, FAIL, KILL, _filter_rows
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 MEMORY_BYTES = 256 << 20
 CHECKER = "def check(candidate):\n    assert candidate(3) == 9\n"
 SECRET = "SANDBOX_TEST_SECRET"
@@ -288,7 +288,7 @@ def test_nothing_survives_the_evaluator_itself_being_killed(tmp_path):
 
     def descendants():
         listing = subprocess.run(["ps", "-A", "-o", "pid=,args="], capture_output=True, text=True, check=True).stdout
-        found = [row.split(maxsplit=1)[0] for row in listing.splitlines() if "eval.sandbox_child" in row]
+        found = [row.split(maxsplit=1)[0] for row in listing.splitlines() if "eval.sandbox.child" in row]
         return [pid for pid in found if str(tmp_path) in environment_of(pid)]
 
     def environment_of(pid):

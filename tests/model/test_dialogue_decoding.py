@@ -9,7 +9,7 @@ from model.dialogue_decoding import DialogueDecoder, common_prefix_length
 from model.pretrained_weights import load_pretrained
 from model.sampling import generate
 from model.transformer import Transformer
-from tests.test_transformer import STORIES, tiny_model
+from tests.model.test_transformer import STORIES, tiny_model
 
 STOPS = frozenset(range(3, 61, 6))  # so many that random responses meet one
 MAX_TOKENS, MAX_NEW = 150, 9  # prompts may cross the 128 slots at which attention takes another shape

@@ -27,7 +27,7 @@ from model.pretrained_weights import (
     save_pretrained_streamed,
 )
 from model.transformer import Transformer
-from tests.test_transformer import LLAMA3, TINY, tiny_model
+from tests.model.test_transformer import LLAMA3, TINY, tiny_model
 
 
 @pytest.fixture

@@ -6,10 +6,10 @@ import random
 import pytest
 import torch
 
-from model.kv_cache import KVCache
+from model.decode import KVCache
 from model.pretrained_weights import load_pretrained
 from model.sampling import _choose_tokens, any_unfinished, generate, interchangeable_row_counts
-from tests.test_transformer import STORIES, tiny_model
+from tests.model.test_transformer import STORIES, tiny_model
 
 
 def random_prompts(n: int, vocab_size: int, longest: int) -> list[list[int]]:

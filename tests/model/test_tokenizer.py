@@ -10,7 +10,7 @@ import sentencepiece
 from model.config import ModelFolderError
 from model.tokenizer import check_vocabulary_fits, load_tokenizer
 
-FIXTURES = Path(__file__).parents[2] / "shared" / "fixtures"
+FIXTURES = Path(__file__).parents[3] / "shared" / "fixtures"
 ODD_PIECES = ["\n", "\t", "\u00e9", "\u4e2d", "\U0001f600", "\u2581", "</s>", "<s>", "<unk>", "  "]
 ALPHABET = [chr(c) for c in range(32, 127)] + ODD_PIECES
 

@@ -17,11 +17,11 @@ from model.config import (
     config_to_hf,
     count_parameters,
 )
-from model.kv_cache import KVCache
+from model.decode import KVCache
 from model.pretrained_weights import load_pretrained
 from model.transformer import FeedForward, RMSNorm, Transformer, apply_rope, rope_cos_sin, rope_inverse_frequencies
 
-STORIES = Path(__file__).parents[2] / "shared" / "fixtures" / "stories260K-hf"
+STORIES = Path(__file__).parents[3] / "shared" / "fixtures" / "stories260K-hf"
 TINY = ModelConfig(vocab_size=61, dim=24, n_layers=2, n_heads=4, n_kv_heads=2, head_dim=8, ffn_dim=40, norm_eps=1e-5,
                    rope_theta=10000.0, rope_scaling=None, tie_embeddings=False, qkv_bias=False, max_positions=64)
 LLAMA3 = RopeScaling(factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_positions=32)

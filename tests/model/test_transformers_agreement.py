@@ -7,7 +7,7 @@ import torch
 
 from model.config import config_from_hf
 from model.pretrained_weights import load_pretrained, save_pretrained_streamed
-from tests.test_transformer import tiny_model
+from tests.model.test_transformer import tiny_model
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 transformers = pytest.importorskip("transformers", reason="transformers is not installed")

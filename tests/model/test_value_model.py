@@ -17,7 +17,7 @@ from model.pretrained_weights import (
     save_value_model,
 )
 from model.value_model import ValueModel
-from tests.tiny_run import VOCAB_SIZE, tiny_config, tiny_model
+from tests.support.tiny_run import VOCAB_SIZE, tiny_config, tiny_model
 
 
 def tiny_value_model(seed: int = 0, **changes: object) -> ValueModel:

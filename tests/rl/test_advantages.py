@@ -20,7 +20,7 @@ from rl.advantages import (
     whiten,
 )
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 JUNK = [float("nan"), float("inf"), -float("inf")]
 
 

@@ -1,6 +1,6 @@
 """Evaluation of a model's reward: intervals by hand, independence of batching, the judgement of each row, the command.
 
-pytest tests/test_evaluate_reward.py
+pytest tests/rl/test_evaluate_reward.py
 """
 import json
 import math
@@ -25,8 +25,8 @@ from rl.evaluate_reward import (
 )
 from rl.prompts import PPOPrompt, read_prompts
 from rl.reward import CATEGORIES, tool_call_reward
-from tests.piece_tokenizer import PieceTokenizer
-from tests.tiny_run import tiny_files, tiny_model
+from tests.support.piece_tokenizer import PieceTokenizer
+from tests.support.tiny_run import tiny_files, tiny_model
 
 Z = 1.959963984540054
 TOOLS = [{"type": "function", "function": {"name": name, "description": "", "parameters": {

@@ -1,13 +1,13 @@
 """The index ledger: one response worked by hand, ended and truncated, and rewards that do not fit.
 
-pytest tests/test_index_ledger.py
+pytest tests/rl/test_index_ledger.py
 """
 import pytest
 import torch
 
 from rl.advantages import compute_gae, kl_shaped_rewards
 from rl.index_ledger import format_ledger
-from tests.piece_tokenizer import PieceTokenizer
+from tests.support.piece_tokenizer import PieceTokenizer
 
 
 def by_hand(*, with_eos: bool = True, **changes: object) -> str:

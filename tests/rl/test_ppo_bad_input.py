@@ -1,6 +1,6 @@
 """What can be handed to run_ppo.py and is wrong: one line on stderr, exit code 2, nothing of an earlier run lost.
 
-pytest tests/test_ppo_bad_input.py
+pytest tests/rl/test_ppo_bad_input.py
 """
 
 import json
@@ -10,7 +10,7 @@ import shutil
 import pytest
 
 from model.pretrained_weights import save_pretrained
-from tests.tiny_ppo import (
+from tests.support.tiny_ppo import (
     ARMS,
     QUERY,
     TOOLS,
@@ -22,7 +22,7 @@ from tests.tiny_ppo import (
     save_with_tokenizer,
     write_records,
 )
-from tests.tiny_run import make_records, tiny_model
+from tests.support.tiny_run import make_records, tiny_model
 
 
 def expect_refusal(tmp_path, pattern, **flags):

@@ -1,6 +1,6 @@
 """What docs/metrics.md and docs/ppo_details.md say about PPO, against a real run and the real settings; the plot.
 
-pytest tests/test_ppo_docs.py
+pytest tests/rl/test_ppo_docs.py
 """
 import contextlib
 import io
@@ -15,9 +15,9 @@ import pytest
 from rl.plots import PANELS, plot_ppo, stretch_means
 from rl.ppo_config import PPOConfig
 from rl.reward import CATEGORIES
-from tests.tiny_run import tiny_files
+from tests.support.tiny_run import tiny_files
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 METRICS = (ROOT / "docs/metrics.md").read_text(encoding="ascii").partition("\n## PPO\n")[2].partition("\n## ")[0]
 DETAILS = (ROOT / "docs/ppo_details.md").read_text(encoding="ascii")
 LINES, _, JOURNALS = METRICS.partition("### Other journals")

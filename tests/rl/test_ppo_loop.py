@@ -1,6 +1,6 @@
 """The loop on a tiny model: what must hold at the first update, over micro-batches, ranks, epochs, signals and faults.
 
-pytest tests/test_ppo_loop.py
+pytest tests/rl/test_ppo_loop.py
 """
 
 import os
@@ -14,7 +14,7 @@ import run_ppo
 from model.pretrained_weights import load_pretrained, load_value_model
 from rl import ppo_loop, rollout
 from rl.rollout import response_logprobs
-from tests.tiny_ppo import (
+from tests.support.tiny_ppo import (
     journal_of,
     policy_folder,
     ppo_arguments,
@@ -23,7 +23,7 @@ from tests.tiny_ppo import (
     run_ppo_here,
     save_with_tokenizer,
 )
-from tests.tiny_run import digest_of_final
+from tests.support.tiny_run import digest_of_final
 from train.distributed import local_part
 from train.optimizer import schedule_factor, warmup_steps_of
 

@@ -7,15 +7,15 @@ import pytest
 
 from data.error_filter import decide_masked_turns
 from data.loss_weights import expand_per_turn
-from data.prompt_format import encode_prompt
+from data.formats.tl import encode_prompt
 from data.tool_calls import ToolCall
 from data.trajectories import DataError, Message, read_trajectories
 from model.tokenizer import load_tokenizer
 from rl.prompts import PPOPrompt, parse_json_line, read_prompts
 from rl.reward import check_rewards
-from tests.piece_tokenizer import PieceTokenizer
+from tests.support.piece_tokenizer import PieceTokenizer
 
-ASSETS = Path(__file__).resolve().parent.parent / "assets"
+ASSETS = Path(__file__).resolve().parents[2] / "assets"
 SETTINGS = {"error_filter": "structured", "prompt_turns": "all", "max_prompt_tokens": 8192, "unparsable_calls": "error"}
 
 

@@ -1,6 +1,6 @@
 """PPO killed, stopped or moved to other ranks: the run goes on, and where it must, to the same bits.
 
-pytest tests/test_ppo_resume.py; the long proof: pytest -m very_slow tests/test_ppo_resume.py
+pytest tests/rl/test_ppo_resume.py; the long proof: pytest -m very_slow tests/rl/test_ppo_resume.py
 """
 
 import json
@@ -12,9 +12,9 @@ import time
 
 import pytest
 
-from tests.test_ppo_loop import assert_same_run, run
-from tests.tiny_ppo import journal_of, ppo_command, ppo_data, run_ppo_here
-from tests.tiny_run import ROOT, run_process, wait_for_step
+from tests.rl.test_ppo_loop import assert_same_run, run
+from tests.support.tiny_ppo import journal_of, ppo_command, ppo_data, run_ppo_here
+from tests.support.tiny_run import ROOT, run_process, wait_for_step
 
 # 3 epochs of 3 iterations, each of 2 or (the third, of 3 responses) 1 minibatches twice, an adaptive kl_coef
 LONG = {"epochs": 3, "ppo_epochs": 2, "minibatch_size": 3, "kl_controller": "adaptive", "kl_target": 0.1,

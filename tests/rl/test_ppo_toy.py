@@ -1,6 +1,6 @@
 """PPO on a task with a known answer: one prompt, two possible calls. Without learning none of these can pass.
 
-pytest tests/test_ppo_toy.py
+pytest tests/rl/test_ppo_toy.py
 """
 
 import math
@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from model.pretrained_weights import load_pretrained
-from tests.tiny_ppo import ARMS, arm_logprobs, journal_of, run_ppo_here, toy_data, toy_folder
+from tests.support.tiny_ppo import ARMS, arm_logprobs, journal_of, run_ppo_here, toy_data, toy_folder
 
 ITERATIONS, RESPONSES = 12, 8
 

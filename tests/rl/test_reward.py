@@ -11,12 +11,12 @@ from pathlib import Path
 import pytest
 
 from data.tool_calls import ToolCall, parse_tool_call, render_tool_call
-from eval.tool_call_metrics import equal_strict
+from eval.metrics import equal_strict
 from rl import reward as reward_module
 from rl.prompts import PPOPrompt
 from rl.reward import CATEGORIES, check_rewards, is_equal_value, main, parameter_reward, tool_call_reward
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def tool(name: str, required: list[str], optional: list[str]) -> dict:

@@ -1,6 +1,6 @@
 """Rollouts: which prompts, whose random numbers, which position, and what the models say there.
 
-pytest tests/test_rollout.py
+pytest tests/rl/test_rollout.py
 """
 
 import copy
@@ -31,8 +31,8 @@ from rl.rollout import (
     start_rollout,
 )
 from rl.watch import describe_rollout
-from tests.tiny_ppo import TOOLS, policy_folder, ppo_data
-from tests.tiny_run import tiny_config, tiny_files
+from tests.support.tiny_ppo import TOOLS, policy_folder, ppo_data
+from tests.support.tiny_run import tiny_config, tiny_files
 from train.distributed import close_world, init_world
 
 CPU = torch.device("cpu")

@@ -1,4 +1,4 @@
-"""Builds kernel texts for the CPU (g++ and tests/cuda_shim), launches them there, and builds cubins with nvcc.
+"""Builds kernel texts for the CPU (g++ and tests/support/cuda_shim), launches them there, and builds cubins with nvcc.
 
     library = emulated_library(SOURCE)                      # a shared library of all kernels of the text
     launch(library, "wce_row_bf16_128x1", grid=3, block=128, arguments=[logits, 8, ...], order="random", seed=1)
@@ -25,7 +25,7 @@ from pathlib import Path
 
 import torch
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 SHIM = ROOT / "tests" / "cuda_shim"
 SOURCE = ROOT / "train" / "csrc" / "weighted_cross_entropy.cu"
 ORDERS = {"ascending": 0, "descending": 1, "random": 2}  # simt_api.h

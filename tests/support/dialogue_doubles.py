@@ -5,10 +5,10 @@ from types import SimpleNamespace
 
 from data.tool_calls import ToolCall
 from data.trajectories import Message
-from eval.agent import complete_dialogues, run_dialogues_with_model
-from eval.dialogue_journal import DialogueTask, read_dialogues
-from eval.output_formats import render_output
-from eval.tool_runtime import ToolResult
+from eval.dialogues.play import complete_dialogues, run_dialogues_with_model
+from eval.dialogues.journal import DialogueTask, read_dialogues
+from data.formats.outputs import render_output
+from eval.dialogues.tools import ToolResult
 
 
 def document(name, required=(), optional=()):

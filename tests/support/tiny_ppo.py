@@ -16,13 +16,13 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from data.prompt_format import encode_prompt
+from data.formats.tl import encode_prompt
 from data.tool_calls import ToolCall, render_tool_call
 from data.trajectories import Message, normalize_tools
 from model.pretrained_weights import save_pretrained
 from model.tokenizer import load_tokenizer
 from model.transformer import Transformer
-from tests.tiny_run import CITIES, ROOT, tiny_files, tiny_model
+from tests.support.tiny_run import CITIES, ROOT, tiny_files, tiny_model
 from train.weighted_cross_entropy import linear_token_logprobs
 
 TOOLS = [

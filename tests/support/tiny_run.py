@@ -22,7 +22,7 @@ from model.config import ModelConfig
 from model.pretrained_weights import save_pretrained
 from model.transformer import Transformer
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 VOCAB_SIZE = 400
 CITIES = ["Oslo", "Lima", "Bern", "Cairo", "Quito", "Hanoi"]
 

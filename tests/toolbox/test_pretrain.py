@@ -5,11 +5,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from data.toolbox_world import held_out_pairs
+from toolbox.world import held_out_pairs
 from model.tokenizer import load_tokenizer
-from train.pretrain_base import DOCUMENTS_PER_STEP, base_config, document_batch, fresh_model
+from toolbox.pretrain import DOCUMENTS_PER_STEP, base_config, document_batch, fresh_model
 
-TOKENIZER = Path(__file__).parent.parent / "assets" / "tiny_model" / "tokenizer.model"
+TOKENIZER = Path(__file__).parents[2] / "assets" / "tiny_model" / "tokenizer.model"
 
 
 @pytest.fixture(scope="module")

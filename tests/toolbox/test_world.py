@@ -8,12 +8,12 @@ from pathlib import Path
 import pytest
 
 from data.error_filter import decide_masked_turns
-from data.make_toolbox import main as make_toolbox
-from data.prompt_format import encode_prompt
-from data.toolbox_documents import draw_document, encode_document, render_plain_call
-from data.toolbox_tokenizer import train_tokenizer, vocabulary_strings
-from data.toolbox_words import VALUE_KINDS
-from data.toolbox_world import (
+from toolbox.make import main as make_toolbox
+from data.formats.tl import encode_prompt
+from toolbox.corpus import draw_document, encode_document, render_plain_call
+from toolbox.tokenizer import train_tokenizer, vocabulary_strings
+from toolbox.words import VALUE_KINDS
+from toolbox.world import (
     HARD_QUALIFIERS,
     build_toolbox,
     draw_multi_tasks,
@@ -25,10 +25,10 @@ from data.toolbox_world import (
     tool_name,
 )
 from data.trajectories import Message, read_trajectories
-from eval.plain_calls import parse_plain_call
+from data.formats.plain import parse_plain_call
 from model.tokenizer import load_tokenizer
 
-ASSETS = Path(__file__).parent.parent / "assets"
+ASSETS = Path(__file__).parents[2] / "assets"
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from model.pretrained_weights import load_pretrained
-from tests.tiny_run import ROOT, metrics_of, run_here, tiny_files
+from tests.support.tiny_run import ROOT, metrics_of, run_here, tiny_files
 from train.audit_loss import main
 
 

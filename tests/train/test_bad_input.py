@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from tests.tiny_run import command, copy_of_model, make_records, metrics_of, run_here, run_process, tiny_files
+from tests.support.tiny_run import command, copy_of_model, make_records, metrics_of, run_here, run_process, tiny_files
 
 
 def expect_refusal(tmp_path, pattern: str, **flags) -> None:
@@ -115,7 +115,7 @@ def test_no_such_model_folder(tmp_path):
 
 def test_vocabulary_that_does_not_fit_the_embedding(tmp_path):
     from model.pretrained_weights import save_pretrained
-    from tests.tiny_run import tiny_model
+    from tests.support.tiny_run import tiny_model
 
     model = tmp_path / "model"
     save_pretrained(tiny_model(vocab_size=200), model)

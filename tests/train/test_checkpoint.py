@@ -9,7 +9,7 @@ import subprocess
 import pytest
 import torch
 
-from tests.tiny_run import random_batch, tiny_model
+from tests.support.tiny_run import random_batch, tiny_model
 from train.checkpoint import (
     CheckpointError,
     check_files,

@@ -169,7 +169,7 @@ def test_ptx_of_the_lowest_architecture():
 
 @pytest.mark.parametrize("name", entry_names())
 def test_parameters_in_the_ptx(name):
-    """The launch passes bare 4- and 8-byte values: order and widths are the contract of train/csrc/README.md."""
+    """The launch passes bare 4- and 8-byte values: order and widths are the contract of train/cuda/csrc/README.md."""
     signature = re.search(rf"\.visible \.entry {name}\((.*?)\)", ptx(), re.DOTALL)[1]
     widths = re.findall(r"\.param \.[ubs](\d+)", signature)
     expected = ["64", "64", "64"] if "scale" in name else [*["64"] * 4, "32", *["64"] * 6]
@@ -250,7 +250,7 @@ def test_figures_in_the_readme():
         pytest.skip(f"the page's figures are {compiler}'s, here is {found}")
     lines = table_lines(compiled, listings)
     missing = [line for line in lines if line not in text.splitlines()]
-    assert not missing, "train/csrc/README.md must have these lines:\n" + "\n".join(lines)
+    assert not missing, "train/cuda/csrc/README.md must have these lines:\n" + "\n".join(lines)
 
 
 def test_shapes_are_those_of_the_text():

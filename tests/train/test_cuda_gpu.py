@@ -11,10 +11,10 @@ import pytest
 import torch
 
 from run_sft import main
-from tests.cuda_build import ROOT
-from tests.test_cuda_launch import assert_rows_agree, random_rows
-from tests.test_weighted_cross_entropy import make_rows, oracle
-from train.cuda_cross_entropy import (
+from tests.support.cuda_build import ROOT
+from tests.train.test_cuda_launch import assert_rows_agree, random_rows
+from tests.train.test_weighted_cross_entropy import make_rows, oracle
+from train.cuda.launch import (
     DTYPES,
     ROW_KERNELS,
     choose_loss_backend,
@@ -285,7 +285,7 @@ def test_compute_sanitizer_finds_nothing(tool):
         pytest.skip("compute-sanitizer is not installed")
     code = """
 import torch
-from tests.test_cuda_launch import assert_rows_agree, random_rows
+from tests.train.test_cuda_launch import assert_rows_agree, random_rows
 for dtype in (torch.bfloat16, torch.float16, torch.float32):
     for vocab_size in (7, 1000, 1003, 32016, 70000):
         assert_rows_agree(*random_rows(dtype, 5, vocab_size, device="cuda"))

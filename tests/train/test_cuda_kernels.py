@@ -1,6 +1,6 @@
-"""The CUDA kernels' own text, run on the CPU by tests/cuda_shim, against float64 (docs/math.md, E9 and E10).
+"""The CUDA kernels' own text, run on the CPU by tests/support/cuda_shim, against float64 (docs/math.md, E9 and E10).
 
-Shape legend: M rows, V vocabulary. No line here runs on a GPU; what that leaves open is in train/csrc/README.md.
+Shape legend: M rows, V vocabulary. No line here runs on a GPU; what that leaves open is in train/cuda/csrc/README.md.
 """
 import ctypes
 import math
@@ -11,7 +11,7 @@ from random import Random
 import pytest
 import torch
 
-from tests.cuda_build import (
+from tests.support.cuda_build import (
     ORDERS,
     SOURCE,
     LaunchError,
@@ -23,7 +23,7 @@ from tests.cuda_build import (
     launch,
     why_no_gxx,
 )
-from train.cuda_cross_entropy import ROW_KERNELS, STREAM_THREADS, choose_kernel
+from train.cuda.launch import ROW_KERNELS, STREAM_THREADS, choose_kernel
 
 pytestmark = pytest.mark.skipif(why_no_gxx() != "", reason=why_no_gxx() or "g++ is there")
 

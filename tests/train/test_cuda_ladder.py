@@ -1,4 +1,4 @@
-"""The teaching ladder's kernels, run on the CPU by tests/cuda_shim: right answers, and the traffic its page states.
+"""The teaching ladder's kernels, run on the CPU by tests/support/cuda_shim: right answers, and the traffic its page states.
 
 Shape legend: M rows, V vocabulary.
 """

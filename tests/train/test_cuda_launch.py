@@ -1,7 +1,7 @@
 """From Python to the kernels without a GPU: packing, driver calls, kernel source; cache, loader and their failures.
 
-A `libcuda.so.1` of ours (tests/cuda_shim/fake_driver.cpp, with the kernels' own text inside) stands on the loader's
-path of a child process; there train/cuda_runtime.py compiles with the real NVRTC and launches on CPU tensors. The child
+A `libcuda.so.1` of ours (tests/support/cuda_shim/fake_driver.cpp, with the kernels' own text inside) stands on the loader's
+path of a child process; there train/cuda/runtime.py compiles with the real NVRTC and launches on CPU tensors. The child
 runs every `check_...` function below and reports; each is one test here. What a GPU alone can show is in
 test_cuda_gpu.py.
 """
@@ -19,11 +19,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.cuda_build import COMMON_FLAGS, ROOT, SHIM, run_compiler, translation_unit, why_no_gxx
-from tests.test_weighted_cross_entropy import make_rows, oracle
-from tests.tiny_run import random_batch, tiny_model
-from train import cuda_cross_entropy, cuda_runtime
-from train.cuda_cross_entropy import (
+from tests.support.cuda_build import COMMON_FLAGS, ROOT, SHIM, run_compiler, translation_unit, why_no_gxx
+from tests.train.test_weighted_cross_entropy import make_rows, oracle
+from tests.support.tiny_run import random_batch, tiny_model
+from train.cuda import launch as cuda_cross_entropy
+from train.cuda import runtime as cuda_runtime
+from train.cuda.launch import (
     DTYPES,
     ROW_KERNELS,
     SOURCE,
@@ -35,7 +36,7 @@ from train.cuda_cross_entropy import (
     cuda_row_cross_entropy,
     cuda_scale_,
 )
-from train.cuda_runtime import CudaKernelError, KernelSource, cached_kernels, compile_kernels, load_kernels
+from train.cuda.runtime import CudaKernelError, KernelSource, cached_kernels, compile_kernels, load_kernels
 from train.distributed import init_world, shard_model
 from train.sft_loop import train_step
 from train.weighted_cross_entropy import (
@@ -441,7 +442,7 @@ def cache(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def results(fake_driver, cache) -> dict[str, str]:
-    code = "import json; from tests.test_cuda_launch import run_checks; print(json.dumps(run_checks()))"
+    code = "import json; from tests.train.test_cuda_launch import run_checks; print(json.dumps(run_checks()))"
     return json.loads(run_child(code, fake_driver, cache))
 
 
@@ -453,7 +454,7 @@ def test_in_a_process_with_the_fake_driver(results, name):
 @pytest.mark.very_slow  # the bindings look for a function once per process; the check of the same name only pretends
 def test_a_driver_without_parameter_sizes_still_runs(fake_driver, cache, results):
     code = """
-from tests import test_cuda_launch as t
+from tests.train import test_cuda_launch as t
 t.cuda_cross_entropy.device_and_stream = lambda tensor: (0, 0)
 t.assert_rows_agree(*t.random_rows(t.torch.float32, 3, 64))
 print("agreed")
@@ -605,7 +606,7 @@ def test_cpu_needs_no_bindings():
 import sys
 sys.modules["cuda"] = sys.modules["cuda.bindings.nvrtc"] = None
 import torch
-from train.cuda_cross_entropy import choose_loss_backend
+from train.cuda.launch import choose_loss_backend
 from train.weighted_cross_entropy import linear_weighted_cross_entropy
 choose_loss_backend("auto", torch.device("cpu"))
 hidden = torch.ones(2, 3, requires_grad=True)

@@ -15,7 +15,7 @@ from typing import NamedTuple
 import pytest
 import torch
 
-from tests.cuda_build import (
+from tests.support.cuda_build import (
     ORDERS,
     SHIM,
     SOURCE,
@@ -232,7 +232,7 @@ def test_a_replacement_that_finds_nothing_is_an_error():
 
 def test_a_rounded_product_costs_the_digits_of_large_logits():
     # Logits 1e4 and 1e4 + 1, target the first: ln(1 + e) = 1.313261688. The text keeps 7 digits with one fused
-    # multiply-add (tests/test_cuda_kernels.py); product and difference, rounded one after the other, keep 3.
+    # multiply-add (tests/train/test_cuda_kernels.py); product and difference, rounded one after the other, keep 3.
     text = keep_kernels(SOURCE.read_text(encoding="utf-8"), {"wce_row_fp32_128x1"})
     separate = mutate(text, (("return fmaf(logit, LOG2_E, -shift);", "return logit * LOG2_E - shift;"),))
     errors = []

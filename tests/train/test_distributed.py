@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from tests.tiny_run import command, metrics_of, random_batch, run_process, tiny_model
+from tests.support.tiny_run import command, metrics_of, random_batch, run_process, tiny_model
 from train.distributed import any_rank, clip_gradients, gather_objects, global_sum, init_world, local_part, shard_model
 from train.sft_loop import train_step
 from train.weighted_cross_entropy import linear_weighted_cross_entropy

@@ -20,8 +20,8 @@ from torch.distributed.tensor import DTensor
 from model.config import ModelFolderError
 from model.pretrained_weights import load_pretrained, load_value_model, save_pretrained, save_value_model
 from model.sampling import generate
-from tests.test_value_model import random_ids, tiny_value_model
-from tests.tiny_run import VOCAB_SIZE, tiny_model
+from tests.model.test_value_model import random_ids, tiny_value_model
+from tests.support.tiny_run import VOCAB_SIZE, tiny_model
 from train.checkpoint import CheckpointError, load_checkpoint, load_weights, newest_good_checkpoint, save_checkpoint
 from train.checksums import differing_tensors, folder_checksums, parameter_checksums
 from train.distributed import (

@@ -1,6 +1,6 @@
 """Ten losses and gradient norms of the bundled run, committed: a change that should not alter training leaves them.
 
-To change them on purpose: `python -m tests.test_golden_losses "why they moved"`; the reason is kept in the file.
+To change them on purpose: `python -m tests.train.test_golden_losses "why they moved"`; the reason is kept in the file.
 """
 
 import json
@@ -35,7 +35,7 @@ def test_bundled_run_has_the_committed_losses(tmp_path):
 
 if __name__ == "__main__":
     if len(sys.argv) != 2:
-        sys.exit("usage: python -m tests.test_golden_losses REASON")
+        sys.exit("usage: python -m tests.train.test_golden_losses REASON")
     with tempfile.TemporaryDirectory() as folder:
         rows = "".join(f"{loss:.9f} {norm:.9f} {tokens}\n" for loss, norm, tokens in ten_steps(Path(folder) / "run"))
     GOLDEN.write_text(

@@ -7,11 +7,11 @@ import torch
 from torch.library import opcheck
 
 from run_sft import main
-from tests.test_weighted_cross_entropy import make_rows, oracle
-from tests.tiny_ppo import run_ppo_here
-from tests.tiny_run import random_batch, tiny_files, tiny_model
+from tests.train.test_weighted_cross_entropy import make_rows, oracle
+from tests.support.tiny_ppo import run_ppo_here
+from tests.support.tiny_run import random_batch, tiny_files, tiny_model
 from train import weighted_cross_entropy as module_file
-from train.cuda_cross_entropy import LossBackendError, agree_on_loss_backend, choose_loss_backend
+from train.cuda.launch import LossBackendError, agree_on_loss_backend, choose_loss_backend
 from train.distributed import init_world
 from train.sft_loop import train_step
 from train.weighted_cross_entropy import (
@@ -237,10 +237,10 @@ def test_choice_on_this_machines_cpu():
 def test_one_rank_without_kernels_takes_them_from_all(monkeypatch):
     world = init_world("cpu")
     other = ("torch", "cuda-bindings is not installed")
-    monkeypatch.setattr("train.cuda_cross_entropy.choose_loss_backend", lambda *_: ("cuda", "checked"))
-    monkeypatch.setattr("train.cuda_cross_entropy.gather_objects", lambda choice: [choice, other, choice])
+    monkeypatch.setattr("train.cuda.launch.choose_loss_backend", lambda *_: ("cuda", "checked"))
+    monkeypatch.setattr("train.cuda.launch.gather_objects", lambda choice: [choice, other, choice])
     assert agree_on_loss_backend("auto", world) == other
-    monkeypatch.setattr("train.cuda_cross_entropy.gather_objects", lambda choice: [choice, ("", "rank 1 cannot")])
+    monkeypatch.setattr("train.cuda.launch.gather_objects", lambda choice: [choice, ("", "rank 1 cannot")])
     with pytest.raises(LossBackendError, match="rank 1 cannot"):
         agree_on_loss_backend("cuda", world)
 

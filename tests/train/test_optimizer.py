@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from tests.tiny_run import tiny_model
+from tests.support.tiny_run import tiny_model
 from train.optimizer import decay_groups, make_adamw, schedule_factor, set_learning_rates, warmup_steps_of
 
 # 10 steps, 2 of them warm-up: the ramp is 1/3, 2/3, then 8 steps decay from 1 by eighths

@@ -8,7 +8,7 @@ import time
 
 import pytest
 
-from tests.tiny_run import ROOT, command, digest_of_final, metrics_of, run_here, run_process, wait_for_step
+from tests.support.tiny_run import ROOT, command, digest_of_final, metrics_of, run_here, run_process, wait_for_step
 
 # 6 epochs of 11 steps: long enough to be killed inside, a few seconds in all
 LONG = {"epochs": 6, "checkpoint_every": 4}
@@ -109,7 +109,7 @@ def test_sigkill_at_random_moments_is_bit_exact(straight, tmp_path):
 @pytest.mark.very_slow
 @pytest.mark.parametrize("number", range(10))
 def test_ten_runs_killed_and_resumed(straight, tmp_path, number):
-    """The proof of the closing note: `pytest -m very_slow tests/test_resume.py`."""
+    """The proof of the closing note: `pytest -m very_slow tests/train/test_resume.py`."""
     kill_and_resume(tmp_path / "run", random.Random(number), kills=2)
     assert_same_run(tmp_path / "run", straight)
 

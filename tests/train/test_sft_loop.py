@@ -15,7 +15,7 @@ from data.batches import pack
 from data.loss_weights import encode_trajectory
 from data.trajectories import read_trajectories
 from model.tokenizer import load_tokenizer
-from tests.tiny_run import ROOT, metrics_of, random_batch, run_here, tiny_files, tiny_model
+from tests.support.tiny_run import ROOT, metrics_of, random_batch, run_here, tiny_files, tiny_model
 from train.distributed import init_world, local_part, shard_model
 from train.run_control import StopSignal, TrainingError
 from train.run_logging import MetricsFile, RunFolderError, cut_metrics, open_run_folder, plot_losses

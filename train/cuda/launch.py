@@ -1,4 +1,4 @@
-"""The kernels of train/csrc/weighted_cross_entropy.cu as functions on tensors, and the choice to use them.
+"""The kernels of train/cuda/csrc/weighted_cross_entropy.cu as functions on tensors, and the choice to use them.
 
 What a kernel promises stands at the top of its source; here are the choice of one for a dtype, vocabulary and
 alignment, the checks that keep a wrong pointer from reaching it, and the launch. No call waits for the device.
@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from train.cuda_runtime import INT32, INT64, POINTER, CudaKernelError, device_and_stream, launch, load_kernels
+from train.cuda.runtime import INT32, INT64, POINTER, CudaKernelError, device_and_stream, launch, load_kernels
 from train.distributed import World, gather_objects
 
 SOURCE = Path(__file__).parent / "csrc" / "weighted_cross_entropy.cu"

@@ -1,4 +1,4 @@
-// CPU versions of the lines of train/csrc/weighted_cross_entropy.cu that only a GPU can run.
+// CPU versions of the lines of train/cuda/csrc/weighted_cross_entropy.cu that only a GPU can run.
 #pragma once
 #include <math.h>
 #include <string.h>

@@ -3,7 +3,7 @@
 //   loss_i        = w_i * (ln sum_j exp(x_ij) - x_i[target_i])                                                      E9
 //   gradient_ij   = w_i * upstream * (softmax(x_i)_j - [j == target_i])                                             E10
 //
-// One text for nvcc, for NVRTC and for the CPU check in tests/cuda_shim: therefore no #include, no templates in the
+// One text for nvcc, for NVRTC and for the CPU check in tests/support/cuda_shim: therefore no #include, no templates in the
 // names that are launched, and every line that a CPU cannot run stands in the block "What only the GPU has".
 //
 // Kernels, one block per row (grid.x = rows). Bytes per logit are those to and from device memory.
@@ -33,7 +33,7 @@
 // Legend: column = position in the row; vector = 16 bytes of consecutive logits (8 of bf16 and fp16, 4 of fp32).
 
 // ---------------------------------------------------------------------------------------------- What only the GPU has
-#ifndef WCE_HOST  // tests/cuda_shim brings its own lines for the CPU
+#ifndef WCE_HOST  // tests/support/cuda_shim brings its own lines for the CPU
 #define SHARED(type, name, count) __shared__ type name[count]
 
 __device__ __forceinline__ float exp2_approximate(float x) {  // one instruction, relative error 2^-22
