@@ -15,32 +15,26 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TextIO
 
+from command_line import ConfigError, fail, read_config
+from data.formats.prompts import PROMPT_FORMATS, PromptError, encode_formatted_prompt
+from data.json_records import write_json_lines, write_text
 from data.trajectories import DataError
-from eval.dialogues.play import complete_dialogues, run_dialogues_with_endpoint, run_dialogues_with_model
 from eval.benchmark_data import BENCHMARK_COUNTS, BENCHMARK_FILES, DIALOGUE_BENCHMARKS, benchmark_file
+from eval.benchmarks import score_predictions
 from eval.dialogues.journal import DialogueJournal, DialogueTask
 from eval.dialogues.metrics import MAX_TURNS
-from eval.predict.endpoint import Endpoint, ask_records, check_url, make_endpoint
-from eval.fetch_benchmarks import check_benchmark
-from eval.predict.generate import (
-    answers_sha256,
-    check_settings,
-    complete_predictions,
-    folder_sha256,
-    generated_rows,
-)
-from data.json_records import write_json_lines, write_text
-from eval.predict.letter_logprobs import letter_rows
-from eval.reports.plots import write_plots
-from data.formats.prompts import PROMPT_FORMATS, PromptError, encode_formatted_prompt
-from eval.queries import CHOICE_BENCHMARKS, TEXT_BENCHMARKS, ChoiceQuery, Query, load_queries, stop_texts_of
-from eval.reports.report import format_report
-from eval.benchmarks import score_predictions
+from eval.dialogues.play import complete_dialogues, run_dialogues_with_endpoint, run_dialogues_with_model
 from eval.dialogues.tools import EXECUTOR_KINDS, RecordingExecutor, ToolExecutor, make_executor
+from eval.fetch_benchmarks import check_benchmark
+from eval.predict.endpoint import Endpoint, ask_records, check_url, make_endpoint
+from eval.predict.generate import answers_sha256, check_settings, complete_predictions, folder_sha256, generated_rows
+from eval.predict.letter_logprobs import letter_rows
+from eval.queries import CHOICE_BENCHMARKS, TEXT_BENCHMARKS, ChoiceQuery, Query, load_queries, stop_texts_of
+from eval.reports.plots import write_plots
+from eval.reports.report import format_report
 from model.pretrained_weights import ModelFolderError, load_pretrained
 from model.tokenizer import Tokenizer, check_vocabulary_fits, load_tokenizer
 from model.transformer import Transformer
-from command_line import ConfigError, fail, read_config
 from train.distributed import DTYPES, World, any_rank, close_world, init_world
 from train.run_logging import describe_environment, log_line, write_json_atomically
 from train.seeding import seed_everything
@@ -49,8 +43,9 @@ USER_ERRORS = (ConfigError, DataError, ModelFolderError, PromptError, OSError)
 TINY_DATA = Path("assets/tiny_data")  # of the bundled benchmarks where --benchmark_dir does not have them
 
 
-def _setting(default: object, meaning: str, *, choices: tuple = (), low: float | None = None,
-             high: float | None = None):
+def _setting(
+    default: object, meaning: str, *, choices: tuple = (), low: float | None = None, high: float | None = None
+):
     """A dataclass field with its help line, and the values it may have: one of `choices`, or low <= value <= high."""
     return field(default=default, metadata={"help": meaning, "choices": choices, "low": low, "high": high})
 
@@ -62,44 +57,69 @@ class EvalConfig:
     model: str = _setting("runs/sft/final", "folder of the model, Hugging Face layout; with --endpoint its name there")
     benchmarks: str = _setting("tiny-seen,tiny-unseen", f"comma-separated, of {', '.join(BENCHMARK_FILES)}")
     benchmark_dir: str = _setting("assets/tiny_data", "folder of the benchmark files (docs/benchmarks.md)")
-    check_files: str = _setting("on", "compare published benchmark files with their sha256; off for files of your own",
-                                choices=("on", "off"))
-    prompt_format: str = _setting("tl", "form of prompt and calls, by model: docs/prompt_formats.md; plain is that of "
-                                  "the bundled base model", choices=PROMPT_FORMATS)
+    check_files: str = _setting(
+        "on", "compare published benchmark files with their sha256; off for files of your own", choices=("on", "off")
+    )
+    prompt_format: str = _setting(
+        "tl",
+        "form of prompt and calls, by model: docs/prompt_formats.md; plain is that of the bundled base model",
+        choices=PROMPT_FORMATS,
+    )
     endpoint: str = _setting("", "base URL of an OpenAI-compatible server, http://HOST:PORT/v1; empty = model folder")
     endpoint_key: str = _setting("OPENAI_API_KEY", "environment variable that holds the endpoint's key")
     endpoint_timeout: float = _setting(120.0, "seconds that the endpoint may take for one answer", low=0.1)
     endpoint_attempts: int = _setting(6, "requests per record before the run ends, with growing pauses between", low=1)
     endpoint_concurrency: int = _setting(8, "requests at the endpoint at a time", low=1)
     predictions: str = _setting("", "score this file of predictions (one benchmark), no model; empty = predict")
-    rules: str = _setting("default", "official = the benchmark's own scorer, fair = empty arguments may be right; "
-                          "default is official for RoTBench, fair for the others",
-                          choices=("default", "official", "fair"))
-    execute_code: str = _setting("off", "run code that the model wrote, in the sandbox (docs/sandbox.md); HumanEval "
-                                 "needs it", choices=("on", "off"))
-    tool_executor: str = _setting("auto", "who answers the calls of a dialogue: tools of this project, a simulation by "
-                                  "the documents, a file; auto = local where there is a tool, else simulated "
-                                  "(docs/tool_runtime.md)", choices=EXECUTOR_KINDS)
-    instability_rate: float = _setting(0.0, "share of simulated calls that fail as if the service were down", low=0.0,
-                                       high=1.0)
-    call_failure_rate: float = _setting(0.0, "share of simulated calls that the tool itself fails on", low=0.0,
-                                        high=1.0)
+    rules: str = _setting(
+        "default",
+        "official = the benchmark's own scorer, fair = empty arguments may be right; "
+        "default is official for RoTBench, fair for the others",
+        choices=("default", "official", "fair"),
+    )
+    execute_code: str = _setting(
+        "off",
+        "run code that the model wrote, in the sandbox (docs/sandbox.md); HumanEval needs it",
+        choices=("on", "off"),
+    )
+    tool_executor: str = _setting(
+        "auto",
+        "who answers the calls of a dialogue: tools of this project, a simulation by "
+        "the documents, a file; auto = local where there is a tool, else simulated "
+        "(docs/tool_runtime.md)",
+        choices=EXECUTOR_KINDS,
+    )
+    instability_rate: float = _setting(
+        0.0, "share of simulated calls that fail as if the service were down", low=0.0, high=1.0
+    )
+    call_failure_rate: float = _setting(
+        0.0, "share of simulated calls that the tool itself fails on", low=0.0, high=1.0
+    )
     recorded_calls: str = _setting("", "file of calls and their feedback for --tool_executor recorded")
-    record_calls: str = _setting("", "write every call and its feedback to this file, for --recorded_calls of other "
-                                 "runs")
+    record_calls: str = _setting(
+        "", "write every call and its feedback to this file, for --recorded_calls of other runs"
+    )
     max_turns: int = _setting(MAX_TURNS, "model outputs of a dialogue (ToolEyes and paper: 9)", low=1, high=MAX_TURNS)
-    max_dialogue_tokens: int = _setting(8192, "prompt and output together, at most the model's positions; a dialogue "
-                                        "that grows beyond ends. The key/value cache holds batch_size times as many",
-                                        low=2)
+    max_dialogue_tokens: int = _setting(
+        8192,
+        "prompt and output together, at most the model's positions; a dialogue "
+        "that grows beyond ends. The key/value cache holds batch_size times as many",
+        low=2,
+    )
     limit: int = _setting(0, "only the first N records of each benchmark; 0 = all", low=0)
-    max_new_tokens: int = _setting(128, "longest output of a call, tokens; longer ones are cut and count as they are",
-                                   low=1)
+    max_new_tokens: int = _setting(
+        128, "longest output of a call, tokens; longer ones are cut and count as they are", low=1
+    )
     max_answer_tokens: int = _setting(384, "the same for gsm8k and humaneval", low=1)
     max_turn_tokens: int = _setting(512, "the same for a turn of a dialogue, whose answer may be long", low=1)
     batch_size: int = _setting(32, "prompts generated together on one rank; memory and speed only", low=1)
     output: str = _setting("runs/eval", "folder of predictions, results, summary.json, report.md, plots")
-    resume: str = _setting("auto", "auto keeps predictions that output already holds for this model and settings; "
-                           "never refuses a folder that has some", choices=("auto", "never"))
+    resume: str = _setting(
+        "auto",
+        "auto keeps predictions that output already holds for this model and settings; "
+        "never refuses a folder that has some",
+        choices=("auto", "never"),
+    )
     seed: int = _setting(0, "seed of every random generator and of the tools; greedy calls do not depend on it", low=0)
     dtype: str = _setting("float32", "compute type", choices=("float32", "bfloat16"))
     device: str = _setting("auto", "auto takes CUDA where present", choices=("auto", "cpu", "cuda"))
@@ -115,20 +135,25 @@ class EvalConfig:
         if self.predictions and len(names) != 1:
             raise ValueError(f"benchmarks: found {len(names)} benchmarks, expected one, that of --predictions")
         if self.predictions and self.prompt_format != "tl":
-            raise ValueError("prompt_format: found it beside --predictions, expected \"format\" in that file's lines")
+            raise ValueError('prompt_format: found it beside --predictions, expected "format" in that file\'s lines')
         if self.predictions and self.endpoint:
             raise ValueError("endpoint: found it beside --predictions, expected one of the two")
         if self.prompt_format == "openai" and not self.endpoint:
             raise ValueError("prompt_format: found openai without --endpoint, expected the chat API of a server")
         if (self.tool_executor == "recorded") != bool(self.recorded_calls):
-            raise ValueError(f"recorded_calls: found {self.recorded_calls or 'none'!a} with --tool_executor "
-                             f"{self.tool_executor}, expected a file with --tool_executor recorded, and only there")
+            raise ValueError(
+                f"recorded_calls: found {self.recorded_calls or 'none'!a} with --tool_executor "
+                f"{self.tool_executor}, expected a file with --tool_executor recorded, and only there"
+            )
         if self.instability_rate + self.call_failure_rate > 1.0:
-            raise ValueError(f"instability_rate: found {self.instability_rate + self.call_failure_rate:g} together "
-                             "with --call_failure_rate, expected at most 1")
+            raise ValueError(
+                f"instability_rate: found {self.instability_rate + self.call_failure_rate:g} together "
+                "with --call_failure_rate, expected at most 1"
+            )
         if "humaneval" in names and self.execute_code == "off":
-            raise ValueError("execute_code: found off, expected on for humaneval, whose scoring runs code that a model "
-                             "wrote")
+            raise ValueError(
+                "execute_code: found off, expected on for humaneval, whose scoring runs code that a model wrote"
+            )
         if self.endpoint:
             try:
                 check_url(self.endpoint)
@@ -139,8 +164,9 @@ class EvalConfig:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one evaluation; returns the exit code."""
     try:
-        config = read_config(EvalConfig, "Predict and score tool calls (TS, PI, CF) and dialogues (DE, CE, VA).",
-                             arguments)
+        config = read_config(
+            EvalConfig, "Predict and score tool calls (TS, PI, CF) and dialogues (DE, CE, VA).", arguments
+        )
         try:
             world = init_world(config.device)
         except ValueError as error:
@@ -188,8 +214,9 @@ def answers_of(name: str, config: EvalConfig) -> Path:
 # Predictions
 
 
-def predict(config: EvalConfig, world: World, answers: dict[str, Path], queries: dict[str, list],
-            predictions: dict[str, Path]) -> None:
+def predict(
+    config: EvalConfig, world: World, answers: dict[str, Path], queries: dict[str, list], predictions: dict[str, Path]
+) -> None:
     """Write the prediction file of every benchmark, or what is left of it; a collective over all ranks."""
     if config.endpoint:
         endpoint = endpoint_of(config, world)
@@ -201,21 +228,34 @@ def predict(config: EvalConfig, world: World, answers: dict[str, Path], queries:
         source = {"model_sha256": folder_sha256(Path(config.model)), "dtype": config.dtype, "device": world.device.type}
     with lock_folder(Path(config.output) / "predictions", world):
         for name, path in predictions.items():
-            settings = {**source, "prompt_format": config.prompt_format, "max_new_tokens": longest_output(name, config),
-                        "answers_sha256": answers_sha256(answers[name]), **dialogue_settings(name, config)}
+            settings = {
+                **source,
+                "prompt_format": config.prompt_format,
+                "max_new_tokens": longest_output(name, config),
+                "answers_sha256": answers_sha256(answers[name]),
+                **dialogue_settings(name, config),
+            }
             check_settings(path, settings, resume=config.resume, is_writer=world.is_main)
         for name, path in predictions.items():
             start = time.perf_counter()
-            asked = queries[name][:config.limit or None]
+            asked = queries[name][: config.limit or None]
             if name in DIALOGUE_BENCHMARKS:
                 play = play_dialogues(config, world, endpoint if config.endpoint else (model, tokenizer))
                 notices = complete_dialogues(path, asked, play, prompt_format=config.prompt_format, rank=world.rank)
             else:
-                predict_missing = ask_missing(name, config, endpoint) if config.endpoint else \
-                    generate_missing(name, config, world, model, tokenizer)
+                predict_missing = (
+                    ask_missing(name, config, endpoint)
+                    if config.endpoint
+                    else generate_missing(name, config, world, model, tokenizer)
+                )
                 has_format = name not in (*TEXT_BENCHMARKS, *CHOICE_BENCHMARKS) and config.prompt_format != "tl"
-                notices = complete_predictions(path, asked, predict_missing, rank=world.rank,
-                                               label={"format": config.prompt_format} if has_format else {})
+                notices = complete_predictions(
+                    path,
+                    asked,
+                    predict_missing,
+                    rank=world.rank,
+                    label={"format": config.prompt_format} if has_format else {},
+                )
             if world.is_main:
                 for notice in notices:
                     log_line(notice)
@@ -231,25 +271,39 @@ def longest_output(name: str, config: EvalConfig) -> int:
     return config.max_answer_tokens if name in TEXT_BENCHMARKS else config.max_new_tokens
 
 
-def generate_missing(name: str, config: EvalConfig, world: World, model: Transformer,
-                     tokenizer: Tokenizer) -> Callable[[list], Iterator[dict]]:
+def generate_missing(
+    name: str, config: EvalConfig, world: World, model: Transformer, tokenizer: Tokenizer
+) -> Callable[[list], Iterator[dict]]:
     """The function that predicts this rank's share of some queries of benchmark `name` with the model."""
+
     def predict_share(missing: list[Query] | list[ChoiceQuery]) -> Iterator[dict]:
         if name in CHOICE_BENCHMARKS:  # neighbours share a prefix: whole stretches, not every second one
             first, last = (len(missing) * part // world.size for part in (world.rank, world.rank + 1))
             return letter_rows(model, tokenizer, missing[first:last])
-        return generated_rows(model, tokenizer, missing, prompt_format=config.prompt_format,
-                              stop_texts=stop_texts_of(name, config.prompt_format),
-                              max_new_tokens=longest_output(name, config), batch_size=config.batch_size,
-                              rank=world.rank, world_size=world.size)
+        return generated_rows(
+            model,
+            tokenizer,
+            missing,
+            prompt_format=config.prompt_format,
+            stop_texts=stop_texts_of(name, config.prompt_format),
+            max_new_tokens=longest_output(name, config),
+            batch_size=config.batch_size,
+            rank=world.rank,
+            world_size=world.size,
+        )
+
     return predict_share
 
 
 def ask_missing(name: str, config: EvalConfig, endpoint: Endpoint) -> Callable[[list], Iterator[dict]]:
     """The function that predicts some queries of benchmark `name` with the endpoint."""
-    return lambda missing: ask_records(endpoint, missing, prompt_format=config.prompt_format,
-                                       max_new_tokens=longest_output(name, config),
-                                       stop_texts=stop_texts_of(name, config.prompt_format))
+    return lambda missing: ask_records(
+        endpoint,
+        missing,
+        prompt_format=config.prompt_format,
+        max_new_tokens=longest_output(name, config),
+        stop_texts=stop_texts_of(name, config.prompt_format),
+    )
 
 
 def dialogue_settings(name: str, config: EvalConfig) -> dict[str, str | int | float]:
@@ -257,18 +311,28 @@ def dialogue_settings(name: str, config: EvalConfig) -> dict[str, str | int | fl
     if name not in DIALOGUE_BENCHMARKS:
         return {}
     recorded = answers_sha256(Path(config.recorded_calls)) if config.recorded_calls else ""
-    return {"max_turns": config.max_turns, "max_dialogue_tokens": config.max_dialogue_tokens,
-            "tool_executor": config.tool_executor, "tool_seed": config.seed,
-            "instability_rate": config.instability_rate, "call_failure_rate": config.call_failure_rate,
-            "recorded_calls_sha256": recorded, "execute_code": config.execute_code}
+    return {
+        "max_turns": config.max_turns,
+        "max_dialogue_tokens": config.max_dialogue_tokens,
+        "tool_executor": config.tool_executor,
+        "tool_seed": config.seed,
+        "instability_rate": config.instability_rate,
+        "call_failure_rate": config.call_failure_rate,
+        "recorded_calls_sha256": recorded,
+        "execute_code": config.execute_code,
+    }
 
 
 def make_tools(config: EvalConfig, world: World) -> ToolExecutor | RecordingExecutor:
     """Who answers the calls of the dialogues; to be closed. Raises ConfigError for several ranks writing one file."""
-    execute = make_executor(config.tool_executor, seed=config.seed, instability_rate=config.instability_rate,
-                            failure_rate=config.call_failure_rate,
-                            recorded_file=Path(config.recorded_calls) if config.recorded_calls else None,
-                            execute_code=config.execute_code == "on")
+    execute = make_executor(
+        config.tool_executor,
+        seed=config.seed,
+        instability_rate=config.instability_rate,
+        failure_rate=config.call_failure_rate,
+        recorded_file=Path(config.recorded_calls) if config.recorded_calls else None,
+        execute_code=config.execute_code == "on",
+    )
     if not config.record_calls:
         return execute
     if world.size > 1:
@@ -276,34 +340,52 @@ def make_tools(config: EvalConfig, world: World) -> ToolExecutor | RecordingExec
     return RecordingExecutor(execute, Path(config.record_calls))
 
 
-def play_dialogues(config: EvalConfig, world: World,
-                   player: tuple[Transformer, Tokenizer] | Endpoint) -> Callable[[list[DialogueTask], DialogueJournal],
-                                                                                 None]:
+def play_dialogues(
+    config: EvalConfig, world: World, player: tuple[Transformer, Tokenizer] | Endpoint
+) -> Callable[[list[DialogueTask], DialogueJournal], None]:
     """The function that plays this rank's share of some dialogues with a model and its tokenizer, or the endpoint."""
-    settings = {"prompt_format": config.prompt_format, "max_turns": config.max_turns,
-                "max_new_tokens": config.max_turn_tokens}
+    settings = {
+        "prompt_format": config.prompt_format,
+        "max_turns": config.max_turns,
+        "max_new_tokens": config.max_turn_tokens,
+    }
 
     def play(missing: list[DialogueTask], journal: DialogueJournal) -> None:
         with make_tools(config, world) as execute:
             if isinstance(player, Endpoint):
                 run_dialogues_with_endpoint(missing, player, execute=execute, journal=journal, **settings)
             else:
-                run_dialogues_with_model(missing, *player, execute=execute, journal=journal, **settings,
-                                         batch_size=config.batch_size, rank=world.rank, world_size=world.size,
-                                         max_dialogue_tokens=config.max_dialogue_tokens)
+                run_dialogues_with_model(
+                    missing,
+                    *player,
+                    execute=execute,
+                    journal=journal,
+                    **settings,
+                    batch_size=config.batch_size,
+                    rank=world.rank,
+                    world_size=world.size,
+                    max_dialogue_tokens=config.max_dialogue_tokens,
+                )
             for notice in execute.notices if world.is_main else ():
                 log_line(notice)
+
     return play
 
 
 def endpoint_of(config: EvalConfig, world: World) -> Endpoint:
     """The endpoint of the settings, with its key. Raises ConfigError for several ranks, EndpointError for the key."""
     if world.size > 1:
-        raise ConfigError(f"--endpoint: found {world.size} processes, expected one; --endpoint_concurrency asks side "
-                          "by side")
-    return make_endpoint(config.endpoint, config.model, key_variable=config.endpoint_key,
-                         timeout=config.endpoint_timeout, attempts=config.endpoint_attempts,
-                         concurrency=config.endpoint_concurrency)
+        raise ConfigError(
+            f"--endpoint: found {world.size} processes, expected one; --endpoint_concurrency asks side by side"
+        )
+    return make_endpoint(
+        config.endpoint,
+        config.model,
+        key_variable=config.endpoint_key,
+        timeout=config.endpoint_timeout,
+        attempts=config.endpoint_attempts,
+        concurrency=config.endpoint_concurrency,
+    )
 
 
 def lock_folder(folder: Path, world: World) -> TextIO:
@@ -321,8 +403,10 @@ def lock_folder(folder: Path, world: World) -> TextIO:
         except BlockingIOError:
             is_taken = True
     if any_rank(is_taken):
-        raise DataError(f"{folder}: found another process at work on it, expected none; end it or wait for its end "
-                        "(killing torchrun itself leaves its workers running)")
+        raise DataError(
+            f"{folder}: found another process at work on it, expected none; end it or wait for its end "
+            "(killing torchrun itself leaves its workers running)"
+        )
     fcntl.flock(lock, fcntl.LOCK_SH)  # rank 0 passes from exclusive to shared, which lets the others in
     return lock
 
@@ -330,17 +414,25 @@ def lock_folder(folder: Path, world: World) -> TextIO:
 def load_model(config: EvalConfig, world: World) -> tuple[Transformer, Tokenizer]:
     """A whole copy of the model on this rank's device, ready for inference, and its tokenizer."""
     if not Path(config.model).is_dir():
-        raise ModelFolderError(f"{config.model}: found no such folder, expected a model; python run_sft.py makes "
-                               "runs/sft/final, or give --model DIR")
+        raise ModelFolderError(
+            f"{config.model}: found no such folder, expected a model; python run_sft.py makes "
+            "runs/sft/final, or give --model DIR"
+        )
     tokenizer = load_tokenizer(config.model)
     model = load_pretrained(config.model, dtype=DTYPES[config.dtype], device=world.device)
     check_vocabulary_fits(tokenizer, model.config.vocab_size)
     for name in config.benchmarks.split(","):
         if (longest := longest_output(name, config)) >= model.config.max_positions:
-            flag = "max_answer_tokens" if name in TEXT_BENCHMARKS else \
-                "max_turn_tokens" if name in DIALOGUE_BENCHMARKS else "max_new_tokens"
-            raise ConfigError(f"--{flag}: found {longest}, expected less than the model's {model.config.max_positions} "
-                              "positions")
+            flag = (
+                "max_answer_tokens"
+                if name in TEXT_BENCHMARKS
+                else "max_turn_tokens"
+                if name in DIALOGUE_BENCHMARKS
+                else "max_new_tokens"
+            )
+            raise ConfigError(
+                f"--{flag}: found {longest}, expected less than the model's {model.config.max_positions} positions"
+            )
     return model.eval(), tokenizer
 
 
@@ -351,12 +443,22 @@ def load_model(config: EvalConfig, world: World) -> tuple[Transformer, Tokenizer
 def score(config: EvalConfig, answers: dict[str, Path], predictions: dict[str, Path]) -> str:
     """Write results/<benchmark>.jsonl, summary.json, plots/ and report.md; returns the report."""
     output = Path(config.output)
-    run_summary = {"model": None if config.predictions else config.model, "predictions": config.predictions or None,
-                   "prompt_format": None if config.predictions else config.prompt_format, "benchmarks": {}}
+    run_summary = {
+        "model": None if config.predictions else config.model,
+        "predictions": config.predictions or None,
+        "prompt_format": None if config.predictions else config.prompt_format,
+        "benchmarks": {},
+    }
     for name, path in answers.items():
-        rows, summary, notices = score_predictions(name, path, predictions[name], limit=config.limit or None,
-                                                   rules=config.rules, execute_code=config.execute_code == "on",
-                                                   max_turns=config.max_turns)
+        rows, summary, notices = score_predictions(
+            name,
+            path,
+            predictions[name],
+            limit=config.limit or None,
+            rules=config.rules,
+            execute_code=config.execute_code == "on",
+            max_turns=config.max_turns,
+        )
         for notice in notices:
             log_line(notice)
         write_json_lines(output / "results" / f"{name}.jsonl", rows)

@@ -9,6 +9,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from command_line import ConfigError, fail, read_config
 from data.trajectories import DataError
 from model.config import ModelFolderError
 from model.pretrained_weights import check_same_shape, save_pretrained_streamed, save_value_model
@@ -19,7 +20,6 @@ from rl.ppo_config import PPOConfig
 from rl.ppo_loop import Models, train_ppo
 from rl.prompts import PPOPrompt, read_prompts
 from rl.reward import check_rewards
-from command_line import ConfigError, fail, read_config
 from train.checkpoint import CheckpointError
 from train.checksums import differing_tensors, folder_checksums, parameter_checksums
 from train.cuda.launch import LossBackendError, agree_on_loss_backend
@@ -36,8 +36,16 @@ from train.optimizer import make_adamw
 from train.run_control import TrainingError
 from train.run_logging import RunFolderError, file_sha256, log_line, model_fingerprint
 
-USER_ERRORS = (ConfigError, DataError, DeviceError, LossBackendError, ModelFolderError, RunFolderError, CheckpointError,
-               TrainingError)
+USER_ERRORS = (
+    ConfigError,
+    DataError,
+    DeviceError,
+    LossBackendError,
+    ModelFolderError,
+    RunFolderError,
+    CheckpointError,
+    TrainingError,
+)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -45,8 +53,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         config = read_config(PPOConfig, "PPO with the paper's rule-based reward (IRM).", arguments, section="ppo")
         if not Path(config.model).is_dir():
-            raise ModelFolderError(f"{config.model}: found no such folder, expected the model of an SFT run: make one "
-                                   "with python run_sft.py, or name another with --model")
+            raise ModelFolderError(
+                f"{config.model}: found no such folder, expected the model of an SFT run: make one "
+                "with python run_sft.py, or name another with --model"
+            )
         tokenizer = load_tokenizer(config.model)
         prompts, notes = make_prompts(config, config.data, tokenizer)
         held_out = make_prompts(config, config.eval_data, tokenizer)[0] if config.eval_data else []
@@ -57,10 +67,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
             say(note)
         models = load_models(config, tokenizer, world, loss_backend)
         result = train_ppo(
-            config, models, tokenizer, prompts, world, held_out=held_out[:config.eval_limit or None],
-            sources={"data_sha256": file_sha256(Path(config.data)), "model_sha256": model_fingerprint(config.model),
-                     "reference_sha256": model_fingerprint(config.reference_model or config.model),
-                     "critic_sha256": model_fingerprint(config.critic_model or config.model)},
+            config,
+            models,
+            tokenizer,
+            prompts,
+            world,
+            held_out=held_out[: config.eval_limit or None],
+            sources={
+                "data_sha256": file_sha256(Path(config.data)),
+                "model_sha256": model_fingerprint(config.model),
+                "reference_sha256": model_fingerprint(config.reference_model or config.model),
+                "critic_sha256": model_fingerprint(config.critic_model or config.model),
+            },
         )
         if result.stopped_by:
             return 128 + result.stopped_by
@@ -83,14 +101,23 @@ def make_prompts(config: PPOConfig, path: str, tokenizer: Tokenizer) -> tuple[li
     context = read_model_config(config.model).max_positions
     max_prompt_tokens = config.max_prompt_tokens or context - config.max_response_tokens
     if max_prompt_tokens < 1 or max_prompt_tokens + config.max_response_tokens > context:
-        raise ConfigError(f"--max_prompt_tokens: found {max_prompt_tokens} beside {config.max_response_tokens} "
-                          f"response tokens, expected at most {context} together, the context of {config.model}")
-    prompts, notes = read_prompts(path, tokenizer, error_filter=config.error_filter, prompt_turns=config.prompt_turns,
-                                  max_prompt_tokens=max_prompt_tokens, unparsable_calls=config.unparsable_calls)
+        raise ConfigError(
+            f"--max_prompt_tokens: found {max_prompt_tokens} beside {config.max_response_tokens} "
+            f"response tokens, expected at most {context} together, the context of {config.model}"
+        )
+    prompts, notes = read_prompts(
+        path,
+        tokenizer,
+        error_filter=config.error_filter,
+        prompt_turns=config.prompt_turns,
+        max_prompt_tokens=max_prompt_tokens,
+        unparsable_calls=config.unparsable_calls,
+    )
     offenders = check_rewards(prompts)
     if offenders:
-        raise DataError(f"{offenders[0]}; {len(offenders)} of {len(prompts)} prompts fail the check of the reward, "
-                        "expected none")
+        raise DataError(
+            f"{offenders[0]}; {len(offenders)} of {len(prompts)} prompts fail the check of the reward, expected none"
+        )
     return prompts, notes
 
 
@@ -111,25 +138,40 @@ def load_models(config: PPOConfig, tokenizer: Tokenizer, world: World, loss_back
     # the released code's critic never loads: it trains a random one without a word
     wrong = differing_tensors(parameter_checksums(critic), folder_checksums(critic_dir))
     if wrong:
-        raise ModelFolderError(f"{critic_dir}: found {len(wrong)} tensors of the loaded critic unlike the stored ones "
-                               f"({wrong[0]} ...), expected equal checksums")
-    settings = {"beta1": config.adam_beta1, "beta2": config.adam_beta2, "epsilon": config.adam_epsilon,
-                "weight_decay": config.weight_decay}
-    return Models(policy, reference, critic,
-                  policy_optimizer=make_adamw(policy, learning_rate=config.policy_learning_rate, **settings),
-                  value_optimizer=make_adamw(critic, learning_rate=config.value_learning_rate, **settings),
-                  starts_at_reference=model_fingerprint(reference_dir) == model_fingerprint(config.model),
-                  loss_backend=loss_backend)
+        raise ModelFolderError(
+            f"{critic_dir}: found {len(wrong)} tensors of the loaded critic unlike the stored ones "
+            f"({wrong[0]} ...), expected equal checksums"
+        )
+    settings = {
+        "beta1": config.adam_beta1,
+        "beta2": config.adam_beta2,
+        "epsilon": config.adam_epsilon,
+        "weight_decay": config.weight_decay,
+    }
+    return Models(
+        policy,
+        reference,
+        critic,
+        policy_optimizer=make_adamw(policy, learning_rate=config.policy_learning_rate, **settings),
+        value_optimizer=make_adamw(critic, learning_rate=config.value_learning_rate, **settings),
+        starts_at_reference=model_fingerprint(reference_dir) == model_fingerprint(config.model),
+        loss_backend=loss_backend,
+    )
 
 
 def export(config: PPOConfig, models: Models, world: World) -> None:
     """Write output/final (the policy), output/critic if wanted, and the plot. A collective."""
     output = Path(config.output)
-    save_pretrained_streamed(models.policy, output / "final", dtype=DTYPES[config.final_dtype],
-                             companions_from=config.model)
+    save_pretrained_streamed(
+        models.policy, output / "final", dtype=DTYPES[config.final_dtype], companions_from=config.model
+    )
     if config.save_critic == "on":
-        save_value_model(models.critic, output / "critic", dtype=DTYPES[config.final_dtype],
-                         companions_from=config.critic_model or config.model)
+        save_value_model(
+            models.critic,
+            output / "critic",
+            dtype=DTYPES[config.final_dtype],
+            companions_from=config.critic_model or config.model,
+        )
     if world.is_main and config.plot == "on":
         log_line(plot_ppo(output))
 

@@ -9,12 +9,12 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from command_line import ConfigError, fail, read_config
 from data.batches import step_batches, steps_per_epoch
 from data.trajectories import DataError
 from model.config import ModelFolderError
 from model.pretrained_weights import save_pretrained_streamed
 from model.tokenizer import load_tokenizer
-from command_line import ConfigError, fail, read_config
 from train.checkpoint import CheckpointError
 from train.cuda.launch import LossBackendError, agree_on_loss_backend
 from train.distributed import DTYPES, DeviceError, close_world, init_world, load_sharded_model
@@ -23,8 +23,16 @@ from train.run_control import TrainingError
 from train.run_logging import RunFolderError, file_sha256, log_line, model_fingerprint, plot_losses
 from train.sft_loop import SFTConfig, encode_data, train_sft
 
-USER_ERRORS = (ConfigError, DataError, DeviceError, LossBackendError, ModelFolderError, RunFolderError, CheckpointError,
-               TrainingError)
+USER_ERRORS = (
+    ConfigError,
+    DataError,
+    DeviceError,
+    LossBackendError,
+    ModelFolderError,
+    RunFolderError,
+    CheckpointError,
+    TrainingError,
+)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -39,13 +47,28 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for note in (*notes, f"loss backend: {loss_backend} ({reason})"):
             say(note)
         model = load_sharded_model(config.model, world, dtype=config.dtype, tokenizer_size=tokenizer.vocab_size)
-        optimizer = make_adamw(model, learning_rate=config.learning_rate, beta1=config.adam_beta1,
-                               beta2=config.adam_beta2, epsilon=config.adam_epsilon, weight_decay=config.weight_decay)
+        optimizer = make_adamw(
+            model,
+            learning_rate=config.learning_rate,
+            beta1=config.adam_beta1,
+            beta2=config.adam_beta2,
+            epsilon=config.adam_epsilon,
+            weight_decay=config.weight_decay,
+        )
         result = train_sft(
-            config, model, optimizer, world,
+            config,
+            model,
+            optimizer,
+            world,
             step_batches=lambda step: step_batches(
-                encoded, step, seed=config.seed, global_batch_size=config.global_batch_size,
-                micro_batch_size=config.micro_batch_size, rank=world.rank, world_size=world.size),
+                encoded,
+                step,
+                seed=config.seed,
+                global_batch_size=config.global_batch_size,
+                micro_batch_size=config.micro_batch_size,
+                rank=world.rank,
+                world_size=world.size,
+            ),
             total_steps=config.epochs * steps_per_epoch(len(encoded), config.global_batch_size),
             sources={"data_sha256": file_sha256(Path(config.data)), "model_sha256": model_fingerprint(config.model)},
             loss_backend=loss_backend,

@@ -6,6 +6,7 @@ Writes a random sharded checkpoint to a temporary folder, then loads it in fresh
 high-water mark of resident memory (VmHWM of /proc/self/status; it counts mapped file pages too). "above start" is that
 mark minus the resident size just before loading. The bound that ours must keep: local shard + largest tensor.
 """
+
 import argparse
 import json
 import os
@@ -81,9 +82,15 @@ def run(way: str, folder: Path) -> dict[str, float]:
     world = 2 if way == "sharded" else 1
     command = [sys.executable, "-m", "benchmarks.benchmark_load_memory", "--measure", way, "--folder", str(folder)]
     processes = [
-        subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=os.environ | {
-            "RANK": str(rank), "WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port})
-        for rank in range(world)]
+        subprocess.Popen(
+            command,
+            stdout=subprocess.PIPE,
+            text=True,
+            env=os.environ
+            | {"RANK": str(rank), "WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port},
+        )
+        for rank in range(world)
+    ]
     outputs = [process.communicate()[0] for process in processes]
     if any(process.returncode for process in processes):
         raise RuntimeError(f"the measuring process of '{way}' failed")
@@ -112,9 +119,11 @@ def main() -> None:
             result = run(way, folder)
             bound = result["local_mb"] + largest
             peak = result["above_start_mb"]
-            print(f"{label:22s} local weights {result['local_mb']:6.0f} MB, peak above start {peak:6.0f} MB = "
-                  f"{peak / result['local_mb']:.2f} x local weights, "
-                  f"{peak / bound:.2f} x (local weights + largest tensor)")
+            print(
+                f"{label:22s} local weights {result['local_mb']:6.0f} MB, peak above start {peak:6.0f} MB = "
+                f"{peak / result['local_mb']:.2f} x local weights, "
+                f"{peak / bound:.2f} x (local weights + largest tensor)"
+            )
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ and side; peak resident size of the first step above the resident size before it
 library), gradients included. On a machine with other work use `--clock cpu --threads 1`: seconds of processor time.
 Goal at 10 % trained rows: time <= 0.25, extra memory <= 0.30 of eager. Exit code 1 if missed (fp32).
 """
+
 from __future__ import annotations
 
 import argparse
@@ -43,7 +44,7 @@ def make_inputs(args, percent: float):
     head_weight_VD = (torch.randn(args.vocab_size, args.dim, generator=generator) * 0.02).to(dtype).requires_grad_()
     target_ids_M = torch.randint(0, args.vocab_size, (args.tokens,), generator=generator)
     loss_weights_M = torch.zeros(args.tokens)
-    chosen = torch.randperm(args.tokens, generator=generator)[:round(args.tokens * percent / 100)]
+    chosen = torch.randperm(args.tokens, generator=generator)[: round(args.tokens * percent / 100)]
     loss_weights_M[chosen] = 1.0 + 8.0 * torch.rand(len(chosen), generator=generator)
     return hidden_MD, head_weight_VD, target_ids_M, loss_weights_M
 
@@ -62,8 +63,10 @@ def fused_loss(hidden_MD, head_weight_VD, target_ids_M, loss_weights_M, peer_chu
 def dropped(loss_function):
     def on_trained_rows(hidden_MD, head_weight_VD, target_ids_M, loss_weights_M, peer_chunk):
         index_K = loss_weights_M.nonzero().squeeze(1)
-        return loss_function(hidden_MD[index_K], head_weight_VD, target_ids_M[index_K], loss_weights_M[index_K],
-                             peer_chunk)
+        return loss_function(
+            hidden_MD[index_K], head_weight_VD, target_ids_M[index_K], loss_weights_M[index_K], peer_chunk
+        )
+
     return on_trained_rows
 
 
@@ -71,8 +74,13 @@ def our_loss(hidden_MD, head_weight_VD, target_ids_M, loss_weights_M, _):
     return linear_weighted_cross_entropy(hidden_MD, head_weight_VD, target_ids_M, loss_weights_M)
 
 
-SIDES = {"eager": eager_loss, "eager_drop": dropped(eager_loss), "fused": fused_loss, "fused_drop": dropped(fused_loss),
-         "ours": our_loss}
+SIDES = {
+    "eager": eager_loss,
+    "eager_drop": dropped(eager_loss),
+    "fused": fused_loss,
+    "fused_drop": dropped(fused_loss),
+    "ours": our_loss,
+}
 CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 
 
@@ -127,12 +135,21 @@ def measure_row(args, percent: float) -> dict:
             duration, losses[name] = run_step(side, inputs, args)
             seconds[name].append(duration)
     memory = {name: memory_in_new_process(args, name, percent) for name in sides}
-    return {"percent_trained": percent, "sides": {name: {
-        "seconds": statistics.median(seconds[name]), "extra_mib": memory[name] / 2**20,
-        "time_ratio": statistics.median(ours / its for ours, its in zip(seconds["ours"], seconds[name], strict=True)),
-        "memory_ratio": memory["ours"] / memory[name],
-        "loss_relative_difference": abs(losses[name] - losses["eager"]) / abs(losses["eager"]),
-    } for name in sides}}
+    return {
+        "percent_trained": percent,
+        "sides": {
+            name: {
+                "seconds": statistics.median(seconds[name]),
+                "extra_mib": memory[name] / 2**20,
+                "time_ratio": statistics.median(
+                    ours / its for ours, its in zip(seconds["ours"], seconds[name], strict=True)
+                ),
+                "memory_ratio": memory["ours"] / memory[name],
+                "loss_relative_difference": abs(losses[name] - losses["eager"]) / abs(losses["eager"]),
+            }
+            for name in sides
+        },
+    }
 
 
 def main() -> int:
@@ -155,16 +172,20 @@ def main() -> int:
     if args.memory_of:
         print(measure_memory(args))
         return 0
-    print(f"{args.dtype}, {args.tokens} tokens, V {args.vocab_size}, D {args.dim}, {args.threads} threads, "
-          f"{args.clock} clock, torch {torch.__version__}, {args.repeats} rounds")
+    print(
+        f"{args.dtype}, {args.tokens} tokens, V {args.vocab_size}, D {args.dim}, {args.threads} threads, "
+        f"{args.clock} clock, torch {torch.__version__}, {args.repeats} rounds"
+    )
     print("trained  side        seconds  ours over it  extra MiB  ours over it  loss rel. diff")
     rows = []
     for percent in map(float, args.percents.split(",")):
         rows.append(measure_row(args, percent))
         for name, side in rows[-1]["sides"].items():
-            print(f"{percent:6g}%  {name:10}  {side['seconds']:7.3f}  {side['time_ratio']:12.3f}  "
-                  f"{side['extra_mib']:9.0f}  {side['memory_ratio']:12.3f}  {side['loss_relative_difference']:14.1e}",
-                  flush=True)
+            print(
+                f"{percent:6g}%  {name:10}  {side['seconds']:7.3f}  {side['time_ratio']:12.3f}  "
+                f"{side['extra_mib']:9.0f}  {side['memory_ratio']:12.3f}  {side['loss_relative_difference']:14.1e}",
+                flush=True,
+            )
     goal = next((row["sides"]["eager"] for row in rows if row["percent_trained"] == GOAL_PERCENT), None)
     met = goal is None or (goal["time_ratio"] <= GOAL_TIME and goal["memory_ratio"] <= GOAL_MEMORY)
     print(json.dumps({"benchmark": "loss", "dtype": args.dtype, "rows": rows, "goal_met": met}))

@@ -15,6 +15,7 @@ backends. Ours gets the index of trained rows from the host, as from data/batche
 Each time is the median over --repeats of CUDA events around one call, after --warmup calls, the L2 cache flushed before
 each; memory is the peak of torch's allocator above what was allocated before the call.
 """
+
 from __future__ import annotations
 
 import argparse
@@ -31,13 +32,7 @@ from torch.nn.functional import cross_entropy, linear, linear_cross_entropy
 
 from benchmarks.cuda_kernel_ladder.device_code import CompileError, ToolMissing, compile_with_nvrtc, disassemble
 from benchmarks.cuda_kernel_ladder.product import ARCHITECTURES, KERNEL_FILE, table_lines
-from train.cuda.launch import (
-    DTYPES,
-    STREAM_THREADS,
-    choose_kernel,
-    choose_loss_backend,
-    cuda_row_cross_entropy,
-)
+from train.cuda.launch import DTYPES, STREAM_THREADS, choose_kernel, choose_loss_backend, cuda_row_cross_entropy
 from train.cuda.runtime import nvrtc_version
 from train.weighted_cross_entropy import linear_weighted_cross_entropy
 
@@ -93,8 +88,11 @@ def print_roof(args, dtype: torch.dtype) -> None:
     print(f"{'copy, device to device':24}  {roof:.6f}  {2e-9 * logit_bytes / roof:8.0f}  1.00")
     if args.device != "cuda":
         return
-    for name, threads in (choose_kernel(dtype, args.vocab_size, logits_CV),
-                          (f"wce_stream_{DTYPES[dtype]}", STREAM_THREADS)):
+    for name, threads in (
+        choose_kernel(dtype, args.vocab_size, logits_CV),
+        (f"wce_stream_{DTYPES[dtype]}", STREAM_THREADS),
+    ):
+
         def call(kernel=(name, threads)):  # in place again and again: values stay finite, the cost stays the same
             cuda_row_cross_entropy(logits_CV, target_ids_C, loss_weights_C, logits_CV, kernel=kernel)
 
@@ -111,10 +109,15 @@ def make_inputs(args, dtype: torch.dtype, percent: float) -> tuple[Tensor, Tenso
     head_weight_VD = torch.randn(args.vocab_size, args.dim, generator=generator) * args.dim**-0.5
     target_ids_M = torch.randint(0, args.vocab_size, (args.tokens,), generator=generator)
     loss_weights_M = torch.zeros(args.tokens)
-    index_K = torch.randperm(args.tokens, generator=generator)[:round(args.tokens * percent / 100)].sort().values
+    index_K = torch.randperm(args.tokens, generator=generator)[: round(args.tokens * percent / 100)].sort().values
     loss_weights_M[index_K] = 1 + 8 * torch.rand(len(index_K), generator=generator)
-    return (hidden_MD.to(args.device, dtype).requires_grad_(), head_weight_VD.to(args.device, dtype).requires_grad_(),
-            target_ids_M.to(args.device), loss_weights_M.to(args.device), index_K.to(args.device))
+    return (
+        hidden_MD.to(args.device, dtype).requires_grad_(),
+        head_weight_VD.to(args.device, dtype).requires_grad_(),
+        target_ids_M.to(args.device),
+        loss_weights_M.to(args.device),
+        index_K.to(args.device),
+    )
 
 
 def eager(hidden_MD, head_weight_VD, target_ids_M, loss_weights_M, dtype):
@@ -137,12 +140,17 @@ def make_sides(args, dtype: torch.dtype, backend: str) -> dict[str, Callable]:
         "fused, fixed": lambda *rows: fused(*rows, fixed),
     }
     sides = {name: lambda *inputs, side=side: side(*inputs[:4]) for name, side in plain.items()}
-    sides |= {f"{name}, drop": lambda hidden, head, targets, weights, index, side=side: side(
-        hidden[index], head, targets[index], weights[index])
-        for name, side in plain.items() if name != "fused, default"}
+    sides |= {
+        f"{name}, drop": lambda hidden, head, targets, weights, index, side=side: side(
+            hidden[index], head, targets[index], weights[index]
+        )
+        for name, side in plain.items()
+        if name != "fused, default"
+    }
     for each in ("torch", backend):
         sides[f"ours, {each}"] = lambda *inputs, each=each: linear_weighted_cross_entropy(
-            *inputs[:4], trained_index_K=inputs[4], backend=each)
+            *inputs[:4], trained_index_K=inputs[4], backend=each
+        )
     return sides
 
 
@@ -168,8 +176,11 @@ def print_losses(args, dtype: torch.dtype, backend: str) -> None:
                 print(f"{percent:6g}%  {name:24}  out of memory")
         ours = results[f"ours, {backend}"]
         for name, (seconds, mib, loss) in results.items():
-            print(f"{percent:6g}%  {name:24}  {seconds:.6f}  {ours[0] / seconds:11.3f}  {mib:9.0f}  "
-                  f"{abs(loss - ours[2]) / abs(ours[2]):14.1e}", flush=True)
+            print(
+                f"{percent:6g}%  {name:24}  {seconds:.6f}  {ours[0] / seconds:11.3f}  {mib:9.0f}  "
+                f"{abs(loss - ours[2]) / abs(ours[2]):14.1e}",
+                flush=True,
+            )
 
 
 # ----------------------------------------------------------------------------------------------------- without a device
@@ -178,8 +189,10 @@ def print_static() -> None:
     text = KERNEL_FILE.read_text(encoding="ascii")
     compiled = {arch: compile_with_nvrtc(text, arch) for arch in ARCHITECTURES}
     listings = {arch: disassemble(one.cubin) for arch, one in compiled.items()}
-    print(f"registers per thread / spilled bytes / instructions per logit, {compiled[ARCHITECTURES[0]].compiler}; no "
-          "time was measured\n")
+    print(
+        f"registers per thread / spilled bytes / instructions per logit, {compiled[ARCHITECTURES[0]].compiler}; no "
+        "time was measured\n"
+    )
     print("| kernel | " + " | ".join(ARCHITECTURES) + " |\n" + "|---" * (1 + len(ARCHITECTURES)) + "|")
     print("\n".join(table_lines(compiled, listings)))
 
@@ -212,8 +225,10 @@ def main() -> int:
     print(f"torch {torch.__version__}, loss backend {backend} ({reason})")
     if args.device == "cuda":
         properties = torch.cuda.get_device_properties(args.device)
-        print(f"{properties.name}, {properties.multi_processor_count} multiprocessors, "
-              f"{properties.total_memory / 2**30:.0f} GiB, NVRTC {'.'.join(map(str, nvrtc_version()))}")
+        print(
+            f"{properties.name}, {properties.multi_processor_count} multiprocessors, "
+            f"{properties.total_memory / 2**30:.0f} GiB, NVRTC {'.'.join(map(str, nvrtc_version()))}"
+        )
     for name in args.dtypes.split(","):
         print_roof(args, getattr(torch, name))
         print_losses(args, getattr(torch, name), backend)

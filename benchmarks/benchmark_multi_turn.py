@@ -16,6 +16,7 @@ the last. Models as in benchmark_rollout: tiny (the bundled one) and 135m (rando
 over `kept`: tokens >= 5, seconds >= 1.25 (what is left of them is decoding, the same on all sides). Exit code 1 if
 missed.
 """
+
 from __future__ import annotations
 
 import argparse
@@ -66,11 +67,17 @@ def make_model(name: str, seed: int) -> Transformer:
 
 
 # ---------------------------------------------------------------------------------------------------------------- sides
-def kept(model: Transformer, dialogues: Dialogues, chosen: list[int],
-         is_reworded: bool = False) -> tuple[dict[int, Turns], int, int]:
+def kept(
+    model: Transformer, dialogues: Dialogues, chosen: list[int], is_reworded: bool = False
+) -> tuple[dict[int, Turns], int, int]:
     """Responses of the chosen dialogues, all at once; tokens forwarded and reused."""
-    decoder = DialogueDecoder(model, n_rows=len(chosen), max_tokens=dialogues.max_tokens,
-                              max_new_tokens=dialogues.n_response, stop_ids=frozenset())
+    decoder = DialogueDecoder(
+        model,
+        n_rows=len(chosen),
+        max_tokens=dialogues.max_tokens,
+        max_new_tokens=dialogues.n_response,
+        stop_ids=frozenset(),
+    )
     responses: dict[int, Turns] = {dialogue: [] for dialogue in chosen}
     for dialogue in chosen:
         decoder.ask(dialogue, dialogues.prompt(dialogue, []))
@@ -121,33 +128,49 @@ def ratio(seconds: dict, numerator: str, denominator: str) -> float:
 
 def measure_one(args, name: str, model: Transformer, clock) -> dict:
     dialogues = Dialogues(name, model.config.vocab_size, n_dialogues=1, n_turns=args.turns, seed=args.seed)
-    seconds, results = timed_rounds({
-        "kept": lambda: kept(model, dialogues, [0]),
-        "reworded": lambda: kept(model, dialogues, [0], is_reworded=True),
-        "whole": lambda: whole(model, dialogues),
-    }, args.repeats, clock)
+    seconds, results = timed_rounds(
+        {
+            "kept": lambda: kept(model, dialogues, [0]),
+            "reworded": lambda: kept(model, dialogues, [0], is_reworded=True),
+            "whole": lambda: whole(model, dialogues),
+        },
+        args.repeats,
+        clock,
+    )
     tokens = {side: result[1] for side, result in results.items()}
     n_equal = sum(a == b for a, b in zip(results["kept"][0][0], results["whole"][0][0], strict=True))
-    return {"model": name, "tokens_forwarded": tokens, "tokens_reused": results["kept"][2], "equal_turns": n_equal,
-            "seconds": {side: statistics.median(values) for side, values in seconds.items()},
-            "whole_over_kept_tokens": tokens["whole"] / tokens["kept"],
-            "whole_over_reworded_tokens": tokens["whole"] / tokens["reworded"],
-            "whole_over_kept_seconds": ratio(seconds, "whole", "kept"),
-            "whole_over_reworded_seconds": ratio(seconds, "whole", "reworded")}
+    return {
+        "model": name,
+        "tokens_forwarded": tokens,
+        "tokens_reused": results["kept"][2],
+        "equal_turns": n_equal,
+        "seconds": {side: statistics.median(values) for side, values in seconds.items()},
+        "whole_over_kept_tokens": tokens["whole"] / tokens["kept"],
+        "whole_over_reworded_tokens": tokens["whole"] / tokens["reworded"],
+        "whole_over_kept_seconds": ratio(seconds, "whole", "kept"),
+        "whole_over_reworded_seconds": ratio(seconds, "whole", "reworded"),
+    }
 
 
 def measure_batch(args, name: str, model: Transformer, batch: int, clock) -> dict:
     dialogues = Dialogues(name, model.config.vocab_size, n_dialogues=batch, n_turns=args.turns, seed=args.seed)
-    sides = {"kept": lambda: kept(model, dialogues, list(range(batch)))[0], "alone": lambda: alone(model, dialogues),
-             "whole": lambda: whole(model, dialogues)[0]}
+    sides = {
+        "kept": lambda: kept(model, dialogues, list(range(batch)))[0],
+        "alone": lambda: alone(model, dialogues),
+        "whole": lambda: whole(model, dialogues)[0],
+    }
     if name == "135m":  # minutes, and one dialogue shows it
         del sides["whole"]
     seconds, results = timed_rounds(sides, args.repeats, clock)
     if results["kept"] != results["alone"]:
         raise SystemExit("a response depended on the dialogues beside it")
-    return {"model": name, "batch": batch, "seconds": {side: statistics.median(seconds[side]) for side in sides},
-            "alone_over_kept_seconds": ratio(seconds, "alone", "kept"),
-            "whole_over_kept_seconds": ratio(seconds, "whole", "kept") if "whole" in sides else None}
+    return {
+        "model": name,
+        "batch": batch,
+        "seconds": {side: statistics.median(seconds[side]) for side in sides},
+        "alone_over_kept_seconds": ratio(seconds, "alone", "kept"),
+        "whole_over_kept_seconds": ratio(seconds, "whole", "kept") if "whole" in sides else None,
+    }
 
 
 def main() -> int:
@@ -163,8 +186,10 @@ def main() -> int:
     if unknown:
         parser.error(f"--models: found {sorted(unknown)}, expected tiny or 135m")
     clock = time.perf_counter if args.clock == "wall" else time.process_time
-    print(f"{args.turns} turns, {torch.get_num_threads()} threads, torch {torch.__version__}, {args.repeats} "
-          f"alternating rounds, {args.clock} time")
+    print(
+        f"{args.turns} turns, {torch.get_num_threads()} threads, torch {torch.__version__}, {args.repeats} "
+        f"alternating rounds, {args.clock} time"
+    )
     singles, batches = [], []
     for name in args.models.split(","):
         n_prompt, n_response, n_feedback = SHAPES[name]
@@ -172,19 +197,27 @@ def main() -> int:
         model = make_model(name, args.seed)
         singles.append(row := measure_one(args, name, model, clock))
         tokens, seconds = row["tokens_forwarded"], row["seconds"]
-        print(f"  one dialogue: tokens forwarded {tokens['kept']} kept, {tokens['reworded']} reworded, "
-              f"{tokens['whole']} whole; whole/kept {row['whole_over_kept_tokens']:.2f} in tokens, "
-              f"{row['whole_over_kept_seconds']:.2f} in seconds ({seconds['whole']:.2f} s, {seconds['kept']:.2f} s); "
-              f"whole/reworded {row['whole_over_reworded_tokens']:.2f}, {row['whole_over_reworded_seconds']:.2f}; "
-              f"{row['equal_turns']} of {args.turns} turns equal", flush=True)
+        print(
+            f"  one dialogue: tokens forwarded {tokens['kept']} kept, {tokens['reworded']} reworded, "
+            f"{tokens['whole']} whole; whole/kept {row['whole_over_kept_tokens']:.2f} in tokens, "
+            f"{row['whole_over_kept_seconds']:.2f} in seconds ({seconds['whole']:.2f} s, {seconds['kept']:.2f} s); "
+            f"whole/reworded {row['whole_over_reworded_tokens']:.2f}, {row['whole_over_reworded_seconds']:.2f}; "
+            f"{row['equal_turns']} of {args.turns} turns equal",
+            flush=True,
+        )
         for batch in [int(each) for each in args.batches.split(",") if each]:
             batches.append(row := measure_batch(args, name, model, batch, clock))
             against_whole = row["whole_over_kept_seconds"]
-            print(f"  {batch} dialogues at once: alone/kept {row['alone_over_kept_seconds']:.2f} in seconds "
-                  f"({row['seconds']['alone']:.2f} s, {row['seconds']['kept']:.2f} s)"
-                  + (f", whole/kept {against_whole:.2f}" if against_whole else ""), flush=True)
-    met = all(row["whole_over_kept_tokens"] >= TOKENS_GOAL and row["whole_over_kept_seconds"] >= SECONDS_GOAL
-              for row in singles)
+            print(
+                f"  {batch} dialogues at once: alone/kept {row['alone_over_kept_seconds']:.2f} in seconds "
+                f"({row['seconds']['alone']:.2f} s, {row['seconds']['kept']:.2f} s)"
+                + (f", whole/kept {against_whole:.2f}" if against_whole else ""),
+                flush=True,
+            )
+    met = all(
+        row["whole_over_kept_tokens"] >= TOKENS_GOAL and row["whole_over_kept_seconds"] >= SECONDS_GOAL
+        for row in singles
+    )
     print(json.dumps({"benchmark": "multi_turn", "one_dialogue": singles, "batches": batches, "goal_met": met}))
     return 0 if met else 1
 

@@ -25,6 +25,7 @@ lengthen; set OMP_NUM_THREADS=1 with it.
 Shape suffixes: B rows, T positions of a padded row (prompt and response), R of its response, L keys, N query heads, K
 key/value heads, H head dim, D model dim, V vocabulary.
 """
+
 from __future__ import annotations
 
 import argparse
@@ -42,6 +43,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from command_line import ConfigError, fail
 from data.trajectories import DataError
 from model.config import ModelConfig, ModelFolderError
 from model.pretrained_weights import save_pretrained
@@ -55,7 +57,6 @@ from rl.ppo_loss import policy_loss, value_loss
 from rl.prompts import PPOPrompt
 from rl.reward import tool_call_reward
 from rl.rollout import Rollout, prompts_of_iteration, response_text
-from command_line import ConfigError, fail
 from run_ppo import load_models, make_prompts
 from train.distributed import World, clip_gradients, close_world, init_world, local_part, reshard_all
 from train.optimizer import make_adamw
@@ -68,18 +69,39 @@ CLOCKS = {"cpu": time.process_time, "wall": time.perf_counter}
 # --------------------------------------------------------------------------------------------------- models and prompts
 def save_random_model(args, folder: Path) -> None:
     """A LLaMA of the given shape with random weights; only its shape matters here."""
-    model = Transformer(ModelConfig(
-        vocab_size=args.vocab_size, dim=args.dim, n_layers=args.layers, n_heads=args.dim // 64,
-        n_kv_heads=args.dim // 64, head_dim=64, ffn_dim=args.dim * 8 // 3 // 32 * 32, norm_eps=1e-5, rope_theta=1e4,
-        rope_scaling=None, tie_embeddings=True, qkv_bias=False, max_positions=4096))
+    model = Transformer(
+        ModelConfig(
+            vocab_size=args.vocab_size,
+            dim=args.dim,
+            n_layers=args.layers,
+            n_heads=args.dim // 64,
+            n_kv_heads=args.dim // 64,
+            head_dim=64,
+            ffn_dim=args.dim * 8 // 3 // 32 * 32,
+            norm_eps=1e-5,
+            rope_theta=1e4,
+            rope_scaling=None,
+            tie_embeddings=True,
+            qkv_bias=False,
+            max_positions=4096,
+        )
+    )
     model.init_weights(torch.Generator().manual_seed(args.seed))
     save_pretrained(model, folder)
 
 
 def make_config(args, model_dir: str, n_prompts: int) -> PPOConfig:
-    return PPOConfig(model=model_dir, data=args.data, device="cpu", rollout_batch_size=n_prompts,
-                     minibatch_size=min(n_prompts, 8), max_response_tokens=args.max_response_tokens,
-                     policy_learning_rate=0.0, value_learning_rate=0.0, seed=args.seed)
+    return PPOConfig(
+        model=model_dir,
+        data=args.data,
+        device="cpu",
+        rollout_batch_size=n_prompts,
+        minibatch_size=min(n_prompts, 8),
+        max_response_tokens=args.max_response_tokens,
+        policy_learning_rate=0.0,
+        value_learning_rate=0.0,
+        seed=args.seed,
+    )
 
 
 @torch.no_grad()
@@ -91,6 +113,7 @@ def randomize_value_head(critic: ValueModel, seed: int) -> None:
 
 def plain_copy(models: Models) -> Models:
     """The same weights without FSDP, with optimizers of their own; one rank only."""
+
     def copied(model: torch.nn.Module) -> torch.nn.Module:
         reshard_all(model)
         copy = (ValueModel if isinstance(model, ValueModel) else Transformer)(model.config)
@@ -98,8 +121,10 @@ def plain_copy(models: Models) -> Models:
         return copy
 
     policy, reference, critic = map(copied, (models.policy, models.reference, models.critic))
-    optimizers = [make_adamw(model, learning_rate=0.0, beta1=0.9, beta2=0.95, epsilon=1e-8, weight_decay=0.0)
-                  for model in (policy, critic)]
+    optimizers = [
+        make_adamw(model, learning_rate=0.0, beta1=0.9, beta2=0.95, epsilon=1e-8, weight_decay=0.0)
+        for model in (policy, critic)
+    ]
     return Models(policy, reference.requires_grad_(False), critic, *optimizers, starts_at_reference=True)
 
 
@@ -125,17 +150,20 @@ def padded_states(model: Transformer, ids_BT: Tensor, mask_BL: Tensor, cache: Pa
     x_BTD = model.tok_embeddings(ids_BT)
     for number, block in enumerate(model.layers):
         attention, normed_BTD = block.attention, block.attention_norm(x_BTD)
-        q_BTNH, k_BTKH, v_BTKH = (matrix(normed_BTD).view(B, T, -1, attention.head_dim)
-                                  for matrix in (attention.wq, attention.wk, attention.wv))
+        q_BTNH, k_BTKH, v_BTKH = (
+            matrix(normed_BTD).view(B, T, -1, attention.head_dim)
+            for matrix in (attention.wq, attention.wk, attention.wv)
+        )
         q_BNTH = apply_rope(q_BTNH, cos, sin).transpose(1, 2)
         k_BKLH, v_BKLH = apply_rope(k_BTKH, cos, sin).transpose(1, 2), v_BTKH.transpose(1, 2)
         if cache is not None:
             slots = slice(cache.filled, cache.filled + T)
             keys, values = cache.layers[number]
             keys[:, :, slots], values[:, :, slots] = k_BKLH, v_BKLH
-            k_BKLH, v_BKLH = keys[:, :, :slots.stop], values[:, :, :slots.stop]
-        out_BNTH = F.scaled_dot_product_attention(q_BNTH, k_BKLH, v_BKLH, attn_mask=mask_B1TL,
-                                                  enable_gqa=attention.is_grouped)
+            k_BKLH, v_BKLH = keys[:, :, : slots.stop], values[:, :, : slots.stop]
+        out_BNTH = F.scaled_dot_product_attention(
+            q_BNTH, k_BKLH, v_BKLH, attn_mask=mask_B1TL, enable_gqa=attention.is_grouped
+        )
         x_BTD = x_BTD + attention.wo(out_BNTH.transpose(1, 2).reshape(B, T, -1))
         x_BTD = x_BTD + block.feed_forward(block.ffn_norm(x_BTD))
     if cache is not None:
@@ -158,8 +186,13 @@ def padded_values(critic: ValueModel, ids_BT: Tensor, mask_BT: Tensor, n_respons
 
 # ----------------------------------------------------------------------------------------------------- padded iteration
 @torch.no_grad()
-def padded_generation(policy: Transformer, prompts: Sequence[PPOPrompt], responses: Sequence[list[int]], pad_to: int,
-                      generator: torch.Generator) -> tuple[Tensor, Tensor]:
+def padded_generation(
+    policy: Transformer,
+    prompts: Sequence[PPOPrompt],
+    responses: Sequence[list[int]],
+    pad_to: int,
+    generator: torch.Generator,
+) -> tuple[Tensor, Tensor]:
     """(ids_BT, mask_BT) of left-padded prompts and their responses, T = pad_to + the longest response.
 
     Every token is drawn from the model, and then replaced by the one that our side drew: equal work on equal texts.
@@ -169,19 +202,27 @@ def padded_generation(policy: Transformer, prompts: Sequence[PPOPrompt], respons
     mask_BT = torch.zeros(ids_BT.shape, dtype=torch.bool)
     for row, (prompt, response) in enumerate(zip(prompts, responses, strict=True)):
         start = pad_to - len(prompt.prompt_ids)
-        ids_BT[row, start:pad_to + len(response)] = torch.tensor(prompt.prompt_ids + response)
-        mask_BT[row, start:pad_to + len(response)] = True
+        ids_BT[row, start : pad_to + len(response)] = torch.tensor(prompt.prompt_ids + response)
+        mask_BT[row, start : pad_to + len(response)] = True
     cache = PaddedCache(policy.config, B, pad_to + longest)
     for end in range(pad_to, pad_to + longest):
-        new_ids_BT = ids_BT[:, :end] if end == pad_to else ids_BT[:, end - 1:end]
+        new_ids_BT = ids_BT[:, :end] if end == pad_to else ids_BT[:, end - 1 : end]
         hidden_BD = padded_states(policy, new_ids_BT, mask_BT[:, :end], cache)[:, -1]
         probabilities_BV = F.linear(hidden_BD, policy.head_weight()).softmax(-1)
         torch.multinomial(probabilities_BV, 1, generator=generator).tolist()  # in place of which stands ids_BT[:, end]
     return ids_BT, mask_BT
 
 
-def padded_iteration(config: PPOConfig, models: Models, tokenizer, rollout: Rollout, *, pad_to: int, rows_per_pass: int,
-                     clock: Callable[[], float]) -> tuple[dict[str, float], Tensor, list[dict[str, float]]]:
+def padded_iteration(
+    config: PPOConfig,
+    models: Models,
+    tokenizer,
+    rollout: Rollout,
+    *,
+    pad_to: int,
+    rows_per_pass: int,
+    clock: Callable[[], float],
+) -> tuple[dict[str, float], Tensor, list[dict[str, float]]]:
     """The iteration of `rollout` on padded rows: (seconds, logprobs_BR, losses of each minibatch)."""
     seconds = dict.fromkeys(PHASES, 0.0)
     logprobs_BR, losses = torch.zeros_like(rollout.logprobs_BR), []
@@ -192,15 +233,22 @@ def padded_iteration(config: PPOConfig, models: Models, tokenizer, rollout: Roll
             ids_BT, mask_BT = padded_generation(models.policy, prompts, responses, pad_to, generator)
         R = ids_BT.shape[1] - pad_to
         with timed(seconds, "reward", clock):
-            scores_B = torch.tensor([
-                tool_call_reward(response_text(response, tokenizer), prompt.gold_calls, prompt.tools).reward
-                for prompt, response in zip(prompts, responses, strict=True)])
-        pieces = [(ids_BT[start:start + rows_per_pass], mask_BT[start:start + rows_per_pass])
-                  for start in range(0, len(rows), rows_per_pass)]
+            scores_B = torch.tensor(
+                [
+                    tool_call_reward(response_text(response, tokenizer), prompt.gold_calls, prompt.tools).reward
+                    for prompt, response in zip(prompts, responses, strict=True)
+                ]
+            )
+        pieces = [
+            (ids_BT[start : start + rows_per_pass], mask_BT[start : start + rows_per_pass])
+            for start in range(0, len(rows), rows_per_pass)
+        ]
         grids = []
-        for name, model, function in (("policy_logprobs", models.policy, padded_logprobs),
-                                      ("reference", models.reference, padded_logprobs),
-                                      ("critic", models.critic, padded_values)):
+        for name, model, function in (
+            ("policy_logprobs", models.policy, padded_logprobs),
+            ("reference", models.reference, padded_logprobs),
+            ("critic", models.critic, padded_values),
+        ):
             with timed(seconds, name, clock), torch.no_grad():
                 grids.append(torch.cat([function(model, ids, mask, R) for ids, mask in pieces]))
         logprobs_BR[rows, :R] = grids[0].where(mask_BT[:, -R:], 0.0)
@@ -209,8 +257,15 @@ def padded_iteration(config: PPOConfig, models: Models, tokenizer, rollout: Roll
     return seconds, logprobs_BR, losses
 
 
-def padded_update(config: PPOConfig, models: Models, pieces: Sequence[tuple[Tensor, Tensor]], scores_B: Tensor,
-                  old_logprobs_BR: Tensor, ref_logprobs_BR: Tensor, old_values_BR: Tensor) -> dict[str, float]:
+def padded_update(
+    config: PPOConfig,
+    models: Models,
+    pieces: Sequence[tuple[Tensor, Tensor]],
+    scores_B: Tensor,
+    old_logprobs_BR: Tensor,
+    ref_logprobs_BR: Tensor,
+    old_values_BR: Tensor,
+) -> dict[str, float]:
     """One optimizer step of policy and critic, each through new passes over all positions."""
     R = old_values_BR.shape[1]
     mask_BR = torch.cat([mask[:, -R:] for _, mask in pieces])
@@ -221,12 +276,28 @@ def padded_update(config: PPOConfig, models: Models, pieces: Sequence[tuple[Tens
     for ids, mask in pieces:
         rows = slice(start, start + len(ids))
         start, share = start + len(ids), mask[:, -R:].sum() / mask_BR.sum()
-        loss = share * policy_loss(padded_logprobs(models.policy, ids, mask, R), old_logprobs_BR[rows],
-                                   advantages_BR[rows], mask_BR[rows], config.clip_range)[0]
+        loss = (
+            share
+            * policy_loss(
+                padded_logprobs(models.policy, ids, mask, R),
+                old_logprobs_BR[rows],
+                advantages_BR[rows],
+                mask_BR[rows],
+                config.clip_range,
+            )[0]
+        )
         loss.backward()
         losses["ppo/policy_loss"] += loss.item()
-        loss = share * value_loss(padded_values(models.critic, ids, mask, R), old_values_BR[rows], returns_BR[rows],
-                                  mask_BR[rows], config.value_clip_range)[0]
+        loss = (
+            share
+            * value_loss(
+                padded_values(models.critic, ids, mask, R),
+                old_values_BR[rows],
+                returns_BR[rows],
+                mask_BR[rows],
+                config.value_clip_range,
+            )[0]
+        )
         loss.backward()
         losses["ppo/value_loss"] += loss.item()
     for model, optimizer in models.trained().values():
@@ -244,41 +315,80 @@ def timed(seconds: dict[str, float], name: str, clock: Callable[[], float]) -> I
     seconds[name] += clock() - began
 
 
-def our_iteration(config: PPOConfig, models: Models, tokenizer, prompts: Sequence[PPOPrompt], world: World,
-                  iteration: int, clock: Callable[[], float]) -> tuple[Rollout, list[dict[str, float]]]:
+def our_iteration(
+    config: PPOConfig,
+    models: Models,
+    tokenizer,
+    prompts: Sequence[PPOPrompt],
+    world: World,
+    iteration: int,
+    clock: Callable[[], float],
+) -> tuple[Rollout, list[dict[str, float]]]:
     """The real thing. It stamps its phases with time.perf_counter, which is `clock` meanwhile."""
     with patch("time.perf_counter", clock):
-        return run_iteration(config, models, tokenizer, prompts, world, iteration=iteration, step=0,
-                             total_steps=len(prompts), kl_coef=config.kl_coef, must_stop=lambda: False)
+        return run_iteration(
+            config,
+            models,
+            tokenizer,
+            prompts,
+            world,
+            iteration=iteration,
+            step=0,
+            total_steps=len(prompts),
+            kl_coef=config.kl_coef,
+            must_stop=lambda: False,
+        )
 
 
-def one_round(config: PPOConfig, models: Models, padded: Models, tokenizer, prompts: Sequence[PPOPrompt], world: World,
-              args, *, iteration: int, pad_lengths: Sequence[int]) -> dict[str, dict[str, float]]:
+def one_round(
+    config: PPOConfig,
+    models: Models,
+    padded: Models,
+    tokenizer,
+    prompts: Sequence[PPOPrompt],
+    world: World,
+    args,
+    *,
+    iteration: int,
+    pad_lengths: Sequence[int],
+) -> dict[str, dict[str, float]]:
     """Side -> seconds by phase, "total", "positions" of one pass over the iteration, "difference" from our side."""
     clock = CLOCKS[args.clock]
     began = clock()
     rollout, lines = our_iteration(config, models, tokenizer, prompts, world, iteration, clock)
     total = clock() - began
     sides = {"ours": {phase: sum(line[f"time/{phase}_seconds"] for line in lines) for phase in PHASES}}
-    sides["ours"] |= {"total": total, "difference": 0.0, "positions": sum(
-        len(prompt.prompt_ids) + len(response) - 1
-        for prompt, response in zip(rollout.prompts, rollout.response_ids, strict=True))}
+    sides["ours"] |= {
+        "total": total,
+        "difference": 0.0,
+        "positions": sum(
+            len(prompt.prompt_ids) + len(response) - 1
+            for prompt, response in zip(rollout.prompts, rollout.response_ids, strict=True)
+        ),
+    }
     for pad_to in pad_lengths:
         began = clock()
         seconds, logprobs_BR, losses = padded_iteration(
-            config, padded, tokenizer, rollout, pad_to=pad_to, rows_per_pass=args.rows_per_pass, clock=clock)
+            config, padded, tokenizer, rollout, pad_to=pad_to, rows_per_pass=args.rows_per_pass, clock=clock
+        )
         total = clock() - began
         differences = [(logprobs_BR - rollout.logprobs_BR).abs().max().item()]
-        differences += [abs(loss[key] - line[key]) / max(1.0, abs(line[key]))
-                        for loss, line in zip(losses, lines, strict=True) for key in loss]
-        positions = sum(len(rows) * (pad_to + max(len(rollout.response_ids[row]) for row in rows))
-                        for rows in cut_minibatches(range(len(prompts)), config.minibatch_size))
+        differences += [
+            abs(loss[key] - line[key]) / max(1.0, abs(line[key]))
+            for loss, line in zip(losses, lines, strict=True)
+            for key in loss
+        ]
+        positions = sum(
+            len(rows) * (pad_to + max(len(rollout.response_ids[row]) for row in rows))
+            for rows in cut_minibatches(range(len(prompts)), config.minibatch_size)
+        )
         sides[f"padded {pad_to}"] = {**seconds, "total": total, "difference": max(differences), "positions": positions}
     return sides
 
 
-def measure(args, title: str, model_dir: str, tokenizer, prompts: Sequence[PPOPrompt], n_prompts: int,
-            world: World) -> dict:
+def measure(
+    args, title: str, model_dir: str, tokenizer, prompts: Sequence[PPOPrompt], n_prompts: int, world: World
+) -> dict:
     config = make_config(args, model_dir, n_prompts)
     models = load_models(config, tokenizer, world)
     randomize_value_head(models.critic, args.seed)
@@ -290,24 +400,42 @@ def measure(args, title: str, model_dir: str, tokenizer, prompts: Sequence[PPOPr
     results = []
     for iteration in range(max(1, args.rounds * 8 // n_prompts)):
         chosen = prompts_of_iteration(prompts, iteration, seed=args.seed, rollout_batch_size=n_prompts)
-        results.append(one_round(config, models, padded, tokenizer, chosen, world, args, iteration=iteration,
-                                 pad_lengths=pad_lengths))
-    medians = {side: {key: statistics.median(result[side][key] for result in results) for key in results[0][side]}
-               for side in results[0]}
-    ratios = {side: {key: statistics.median(result[side][key] / result["ours"][key] for result in results)
-                     for key in (*PHASES, "total", "positions")} for side in medians if side != "ours"}
-    return {"model": title, "prompts": n_prompts, "rounds": len(results), "longest_prompt": longest, "medians": medians,
-            "ratio_over_ours": ratios, "max_difference": max(
-                result[side]["difference"] for result in results for side in result)}
+        results.append(
+            one_round(
+                config, models, padded, tokenizer, chosen, world, args, iteration=iteration, pad_lengths=pad_lengths
+            )
+        )
+    medians = {
+        side: {key: statistics.median(result[side][key] for result in results) for key in results[0][side]}
+        for side in results[0]
+    }
+    ratios = {
+        side: {
+            key: statistics.median(result[side][key] / result["ours"][key] for result in results)
+            for key in (*PHASES, "total", "positions")
+        }
+        for side in medians
+        if side != "ours"
+    }
+    return {
+        "model": title,
+        "prompts": n_prompts,
+        "rounds": len(results),
+        "longest_prompt": longest,
+        "medians": medians,
+        "ratio_over_ours": ratios,
+        "max_difference": max(result[side]["difference"] for result in results for side in result),
+    }
 
 
 def print_case(case: dict) -> None:
-    print(f"\n{case['model']}; {case['prompts']} prompts per iteration, longest of the run {case['longest_prompt']} "
-          f"tokens; rounds: {case['rounds']}")
+    print(
+        f"\n{case['model']}; {case['prompts']} prompts per iteration, longest of the run {case['longest_prompt']} "
+        f"tokens; rounds: {case['rounds']}"
+    )
     print(f"{'seconds':18s}" + "".join(f"{name:>16s}" for name in (*PHASES, "total", "positions")))
     for side, row in case["medians"].items():
-        print(f"{side:18s}" + "".join(f"{row[key]:16.3f}" for key in (*PHASES, "total"))
-              + f"{row['positions']:16.0f}")
+        print(f"{side:18s}" + "".join(f"{row[key]:16.3f}" for key in (*PHASES, "total")) + f"{row['positions']:16.0f}")
     for side, row in case["ratio_over_ours"].items():
         print(f"{side + ' / ours':18s}" + "".join(f"{row[key]:16.2f}" for key in (*PHASES, "total", "positions")))
     print(f"largest difference of log-probabilities and losses: {case['max_difference']:.1e}", flush=True)
@@ -324,24 +452,42 @@ def read_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="runs/sft/final", help="SFT model; its tokenizer serves the random one too")
     parser.add_argument("--data", default="assets/tiny_data/train.json", help="trajectories or held-out prompts")
-    parser.add_argument("--prompts", type=sizes, default=[8, 64], help="comma-separated: responses per iteration of "
-                        "--model (default: 8,64; empty: only the random model)")
+    parser.add_argument(
+        "--prompts",
+        type=sizes,
+        default=[8, 64],
+        help="comma-separated: responses per iteration of --model (default: 8,64; empty: only the random model)",
+    )
     parser.add_argument("--max_response_tokens", type=int, default=64, help="a response is cut here")
-    parser.add_argument("--pad_to", type=int, default=0, help="prompt length of the second padded side; 0 = four times "
-                        "the longest prompt")
-    parser.add_argument("--rows_per_pass", type=int, default=1, help="rows of a padded pass outside the generation "
-                        "(released: 1 on each device)")
-    parser.add_argument("--rounds", type=int, default=3, help="timed rounds over the sides with 8 prompts; fewer, at "
-                        "least 1, with more prompts")
-    parser.add_argument("--random", choices=["on", "off"], default="on", help="measure a larger random model too, with "
-                        "8 prompts")
+    parser.add_argument(
+        "--pad_to",
+        type=int,
+        default=0,
+        help="prompt length of the second padded side; 0 = four times the longest prompt",
+    )
+    parser.add_argument(
+        "--rows_per_pass",
+        type=int,
+        default=1,
+        help="rows of a padded pass outside the generation (released: 1 on each device)",
+    )
+    parser.add_argument(
+        "--rounds",
+        type=int,
+        default=3,
+        help="timed rounds over the sides with 8 prompts; fewer, at least 1, with more prompts",
+    )
+    parser.add_argument(
+        "--random", choices=["on", "off"], default="on", help="measure a larger random model too, with 8 prompts"
+    )
     parser.add_argument("--dim", type=int, default=384, help="random model: dimension, a multiple of 64")
     parser.add_argument("--layers", type=int, default=6, help="random model: blocks")
     parser.add_argument("--vocab_size", type=int, default=8192, help="random model: vocabulary (CodeLLaMA: 32016)")
     parser.add_argument("--clock", choices=list(CLOCKS), default="cpu", help="processor time, or wall time")
     parser.add_argument("--seed", type=int, default=0, help="of prompts, responses and random weights")
-    parser.add_argument("--quick", action="store_true", help="8 prompts, 1 round, short responses, a small random "
-                        "model")
+    parser.add_argument(
+        "--quick", action="store_true", help="8 prompts, 1 round, short responses, a small random model"
+    )
     args = parser.parse_args()
     if args.quick:
         args.prompts, args.rounds, args.max_response_tokens = [8], 1, 32

@@ -18,6 +18,7 @@ rate at which a sum reads a large tensor, measured beside it. Prefill counts as 
 
 Rollout: 64 prompts of 32 to 256 tokens; ours in one call, hf in batches of 8 padded on the left, in the given order.
 """
+
 from __future__ import annotations
 
 import argparse
@@ -37,8 +38,20 @@ from model.transformer import Transformer
 
 TINY_MODEL = Path(__file__).parents[1] / "assets" / "tiny_model"
 CONFIG_135M = ModelConfig(
-    vocab_size=49152, dim=576, n_layers=30, n_heads=9, n_kv_heads=3, head_dim=64, ffn_dim=1536, norm_eps=1e-5,
-    rope_theta=1e4, rope_scaling=None, tie_embeddings=True, qkv_bias=False, max_positions=2048)
+    vocab_size=49152,
+    dim=576,
+    n_layers=30,
+    n_heads=9,
+    n_kv_heads=3,
+    head_dim=64,
+    ffn_dim=1536,
+    norm_eps=1e-5,
+    rope_theta=1e4,
+    rope_scaling=None,
+    tie_embeddings=True,
+    qkv_bias=False,
+    max_positions=2048,
+)
 GOALS = {"tiny": 2.0, "135m": 1.3}
 N_ROLLOUT, ROLLOUT_BATCH = 64, 8
 
@@ -47,6 +60,7 @@ N_ROLLOUT, ROLLOUT_BATCH = 64, 8
 def make_models(name: str, seed: int) -> tuple[Transformer, torch.nn.Module]:
     """Ours and transformers' with the same weights."""
     from transformers import AutoModelForCausalLM
+
     if name == "tiny":
         model = load_pretrained(TINY_MODEL)
     else:
@@ -70,8 +84,14 @@ def transformers_generate(peer: torch.nn.Module, prompts: list[list[int]], new_t
     longest = max(map(len, prompts))
     ids_BT = torch.tensor([[0] * (longest - len(prompt)) + prompt for prompt in prompts])
     mask_BT = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts])
-    out_BT = peer.generate(ids_BT, attention_mask=mask_BT, max_new_tokens=new_tokens, min_new_tokens=new_tokens,
-                           do_sample=False, pad_token_id=0)
+    out_BT = peer.generate(
+        ids_BT,
+        attention_mask=mask_BT,
+        max_new_tokens=new_tokens,
+        min_new_tokens=new_tokens,
+        do_sample=False,
+        pad_token_id=0,
+    )
     return out_BT[:, longest:].tolist()
 
 
@@ -81,7 +101,7 @@ def our_generate(model: Transformer, prompts: list[list[int]], new_tokens: int, 
 
 def read_rate(clock) -> float:
     """Bytes per second of a sum over 256 MB, best of 3."""
-    numbers = torch.ones(64 * 2 ** 20)
+    numbers = torch.ones(64 * 2**20)
     best = float("inf")
     for _ in range(3):
         start = clock()
@@ -111,19 +131,28 @@ def measure(args, name: str, models: tuple, batch: int, clock) -> dict:
     model, peer = models
     new_tokens = args.new_tokens if name == "tiny" else args.new_tokens_135m
     prompts = random_prompts([args.prompt_tokens] * batch, model.config.vocab_size, args.seed)
-    seconds, ids = timed_rounds({
-        "hf": lambda: transformers_generate(peer, prompts, new_tokens),
-        "default": lambda: our_generate(model, prompts, new_tokens),
-        "fitted": lambda: our_generate(model, prompts, new_tokens, rows_per_forward=batch),
-    }, args.repeats, clock)
+    seconds, ids = timed_rounds(
+        {
+            "hf": lambda: transformers_generate(peer, prompts, new_tokens),
+            "default": lambda: our_generate(model, prompts, new_tokens),
+            "fitted": lambda: our_generate(model, prompts, new_tokens, rows_per_forward=batch),
+        },
+        args.repeats,
+        clock,
+    )
     speed = {side: batch * new_tokens / statistics.median(values) for side, values in seconds.items()}
     n_bytes = 4 * sum(p.numel() for p in model.parameters())
     limit = read_rate(clock) / n_bytes if batch == 1 else float("nan")  # tokens per second
-    return {"model": name, "batch": batch, "tokens_per_second": speed,
-            "ratio_over_hf": {side: ratio(seconds, side) for side in ("default", "fitted")},
-            "bandwidth_share": {side: value / limit for side, value in speed.items()} if batch == 1 else None,
-            "equal_rows": {side: sum(a == b for a, b in zip(ids[side], ids["hf"], strict=True))
-                           for side in ("default", "fitted")}}
+    return {
+        "model": name,
+        "batch": batch,
+        "tokens_per_second": speed,
+        "ratio_over_hf": {side: ratio(seconds, side) for side in ("default", "fitted")},
+        "bandwidth_share": {side: value / limit for side, value in speed.items()} if batch == 1 else None,
+        "equal_rows": {
+            side: sum(a == b for a, b in zip(ids[side], ids["hf"], strict=True)) for side in ("default", "fitted")
+        },
+    }
 
 
 def measure_rollout(args, models: tuple, clock) -> dict:
@@ -131,23 +160,32 @@ def measure_rollout(args, models: tuple, clock) -> dict:
     generator = torch.Generator().manual_seed(args.seed)
     lengths = torch.randint(32, 257, (N_ROLLOUT,), generator=generator).tolist()
     prompts = random_prompts(lengths, model.config.vocab_size, args.seed)
-    chunks = [prompts[i:i + ROLLOUT_BATCH] for i in range(0, N_ROLLOUT, ROLLOUT_BATCH)]
-    seconds, _ = timed_rounds({
-        "hf": lambda: [transformers_generate(peer, chunk, args.new_tokens) for chunk in chunks],
-        "default": lambda: our_generate(model, prompts, args.new_tokens),
-    }, max(3, args.repeats // 2), clock)
-    return {"seconds": {side: statistics.median(values) for side, values in seconds.items()},
-            "ratio_over_hf": ratio(seconds, "default")}
+    chunks = [prompts[i : i + ROLLOUT_BATCH] for i in range(0, N_ROLLOUT, ROLLOUT_BATCH)]
+    seconds, _ = timed_rounds(
+        {
+            "hf": lambda: [transformers_generate(peer, chunk, args.new_tokens) for chunk in chunks],
+            "default": lambda: our_generate(model, prompts, args.new_tokens),
+        },
+        max(3, args.repeats // 2),
+        clock,
+    )
+    return {
+        "seconds": {side: statistics.median(values) for side, values in seconds.items()},
+        "ratio_over_hf": ratio(seconds, "default"),
+    }
 
 
 def print_row(row: dict) -> None:
     speed, ratios = row["tokens_per_second"], row["ratio_over_hf"]
     share = row["bandwidth_share"] or {}
-    print(f"{row['model']:6s} {row['batch']:5d}  {speed['hf']:8.1f}  {speed['default']:12.1f}  "
-          f"{speed['fitted']:11.1f}  {ratios['default']:10.2f}  {ratios['fitted']:9.2f}  "
-          f"{share.get('hf', float('nan')):8.2f}  {share.get('default', float('nan')):13.2f}  "
-          f"{share.get('fitted', float('nan')):12.2f}  "
-          f"{row['equal_rows']['default']}+{row['equal_rows']['fitted']} of {row['batch']}", flush=True)
+    print(
+        f"{row['model']:6s} {row['batch']:5d}  {speed['hf']:8.1f}  {speed['default']:12.1f}  "
+        f"{speed['fitted']:11.1f}  {ratios['default']:10.2f}  {ratios['fitted']:9.2f}  "
+        f"{share.get('hf', float('nan')):8.2f}  {share.get('default', float('nan')):13.2f}  "
+        f"{share.get('fitted', float('nan')):12.2f}  "
+        f"{row['equal_rows']['default']}+{row['equal_rows']['fitted']} of {row['batch']}",
+        flush=True,
+    )
 
 
 def main() -> int:
@@ -165,10 +203,14 @@ def main() -> int:
     if unknown:
         parser.error(f"--models: found {sorted(unknown)}, expected tiny or 135m")
     clock = time.perf_counter if args.clock == "wall" else time.process_time
-    print(f"{args.prompt_tokens} prompt tokens, {torch.get_num_threads()} threads, torch {torch.__version__}, "
-          f"{args.repeats} alternating rounds, {args.clock} time; memory reads at {read_rate(clock) / 1e9:.1f} GB/s")
-    print("model  batch  hf tok/s  default tok/s  fitted tok/s  default/hf  fitted/hf  hf share  default share  "
-          "fitted share  equal rows")
+    print(
+        f"{args.prompt_tokens} prompt tokens, {torch.get_num_threads()} threads, torch {torch.__version__}, "
+        f"{args.repeats} alternating rounds, {args.clock} time; memory reads at {read_rate(clock) / 1e9:.1f} GB/s"
+    )
+    print(
+        "model  batch  hf tok/s  default tok/s  fitted tok/s  default/hf  fitted/hf  hf share  default share  "
+        "fitted share  equal rows"
+    )
     rows, rollout = [], None
     for name in args.models.split(","):
         models = make_models(name, args.seed)
@@ -177,8 +219,10 @@ def main() -> int:
             print_row(rows[-1])
         if name == "tiny" and args.rollout == "on":
             rollout = measure_rollout(args, models, clock)
-            print(f"rollout of {N_ROLLOUT} prompts, {args.new_tokens} tokens each: hf {rollout['seconds']['hf']:.2f} s"
-                  f", default {rollout['seconds']['default']:.2f} s, default/hf {rollout['ratio_over_hf']:.2f}")
+            print(
+                f"rollout of {N_ROLLOUT} prompts, {args.new_tokens} tokens each: hf {rollout['seconds']['hf']:.2f} s"
+                f", default {rollout['seconds']['default']:.2f} s, default/hf {rollout['ratio_over_hf']:.2f}"
+            )
     met = all(row["ratio_over_hf"]["default"] >= GOALS[row["model"]] for row in rows)
     print(json.dumps({"benchmark": "rollout", "rows": rows, "rollout": rollout, "goal_met": met}))
     return 0 if met else 1

@@ -6,6 +6,7 @@ The data is RoTBench's third turn (three assistant turns each); its ReAct text (
 again as calls. The model is small and random; both ways run the same forward, backward and loss code on it, alternating
 trajectory by trajectory in one process (A B A B ...). Tokens hold for any model, seconds for this one.
 """
+
 import argparse
 import json
 import sys
@@ -38,7 +39,7 @@ def read_react_record(record: dict, source: str) -> Trajectory:
     try:
         system, *rest = record["conversations"]
         listing = system["value"]
-        tools, _ = json.JSONDecoder().raw_decode(listing[listing.index("\n[") + 1:])
+        tools, _ = json.JSONDecoder().raw_decode(listing[listing.index("\n[") + 1 :])
         messages = []
         for message in rest:
             role = ROLES[message["from"]]
@@ -58,8 +59,9 @@ def read_multi_turn(path: Path) -> list[Trajectory]:
     try:
         records = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise DataError(f"{path}: {error.strerror}, expected RoTBench's Third_Turn/clean.json or a training file; "
-                        "give --data FILE") from error
+        raise DataError(
+            f"{path}: {error.strerror}, expected RoTBench's Third_Turn/clean.json or a training file; give --data FILE"
+        ) from error
     except ValueError:
         return read_trajectories(path)  # JSON lines
     if isinstance(records, list) and records and "from" in str(records[0].get("conversations", ""))[:200]:
@@ -71,9 +73,21 @@ def read_multi_turn(path: Path) -> list[Trajectory]:
 
 
 def random_model(vocab_size: int, dim: int, n_layers: int) -> Transformer:
-    config = ModelConfig(vocab_size=vocab_size, dim=dim, n_layers=n_layers, n_heads=dim // 32, n_kv_heads=dim // 32,
-                         head_dim=32, ffn_dim=8 * dim // 3, norm_eps=1e-5, rope_theta=1e4, rope_scaling=None,
-                         tie_embeddings=False, qkv_bias=False, max_positions=8192)
+    config = ModelConfig(
+        vocab_size=vocab_size,
+        dim=dim,
+        n_layers=n_layers,
+        n_heads=dim // 32,
+        n_kv_heads=dim // 32,
+        head_dim=32,
+        ffn_dim=8 * dim // 3,
+        norm_eps=1e-5,
+        rope_theta=1e4,
+        rope_scaling=None,
+        tie_embeddings=False,
+        qkv_bias=False,
+        max_positions=8192,
+    )
     model = Transformer(config)
     model.init_weights(torch.Generator().manual_seed(0))
     return model
@@ -83,10 +97,19 @@ def forward_backward(model: Transformer, batches: Sequence[PackedBatch]) -> tupl
     """(wall seconds, CPU seconds, weighted loss sum) of all batches; the gradients are thrown away."""
     wall_start, cpu_start, loss_sum = time.perf_counter(), time.process_time(), 0.0
     for batch in batches:
-        hidden_BTD = model(batch.input_ids_T[None], position_ids_BT=batch.position_ids_T[None],
-                           segment_lengths=batch.segment_lengths, return_hidden=True)
-        loss = linear_weighted_cross_entropy(hidden_BTD[0], model.head_weight(), batch.target_ids_T,
-                                             batch.loss_weights_T, trained_index_K=batch.trained_index_K)
+        hidden_BTD = model(
+            batch.input_ids_T[None],
+            position_ids_BT=batch.position_ids_T[None],
+            segment_lengths=batch.segment_lengths,
+            return_hidden=True,
+        )
+        loss = linear_weighted_cross_entropy(
+            hidden_BTD[0],
+            model.head_weight(),
+            batch.target_ids_T,
+            batch.loss_weights_T,
+            trained_index_K=batch.trained_index_K,
+        )
         loss.backward()
         loss_sum += loss.item()
     wall_seconds, cpu_seconds = time.perf_counter() - wall_start, time.process_time() - cpu_start
@@ -98,13 +121,20 @@ def count_tokens(rows: Sequence[EncodedTrajectory]) -> int:
     return sum(len(row) for row in rows)
 
 
-def encode_both_ways(trajectories: Sequence[Trajectory], tokenizer: Tokenizer, error_filter: str,
-                     ) -> list[tuple[EncodedTrajectory, list[EncodedTrajectory]]]:
+def encode_both_ways(
+    trajectories: Sequence[Trajectory], tokenizer: Tokenizer, error_filter: str
+) -> list[tuple[EncodedTrajectory, list[EncodedTrajectory]]]:
     """(one row, rows per turn) of every trajectory that trains something."""
-    settings = {"error_filter": error_filter, "key_tokens": True, "max_key_token_weight": 9.0,
-                "loss_normalization": "turn_mean"}
-    pairs = [(encode_trajectory(trajectory, tokenizer, **settings), expand_per_turn(trajectory, tokenizer, **settings))
-             for trajectory in trajectories]
+    settings = {
+        "error_filter": error_filter,
+        "key_tokens": True,
+        "max_key_token_weight": 9.0,
+        "loss_normalization": "turn_mean",
+    }
+    pairs = [
+        (encode_trajectory(trajectory, tokenizer, **settings), expand_per_turn(trajectory, tokenizer, **settings))
+        for trajectory in trajectories
+    ]
     return [pair for pair in pairs if pair[0].trained_turns]
 
 
@@ -113,12 +143,15 @@ def print_token_counts(trajectories: Sequence[Trajectory], tokenizer: Tokenizer)
         pairs = encode_both_ways(trajectories, tokenizer, error_filter)
         turns = [row for _, rows in pairs for row in rows]
         single, expanded = count_tokens([row for row, _ in pairs]), count_tokens(turns)
-        print(f"error_filter {error_filter:<10}  {len(pairs)} trajectories, {len(turns)} trained turns: "
-              f"{single} forward tokens in one pass, {expanded} per turn, ratio {expanded / single:.2f}")
+        print(
+            f"error_filter {error_filter:<10}  {len(pairs)} trajectories, {len(turns)} trained turns: "
+            f"{single} forward tokens in one pass, {expanded} per turn, ratio {expanded / single:.2f}"
+        )
 
 
-def print_seconds(pairs: Sequence[tuple[EncodedTrajectory, list[EncodedTrajectory]]], model: Transformer,
-                  repeats: int) -> None:
+def print_seconds(
+    pairs: Sequence[tuple[EncodedTrajectory, list[EncodedTrajectory]]], model: Transformer, repeats: int
+) -> None:
     """Times both ways on the same trajectories, `repeats` times; ratios are formed inside a repeat."""
     one_pass = [[pack([row])] for row, _ in pairs]
     per_turn = [[pack([row]) for row in rows] for _, rows in pairs]
@@ -135,10 +168,14 @@ def print_seconds(pairs: Sequence[tuple[EncodedTrajectory, list[EncodedTrajector
     tokens_b = count_tokens([row for _, rows in pairs for row in rows])
     for kind, figures in (("wall", walls), ("CPU", cpus)):
         single, expanded, ratio = (median(column) for column in zip(*figures))
-        print(f"  {kind:<4} one pass {single:.2f} s, per turn {expanded:.2f} s, ratio {ratio:.2f} "
-              f"({min(f[2] for f in figures):.2f} to {max(f[2] for f in figures):.2f})")
-    print(f"  tokens {tokens_a} and {tokens_b}, ratio {tokens_b / tokens_a:.2f}; "
-          f"summed losses {totals_a[2]:.6f} and {totals_b[2]:.6f}")
+        print(
+            f"  {kind:<4} one pass {single:.2f} s, per turn {expanded:.2f} s, ratio {ratio:.2f} "
+            f"({min(f[2] for f in figures):.2f} to {max(f[2] for f in figures):.2f})"
+        )
+    print(
+        f"  tokens {tokens_a} and {tokens_b}, ratio {tokens_b / tokens_a:.2f}; "
+        f"summed losses {totals_a[2]:.6f} and {totals_b[2]:.6f}"
+    )
 
 
 def main() -> int:
@@ -158,9 +195,11 @@ def main() -> int:
         print(error, file=sys.stderr)
         return 2
     print_token_counts(trajectories, tokenizer)
-    pairs = encode_both_ways(trajectories, tokenizer, arguments.error_filter)[:arguments.limit]
-    print(f"forward + backward, error_filter {arguments.error_filter}, {len(pairs)} trajectories, dim {arguments.dim}, "
-          f"{arguments.layers} layers, fp32, {torch.get_num_threads()} thread(s), median of {arguments.repeats}:")
+    pairs = encode_both_ways(trajectories, tokenizer, arguments.error_filter)[: arguments.limit]
+    print(
+        f"forward + backward, error_filter {arguments.error_filter}, {len(pairs)} trajectories, dim {arguments.dim}, "
+        f"{arguments.layers} layers, fp32, {torch.get_num_threads()} thread(s), median of {arguments.repeats}:"
+    )
     print_seconds(pairs, random_model(tokenizer.vocab_size, arguments.dim, arguments.layers), arguments.repeats)
     return 0
 

@@ -19,6 +19,7 @@ Share of the matmul rate: useful floating-point operations of our step, divided 
 large matmul measured beside it. Counted: 6 * parameters of the blocks' matrices * tokens, 6 * layers * heads * head_dim
 * sum of squared sequence lengths for causal attention, 6 * V * D * trained rows for the head.
 """
+
 from __future__ import annotations
 
 import argparse
@@ -43,30 +44,58 @@ GOALS = {100: 1.0, 10: 1.4}  # percent trained -> tokens/s over eager
 ADAMW = {"learning_rate": 1e-6, "beta1": 0.9, "beta2": 0.95, "epsilon": 1e-8, "weight_decay": 0.01}
 MAX_GRAD_NORM = 1.0
 HF_NAMES = (  # ours -> transformers
-    ("tok_embeddings", "model.embed_tokens"), ("attention.wq", "self_attn.q_proj"),
-    ("attention.wk", "self_attn.k_proj"), ("attention.wv", "self_attn.v_proj"), ("attention.wo", "self_attn.o_proj"),
-    ("feed_forward.w1", "mlp.gate_proj"), ("feed_forward.w2", "mlp.down_proj"), ("feed_forward.w3", "mlp.up_proj"),
-    ("attention_norm", "input_layernorm"), ("ffn_norm", "post_attention_layernorm"),
+    ("tok_embeddings", "model.embed_tokens"),
+    ("attention.wq", "self_attn.q_proj"),
+    ("attention.wk", "self_attn.k_proj"),
+    ("attention.wv", "self_attn.v_proj"),
+    ("attention.wo", "self_attn.o_proj"),
+    ("feed_forward.w1", "mlp.gate_proj"),
+    ("feed_forward.w2", "mlp.down_proj"),
+    ("feed_forward.w3", "mlp.up_proj"),
+    ("attention_norm", "input_layernorm"),
+    ("ffn_norm", "post_attention_layernorm"),
 )
 
 
 # ----------------------------------------------------------------------------------------------------- models and batch
 def make_config(args) -> ModelConfig:
     return ModelConfig(
-        vocab_size=args.vocab_size, dim=args.dim, n_layers=args.layers, n_heads=args.dim // 64,
-        n_kv_heads=args.dim // 64, head_dim=64, ffn_dim=args.dim * 8 // 3 // 32 * 32, norm_eps=1e-5, rope_theta=1e4,
-        rope_scaling=None, tie_embeddings=False, qkv_bias=False, max_positions=4096)
+        vocab_size=args.vocab_size,
+        dim=args.dim,
+        n_layers=args.layers,
+        n_heads=args.dim // 64,
+        n_kv_heads=args.dim // 64,
+        head_dim=64,
+        ffn_dim=args.dim * 8 // 3 // 32 * 32,
+        norm_eps=1e-5,
+        rope_theta=1e4,
+        rope_scaling=None,
+        tie_embeddings=False,
+        qkv_bias=False,
+        max_positions=4096,
+    )
 
 
 def transformers_copy(model: Transformer) -> torch.nn.Module:
     """LlamaForCausalLM with the same weights."""
     from transformers import LlamaConfig, LlamaForCausalLM
+
     config = model.config
-    peer = LlamaForCausalLM._from_config(LlamaConfig(
-        vocab_size=config.vocab_size, hidden_size=config.dim, num_hidden_layers=config.n_layers,
-        num_attention_heads=config.n_heads, num_key_value_heads=config.n_kv_heads, intermediate_size=config.ffn_dim,
-        rms_norm_eps=config.norm_eps, rope_theta=config.rope_theta, max_position_embeddings=config.max_positions,
-        tie_word_embeddings=False), attn_implementation="sdpa")
+    peer = LlamaForCausalLM._from_config(
+        LlamaConfig(
+            vocab_size=config.vocab_size,
+            hidden_size=config.dim,
+            num_hidden_layers=config.n_layers,
+            num_attention_heads=config.n_heads,
+            num_key_value_heads=config.n_kv_heads,
+            intermediate_size=config.ffn_dim,
+            rms_norm_eps=config.norm_eps,
+            rope_theta=config.rope_theta,
+            max_position_embeddings=config.max_positions,
+            tie_word_embeddings=False,
+        ),
+        attn_implementation="sdpa",
+    )
     state = {}
     for name, tensor in model.state_dict().items():
         for ours, theirs in HF_NAMES:
@@ -82,15 +111,20 @@ def make_batch(args, percent: int) -> PackedBatch:
     generator = torch.Generator().manual_seed(args.seed)
     length = args.tokens // N_SEQUENCES
     loss_weights_T = torch.zeros(args.tokens)
-    chosen = torch.randperm(args.tokens, generator=generator)[:round(args.tokens * percent / 100)]
+    chosen = torch.randperm(args.tokens, generator=generator)[: round(args.tokens * percent / 100)]
     loss_weights_T[chosen] = 1 + 8 * torch.rand(len(chosen), generator=generator)
     return PackedBatch(
         input_ids_T=torch.randint(0, args.vocab_size, (args.tokens,), generator=generator),
         target_ids_T=torch.randint(0, args.vocab_size, (args.tokens,), generator=generator),
-        loss_weights_T=loss_weights_T, position_ids_T=torch.arange(length).repeat(N_SEQUENCES),
-        trained_index_K=loss_weights_T.nonzero().squeeze(1), segment_lengths=[length] * N_SEQUENCES,
-        ids=[str(i) for i in range(N_SEQUENCES)], denominator=loss_weights_T.sum().item(), trained_turns=N_SEQUENCES,
-        trained_tokens=len(chosen))
+        loss_weights_T=loss_weights_T,
+        position_ids_T=torch.arange(length).repeat(N_SEQUENCES),
+        trained_index_K=loss_weights_T.nonzero().squeeze(1),
+        segment_lengths=[length] * N_SEQUENCES,
+        ids=[str(i) for i in range(N_SEQUENCES)],
+        denominator=loss_weights_T.sum().item(),
+        trained_turns=N_SEQUENCES,
+        trained_tokens=len(chosen),
+    )
 
 
 # ---------------------------------------------------------------------------------------------------------------- sides
@@ -101,11 +135,22 @@ def eager_loss(model, batch: PackedBatch):
 
 
 def our_loss(model, batch: PackedBatch):
-    hidden_BTD = model(batch.input_ids_T[None], position_ids_BT=batch.position_ids_T[None],
-                       segment_lengths=batch.segment_lengths, return_hidden=True)
-    return linear_weighted_cross_entropy(
-        hidden_BTD[0], model.head_weight(), batch.target_ids_T, batch.loss_weights_T,
-        trained_index_K=batch.trained_index_K) / batch.denominator
+    hidden_BTD = model(
+        batch.input_ids_T[None],
+        position_ids_BT=batch.position_ids_T[None],
+        segment_lengths=batch.segment_lengths,
+        return_hidden=True,
+    )
+    return (
+        linear_weighted_cross_entropy(
+            hidden_BTD[0],
+            model.head_weight(),
+            batch.target_ids_T,
+            batch.loss_weights_T,
+            trained_index_K=batch.trained_index_K,
+        )
+        / batch.denominator
+    )
 
 
 def plain_step(loss_function, model, optimizer, batch: PackedBatch) -> float:
@@ -129,12 +174,23 @@ def make_sides(args, dtype: torch.dtype, world) -> dict:
     models["ours"] = ours
     models = {name: models[name].to(dtype).train() for name in ("eager", "ours", "loop") if name in models}
     optimizers = {name: make_adamw(model, **ADAMW) for name, model in models.items()}
-    sides = {name: lambda batch, name=name, loss=loss: plain_step(loss, models[name], optimizers[name], batch)
-             for name, loss in (("eager", eager_loss), ("ours", our_loss))}
+    sides = {
+        name: lambda batch, name=name, loss=loss: plain_step(loss, models[name], optimizers[name], batch)
+        for name, loss in (("eager", eager_loss), ("ours", our_loss))
+    }
     if "loop" in models:
-        sides["loop"] = lambda batch: train_step(
-            models["loop"], optimizers["loop"], [batch], world, step=1, loss_normalization="token_mean",
-            max_grad_norm=MAX_GRAD_NORM, gradient_sync="last").loss
+        sides["loop"] = lambda batch: (
+            train_step(
+                models["loop"],
+                optimizers["loop"],
+                [batch],
+                world,
+                step=1,
+                loss_normalization="token_mean",
+                max_grad_norm=MAX_GRAD_NORM,
+                gradient_sync="last",
+            ).loss
+        )
     return sides
 
 
@@ -145,7 +201,7 @@ def useful_flops(args, trained_rows: int) -> tuple[float, float]:
     attention_width = config.n_heads * config.head_dim
     block_weights = config.n_layers * config.dim * (4 * attention_width + 3 * config.ffn_dim)
     length = args.tokens // N_SEQUENCES
-    attention = 6 * config.n_layers * attention_width * N_SEQUENCES * length ** 2
+    attention = 6 * config.n_layers * attention_width * N_SEQUENCES * length**2
     return 6.0 * block_weights * args.tokens + attention, 6.0 * config.vocab_size * config.dim * trained_rows
 
 
@@ -157,7 +213,7 @@ def matmul_rate(dtype: torch.dtype, size: int, clock) -> float:
         start = clock()
         left @ right
         best = min(best, clock() - start)
-    return 2 * size ** 3 / best
+    return 2 * size**3 / best
 
 
 def measure(args, dtype_name: str, percent: int, sides: dict) -> dict:
@@ -172,18 +228,24 @@ def measure(args, dtype_name: str, percent: int, sides: dict) -> dict:
             seconds[name].append(clock() - start)
         rates.append(matmul_rate(dtype, 2048 if dtype == torch.float32 else 1024, clock))
     block_flops, head_flops = useful_flops(args, batch.trained_tokens)
-    ratios = {name: statistics.median(eager / other for eager, other in zip(seconds["eager"], seconds[name]))
-              for name in sides if name != "eager"}
+    ratios = {
+        name: statistics.median(eager / other for eager, other in zip(seconds["eager"], seconds[name]))
+        for name in sides
+        if name != "eager"
+    }
     return {
-        "dtype": dtype_name, "percent_trained": percent,
+        "dtype": dtype_name,
+        "percent_trained": percent,
         "tokens_per_second": {name: args.tokens / statistics.median(values) for name, values in seconds.items()},
         "ratio_over_eager": ratios,
         "matmul_gflops": statistics.median(rates) / 1e9,
         "share_of_matmul_rate": statistics.median(
-            (block_flops + head_flops) / duration / rate for duration, rate in zip(seconds["ours"], rates)),
+            (block_flops + head_flops) / duration / rate for duration, rate in zip(seconds["ours"], rates)
+        ),
         "head_share_all_rows": useful_flops(args, args.tokens)[1] / sum(useful_flops(args, args.tokens)),
         "loss_relative_difference": max(
-            abs(a - b) / abs(b) for name in sides for a, b in zip(losses[name], losses["eager"])),
+            abs(a - b) / abs(b) for name in sides for a, b in zip(losses[name], losses["eager"])
+        ),
     }
 
 
@@ -200,11 +262,14 @@ def main() -> int:
     parser.add_argument("--loop", choices=["on", "off"], default="on", help="measure the side `loop` too")
     args = parser.parse_args()
     world = init_world("cpu")
-    print(f"{args.layers} layers, D {args.dim}, V {args.vocab_size}, {N_SEQUENCES} x {args.tokens // N_SEQUENCES} "
-          f"tokens, {torch.get_num_threads()} threads, torch {torch.__version__}, {args.repeats} alternating rounds, "
-          f"{args.clock} time")
-    print("dtype     trained  eager tok/s  ours tok/s  loop tok/s  ours/eager  loop/eager  matmul GF/s  share  "
-          "loss diff")
+    print(
+        f"{args.layers} layers, D {args.dim}, V {args.vocab_size}, {N_SEQUENCES} x {args.tokens // N_SEQUENCES} "
+        f"tokens, {torch.get_num_threads()} threads, torch {torch.__version__}, {args.repeats} alternating rounds, "
+        f"{args.clock} time"
+    )
+    print(
+        "dtype     trained  eager tok/s  ours tok/s  loop tok/s  ours/eager  loop/eager  matmul GF/s  share  loss diff"
+    )
     rows = []
     for dtype_name in args.dtypes.split(","):
         sides = make_sides(args, getattr(torch, dtype_name), world)
@@ -212,16 +277,20 @@ def main() -> int:
             row = measure(args, dtype_name, percent, sides)
             rows.append(row)
             speed, ratio = row["tokens_per_second"], row["ratio_over_eager"]
-            print(f"{dtype_name:9s} {percent:6d}%  {speed['eager']:11.1f}  {speed['ours']:10.1f}  "
-                  f"{speed.get('loop', float('nan')):10.1f}  {ratio['ours']:10.3f}  "
-                  f"{ratio.get('loop', float('nan')):10.3f}  "
-                  f"{row['matmul_gflops']:11.1f}  {row['share_of_matmul_rate']:5.2f}  "
-                  f"{row['loss_relative_difference']:9.1e}", flush=True)
+            print(
+                f"{dtype_name:9s} {percent:6d}%  {speed['eager']:11.1f}  {speed['ours']:10.1f}  "
+                f"{speed.get('loop', float('nan')):10.1f}  {ratio['ours']:10.3f}  "
+                f"{ratio.get('loop', float('nan')):10.3f}  "
+                f"{row['matmul_gflops']:11.1f}  {row['share_of_matmul_rate']:5.2f}  "
+                f"{row['loss_relative_difference']:9.1e}",
+                flush=True,
+            )
         del sides
     close_world()
     print(f"head: {rows[0]['head_share_all_rows']:.0%} of the operations when every row goes through it")
-    met = all(row["ratio_over_eager"]["ours"] >= GOALS[row["percent_trained"]]
-              for row in rows if row["dtype"] == "float32")
+    met = all(
+        row["ratio_over_eager"]["ours"] >= GOALS[row["percent_trained"]] for row in rows if row["dtype"] == "float32"
+    )
     print(json.dumps({"benchmark": "train_step", "rows": rows, "goal_met": met}))
     return 0 if met else 1
 

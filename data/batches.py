@@ -4,6 +4,7 @@ A micro-batch is one row of several trajectories end to end, without padding. `s
 each begins; attention stays inside a segment and positions restart at 0, so packing changes nothing but speed.
 Legend: T tokens of the packed row, K of them trained.
 """
+
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from math import ceil
@@ -50,14 +51,17 @@ def drop_unusable(encoded: Sequence[EncodedTrajectory], max_tokens: int) -> tupl
     notes = []
     if too_long:
         listing = ", ".join(f"{row.id} ({len(row)})" for row in too_long)
-        notes.append(f"dropped {len(too_long)} of {len(encoded)} trajectories, longer than {max_tokens} tokens: "
-                     f"{listing}")
+        notes.append(
+            f"dropped {len(too_long)} of {len(encoded)} trajectories, longer than {max_tokens} tokens: {listing}"
+        )
     if untrained:
         listing = ", ".join(row.id for row in untrained)
         notes.append(f"dropped {len(untrained)} of {len(encoded)} trajectories, without a trained turn: {listing}")
     if not kept:
-        raise DataError(f"found {len(encoded)} trajectories, {len(too_long)} longer than {max_tokens} tokens and "
-                        f"{len(untrained)} without a trained turn, expected at least one to train on")
+        raise DataError(
+            f"found {len(encoded)} trajectories, {len(too_long)} longer than {max_tokens} tokens and "
+            f"{len(untrained)} without a trained turn, expected at least one to train on"
+        )
     return kept, notes
 
 
@@ -86,10 +90,18 @@ def pack(rows: Sequence[EncodedTrajectory]) -> PackedBatch:
 def idle_batch(token_id: int) -> PackedBatch:
     """One token of weight 0 for a rank without rows: all ranks must join every collective of a forward."""
     ids_T = torch.tensor([token_id], dtype=torch.int64)
-    return PackedBatch(input_ids_T=ids_T, target_ids_T=ids_T.clone(), loss_weights_T=torch.zeros(1),
-                       position_ids_T=torch.zeros(1, dtype=torch.int64),
-                       trained_index_K=torch.zeros(0, dtype=torch.int64),
-                       segment_lengths=[1], ids=[], denominator=0.0, trained_turns=0, trained_tokens=0)
+    return PackedBatch(
+        input_ids_T=ids_T,
+        target_ids_T=ids_T.clone(),
+        loss_weights_T=torch.zeros(1),
+        position_ids_T=torch.zeros(1, dtype=torch.int64),
+        trained_index_K=torch.zeros(0, dtype=torch.int64),
+        segment_lengths=[1],
+        ids=[],
+        denominator=0.0,
+        trained_turns=0,
+        trained_tokens=0,
+    )
 
 
 # -------------------------------------------------------------------------------- order and shares
@@ -110,8 +122,16 @@ def steps_per_epoch(n: int, global_batch_size: int) -> int:
     return ceil(n / global_batch_size)
 
 
-def step_batches(encoded: Sequence[EncodedTrajectory], step: int, *, seed: int, global_batch_size: int,
-                 micro_batch_size: int, rank: int, world_size: int) -> list[PackedBatch]:
+def step_batches(
+    encoded: Sequence[EncodedTrajectory],
+    step: int,
+    *,
+    seed: int,
+    global_batch_size: int,
+    micro_batch_size: int,
+    rank: int,
+    world_size: int,
+) -> list[PackedBatch]:
     """The micro-batches of `rank` for global optimizer step `step`, counted from 0 over all epochs.
 
     The step's trajectories are dealt to the ranks in turn, so which trajectories a step trains depends on neither ranks
@@ -119,18 +139,20 @@ def step_batches(encoded: Sequence[EncodedTrajectory], step: int, *, seed: int, 
     Raises ValueError for no rows, sizes below 1 or a rank outside the world, DataError for a row that trains nothing.
     """
     if min(global_batch_size, micro_batch_size, world_size) < 1 or not 0 <= rank < world_size or step < 0:
-        raise ValueError(f"found step={step}, global_batch_size={global_batch_size}, "
-                         f"micro_batch_size={micro_batch_size}, rank={rank}, world_size={world_size}, "
-                         "expected sizes >= 1, step >= 0, 0 <= rank < world_size")
+        raise ValueError(
+            f"found step={step}, global_batch_size={global_batch_size}, "
+            f"micro_batch_size={micro_batch_size}, rank={rank}, world_size={world_size}, "
+            "expected sizes >= 1, step >= 0, 0 <= rank < world_size"
+        )
     if not encoded:
         raise ValueError("encoded: found none, expected at least one trajectory")
     epoch, step_in_epoch = divmod(step, steps_per_epoch(len(encoded), global_batch_size))
     order = epoch_order(len(encoded), seed, epoch)
-    chosen = [encoded[i] for i in order[step_in_epoch * global_batch_size:(step_in_epoch + 1) * global_batch_size]]
+    chosen = [encoded[i] for i in order[step_in_epoch * global_batch_size : (step_in_epoch + 1) * global_batch_size]]
     for row in chosen:
         if row.trained_tokens == 0:
             raise DataError(f"trajectory {row.id}: found no trained token, expected drop_unusable to have dropped it")
     mine = chosen[rank::world_size]
     n_micro_batches = ceil(ceil(len(chosen) / world_size) / micro_batch_size)
-    groups = [mine[i * micro_batch_size:(i + 1) * micro_batch_size] for i in range(n_micro_batches)]
+    groups = [mine[i * micro_batch_size : (i + 1) * micro_batch_size] for i in range(n_micro_batches)]
     return [pack(group) if group else idle_batch(chosen[0].input_ids[0]) for group in groups]

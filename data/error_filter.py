@@ -8,6 +8,7 @@ In every mode a turn whose call does not parse (kept by `read_trajectories(..., 
 Feedback alone cannot tell a hallucinated tool from a failing one (Table 14 shows the same `Response error.` for both),
 so the documents decide first. Each decision names its rule and the text that matched, for the report.
 """
+
 import json
 import re
 from dataclasses import dataclass
@@ -16,8 +17,15 @@ from data.tool_calls import ToolCall, ToolCallError, parse_value
 from data.trajectories import Trajectory, tool_parameters
 
 ERROR_FILTERS = ("structured", "substring", "none")
-CATEGORIES = ("all_right", "tool_hallucination", "parameter_hallucination", "parameter_missing", "tool_call_failure",
-              "tool_instability", "unparsable")
+CATEGORIES = (
+    "all_right",
+    "tool_hallucination",
+    "parameter_hallucination",
+    "parameter_missing",
+    "tool_call_failure",
+    "tool_instability",
+    "unparsable",
+)
 
 # Offered in every trajectory, listed or not: the two ways to speak to the user in the authors' data.
 ALWAYS_OFFERED = ("finish", "ask_to_user")
@@ -62,16 +70,25 @@ _ALL_RIGHT = Finding("all_right", "", "")
 # In this order, the first match wins. {tool} is the called tool's name: "name 'pandas' is not defined" from the code
 # that a code-running tool was given is no hallucinated tool.
 _FEEDBACK_PATTERNS = (
-    ("tool_hallucination", r"name '{tool}' is not defined|cannot import name|is not a valid action"
-                           r"|has no attribute '{tool}'"),
+    (
+        "tool_hallucination",
+        r"name '{tool}' is not defined|cannot import name|is not a valid action"
+        r"|has no attribute '{tool}'",
+    ),
     ("parameter_hallucination", r"unexpected keyword argument|takes (?:from \d+ to )?\d+ positional arguments? but"),
     ("parameter_missing", r"missing \d+ required (?:positional|keyword-only) arguments?|Missing required parameters"),
     ("unparsable", r"argument after \*\* must be a mapping|output format does not match the specified format"),
-    ("tool_instability", r"Max retries exceeded|ConnectionError|connection error|timed out"
-                         r"|\b[45]\d\d (?:Client|Server) Error|Invalid API call"),
-    ("tool_call_failure", r"Response error|not JSON serializable|slice indices must be integers"
-                          r"|\A\s*['\"]?related_searches['\"]?\s*\Z|not supported|Parameter type error"
-                          r"|unsupported (?:operand )?type"),
+    (
+        "tool_instability",
+        r"Max retries exceeded|ConnectionError|connection error|timed out"
+        r"|\b[45]\d\d (?:Client|Server) Error|Invalid API call",
+    ),
+    (
+        "tool_call_failure",
+        r"Response error|not JSON serializable|slice indices must be integers"
+        r"|\A\s*['\"]?related_searches['\"]?\s*\Z|not supported|Parameter type error"
+        r"|unsupported (?:operand )?type",
+    ),
 )
 
 # Text that an executor raised, in words that no pattern above knows. A lone quoted word is the text of a KeyError.
@@ -80,11 +97,13 @@ _RAISED = re.compile(
     r"|\A\s*'\w*'\s*\Z|\A\s*name '[^'\n]{1,200}' is not defined"
     r"|\A\s*(?:list|string|tuple) index out of range|\A\s*'?[\w.]{1,80}'? object (?:has no|is not|does not)\b"
     r"|\A\s*(?:float )?division by zero\s*\Z|\A\s*invalid literal for|\A\s*could not convert string to",
-    re.IGNORECASE)
+    re.IGNORECASE,
+)
 _STARTS_WITH_ERROR = re.compile(r"\A\s*Error\b", re.IGNORECASE)
 # A JSON object cut off in the middle does not parse; its error key still stands at the front.
 _OPENS_WITH_ERROR_KEY = re.compile(
-    r"""\A\s*\{\s*["']errors?["']\s*:\s*(?!null|None|false|False|""|''|\[\s*\]|\{\s*\}|0\b)\S""", re.IGNORECASE)
+    r"""\A\s*\{\s*["']errors?["']\s*:\s*(?!null|None|false|False|""|''|\[\s*\]|\{\s*\}|0\b)\S""", re.IGNORECASE
+)
 _ERROR_KEYS = ("error", "errors")
 _MESSAGE_KEYS = ("message", "msg", "detail", "details", "reason", "exception")
 
@@ -141,11 +160,13 @@ def _read_feedback(feedback: str, tool_name: str) -> Finding:
     """
     result = _as_object(feedback)
     if isinstance(result, str):
-        return (_search_patterns(result, tool_name)
-                or _search("text starts with Error", "tool_call_failure", _STARTS_WITH_ERROR, result)
-                or _search("error key", "tool_call_failure", _OPENS_WITH_ERROR_KEY, result)
-                or _search("raised by the executor", "tool_call_failure", _RAISED, result)
-                or _ALL_RIGHT)
+        return (
+            _search_patterns(result, tool_name)
+            or _search("text starts with Error", "tool_call_failure", _STARTS_WITH_ERROR, result)
+            or _search("error key", "tool_call_failure", _OPENS_WITH_ERROR_KEY, result)
+            or _search("raised by the executor", "tool_call_failure", _RAISED, result)
+            or _ALL_RIGHT
+        )
     if not isinstance(result, dict):
         return _ALL_RIGHT
     for key, value in result.items():
@@ -210,8 +231,14 @@ def _cut(text: str) -> str:
 # reduced as the feedback is. Entries that contain "error" are left out: the quoted `"error":` is reduced to that bare
 # word, so they can match nothing more.
 _RELEASED_SUBSTRINGS = (
-    "error", "isnotdefined", "positionalargument", "unexpectedkeyword", "relatedsearches", "notsupported",
-    "invalidapicall", "objectoftypeserpresultsisnotjsonserializable",
+    "error",
+    "isnotdefined",
+    "positionalargument",
+    "unexpectedkeyword",
+    "relatedsearches",
+    "notsupported",
+    "invalidapicall",
+    "objectoftypeserpresultsisnotjsonserializable",
     "sliceindicesmustbeintegersornoneorhaveanindexmethod",
 )
 # Common CJK ideographs, ASCII letters and digits, and the caret: the released pattern writes ^ before each range, and
@@ -235,7 +262,7 @@ def find_released_substring(feedback: str) -> tuple[str, str] | None:
         start = reduced.find(substring)
         if start >= 0:
             kept = [index for index, character in enumerate(feedback) if not _REDUCED_AWAY.match(character)]
-            return substring, _cut(feedback[kept[start]:kept[start + len(substring) - 1] + 1])
+            return substring, _cut(feedback[kept[start] : kept[start + len(substring) - 1] + 1])
     return None
 
 
@@ -253,15 +280,19 @@ def decide_masked_turns(trajectory: Trajectory, error_filter: str) -> list[TurnD
     """
     if error_filter not in ERROR_FILTERS:
         raise ValueError(f"error_filter is {error_filter!r}, expected one of {', '.join(ERROR_FILTERS)}")
-    return [_decide_turn(trajectory, index, error_filter)
-            for index, message in enumerate(trajectory.messages) if message.role == "assistant"]
+    return [
+        _decide_turn(trajectory, index, error_filter)
+        for index, message in enumerate(trajectory.messages)
+        if message.role == "assistant"
+    ]
 
 
 def compare_filters(trajectory: Trajectory) -> list[FilterDifference]:
     """The turns on which `structured` and `substring` differ, for the report."""
     differences = []
-    for structured, substring in zip(decide_masked_turns(trajectory, "structured"),
-                                     decide_masked_turns(trajectory, "substring"), strict=True):
+    for structured, substring in zip(
+        decide_masked_turns(trajectory, "structured"), decide_masked_turns(trajectory, "substring"), strict=True
+    ):
         if structured.masked != substring.masked:
             verdict = "suspected false hit" if substring.masked else "missed"
             differences.append(FilterDifference(verdict, structured, substring))

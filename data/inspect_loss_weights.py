@@ -6,6 +6,7 @@
 
 It calls the same functions as training (data.loss_weights, data.error_filter), so what is shown is what is trained.
 """
+
 import argparse
 import json
 import os
@@ -22,13 +23,24 @@ from data.trajectories import DataError, Trajectory, read_trajectories
 from model.tokenizer import load_tokenizer
 
 # Colours repeat what the markers say; --no_color, NO_COLOR or a pipe leave the markers alone.
-COLORS = {"context": "\x1b[2m", "masked": "\x1b[90;9m", "normal": "\x1b[32m", "key": "\x1b[30;43;1m", "eos": "\x1b[36m",
-          "evidence": "\x1b[31;4m", "title": "\x1b[1m"}
+COLORS = {
+    "context": "\x1b[2m",
+    "masked": "\x1b[90;9m",
+    "normal": "\x1b[32m",
+    "key": "\x1b[30;43;1m",
+    "eos": "\x1b[36m",
+    "evidence": "\x1b[31;4m",
+    "title": "\x1b[1m",
+}
 RESET = "\x1b[0m"
-LEGEND = (("key", "[ get*4.5]", "key token with its weight w"), ("normal", "|x|", "trained with w = 1"),
-          ("eos", "|</s>|", "end of turn, trained with w = 1"),
-          ("masked", "~x~", "masked turn, weight 0, stays context"), ("context", "x", "context, not trained"),
-          ("evidence", ">>x<<", "the text for which the turn before is masked"))
+LEGEND = (
+    ("key", "[ get*4.5]", "key token with its weight w"),
+    ("normal", "|x|", "trained with w = 1"),
+    ("eos", "|</s>|", "end of turn, trained with w = 1"),
+    ("masked", "~x~", "masked turn, weight 0, stays context"),
+    ("context", "x", "context, not trained"),
+    ("evidence", ">>x<<", "the text for which the turn before is masked"),
+)
 
 
 # -------------------------------------------------------------------------------- terminal
@@ -53,8 +65,10 @@ def status_of(turn: TurnView) -> str:
     trained = [token for token in turn.tokens if token.loss_weight]
     n_key = sum(token.kind == "key" for token in trained)
     w_sum = sum(token.key_weight for token in trained)
-    return (f"TRAINED: {len(trained)} tokens, {n_key} key, sum of w {format_number(w_sum)}, "
-            f"loss weights sum {format_number(turn.loss_weight_sum)}")
+    return (
+        f"TRAINED: {len(trained)} tokens, {n_key} key, sum of w {format_number(w_sum)}, "
+        f"loss weights sum {format_number(turn.loss_weight_sum)}"
+    )
 
 
 def format_tokens(tokens: Sequence[TokenView], *, color: bool, max_context: int | None) -> str:
@@ -92,13 +106,15 @@ def _between(previous: str | None, kind: str | None) -> str:
 
 def format_sample(sample: SampleView, *, color: bool, max_context: int | None) -> str:
     """The whole sample for a terminal."""
-    lines = [paint(f"sample {printable(sample.id)} ({printable(sample.source)})", "title", color=color),
-             ", ".join(f"{name} {value}" for name, value in sample.settings.items()),
-             f"{sample.n_positions} input positions, {sample.trained_turns} trained turns, "
-             f"{sample.trained_tokens} trained tokens, loss weights sum {format_number(sample.loss_weight_sum)}, "
-             f"denominator {format_number(sample.denominator)}",
-             *(f"  {paint(mark, kind, color=color)}{' ' * (12 - len(mark))}{meaning}"
-               for kind, mark, meaning in LEGEND), ""]
+    lines = [
+        paint(f"sample {printable(sample.id)} ({printable(sample.source)})", "title", color=color),
+        ", ".join(f"{name} {value}" for name, value in sample.settings.items()),
+        f"{sample.n_positions} input positions, {sample.trained_turns} trained turns, "
+        f"{sample.trained_tokens} trained tokens, loss weights sum {format_number(sample.loss_weight_sum)}, "
+        f"denominator {format_number(sample.denominator)}",
+        *(f"  {paint(mark, kind, color=color)}{' ' * (12 - len(mark))}{meaning}" for kind, mark, meaning in LEGEND),
+        "",
+    ]
     for turn in sample.turns:
         number = "" if turn.message_index < 0 else f"message {turn.message_index} "
         status = status_of(turn)
@@ -121,8 +137,9 @@ def decision_records(trajectories: Sequence[Trajectory], error_filter: str) -> l
     for trajectory in trajectories:
         verdicts = {}
         if error_filter == "substring":
-            verdicts = {difference.substring.message_index: difference.verdict
-                        for difference in compare_filters(trajectory)}
+            verdicts = {
+                difference.substring.message_index: difference.verdict for difference in compare_filters(trajectory)
+            }
         for decision in decide_masked_turns(trajectory, error_filter):
             records.append(_record(trajectory, decision, verdicts.get(decision.message_index, "")))
     return records
@@ -130,9 +147,17 @@ def decision_records(trajectories: Sequence[Trajectory], error_filter: str) -> l
 
 def _record(trajectory: Trajectory, decision: TurnDecision, verdict: str) -> dict:
     call = trajectory.messages[decision.message_index].call
-    return {"id": trajectory.id, "source": trajectory.source, "message": decision.message_index,
-            "tool": None if call is None else call.name, "masked": decision.masked, "category": decision.category,
-            "rule": decision.rule, "matched_text": decision.matched_text, "verdict": verdict}
+    return {
+        "id": trajectory.id,
+        "source": trajectory.source,
+        "message": decision.message_index,
+        "tool": None if call is None else call.name,
+        "masked": decision.masked,
+        "category": decision.category,
+        "rule": decision.rule,
+        "matched_text": decision.matched_text,
+        "verdict": verdict,
+    }
 
 
 def format_report(records: Sequence[dict], error_filter: str) -> str:
@@ -143,8 +168,10 @@ def format_report(records: Sequence[dict], error_filter: str) -> str:
             state = "masked" if record["masked"] else "kept"
             verdict = f"  <- {record['verdict']}" if record["verdict"] else ""
             where = printable(f"{record['id']} message {record['message']} {record['tool'] or '(text)'}")
-            lines.append(f"{where}: {state}, {record['category']}, rule {record['rule'] or '-'}, "
-                         f"matched {json.dumps(record['matched_text'])}{verdict}")
+            lines.append(
+                f"{where}: {state}, {record['category']}, rule {record['rule'] or '-'}, "
+                f"matched {json.dumps(record['matched_text'])}{verdict}"
+            )
     ids = {record["id"] for record in records}
     n_turns, n_trajectories = max(len(records), 1), max(len(ids), 1)
     lines += ["", f"{'category':<26}{'turns':>8}{'share':>9}{'masked':>8}{'trajectories':>14}{'share':>9}"]
@@ -154,13 +181,19 @@ def format_report(records: Sequence[dict], error_filter: str) -> str:
     for category in CATEGORIES:
         having = {record["id"] for record in records if record["category"] == category}
         having = ids - with_error if category == "all_right" else having
-        lines.append(f"{category:<26}{turns[category]:>8}{turns[category] / n_turns:>9.1%}{masked[category]:>8}"
-                     f"{len(having):>14}{len(having) / n_trajectories:>9.1%}")
+        lines.append(
+            f"{category:<26}{turns[category]:>8}{turns[category] / n_turns:>9.1%}{masked[category]:>8}"
+            f"{len(having):>14}{len(having) / n_trajectories:>9.1%}"
+        )
     lines.append(f"{'total':<26}{len(records):>8}{'':>9}{masked.total():>8}{len(ids):>14}")
-    lines.append(f"{len(with_error)} of {len(ids)} trajectories ({len(with_error) / n_trajectories:.1%}) hold a "
-                 "failing call; all_right counts those without any, the others may stand in several rows")
-    for verdict, meaning in (("suspected false hit", "masked by substring, all right by documents and patterns"),
-                             ("missed", "kept by substring, condemned by documents or patterns")):
+    lines.append(
+        f"{len(with_error)} of {len(ids)} trajectories ({len(with_error) / n_trajectories:.1%}) hold a "
+        "failing call; all_right counts those without any, the others may stand in several rows"
+    )
+    for verdict, meaning in (
+        ("suspected false hit", "masked by substring, all right by documents and patterns"),
+        ("missed", "kept by substring, condemned by documents or patterns"),
+    ):
         if error_filter == "substring":
             lines.append(f"{verdict}: {sum(record['verdict'] == verdict for record in records)} turns ({meaning})")
     return "\n".join(lines)
@@ -179,13 +212,23 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--error_filter", choices=ERROR_FILTERS, default="structured", help="which turns are masked")
     parser.add_argument("--key_tokens", choices=("on", "off"), default="on", help="weigh key tokens")
     parser.add_argument("--max_key_token_weight", type=float, default=9.0, help="w_max")
-    parser.add_argument("--loss_normalization", choices=LOSS_NORMALIZATIONS, default="turn_mean",
-                        help="how weights are scaled")
-    parser.add_argument("--unparsable_calls", choices=("error", "mask"), default="error",
-                        help="a call that does not parse: stop, or keep it as a masked turn")
+    parser.add_argument(
+        "--loss_normalization", choices=LOSS_NORMALIZATIONS, default="turn_mean", help="how weights are scaled"
+    )
+    parser.add_argument(
+        "--unparsable_calls",
+        choices=("error", "mask"),
+        default="error",
+        help="a call that does not parse: stop, or keep it as a masked turn",
+    )
     parser.add_argument("--html", type=Path, help="write the sample as a self-contained page")
-    parser.add_argument("--report", nargs="?", const="-", metavar="FILE",
-                        help="masking decisions of the whole file; with FILE also there, as JSON lines")
+    parser.add_argument(
+        "--report",
+        nargs="?",
+        const="-",
+        metavar="FILE",
+        help="masking decisions of the whole file; with FILE also there, as JSON lines",
+    )
     parser.add_argument("--full_context", action="store_true", help="print all context tokens, not 60 per turn")
     parser.add_argument("--no_color", action="store_true", help="markers only")
     return parser.parse_args(arguments)
@@ -196,8 +239,10 @@ def choose_trajectory(trajectories: Sequence[Trajectory], arguments: argparse.Na
     if arguments.id is not None:
         found = [trajectory for trajectory in trajectories if trajectory.id == arguments.id]
         if not found:
-            raise DataError(f"{arguments.data}: found no trajectory with id {arguments.id!r}, expected one among "
-                            f"{len(trajectories)}")
+            raise DataError(
+                f"{arguments.data}: found no trajectory with id {arguments.id!r}, expected one among "
+                f"{len(trajectories)}"
+            )
         return found[0]
     index = arguments.index or 0
     if not 0 <= index < len(trajectories):
@@ -208,13 +253,19 @@ def choose_trajectory(trajectories: Sequence[Trajectory], arguments: argparse.Na
 def load_sample(trajectory: Trajectory, arguments: argparse.Namespace) -> SampleView:
     """The trajectory encoded as training would, as a view."""
     tokenizer = load_tokenizer(arguments.model)
-    settings = {"error_filter": arguments.error_filter, "key_tokens": arguments.key_tokens == "on",
-                "max_key_token_weight": arguments.max_key_token_weight}
+    settings = {
+        "error_filter": arguments.error_filter,
+        "key_tokens": arguments.key_tokens == "on",
+        "max_key_token_weight": arguments.max_key_token_weight,
+    }
     row = encode_trajectory(trajectory, tokenizer, **settings, loss_normalization=arguments.loss_normalization)
     raw_row = encode_trajectory(trajectory, tokenizer, **settings, loss_normalization="sum")
-    shown = {"error_filter": arguments.error_filter, "key_tokens": arguments.key_tokens,
-             "max_key_token_weight": format_number(arguments.max_key_token_weight),
-             "loss_normalization": arguments.loss_normalization}
+    shown = {
+        "error_filter": arguments.error_filter,
+        "key_tokens": arguments.key_tokens,
+        "max_key_token_weight": format_number(arguments.max_key_token_weight),
+        "loss_normalization": arguments.loss_normalization,
+    }
     return view_sample(trajectory, row, raw_row, tokenizer, settings=shown)
 
 

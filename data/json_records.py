@@ -1,4 +1,5 @@
 """JSONL files and JSON lists: reading with file:line errors, atomic writing."""
+
 import json
 import os
 import re
@@ -50,7 +51,7 @@ def read_json_list(path: Path) -> list[tuple[int, object]]:
         raise DataError(f"{path}: found {found}, expected UTF-8") from None
     position, line, counted = _skip_whitespace(text, 0), 1, 0
     if not text.startswith("[", position):
-        raise DataError(f"{path}:1: found {text[position:position + 20]!a}, expected a JSON list")
+        raise DataError(f"{path}:1: found {text[position : position + 20]!a}, expected a JSON list")
     items: list[tuple[int, object]] = []
     mark = "["
     while True:
@@ -66,12 +67,12 @@ def read_json_list(path: Path) -> list[tuple[int, object]]:
             raise DataError(f"{path}:{line}: found no valid JSON ({reason}), expected a JSON list") from None
         items.append((line, item))
         position = _skip_whitespace(text, position)
-        mark = text[position:position + 1]
+        mark = text[position : position + 1]
         if mark != ",":
             break
     if not text.startswith("]", position) or _skip_whitespace(text, position + 1) != len(text):
         line += text.count("\n", counted, position)
-        raise DataError(f"{path}:{line}: found {text[position:position + 20]!a}, expected ',' or the list's end")
+        raise DataError(f"{path}:{line}: found {text[position : position + 20]!a}, expected ',' or the list's end")
     return items
 
 

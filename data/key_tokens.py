@@ -7,6 +7,7 @@ Worked example, LLaMA-2 pieces (`.` = the leading space), call `search_advice(qu
 
 `.search` opens the name; `ad` is the first token after `.search _`, which `search_movies` shares.
 """
+
 from collections.abc import Sequence
 from math import isfinite
 
@@ -35,8 +36,9 @@ def find_key_tokens(call_ids: Sequence[int], other_name_ids: Sequence[Sequence[i
     return sorted(key_positions)
 
 
-def key_token_weights(call_ids: Sequence[int], other_name_ids: Sequence[Sequence[int]],
-                      max_weight: float) -> list[float]:
+def key_token_weights(
+    call_ids: Sequence[int], other_name_ids: Sequence[Sequence[int]], max_weight: float
+) -> list[float]:
     """One weight per id of the call: `w = clip(|NK| / |K|, 1, max_weight)` for key tokens, 1 for the rest (E4).
 
     call_ids, other_name_ids: as in find_key_tokens; |K| + |NK| = len(call_ids), so EOS is in neither set.

@@ -12,14 +12,15 @@ on with a newline. So `target_ids` is not `input_ids` shifted by one:
 Erroneous turns (MAE, E2) keep their place in the context and get weight 0. Key tokens (PKT, E5) weigh more than 1.
 Lists here are not tensors, so they carry no shape suffix; T in the docstrings is the number of input positions.
 """
+
 from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 from data.error_filter import TurnDecision, decide_masked_turns
-from data.key_tokens import find_key_tokens, key_token_weights
 from data.formats.tl import encode_segments, trajectory_segments
+from data.key_tokens import find_key_tokens, key_token_weights
 from data.trajectories import Trajectory
 
 TOKEN_CLASSES = ("context", "masked", "normal", "key", "eos")
@@ -87,9 +88,15 @@ def encode_other_names(call_name: str, offered_names: Sequence[str], tokenizer: 
     return [without_leading_blanks(tokenizer.encode_continuation(f" {name}("), tokenizer) for name in others]
 
 
-def weigh_turn(target_text_ids: Sequence[int], call_name: str | None, offered_names: Sequence[str],
-               tokenizer: TextEncoder, *, key_tokens: bool,
-               max_key_token_weight: float) -> tuple[list[float], list[int]]:
+def weigh_turn(
+    target_text_ids: Sequence[int],
+    call_name: str | None,
+    offered_names: Sequence[str],
+    tokenizer: TextEncoder,
+    *,
+    key_tokens: bool,
+    max_key_token_weight: float,
+) -> tuple[list[float], list[int]]:
     """Unscaled weights and class codes of one trained turn, EOS (weight 1) appended: both one longer than the ids.
 
     call_name: None for plain text, which weighs 1 throughout.
@@ -128,8 +135,15 @@ def scale_turn(weights: Sequence[float], loss_normalization: str) -> tuple[list[
 # -------------------------------------------------------------------------------- one row per trajectory
 
 
-def encode_trajectory(trajectory: Trajectory, tokenizer: TextEncoder, *, error_filter: str, key_tokens: bool,
-                      max_key_token_weight: float, loss_normalization: str) -> EncodedTrajectory:
+def encode_trajectory(
+    trajectory: Trajectory,
+    tokenizer: TextEncoder,
+    *,
+    error_filter: str,
+    key_tokens: bool,
+    max_key_token_weight: float,
+    loss_normalization: str,
+) -> EncodedTrajectory:
     """The whole trajectory as one row (module docstring); every segment is encoded on its own, BOS once at the start.
 
     error_filter: structured, substring or none (data.error_filter). Masked turns get weight 0 (E2) and stay context.
@@ -149,8 +163,14 @@ def encode_trajectory(trajectory: Trajectory, tokenizer: TextEncoder, *, error_f
         message_index = -1 if segment.message_index is None else segment.message_index
         if segment.is_target and not masked[message_index]:
             call = trajectory.messages[message_index].call
-            raw_weights, turn_codes = weigh_turn(ids, None if call is None else call.name, offered_names, tokenizer,
-                                                 key_tokens=key_tokens, max_key_token_weight=max_key_token_weight)
+            raw_weights, turn_codes = weigh_turn(
+                ids,
+                None if call is None else call.name,
+                offered_names,
+                tokenizer,
+                key_tokens=key_tokens,
+                max_key_token_weight=max_key_token_weight,
+            )
             turn_weights, share = scale_turn(raw_weights, loss_normalization)
             turn_targets = [*ids, tokenizer.eos_id]
             trained_turns, trained_tokens = trained_turns + 1, trained_tokens + len(turn_targets)
@@ -166,17 +186,32 @@ def encode_trajectory(trajectory: Trajectory, tokenizer: TextEncoder, *, error_f
     if len(target_ids) < len(input_ids):  # the row ends in context: its last token predicts nothing
         target_ids, loss_weights = [*target_ids, tokenizer.eos_id], [*loss_weights, 0.0]
         codes, message_indices = [*codes, CONTEXT], [*message_indices, -1]
-    return EncodedTrajectory(id=trajectory.id, input_ids=array("i", input_ids), target_ids=array("i", target_ids),
-                             loss_weights=array("d", loss_weights), class_codes=bytes(codes),
-                             message_indices=array("i", message_indices), turn_decisions=decisions,
-                             trained_turns=trained_turns, trained_tokens=trained_tokens, denominator=denominator)
+    return EncodedTrajectory(
+        id=trajectory.id,
+        input_ids=array("i", input_ids),
+        target_ids=array("i", target_ids),
+        loss_weights=array("d", loss_weights),
+        class_codes=bytes(codes),
+        message_indices=array("i", message_indices),
+        turn_decisions=decisions,
+        trained_turns=trained_turns,
+        trained_tokens=trained_tokens,
+        denominator=denominator,
+    )
 
 
 # -------------------------------------------------------------------------------- one row per turn (oracle)
 
 
-def expand_per_turn(trajectory: Trajectory, tokenizer: TextEncoder, *, error_filter: str, key_tokens: bool,
-                    max_key_token_weight: float, loss_normalization: str) -> list[EncodedTrajectory]:
+def expand_per_turn(
+    trajectory: Trajectory,
+    tokenizer: TextEncoder,
+    *,
+    error_filter: str,
+    key_tokens: bool,
+    max_key_token_weight: float,
+    loss_normalization: str,
+) -> list[EncodedTrajectory]:
     """The released way, for tests and benchmarks: per kept turn a row of its whole prefix, only that turn trained.
 
     Each row is its prefix plus EOS, shifted by one; its weights are those of encode_trajectory for that turn.
@@ -188,17 +223,31 @@ def expand_per_turn(trajectory: Trajectory, tokenizer: TextEncoder, *, error_fil
     for last, segment in enumerate(segments):
         if not segment.is_target or masked[segment.message_index]:
             continue
-        *prefix, turn_ids = encode_segments(segments[:last + 1], tokenizer)
+        *prefix, turn_ids = encode_segments(segments[: last + 1], tokenizer)
         prefix_ids = [token_id for ids in prefix for token_id in ids]
         call = trajectory.messages[segment.message_index].call
-        raw_weights, codes = weigh_turn(turn_ids, None if call is None else call.name, offered_names, tokenizer,
-                                        key_tokens=key_tokens, max_key_token_weight=max_key_token_weight)
+        raw_weights, codes = weigh_turn(
+            turn_ids,
+            None if call is None else call.name,
+            offered_names,
+            tokenizer,
+            key_tokens=key_tokens,
+            max_key_token_weight=max_key_token_weight,
+        )
         weights, share = scale_turn(raw_weights, loss_normalization)
         row, n_context = [*prefix_ids, *turn_ids, tokenizer.eos_id], len(prefix_ids) - 1
-        rows.append(EncodedTrajectory(
-            id=f"{trajectory.id}#{segment.message_index}",
-            input_ids=array("i", row[:-1]), target_ids=array("i", row[1:]),
-            loss_weights=array("d", [0.0] * n_context + weights), class_codes=bytes([CONTEXT] * n_context + codes),
-            message_indices=array("i", [-1] * n_context + [segment.message_index] * len(weights)),
-            turn_decisions=decisions, trained_turns=1, trained_tokens=len(weights), denominator=share))
+        rows.append(
+            EncodedTrajectory(
+                id=f"{trajectory.id}#{segment.message_index}",
+                input_ids=array("i", row[:-1]),
+                target_ids=array("i", row[1:]),
+                loss_weights=array("d", [0.0] * n_context + weights),
+                class_codes=bytes([CONTEXT] * n_context + codes),
+                message_indices=array("i", [-1] * n_context + [segment.message_index] * len(weights)),
+                turn_decisions=decisions,
+                trained_turns=1,
+                trained_tokens=len(weights),
+                denominator=share,
+            )
+        )
     return rows

@@ -3,6 +3,7 @@
 All text of the sample goes through html.escape, and the page's Content-Security-Policy admits only its own script, by
 hash, so a hostile trajectory can neither run code nor fetch anything.
 """
+
 from base64 import b64encode
 from hashlib import sha256
 from html import escape
@@ -12,17 +13,54 @@ from data.token_view import SampleView, TokenView, TurnView
 KIND_TITLES = {"key": "key token", "normal": "trained", "eos": "end of turn", "masked": "masked", "context": "context"}
 EOS_TEXT = "end of turn"
 
-# Colours: every text/background pair reaches a contrast of 4.5:1 in both schemes (tests/data/test_inspect_loss_weights.py).
-LIGHT = {"page": "#ffffff", "panel": "#f3f4f6", "text": "#1a1c20", "faint": "#55585f", "line": "#8a8f98",
-         "key-text": "#1f1500", "key": "#ffd24d", "normal-text": "#0b3d1c", "normal": "#d3f2dc", "eos-text": "#0a2f66",
-         "eos": "#d9e6ff", "masked-text": "#55585f", "masked": "#ececec", "evidence-text": "#8a0f0f",
-         "evidence": "#ffe3e0", "focus": "#0b57d0"}
-DARK = {"page": "#14161a", "panel": "#20242b", "text": "#e8eaed", "faint": "#a9b0bb", "line": "#78808c",
-        "key-text": "#1f1500", "key": "#f2c037", "normal-text": "#bff0cf", "normal": "#17402a", "eos-text": "#cfe0ff",
-        "eos": "#1d3763", "masked-text": "#b0b5bd", "masked": "#2b2f36", "evidence-text": "#ffc9c4",
-        "evidence": "#5a1f1f", "focus": "#8ab4f8"}
-TEXT_PAIRS = (("text", "page"), ("faint", "page"), ("text", "panel"), ("faint", "panel"), ("key-text", "key"),
-              ("normal-text", "normal"), ("eos-text", "eos"), ("masked-text", "masked"), ("evidence-text", "evidence"))
+# Colours: every text/background pair reaches a contrast of 4.5:1 in both schemes (test_inspect_loss_weights.py).
+LIGHT = {
+    "page": "#ffffff",
+    "panel": "#f3f4f6",
+    "text": "#1a1c20",
+    "faint": "#55585f",
+    "line": "#8a8f98",
+    "key-text": "#1f1500",
+    "key": "#ffd24d",
+    "normal-text": "#0b3d1c",
+    "normal": "#d3f2dc",
+    "eos-text": "#0a2f66",
+    "eos": "#d9e6ff",
+    "masked-text": "#55585f",
+    "masked": "#ececec",
+    "evidence-text": "#8a0f0f",
+    "evidence": "#ffe3e0",
+    "focus": "#0b57d0",
+}
+DARK = {
+    "page": "#14161a",
+    "panel": "#20242b",
+    "text": "#e8eaed",
+    "faint": "#a9b0bb",
+    "line": "#78808c",
+    "key-text": "#1f1500",
+    "key": "#f2c037",
+    "normal-text": "#bff0cf",
+    "normal": "#17402a",
+    "eos-text": "#cfe0ff",
+    "eos": "#1d3763",
+    "masked-text": "#b0b5bd",
+    "masked": "#2b2f36",
+    "evidence-text": "#ffc9c4",
+    "evidence": "#5a1f1f",
+    "focus": "#8ab4f8",
+}
+TEXT_PAIRS = (
+    ("text", "page"),
+    ("faint", "page"),
+    ("text", "panel"),
+    ("faint", "panel"),
+    ("key-text", "key"),
+    ("normal-text", "normal"),
+    ("eos-text", "eos"),
+    ("masked-text", "masked"),
+    ("evidence-text", "evidence"),
+)
 
 STYLE = """
 * { box-sizing: border-box; }
@@ -117,11 +155,19 @@ def render_page(sample: SampleView) -> str:
     script_hash = b64encode(sha256(SCRIPT.encode()).digest()).decode()
     policy = f"default-src 'none'; style-src 'unsafe-inline'; script-src 'sha256-{script_hash}'; base-uri 'none'"
     title = f"Loss weights of sample {escape(sample.id)}"
-    figures = {"source": sample.source, **sample.settings, "input positions": sample.n_positions,
-               "trained turns": sample.trained_turns, "trained tokens": sample.trained_tokens,
-               "sum of loss weights": f"{sample.loss_weight_sum:.6f}", "denominator": f"{sample.denominator:.6g}"}
-    rows = "\n".join(f"<div><dt>{escape(name.replace('_', ' '))}</dt><dd>{escape(str(value))}</dd></div>"
-                     for name, value in figures.items())
+    figures = {
+        "source": sample.source,
+        **sample.settings,
+        "input positions": sample.n_positions,
+        "trained turns": sample.trained_turns,
+        "trained tokens": sample.trained_tokens,
+        "sum of loss weights": f"{sample.loss_weight_sum:.6f}",
+        "denominator": f"{sample.denominator:.6g}",
+    }
+    rows = "\n".join(
+        f"<div><dt>{escape(name.replace('_', ' '))}</dt><dd>{escape(str(value))}</dd></div>"
+        for name, value in figures.items()
+    )
     return f"""<!DOCTYPE html>
 <html lang="en">
 <head>
@@ -156,12 +202,14 @@ def _variables(colors: dict[str, str]) -> str:
 
 
 def _legend() -> str:
-    entries = (('<span class="t key" data-w="9">abc</span>', "key token and its weight w"),
-               ('<span class="t normal">abc</span>', "trained, w = 1"),
-               (f'<span class="t eos">{EOS_TEXT}</span>', "EOS, trained, w = 1"),
-               ('<span class="t masked">abc</span>', "masked turn: weight 0, stays context"),
-               ('<span class="t">abc</span>', "context, not trained"),
-               ('<span class="t evidence">abc</span>', "feedback for which the turn before is masked"))
+    entries = (
+        ('<span class="t key" data-w="9">abc</span>', "key token and its weight w"),
+        ('<span class="t normal">abc</span>', "trained, w = 1"),
+        (f'<span class="t eos">{EOS_TEXT}</span>', "EOS, trained, w = 1"),
+        ('<span class="t masked">abc</span>', "masked turn: weight 0, stays context"),
+        ('<span class="t">abc</span>', "context, not trained"),
+        ('<span class="t evidence">abc</span>', "feedback for which the turn before is masked"),
+    )
     items = "".join(f"<li>{mark} {meaning}</li>" for mark, meaning in entries)
     return f'<ul class="legend" aria-label="Legend">{items}</ul>'
 
@@ -191,19 +239,30 @@ def _status(turn: TurnView) -> str:
         return ""
     if decision.masked:
         matched = f", matched <q>{escape(decision.matched_text)}</q>" if decision.matched_text else ""
-        return (f'<p class="status"><b>Masked: {escape(decision.category)}</b>, rule {escape(decision.rule)}{matched}. '
-                "Weight 0, stays context.</p>")
+        return (
+            f'<p class="status"><b>Masked: {escape(decision.category)}</b>, rule {escape(decision.rule)}{matched}. '
+            "Weight 0, stays context.</p>"
+        )
     trained = [token for token in turn.tokens if token.loss_weight]
     n_key = sum(token.kind == "key" for token in trained)
-    return (f'<p class="status"><b>Trained</b>: {len(trained)} tokens, {n_key} key, sum of w '
-            f"{sum(token.key_weight for token in trained):.6g}, sum of loss weights {turn.loss_weight_sum:.6f}.</p>")
+    return (
+        f'<p class="status"><b>Trained</b>: {len(trained)} tokens, {n_key} key, sum of w '
+        f"{sum(token.key_weight for token in trained):.6g}, sum of loss weights {turn.loss_weight_sum:.6f}.</p>"
+    )
 
 
 def _token(token: TokenView, *, is_tab_stop: bool, is_lead: bool) -> str:
     text = EOS_TEXT if token.kind == "eos" else token.text
-    classes = ["t", *([] if token.kind == "context" else [token.kind]), *(["evidence"] if token.is_evidence else []),
-               *(["nl"] if "\n" in text else []), *(["lead"] if is_lead else [])]  # a turn's own newline takes no line
-    return (f'<span class="{" ".join(classes)}" tabindex="{0 if is_tab_stop else -1}" data-id="{token.token_id}" '
-            f'data-kind="{KIND_TITLES[token.kind]}" data-w="{token.key_weight:.4g}" '
-            f'data-weight="{token.loss_weight!r}" data-shown="{token.loss_weight:.6g}" '
-            f'data-position="{token.position}">{escape(text)}</span>')
+    classes = [
+        "t",
+        *([] if token.kind == "context" else [token.kind]),
+        *(["evidence"] if token.is_evidence else []),
+        *(["nl"] if "\n" in text else []),
+        *(["lead"] if is_lead else []),
+    ]  # a turn's own newline takes no line
+    return (
+        f'<span class="{" ".join(classes)}" tabindex="{0 if is_tab_stop else -1}" data-id="{token.token_id}" '
+        f'data-kind="{KIND_TITLES[token.kind]}" data-w="{token.key_weight:.4g}" '
+        f'data-weight="{token.loss_weight!r}" data-shown="{token.loss_weight:.6g}" '
+        f'data-position="{token.position}">{escape(text)}</span>'
+    )

@@ -1,4 +1,5 @@
 """One encoded sample as turns of tokens with class and weight, for the terminal and the page. No layout in here."""
+
 import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -60,12 +61,22 @@ class SampleView:
 
 def printable(text: str) -> str:
     """Text that cannot act on a terminal or reorder a line: control, format and surrogate characters become escapes."""
-    return "".join(character if character == "\n" or unicodedata.category(character) not in _UNPRINTABLE
-                   else character.encode("unicode_escape").decode("ascii") for character in text)
+    return "".join(
+        character
+        if character == "\n" or unicodedata.category(character) not in _UNPRINTABLE
+        else character.encode("unicode_escape").decode("ascii")
+        for character in text
+    )
 
 
-def view_sample(trajectory: Trajectory, row: EncodedTrajectory, raw_row: EncodedTrajectory, tokenizer: TextEncoder, *,
-                settings: dict[str, str]) -> SampleView:
+def view_sample(
+    trajectory: Trajectory,
+    row: EncodedTrajectory,
+    raw_row: EncodedTrajectory,
+    tokenizer: TextEncoder,
+    *,
+    settings: dict[str, str],
+) -> SampleView:
     """Tokens in reading order, grouped by message; every position of the row that predicts something appears once.
 
     row, raw_row: the same trajectory encoded with the chosen normalisation and with `sum`, whose weights are plain w.
@@ -78,8 +89,11 @@ def view_sample(trajectory: Trajectory, row: EncodedTrajectory, raw_row: Encoded
         raw_weight, weight = 0.0, 0.0
         if position >= 0:
             raw_weight, weight = raw_row.loss_weights[position], row.loss_weights[position]
-        groups[message_index].append(TokenView(printable(tokenizer.piece(token_id)), token_id, TOKEN_CLASSES[code],
-                                               raw_weight, weight, position, False))
+        groups[message_index].append(
+            TokenView(
+                printable(tokenizer.piece(token_id)), token_id, TOKEN_CLASSES[code], raw_weight, weight, position, False
+            )
+        )
 
     add(row.input_ids[0], -1, -1)
     for position, code in enumerate(row.class_codes):
@@ -89,20 +103,35 @@ def view_sample(trajectory: Trajectory, row: EncodedTrajectory, raw_row: Encoded
         if code == EOS and not is_last:  # the next input is not the target: show it as context
             add(row.input_ids[position + 1], row.message_indices[position + 1], -1)
     turns = [_view_turn(trajectory, index, tokens, decisions) for index, tokens in groups.items() if tokens]
-    return SampleView(trajectory.id, trajectory.source, settings, turns, len(row), row.trained_turns,
-                      row.trained_tokens, sum(row.loss_weights), row.denominator)
+    return SampleView(
+        trajectory.id,
+        trajectory.source,
+        settings,
+        turns,
+        len(row),
+        row.trained_turns,
+        row.trained_tokens,
+        sum(row.loss_weights),
+        row.denominator,
+    )
 
 
-def _view_turn(trajectory: Trajectory, index: int, tokens: list[TokenView],
-               decisions: dict[int, TurnDecision]) -> TurnView:
+def _view_turn(
+    trajectory: Trajectory, index: int, tokens: list[TokenView], decisions: dict[int, TurnDecision]
+) -> TurnView:
     if index == -1:
         return TurnView(-1, "system text and tools", None, None, tokens)
     message = trajectory.messages[index]
     before = decisions.get(index - 1)
     if message.role == "tool" and before is not None and before.masked and before.matched_text:
         tokens = mark_evidence(tokens, before.matched_text)
-    return TurnView(index, ROLE_TITLES.get(message.role, message.role),
-                    None if message.call is None else message.call.name, decisions.get(index), tokens)
+    return TurnView(
+        index,
+        ROLE_TITLES.get(message.role, message.role),
+        None if message.call is None else message.call.name,
+        decisions.get(index),
+        tokens,
+    )
 
 
 def mark_evidence(tokens: Sequence[TokenView], matched_text: str) -> list[TokenView]:
@@ -114,7 +143,10 @@ def mark_evidence(tokens: Sequence[TokenView], matched_text: str) -> list[TokenV
     marked, end, offset = [], start + len(wanted), 0
     for token in tokens:
         overlaps = offset < end and offset + len(token.text) > start
-        marked.append(TokenView(token.text, token.token_id, token.kind, token.key_weight, token.loss_weight,
-                                token.position, overlaps))
+        marked.append(
+            TokenView(
+                token.text, token.token_id, token.kind, token.key_weight, token.loss_weight, token.position, overlaps
+            )
+        )
         offset += len(token.text)
     return marked

@@ -8,6 +8,7 @@ A scanner with an explicit stack reads the structure in one pass; `ast.literal_e
 with escapes. Nothing is evaluated, nothing recurses on the input, and every fault is a `ToolCallError`.
 Values are rendered as JSON literals, as the released data preparation writes them.
 """
+
 import ast
 import json
 import math
@@ -23,7 +24,7 @@ _NAME_CHARACTER = r"""[^\s\x00-\x1f\x7f\ud800-\udfff()\[\]{}"'=,]"""
 _NAME = re.compile(rf"{_NAME_CHARACTER}+")
 _PARAMETER = re.compile(rf"(?!\*){_NAME_CHARACTER}+")
 _WHITESPACE = re.compile(r"\s*")
-_STRING = re.compile(r'''"[^"\\]*(?:\\[\s\S][^"\\]*)*"|'[^'\\]*(?:\\[\s\S][^'\\]*)*\'''')
+_STRING = re.compile(r""""[^"\\]*(?:\\[\s\S][^"\\]*)*"|'[^'\\]*(?:\\[\s\S][^'\\]*)*\'""")
 # No leading zeros: 07001 is more likely a postal code without its quotes than the number 7001.
 _NUMBER = re.compile(r"[+-]?(?:(?:0|[1-9][0-9]*)(\.[0-9]*)?|(\.[0-9]+))([eE][+-]?[0-9]+)?")
 _WORD = re.compile(r"[^\W\d]\w*")
@@ -134,7 +135,7 @@ def _scan_value(text: str, position: int) -> tuple[object, int]:
     while True:
         # 1. Here a value, a dict key or a closing bracket may stand.
         position = _skip_whitespace(text, position)
-        character = text[position:position + 1]
+        character = text[position : position + 1]
         if stack and character == _CLOSER[stack[-1][0]] and stack[-1][2] is None:
             value, position = _close(stack.pop()), position + 1
         elif stack and stack[-1][0] == "{" and stack[-1][2] is None:
@@ -142,8 +143,9 @@ def _scan_value(text: str, position: int) -> tuple[object, int]:
             continue
         elif character in _CLOSER:
             if len(stack) == MAX_NESTING:
-                raise ToolCallError(f"character {position}: found more than {MAX_NESTING} nested brackets, "
-                                    "expected fewer")
+                raise ToolCallError(
+                    f"character {position}: found more than {MAX_NESTING} nested brackets, expected fewer"
+                )
             stack.append([character, {} if character == "{" else [], None, 0])
             position += 1
             continue
@@ -154,7 +156,7 @@ def _scan_value(text: str, position: int) -> tuple[object, int]:
             frame = stack[-1]
             _add_value(frame, value)
             position = _skip_whitespace(text, position)
-            character = text[position:position + 1]
+            character = text[position : position + 1]
             if character == ",":
                 frame[3] += 1
                 position += 1
@@ -262,7 +264,7 @@ def _shown(text: str) -> str:
 
 
 def _fault(text: str, position: int, expected: str) -> ToolCallError:
-    found = _shown(text[position:position + 41]) if position < len(text) else "the end of the text"
+    found = _shown(text[position : position + 41]) if position < len(text) else "the end of the text"
     return ToolCallError(f"character {position}: found {found}, expected {expected}")
 
 
@@ -281,8 +283,10 @@ def render_tool_call(call: ToolCall) -> str:
     if not isinstance(call.arguments, dict):
         raise ToolCallError(f"found {type(call.arguments).__name__}, expected a dict of arguments")
     _check_json_value(call.arguments)
-    arguments = [f"{key}={_json(value)}" if _PARAMETER.fullmatch(key) else f"**{_json({key: value})}"
-                 for key, value in call.arguments.items()]
+    arguments = [
+        f"{key}={_json(value)}" if _PARAMETER.fullmatch(key) else f"**{_json({key: value})}"
+        for key, value in call.arguments.items()
+    ]
     return f"{call.name}({', '.join(arguments)})"
 
 

@@ -6,6 +6,7 @@
 Either may stand in one JSON list or one object per line; the first record decides and the rest must agree. Whatever is
 malformed raises `DataError` as `file:line: where: found ..., expected ...`, also for one record inside a long list.
 """
+
 import json
 import re
 from collections.abc import Iterator
@@ -63,8 +64,10 @@ def read_trajectories(path: str | Path, *, unparsable_calls: str = "error") -> l
         form = form or _detect_form(record, source)
         trajectory = _read_record(record, form, source, index, unparsable_calls == "mask")
         if trajectory.id in first_seen:
-            raise DataError(f"{source}: found id {_shown(trajectory.id)} again, expected another than that of "
-                            f"{first_seen[trajectory.id]}")
+            raise DataError(
+                f"{source}: found id {_shown(trajectory.id)} again, expected another than that of "
+                f"{first_seen[trajectory.id]}"
+            )
         first_seen[trajectory.id] = source
         trajectories.append(trajectory)
     return trajectories
@@ -76,8 +79,10 @@ def _detect_form(record: object, source: str) -> str:
             if form in record:
                 return form
     found = f"the keys {_shown(sorted(record))}" if isinstance(record, dict) else _kind(record)
-    raise DataError(f'{source}: found {found}, expected an object with "conversations" (the authors\' form) '
-                    'or "messages" and "tools" (OpenAI form)')
+    raise DataError(
+        f'{source}: found {found}, expected an object with "conversations" (the authors\' form) '
+        'or "messages" and "tools" (OpenAI form)'
+    )
 
 
 def _read_record(record: object, form: str, source: str, index: int, mask: bool) -> Trajectory:
@@ -132,12 +137,12 @@ def _list_records(text: str, start: int, path: str | Path) -> Iterator[tuple[int
     while True:
         position = _WHITESPACE.match(text, position).end()
         line, counted = line + text.count("\n", counted, position), position
-        character = text[position:position + 1]
+        character = text[position : position + 1]
         if character == "]" and wanted != "a record":
             break
         if wanted == "',' or ']'":
             if character != ",":
-                raise DataError(f"{path}:{line}: found {_shown(text[position:position + 20])}, expected {wanted}")
+                raise DataError(f"{path}:{line}: found {_shown(text[position : position + 20])}, expected {wanted}")
             wanted, position = "a record", position + 1
             continue
         record, position = _decode(decoder, text, position, f"{path}:", line)
@@ -148,7 +153,7 @@ def _list_records(text: str, start: int, path: str | Path) -> Iterator[tuple[int
     after = _WHITESPACE.match(text, position + 1).end()
     if after != len(text):
         line += text.count("\n", counted, after)
-        raise DataError(f"{path}:{line}: found {_shown(text[after:after + 20])}, expected nothing after the list")
+        raise DataError(f"{path}:{line}: found {_shown(text[after : after + 20])}, expected nothing after the list")
 
 
 def _line_records(text: str, path: str | Path) -> Iterator[tuple[int, object]]:
@@ -161,7 +166,7 @@ def _line_records(text: str, path: str | Path) -> Iterator[tuple[int, object]]:
         record, position = _decode(decoder, content, position, f"{path}:", line)
         after = _WHITESPACE.match(content, position).end()
         if after != len(content):
-            raise DataError(f"{path}:{line}: found {_shown(content[after:after + 20])}, expected one object per line")
+            raise DataError(f"{path}:{line}: found {_shown(content[after : after + 20])}, expected one object per line")
         yield line, record
 
 
@@ -193,9 +198,10 @@ def _decode(decoder: json.JSONDecoder, text: str, position: int, prefix: str, li
     except json.JSONDecodeError as error:
         fault_line = line + text.count("\n", position, error.pos)
         begins = "" if fault_line == line else f" in the record that begins at line {line}"
-        found = _shown(text[error.pos:error.pos + 20]) if error.pos < len(text) else "the end"
-        raise DataError(f"{prefix}{fault_line}: found {found} at column {error.colno}{begins}, expected JSON "
-                        f"({error.msg})") from error
+        found = _shown(text[error.pos : error.pos + 20]) if error.pos < len(text) else "the end"
+        raise DataError(
+            f"{prefix}{fault_line}: found {found} at column {error.colno}{begins}, expected JSON ({error.msg})"
+        ) from error
     except _DuplicateKeyError as error:
         raise DataError(f"{prefix}{line}: {error}") from error
     except RecursionError as error:
@@ -304,8 +310,9 @@ def _tools_of_system_message(content: object, where: str) -> list[dict]:
             content, end = _strict_decoder().raw_decode(content, _WHITESPACE.match(content).end())
         except (ValueError, RecursionError) as error:
             reason = "too deep" if isinstance(error, RecursionError) else error
-            raise DataError(f"{where}: found a system message that is not JSON ({reason}), expected the JSON list "
-                            "of tools") from error
+            raise DataError(
+                f"{where}: found a system message that is not JSON ({reason}), expected the JSON list of tools"
+            ) from error
     return normalize_tools(content, f"{where}: tools")
 
 
@@ -383,8 +390,10 @@ def _flush_calls(calls: list, feedback: dict[int, Message], messages: list[Messa
         if index in feedback:
             messages.append(feedback[index])
         elif feedback:
-            raise DataError(f"{where}: found no tool message for call {index} (id {_shown(identity)}), "
-                            "expected one for each parallel call")
+            raise DataError(
+                f"{where}: found no tool message for call {index} (id {_shown(identity)}), "
+                "expected one for each parallel call"
+            )
 
 
 def _openai_calls(entry: dict, where: str, mask: bool) -> list[tuple[object, Message]]:
@@ -430,8 +439,9 @@ def _answered_call(entry: dict, calls: list, feedback: dict[int, Message], where
 def _openai_text(entry: dict, where: str) -> str:
     """`content` as text: a string or a list of text parts."""
     content = entry.get("content")
-    if isinstance(content, list) and all(isinstance(part, dict) and isinstance(part.get("text"), str)
-                                         for part in content):
+    if isinstance(content, list) and all(
+        isinstance(part, dict) and isinstance(part.get("text"), str) for part in content
+    ):
         content = "".join(part["text"] for part in content)
     if content is None and entry.get("role") == "assistant":
         raise DataError(f"{where}: found neither text nor tool_calls, expected one of them")

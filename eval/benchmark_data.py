@@ -3,35 +3,55 @@
 The loader of BFCL, whose gold answers are Python source, is in eval/bfcl_data.py. What the loaders repair or leave as
 it is: docs/benchmarks.md.
 """
+
 import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from data.json_records import read_json_lines, read_json_list
 from data.tool_calls import ToolCall, ToolCallError
 from data.trajectories import DataError, Message, normalize_tools
 from eval.dialogues.journal import DialogueTask
-from data.json_records import read_json_lines, read_json_list
-from eval.predict.react_output import parse_react
 from eval.metrics import GoldAnswer, GoldCall
+from eval.predict.react_output import parse_react
 
 # Every benchmark's answer file, or folder of files, below --benchmark_dir.
 BENCHMARK_FILES = {
-    "tiny-seen": "test_seen.jsonl", "tiny-unseen": "test_unseen.jsonl", "tiny-multi": "test_multi.jsonl",
-    "rotbench-clean": "rotbench/First_Turn/clean.json", "rotbench-slight": "rotbench/First_Turn/slight.json",
-    "rotbench-medium": "rotbench/First_Turn/medium.json", "rotbench-heavy": "rotbench/First_Turn/heavy.json",
-    "rotbench-union": "rotbench/First_Turn/union.json", "toolalpaca": "toolalpaca/eval_real.masked.json",
-    "bfcl-exec": "bfcl_v3_exec/2024-12-19_5bd63a96", "tooleyes": "tooleyes/Test_Data/scenario_data_zero_processed.json",
-    "mmlu": "mmlu", "gsm8k": "gsm8k/test.jsonl", "humaneval": "humaneval/HumanEval.jsonl.gz"}
+    "tiny-seen": "test_seen.jsonl",
+    "tiny-unseen": "test_unseen.jsonl",
+    "tiny-multi": "test_multi.jsonl",
+    "rotbench-clean": "rotbench/First_Turn/clean.json",
+    "rotbench-slight": "rotbench/First_Turn/slight.json",
+    "rotbench-medium": "rotbench/First_Turn/medium.json",
+    "rotbench-heavy": "rotbench/First_Turn/heavy.json",
+    "rotbench-union": "rotbench/First_Turn/union.json",
+    "toolalpaca": "toolalpaca/eval_real.masked.json",
+    "bfcl-exec": "bfcl_v3_exec/2024-12-19_5bd63a96",
+    "tooleyes": "tooleyes/Test_Data/scenario_data_zero_processed.json",
+    "mmlu": "mmlu",
+    "gsm8k": "gsm8k/test.jsonl",
+    "humaneval": "humaneval/HumanEval.jsonl.gz",
+}
 
 # Benchmarks of whole dialogues, whose calls are executed; the loader of ToolEyes is in eval/tooleyes_data.py.
 DIALOGUE_BENCHMARKS = ("tiny-multi", "tooleyes")
 
 # Records of the published sets: the n that every share is over.
-BENCHMARK_COUNTS = {"rotbench-clean": 105, "rotbench-slight": 210, "rotbench-medium": 210, "rotbench-heavy": 210,
-                    "rotbench-union": 105, "toolalpaca": 114, "bfcl-exec": 240, "tooleyes": 382, "mmlu": 14042,
-                    "gsm8k": 1319, "humaneval": 164}
+BENCHMARK_COUNTS = {
+    "rotbench-clean": 105,
+    "rotbench-slight": 210,
+    "rotbench-medium": 210,
+    "rotbench-heavy": 210,
+    "rotbench-union": 105,
+    "toolalpaca": 114,
+    "bfcl-exec": 240,
+    "tooleyes": 382,
+    "mmlu": 14042,
+    "gsm8k": 1319,
+    "humaneval": 164,
+}
 
 IMPLICIT_TOOLS = ("finish", "ask_to_user")  # callable in every dialogue, listed or not
 MASKED_API_KEY = "MASKED_API_KEY"  # stands in for the keys that ToolAlpaca's gold answers were published with
@@ -40,12 +60,13 @@ MASKED_API_KEY = "MASKED_API_KEY"  # stands in for the keys that ToolAlpaca's go
 @dataclass(frozen=True, slots=True)
 class EvalExample:
     """One record of a tool benchmark."""
-    index: int                # position in the benchmark's file, from 0; predictions refer to it
-    id: str                   # the benchmark's own name of the record; need not be unique
-    tools: list[dict]         # offered tools, OpenAI function dicts, in the benchmark's order
-    messages: list[Message]   # the dialogue up to the call to be predicted
+
+    index: int  # position in the benchmark's file, from 0; predictions refer to it
+    id: str  # the benchmark's own name of the record; need not be unique
+    tools: list[dict]  # offered tools, OpenAI function dicts, in the benchmark's order
+    messages: list[Message]  # the dialogue up to the call to be predicted
     gold: tuple[GoldAnswer, ...]  # accepted answers, at least one
-    meta: dict                # whatever else the record says; the loader names the keys
+    meta: dict  # whatever else the record says; the loader names the keys
 
 
 def benchmark_file(name: str, benchmark_dir: Path) -> Path:
@@ -127,8 +148,9 @@ def load_toolalpaca(path: Path) -> list[EvalExample]:
         answers = field_of(record, "Golden_Answers", list, where)
         instructions = field_of(record, "Instructions", list, where)
         if len(answers) != len(instructions):
-            raise DataError(f"{where}: found {len(answers)} Golden_Answers for {len(instructions)} Instructions, "
-                            "expected one each")
+            raise DataError(
+                f"{where}: found {len(answers)} Golden_Answers for {len(instructions)} Instructions, expected one each"
+            )
         api = field_of(record, "Name", str, where)
         shared_meta = {"api": api, "authentication": sorted(field_of(record, "Authentication", dict, where))}
         documented = {tool["function"]["name"] for tool in tools}
@@ -137,11 +159,16 @@ def load_toolalpaca(path: Path) -> list[EvalExample]:
             if not isinstance(instruction, str):
                 raise DataError(f"{here}: found {type(instruction).__name__}, expected text")
             calls = _toolalpaca_calls(answer, shared_meta["authentication"], here)
-            examples.append(EvalExample(
-                index=len(examples), id=f"{api}/{number}", tools=tools,
-                messages=[Message(role="user", content=instruction)],
-                gold=(GoldAnswer(calls=(calls[0],), order_free=False),),
-                meta={**shared_meta, "gold_calls": calls, "is_documented": calls[0].name in documented}))
+            examples.append(
+                EvalExample(
+                    index=len(examples),
+                    id=f"{api}/{number}",
+                    tools=tools,
+                    messages=[Message(role="user", content=instruction)],
+                    gold=(GoldAnswer(calls=(calls[0],), order_free=False),),
+                    meta={**shared_meta, "gold_calls": calls, "is_documented": calls[0].name in documented},
+                )
+            )
     return examples
 
 
@@ -171,11 +198,14 @@ def _dialogue_task(row: dict, index: int, where: str) -> DialogueTask:
     field_of(meta, "scenario", str, f"{where}: meta")
     results = field_of(meta, "results", list, f"{where}: meta")
     if not results or not all(isinstance(result, str) and result for result in results):
-        raise DataError(f"{where}: meta: found results {str(results)[:60]!a}, expected a list of texts, one per "
-                        "request")
+        raise DataError(
+            f"{where}: meta: found results {str(results)[:60]!a}, expected a list of texts, one per request"
+        )
     if meta.get("requests") != len(results):
-        raise DataError(f"{where}: meta: found {str(meta.get('requests'))[:20]} requests and {len(results)} results, "
-                        "expected as many of each")
+        raise DataError(
+            f"{where}: meta: found {str(meta.get('requests'))[:20]} requests and {len(results)} results, "
+            "expected as many of each"
+        )
     return DialogueTask(index=index, id=record_id, tools=tools, messages=messages, tool_set="toolbox", meta=meta)
 
 
@@ -209,8 +239,11 @@ def _gold_call(call: object, offered: set[str], where: str) -> GoldCall:
     wildcards = call.get("wildcards", [])
     if name not in offered:
         raise DataError(f"{where}: found gold tool {name!a}, expected one of the record's tools")
-    if not isinstance(wildcards, list) or not all(key in arguments for key in wildcards if isinstance(key, str)) \
-            or not all(isinstance(key, str) for key in wildcards):
+    if (
+        not isinstance(wildcards, list)
+        or not all(key in arguments for key in wildcards if isinstance(key, str))
+        or not all(isinstance(key, str) for key in wildcards)
+    ):
         raise DataError(f"{where}: found wildcards {wildcards!a}, expected a list of argument names")
     return GoldCall(name=name, arguments=arguments, wildcards=frozenset(wildcards))
 
@@ -231,14 +264,23 @@ def _rotbench_example(record: object, index: int, noise: str, where: str) -> Eva
         raise DataError(f"{where}: found {len(turns)} conversations, expected system, user and the accepted answers")
     tools = normalize_tools(_rotbench_tools(field_of(turns[0], "value", str, where), where), f"{where}: tools")
     names = ["", "", *(tool["function"]["name"] for tool in tools)]
-    meta = {"scenario": field_of(record, "scenario", str, where), "finish": names[-1], "ask_to_user": names[-2],
-            "noise": noise}
+    meta = {
+        "scenario": field_of(record, "scenario", str, where),
+        "finish": names[-1],
+        "ask_to_user": names[-2],
+        "noise": noise,
+    }
     answers = field_of(turns[-1], "value", list, where)
     if not answers:
         raise DataError(f"{where}: found no accepted answer, expected at least one")
-    return EvalExample(index=index, id=field_of(record, "id", str, where), tools=tools,
-                       messages=[_rotbench_message(turn, where) for turn in turns[1:-1]],
-                       gold=tuple(_rotbench_answer(answer, names, where) for answer in answers), meta=meta)
+    return EvalExample(
+        index=index,
+        id=field_of(record, "id", str, where),
+        tools=tools,
+        messages=[_rotbench_message(turn, where) for turn in turns[1:-1]],
+        gold=tuple(_rotbench_answer(answer, names, where) for answer in answers),
+        meta=meta,
+    )
 
 
 def _rotbench_tools(system: str, where: str) -> object:
@@ -278,27 +320,40 @@ def _rotbench_answer(answer: object, names: Sequence[str], where: str) -> GoldAn
     if not isinstance(arguments, dict) or name not in names[2:]:
         raise DataError(f"{where}: found accepted answer {answer[:60]!a}, expected a call of one of the record's tools")
     wildcards = arguments if name in names[-2:] else [key for key, value in arguments.items() if value == "None"]
-    return GoldAnswer(calls=(GoldCall(name=name, arguments=arguments, wildcards=frozenset(wildcards)),),
-                      order_free=False)
+    return GoldAnswer(
+        calls=(GoldCall(name=name, arguments=arguments, wildcards=frozenset(wildcards)),), order_free=False
+    )
 
 
 # ----------------------------------------------------------------------------------------------------------- ToolAlpaca
 
 _SPECIAL_TOOLS = tuple(
-    {"type": "function", "function": {"name": name, "description": description, "parameters": {
-        "type": "object", "properties": {parameter: {"type": "string", "description": meaning}},
-        "required": [parameter]}}}
+    {
+        "type": "function",
+        "function": {
+            "name": name,
+            "description": description,
+            "parameters": {
+                "type": "object",
+                "properties": {parameter: {"type": "string", "description": meaning}},
+                "required": [parameter],
+            },
+        },
+    }
     for name, description, parameter, meaning in (
         ("ask_to_user", "Ask the user for what the request leaves open.", "question", "The question to the user."),
-        ("finish", "End the dialogue with an answer to the request.", "answer", "The answer for the user.")))
+        ("finish", "End the dialogue with an answer to the request.", "answer", "The answer for the user."),
+    )
+)
 _PARAMETER_TEXT = re.compile(r"(Required\. )?(\w+)\.(?:\s+|$)(.*)", re.DOTALL)
 _DOUBLED_KEY = re.compile(r'("[^"]+": )\1')  # `"symbols": "symbols": [..]` in four gold inputs of CurrencyBeacon
 
 
 def _toolalpaca_tools(record: object, where: str) -> list[dict]:
     documents = field_of(record, "Function_Description", dict, where)
-    tools = [_toolalpaca_tool(name, text, f"{where}: {name!a}") for name, text in documents.items()
-             if name != "components"]  # prose about the types of results
+    tools = [
+        _toolalpaca_tool(name, text, f"{where}: {name!a}") for name, text in documents.items() if name != "components"
+    ]  # prose about the types of results
     return normalize_tools([*tools, *_SPECIAL_TOOLS], f"{where}: tools")
 
 
@@ -319,8 +374,14 @@ def _toolalpaca_tool(name: str, text: object, where: str) -> dict:
         properties[parameter] = {"type": match[2], "description": match[3].strip()}
         if match[1]:
             required.append(parameter)
-    return {"type": "function", "function": {"name": name, "description": description.strip(), "parameters": {
-        "type": "object", "properties": properties, "required": required}}}
+    return {
+        "type": "function",
+        "function": {
+            "name": name,
+            "description": description.strip(),
+            "parameters": {"type": "object", "properties": properties, "required": required},
+        },
+    }
 
 
 def _toolalpaca_calls(answer: object, authentication: Sequence[str], where: str) -> tuple[GoldCall, ...]:

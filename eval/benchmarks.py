@@ -3,11 +3,13 @@
 Beside DE, CE and VA, which say whether calls worked and whether there was an answer, tiny-multi has `answer_right`: the
 world is closed, so it is known what a right answer must hold.
 """
+
 import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
 
+from data.json_records import read_json_lines
 from data.trajectories import DataError
 from eval.benchmark_data import BENCHMARK_FILES, DIALOGUE_BENCHMARKS
 from eval.confidence import Z_95, wilson_interval
@@ -32,7 +34,6 @@ from eval.general_tasks import (
     match_completions,
     match_texts,
 )
-from data.json_records import read_json_lines
 from eval.queries import load_tasks
 from eval.reports.report import summarize_results
 from eval.tooleyes_data import read_official_dialogues
@@ -40,8 +41,9 @@ from eval.tooleyes_data import read_official_dialogues
 Scores = tuple[list[dict], dict, list[str]]  # rows, summary, notices
 
 
-def score_predictions(name: str, answers: Path, predictions: Path, *, limit: int | None, rules: str,
-                      execute_code: bool, max_turns: int) -> Scores:
+def score_predictions(
+    name: str, answers: Path, predictions: Path, *, limit: int | None, rules: str, execute_code: bool, max_turns: int
+) -> Scores:
     """Rows of results, summary and notices worth showing for the prediction file of benchmark `name`.
 
     `rules` is "official", "fair" or "default", each benchmark's own; `max_turns` is for dialogues. Raises
@@ -58,8 +60,9 @@ def score_predictions(name: str, answers: Path, predictions: Path, *, limit: int
     if name == "toolalpaca":
         return evaluate_toolalpaca_files(answers, predictions, limit, "fair" if rules == "default" else rules)
     if name == "bfcl-exec":
-        return evaluate_bfcl_files(answers, predictions, limit, "fair" if rules == "default" else rules,
-                                   execute_code=execute_code)
+        return evaluate_bfcl_files(
+            answers, predictions, limit, "fair" if rules == "default" else rules, execute_code=execute_code
+        )
     if name == "gsm8k":
         return _score_gsm8k(answers, predictions, limit)
     if name == "mmlu":
@@ -93,26 +96,34 @@ def is_answer_right(task: DialogueTask, dialogue: RecordedDialogue) -> bool:
     """
     last = dialogue.turns[-1]["calls"][-1:] if dialogue.end == "finish" and dialogue.turns else []
     answer = last[0]["arguments"].get("answer") if last else None
-    return isinstance(answer, str) and all(re.search(rf"(?<!\w){re.escape(result)}(?!\w)", answer)
-                                           for result in task.meta["results"])
+    return isinstance(answer, str) and all(
+        re.search(rf"(?<!\w){re.escape(result)}(?!\w)", answer) for result in task.meta["results"]
+    )
 
 
-def add_right_answers(rows: Sequence[dict], summary: dict, dialogues: Sequence[RecordedDialogue],
-                      tasks: Sequence[DialogueTask]) -> tuple[list[dict], dict]:
+def add_right_answers(
+    rows: Sequence[dict], summary: dict, dialogues: Sequence[RecordedDialogue], tasks: Sequence[DialogueTask]
+) -> tuple[list[dict], dict]:
     """The rows and the summary of tiny-multi with `answer_right`, also by the number of requests in the query."""
     flags = [is_answer_right(task, dialogue) for task, dialogue in zip(tasks, dialogues, strict=True)]
     by_requests = {}
     for requests in sorted({task.meta["requests"] for task in tasks}):
         part = [flag for task, flag in zip(tasks, flags, strict=True) if task.meta["requests"] == requests]
         by_requests[str(requests)] = {"n": len(part), **_share_right(part)}
-    return [{**row, "answer_right": int(flag)} for row, flag in zip(rows, flags, strict=True)], \
-        {**summary, **_share_right(flags), "by_requests": by_requests}
+    return [{**row, "answer_right": int(flag)} for row, flag in zip(rows, flags, strict=True)], {
+        **summary,
+        **_share_right(flags),
+        "by_requests": by_requests,
+    }
 
 
 def _share_right(flags: Sequence[bool]) -> dict:
     low, high = wilson_interval(sum(flags), len(flags), Z_95)  # E20
-    return {"answer_right": sum(flags), "answer_right_percent": round(100 * sum(flags) / len(flags), 2),
-            "answer_right_interval_95": [round(100 * low, 2), round(100 * high, 2)]}
+    return {
+        "answer_right": sum(flags),
+        "answer_right_percent": round(100 * sum(flags) / len(flags), 2),
+        "answer_right_interval_95": [round(100 * low, 2), round(100 * high, 2)],
+    }
 
 
 # -------------------------------------------------------------------------------------------------------- general tasks
@@ -134,12 +145,14 @@ def _score_mmlu(answers: Path, predictions: Path, limit: int | None) -> Scores:
 
 def _score_humaneval(answers: Path, predictions: Path, limit: int | None, execute_code: bool) -> Scores:
     if not execute_code:
-        raise DataError("--execute_code: found off, expected on for humaneval, whose scoring runs code that a model "
-                        "wrote")
+        raise DataError(
+            "--execute_code: found off, expected on for humaneval, whose scoring runs code that a model wrote"
+        )
     problems = load_humaneval(answers)
     matched, notices = match_completions(predictions, problems, limit)
-    rows, limits = evaluate_humaneval(problems[:limit], matched, seconds=SECONDS, memory_bytes=MEMORY_MIB << 20,
-                                      workers=os.cpu_count() or 1)
+    rows, limits = evaluate_humaneval(
+        problems[:limit], matched, seconds=SECONDS, memory_bytes=MEMORY_MIB << 20, workers=os.cpu_count() or 1
+    )
     open_ends = [name for name, text in limits.items() if text.startswith("NOT CONFINED")]
     if open_ends:
         notices.append(f"sandbox: on this machine nothing confines {', '.join(open_ends)} of the code that ran")

@@ -1,13 +1,14 @@
 """Records of BFCL v3's executable categories: `load_bfcl` reads four files whose gold answers are Python source."""
+
 import ast
 import operator
 from collections.abc import Sequence
 from pathlib import Path
 
+from data.json_records import read_json_lines
 from data.tool_calls import ToolCall
 from data.trajectories import DataError, Message, normalize_tools
 from eval.benchmark_data import EvalExample, field_of
-from data.json_records import read_json_lines
 from eval.metrics import GoldAnswer, GoldCall
 
 CATEGORIES = ("simple", "multiple", "parallel", "parallel_multiple")  # the files, in the order of the records' indices
@@ -30,8 +31,9 @@ def load_bfcl(folder: Path) -> list[EvalExample]:
         rows, _ = read_json_lines(path, drop_partial_last_line=False)
         if not rows:
             raise DataError(f"{path}: found no record, expected at least one line")
-        examples += [_example(row, len(examples) + number, category, f"{path}:{line}")
-                     for number, (line, row) in enumerate(rows)]
+        examples += [
+            _example(row, len(examples) + number, category, f"{path}:{line}") for number, (line, row) in enumerate(rows)
+        ]
     return examples
 
 
@@ -45,9 +47,18 @@ def _example(row: dict, index: int, category: str, where: str) -> EvalExample:
     calls = tuple(_gold_call(source, documents_by_name, where) for source in sources)
     answer = GoldAnswer(tuple(_as_documented(call, documents_by_name[call.name]) for call in calls), order_free=True)
     return EvalExample(
-        index=index, id=field_of(row, "id", str, where), tools=tools, messages=_messages(row, where), gold=(answer,),
-        meta={"category": category, "documents": documents, "calls": calls,
-              "result_types": field_of(row, "execution_result_type", list, where)})
+        index=index,
+        id=field_of(row, "id", str, where),
+        tools=tools,
+        messages=_messages(row, where),
+        gold=(answer,),
+        meta={
+            "category": category,
+            "documents": documents,
+            "calls": calls,
+            "result_types": field_of(row, "execution_result_type", list, where),
+        },
+    )
 
 
 def _messages(row: dict, where: str) -> list[Message]:
@@ -66,8 +77,10 @@ def with_json_types(schema: object) -> object:
         return [with_json_types(item) for item in schema]
     if not isinstance(schema, dict):
         return schema
-    return {key: JSON_TYPES.get(value, value) if key == "type" and isinstance(value, str) else with_json_types(value)
-            for key, value in schema.items()}
+    return {
+        key: JSON_TYPES.get(value, value) if key == "type" and isinstance(value, str) else with_json_types(value)
+        for key, value in schema.items()
+    }
 
 
 # ----------------------------------------------------------------------------------------------------------- gold calls
@@ -118,8 +131,11 @@ def _as_documented(call: ToolCall, document: dict) -> GoldCall:
     def documented(name: str, value: object) -> object:
         return float(value) if type(value) is int and properties.get(name, {}).get("type") == "float" else value
 
-    return GoldCall(name=call.name, wildcards=frozenset(),
-                    arguments={name: documented(name, value) for name, value in call.arguments.items()})
+    return GoldCall(
+        name=call.name,
+        wildcards=frozenset(),
+        arguments={name: documented(name, value) for name, value in call.arguments.items()},
+    )
 
 
 def properties_of(document: dict) -> dict[str, dict]:

@@ -9,6 +9,7 @@ counts is which arguments lead to equal results. Numbers documented as integers 
 This file is itself the program that the sandbox runs (eval/evaluate_bfcl.py), hence it imports the standard library
 only. Values come from models: nothing is evaluated as Python, but a call can still ask for a factorial without end.
 """
+
 import ast
 import json
 import math
@@ -52,7 +53,7 @@ def get_fibonacci_sequence(n: int) -> list[int]:
     numbers = [0, 1]
     while len(numbers) < n:
         numbers.append(numbers[-1] + numbers[-2])
-    return numbers[:_whole(n)]
+    return numbers[: _whole(n)]
 
 
 def get_prime_factors(number: int) -> list[int]:
@@ -94,7 +95,7 @@ def calculate_permutations(n: int, k: int) -> int:
 def calc_binomial_probability(n: int, k: int, p: float) -> float:
     """Probability of k successes in n trials: C(n, k) p^k (1 - p)^(n - k)."""
     n, k = _whole(n), _whole(k)
-    return math.comb(n, k) * p**k * (1 - p)**(n - k)
+    return math.comb(n, k) * p**k * (1 - p) ** (n - k)
 
 
 def calculate_mean(numbers: Sequence[float]) -> float:
@@ -105,7 +106,7 @@ def calculate_mean(numbers: Sequence[float]) -> float:
 def calculate_standard_deviation(numbers: Sequence[float]) -> float:
     """Standard deviation of the numbers as a whole population: division by n."""
     mean = calculate_mean(numbers)
-    return math.sqrt(math.fsum((number - mean)**2 for number in numbers) / len(numbers))
+    return math.sqrt(math.fsum((number - mean) ** 2 for number in numbers) / len(numbers))
 
 
 def linear_regression(x: Sequence[float], y: Sequence[float], point: float) -> float:
@@ -113,7 +114,8 @@ def linear_regression(x: Sequence[float], y: Sequence[float], point: float) -> f
     points = list(zip(x, y, strict=True))
     mean_x, mean_y = calculate_mean(x), calculate_mean(y)
     slope = math.fsum((x_i - mean_x) * (y_i - mean_y) for x_i, y_i in points) / math.fsum(
-        (x_i - mean_x)**2 for x_i in x)
+        (x_i - mean_x) ** 2 for x_i in x
+    )
     return mean_y + slope * (point - mean_x)
 
 
@@ -148,7 +150,7 @@ def maxPoints(points: Sequence[Sequence[int]]) -> int:
     """Largest number of the points on one straight line."""
     most = min(len(points), 1)
     for index, (x, y) in enumerate(points):
-        for other_x, other_y in points[index + 1:]:
+        for other_x, other_y in points[index + 1 :]:
             # on the line through both: the cross product with its direction is zero. A double point has no direction.
             across = [(third_x - x) * (other_y - y) == (third_y - y) * (other_x - x) for third_x, third_y in points]
             is_double = (x, y) == (other_x, other_y)
@@ -195,12 +197,38 @@ def estimate_derivative(function: str, x: float) -> float:
     return float((high - low) / (2 * DERIVATIVE_STEP))
 
 
-OPERATORS = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv,
-             ast.FloorDiv: operator.floordiv, ast.Mod: operator.mod, ast.Pow: operator.pow,
-             ast.UAdd: operator.pos, ast.USub: operator.neg}
+OPERATORS = {
+    ast.Add: operator.add,
+    ast.Sub: operator.sub,
+    ast.Mult: operator.mul,
+    ast.Div: operator.truediv,
+    ast.FloorDiv: operator.floordiv,
+    ast.Mod: operator.mod,
+    ast.Pow: operator.pow,
+    ast.UAdd: operator.pos,
+    ast.USub: operator.neg,
+}
 NUMBER_FUNCTIONS = {"abs": abs, "pow": operator.pow} | {
-    name: getattr(math, name) for name in ("sin", "cos", "tan", "asin", "acos", "atan", "sinh", "cosh", "tanh", "exp",
-                                           "log", "log2", "log10", "sqrt", "fabs", "pow")}
+    name: getattr(math, name)
+    for name in (
+        "sin",
+        "cos",
+        "tan",
+        "asin",
+        "acos",
+        "atan",
+        "sinh",
+        "cosh",
+        "tanh",
+        "exp",
+        "log",
+        "log2",
+        "log10",
+        "sqrt",
+        "fabs",
+        "pow",
+    )
+}
 
 
 def _value_of(node: ast.expr, parameter: str, x: Fraction) -> Fraction | float:
@@ -209,8 +237,12 @@ def _value_of(node: ast.expr, parameter: str, x: Fraction) -> Fraction | float:
         return Fraction(node.value)
     if isinstance(node, ast.Name) and node.id == parameter:
         return x
-    if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "math" \
-            and node.attr in ("pi", "e"):
+    if (
+        isinstance(node, ast.Attribute)
+        and isinstance(node.value, ast.Name)
+        and node.value.id == "math"
+        and node.attr in ("pi", "e")
+    ):
         return getattr(math, node.attr)
     if isinstance(node, ast.BinOp) and type(node.op) in OPERATORS:
         return OPERATORS[type(node.op)](_value_of(node.left, parameter, x), _value_of(node.right, parameter, x))
@@ -253,16 +285,22 @@ def calculate_final_velocity(initial_velocity: float, acceleration: float, time:
 
 def calculate_future_value(present_value: float, interest_rate: float, periods: int) -> float:
     """Value after `periods` years of compound interest."""
-    return present_value * (1 + interest_rate)**_whole(periods)
+    return present_value * (1 + interest_rate) ** _whole(periods)
 
 
-def calculate_investment_value(initial_investment: float, annual_contribution: float, years: int, annual_return: float,
-                               inflation_rate: Sequence[float], adjust_for_inflation: bool = True) -> float:
+def calculate_investment_value(
+    initial_investment: float,
+    annual_contribution: float,
+    years: int,
+    annual_return: float,
+    inflation_rate: Sequence[float],
+    adjust_for_inflation: bool = True,
+) -> float:
     """Value after `years`: each year a return, then a contribution, then what that year's inflation leaves of it."""
     if len(inflation_rate) < _whole(years):
         raise ValueError(f"found {len(inflation_rate)} inflation rates for {years} years, expected one per year")
     value = initial_investment
-    for rate in inflation_rate[:_whole(years)]:
+    for rate in inflation_rate[: _whole(years)]:
         value = value * (1 + annual_return) + annual_contribution
         value = value / (1 + rate) if adjust_for_inflation else value
     return value
@@ -271,23 +309,40 @@ def calculate_investment_value(initial_investment: float, annual_contribution: f
 def mortgage_calculator(loan_amount: float, interest_rate: float, loan_period: int) -> float:
     """Monthly payment of an annuity loan over `loan_period` years, interest a twelfth of the yearly rate per month."""
     months, rate = _whole(12 * loan_period), interest_rate / 12
-    return loan_amount * rate / (1 - (1 + rate)**-months) if rate else loan_amount / months
+    return loan_amount * rate / (1 - (1 + rate) ** -months) if rate else loan_amount / months
 
 
-def calculate_nutritional_needs(weight: float, height: float, age: float, gender: str, activity_level: int,
-                                goal: str) -> dict[str, float]:
+def calculate_nutritional_needs(
+    weight: float, height: float, age: float, gender: str, activity_level: int, goal: str
+) -> dict[str, float]:
     """Daily needs: energy by Mifflin-St Jeor, 30 % of it protein, 30 % fat, 40 % carbohydrates."""
     basal = 10 * weight + 6.25 * height - 5 * age + GENDER_KILOCALORIES[gender]
     energy = basal * ACTIVITY_FACTORS[activity_level] + GOAL_KILOCALORIES[goal]
-    return {"kilocalories": energy, "protein_grams": 0.3 * energy / 4, "fat_grams": 0.3 * energy / 9,
-            "carbohydrate_grams": 0.4 * energy / 4}
+    return {
+        "kilocalories": energy,
+        "protein_grams": 0.3 * energy / 4,
+        "fat_grams": 0.3 * energy / 9,
+        "carbohydrate_grams": 0.4 * energy / 4,
+    }
 
 
-def book_room(room_type: str, check_in_date: str, check_out_date: str, customer_id: str, price: float = 0.0,
-              discount_code: str | None = None) -> dict[str, object]:
+def book_room(
+    room_type: str,
+    check_in_date: str,
+    check_out_date: str,
+    customer_id: str,
+    price: float = 0.0,
+    discount_code: str | None = None,
+) -> dict[str, object]:
     """The booking, with everything that was said about it."""
-    return {"room_type": room_type, "price": price, "check_in_date": check_in_date, "check_out_date": check_out_date,
-            "customer_id": customer_id, "discount_code": discount_code}
+    return {
+        "room_type": room_type,
+        "price": price,
+        "check_in_date": check_in_date,
+        "check_out_date": check_out_date,
+        "customer_id": customer_id,
+        "discount_code": discount_code,
+    }
 
 
 def order_food(item: Sequence[str], quantity: Sequence[int], price: Sequence[float]) -> float:
@@ -295,13 +350,43 @@ def order_food(item: Sequence[str], quantity: Sequence[int], price: Sequence[flo
     return math.fsum(_whole(count) * each for _, count, each in zip(item, quantity, price, strict=True))
 
 
-FUNCTIONS: dict[str, Callable] = {function.__name__: function for function in (
-    add_binary_numbers, book_room, calc_binomial_probability, calculate_cosine_similarity, calculate_density,
-    calculate_displacement, calculate_electrostatic_potential_energy, calculate_final_velocity, calculate_future_value,
-    calculate_investment_value, calculate_mean, calculate_nutritional_needs, calculate_permutations,
-    calculate_standard_deviation, calculate_triangle_area, estimate_derivative, geometry_area_circle, get_distance,
-    get_fibonacci_number, get_fibonacci_sequence, get_prime_factors, linear_regression, mat_mul, math_factorial,
-    math_gcd, math_lcm, maxPoints, mortgage_calculator, order_food, polygon_area, quadratic_roots, sort_array)}
+FUNCTIONS: dict[str, Callable] = {
+    function.__name__: function
+    for function in (
+        add_binary_numbers,
+        book_room,
+        calc_binomial_probability,
+        calculate_cosine_similarity,
+        calculate_density,
+        calculate_displacement,
+        calculate_electrostatic_potential_energy,
+        calculate_final_velocity,
+        calculate_future_value,
+        calculate_investment_value,
+        calculate_mean,
+        calculate_nutritional_needs,
+        calculate_permutations,
+        calculate_standard_deviation,
+        calculate_triangle_area,
+        estimate_derivative,
+        geometry_area_circle,
+        get_distance,
+        get_fibonacci_number,
+        get_fibonacci_sequence,
+        get_prime_factors,
+        linear_regression,
+        mat_mul,
+        math_factorial,
+        math_gcd,
+        math_lcm,
+        maxPoints,
+        mortgage_calculator,
+        order_food,
+        polygon_area,
+        quadratic_roots,
+        sort_array,
+    )
+}
 
 
 # -------------------------------------------------------------------------------------------------------------- program

@@ -9,6 +9,7 @@ included: `run_sft.py --data FILE` masks them. The dialogues themselves stay in 
 on with the same command and ends with the same bytes. At the end: the error categories of the calls, as in the paper's
 Figure 1. Rules and flags: docs/evaluation.md.
 """
+
 import argparse
 import fcntl
 import functools
@@ -23,24 +24,29 @@ from pathlib import Path
 
 import torch
 
-from toolbox.world import build_toolbox
+from data.formats.prompts import PROMPT_FORMATS, PromptError, encode_formatted_prompt
+from data.json_records import read_json_lines, read_json_list, write_text
 from data.trajectories import DataError, Message, normalize_tools, read_trajectories
-from eval.dialogues.play import complete_dialogues, format_reminder, run_dialogues_with_endpoint, run_dialogues_with_model
 from eval.benchmark_data import field_of, load_rotbench
 from eval.command_line import parse_arguments, run_command
 from eval.dialogues.journal import DialogueJournal, DialogueTask, RecordedDialogue, match_dialogues, read_dialogues
-from eval.dialogues.metrics import MAX_TURNS
-from eval.predict.endpoint import Endpoint, check_url, make_endpoint
-from eval.reports.error_statistics import classify_turns, format_turns, summarize_turns
-from eval.predict.generate import answers_sha256, check_settings, folder_sha256
-from data.json_records import read_json_lines, read_json_list, write_text
 from eval.dialogues.local_tools import TOOLBOX
-from data.formats.prompts import PROMPT_FORMATS, PromptError, encode_formatted_prompt
+from eval.dialogues.metrics import MAX_TURNS
+from eval.dialogues.play import (
+    complete_dialogues,
+    format_reminder,
+    run_dialogues_with_endpoint,
+    run_dialogues_with_model,
+)
 from eval.dialogues.tools import EXECUTOR_KINDS, make_executor
+from eval.predict.endpoint import Endpoint, check_url, make_endpoint
+from eval.predict.generate import answers_sha256, check_settings, folder_sha256
+from eval.reports.error_statistics import classify_turns, format_turns, summarize_turns
 from eval.tooleyes_data import load_tooleyes
 from model.pretrained_weights import ModelFolderError, load_pretrained
 from model.tokenizer import Tokenizer, check_vocabulary_fits, load_tokenizer
 from model.transformer import Transformer
+from toolbox.world import build_toolbox
 
 USER_ROLES = ("system", "user")  # what a query may begin with; the teacher says the rest
 _LONE_SURROGATE = re.compile(r"[\ud800-\udfff]")
@@ -58,15 +64,19 @@ def read_queries(path: Path) -> list[DialogueTask]:
     """
     first = _first_record(path)
     turns = first.get("conversations")
-    has_answers = any(isinstance(message, dict) and message.get("role") == "assistant"
-                      for message in turns or first.get("messages") or [])
+    has_answers = any(
+        isinstance(message, dict) and message.get("role") == "assistant"
+        for message in turns or first.get("messages") or []
+    )
     if isinstance(turns, list) and "path" in first:
         return load_tooleyes(path)
     if isinstance(turns, list) and not has_answers:
         return [_query(example.index, example.id, example.tools, example.messages) for example in load_rotbench(path)]
     if has_answers:
-        return [_query(index, trajectory.id, trajectory.tools, trajectory.messages)
-                for index, trajectory in enumerate(read_trajectories(path, unparsable_calls="mask"))]
+        return [
+            _query(index, trajectory.id, trajectory.tools, trajectory.messages)
+            for index, trajectory in enumerate(read_trajectories(path, unparsable_calls="mask"))
+        ]
     rows, _ = read_json_lines(path, drop_partial_last_line=False)
     return [_query_of_line(row, index, f"{path}:{line}") for index, (line, row) in enumerate(rows)]
 
@@ -98,7 +108,7 @@ def _query_of_line(row: dict, index: int, where: str) -> DialogueTask:
 def _query(index: int, identity: str, tools: list[dict], messages: Sequence[Message]) -> DialogueTask:
     """The task of a record: what stands before its first answer; local tools where its documents are the toolbox's."""
     answers = [number for number, message in enumerate(messages) if message.role not in USER_ROLES]
-    asked = list(messages[:answers[0]] if answers else messages)
+    asked = list(messages[: answers[0]] if answers else messages)
     return DialogueTask(index, identity, tools, asked, tool_set=TOOLBOX if is_toolbox(tools) else "", meta={})
 
 
@@ -116,8 +126,9 @@ def is_toolbox(tools: Sequence[dict]) -> bool:
 # ------------------------------------------------------------------------------------------------------------- records
 
 
-def authors_record(identity: str, task: DialogueTask, dialogue: RecordedDialogue, *,
-                   keeps_unparsable: bool) -> dict | None:
+def authors_record(
+    identity: str, task: DialogueTask, dialogue: RecordedDialogue, *, keeps_unparsable: bool
+) -> dict | None:
     """One dialogue in the authors' raw form, None if no call is left of it.
 
     Each call is a message of its own, `name`, a newline, its arguments as JSON, and its feedback follows as `function`,
@@ -131,8 +142,10 @@ def authors_record(identity: str, task: DialogueTask, dialogue: RecordedDialogue
     start = len(conversations)
     for turn in dialogue.turns:
         if turn["fault"] and keeps_unparsable:
-            conversations += [{"role": "assistant", "content": _encodable(turn["output"])},
-                              {"role": "user", "content": format_reminder(dialogue.format)}]
+            conversations += [
+                {"role": "assistant", "content": _encodable(turn["output"])},
+                {"role": "user", "content": format_reminder(dialogue.format)},
+            ]
         for call in turn["calls"]:
             words = f"{call['name']}\n{json.dumps(call['arguments'])}"
             conversations.append({"role": "assistant", "content": words})
@@ -152,12 +165,18 @@ def _encodable(text: str) -> str:
 @dataclass(frozen=True, slots=True)
 class WrittenFile:
     """What became of the dialogues."""
-    records: list[dict]     # in the authors' form
+
+    records: list[dict]  # in the authors' form
     counts: dict[str, int]  # of dialogues and turns left out, by reason
 
 
-def authors_records(tasks: Sequence[DialogueTask], dialogues: Sequence[RecordedDialogue], *, keeps_unfinished: bool,
-                    keeps_unparsable: bool) -> WrittenFile:
+def authors_records(
+    tasks: Sequence[DialogueTask],
+    dialogues: Sequence[RecordedDialogue],
+    *,
+    keeps_unfinished: bool,
+    keeps_unparsable: bool,
+) -> WrittenFile:
     """The records of the dialogues that are training data; an id that occurs again gets its index behind it.
 
     A dialogue without `finish` shows no way to an answer: it is left out unless `keeps_unfinished`.
@@ -189,11 +208,18 @@ def collect(flags: argparse.Namespace) -> str:
     tasks = read_queries(flags.queries)
     path = flags.output.with_name(flags.output.name + ".dialogues.jsonl")
     teacher = read_endpoint(flags) if flags.endpoint else load_teacher(flags, tasks[0])
-    source = {"endpoint": flags.endpoint, "model": flags.model} if flags.endpoint else \
-        {"model_sha256": folder_sha256(Path(flags.model)), "dtype": flags.dtype, "device": flags.device}
+    source = (
+        {"endpoint": flags.endpoint, "model": flags.model}
+        if flags.endpoint
+        else {"model_sha256": folder_sha256(Path(flags.model)), "dtype": flags.dtype, "device": flags.device}
+    )
     recorded = answers_sha256(flags.recorded_calls) if flags.recorded_calls else ""
-    settings = {**source, "queries_sha256": answers_sha256(flags.queries), "recorded_calls_sha256": recorded,
-                **{name: getattr(flags, name) for name in DECIDING_FLAGS}}
+    settings = {
+        **source,
+        "queries_sha256": answers_sha256(flags.queries),
+        "recorded_calls_sha256": recorded,
+        **{name: getattr(flags, name) for name in DECIDING_FLAGS},
+    }
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path.with_suffix(".lock"), "w") as lock:
         try:
@@ -201,16 +227,23 @@ def collect(flags: argparse.Namespace) -> str:
         except BlockingIOError:
             raise DataError(f"{flags.output}: found another process at work on it, expected none") from None
         check_settings(path, settings, resume="auto", is_writer=True)
-        notices = complete_dialogues(path, tasks[:flags.limit], player_of(flags, teacher),
-                                     prompt_format=flags.prompt_format, rank=0)
+        notices = complete_dialogues(
+            path, tasks[: flags.limit], player_of(flags, teacher), prompt_format=flags.prompt_format, rank=0
+        )
     for notice in notices:
         print(notice, file=sys.stderr)
     dialogues = match_dialogues(read_dialogues(path)[0], len(tasks), flags.limit, path=path)
-    written = authors_records(tasks[:flags.limit], dialogues, keeps_unfinished=flags.unfinished == "keep",
-                              keeps_unparsable=flags.unparsable == "keep")
+    written = authors_records(
+        tasks[: flags.limit],
+        dialogues,
+        keeps_unfinished=flags.unfinished == "keep",
+        keeps_unparsable=flags.unparsable == "keep",
+    )
     if not written.records:
-        raise DataError(f"{path}: found no dialogue to write among {len(dialogues)} ({_shown(written.counts)}), "
-                        "expected at least one that ends with finish")
+        raise DataError(
+            f"{path}: found no dialogue to write among {len(dialogues)} ({_shown(written.counts)}), "
+            "expected at least one that ends with finish"
+        )
     write_records(flags.output, written.records)
     return describe(flags, written, len(dialogues))
 
@@ -221,9 +254,11 @@ def describe(flags: argparse.Namespace, written: WrittenFile, n_dialogues: int) 
     rows = classify_turns(trajectories)
     summary = summarize_turns(trajectories, rows)
     found = {"dialogues": n_dialogues, "written": len(written.records), **written.counts}
-    return (f"{format_turns(summary)}\n\n{len(written.records)} of {n_dialogues} dialogues written to {flags.output}; "
-            f"{_shown(written.counts)} (--unfinished {flags.unfinished}, --unparsable {flags.unparsable})\n\n"
-            f"{json.dumps({**found, **summary})}")
+    return (
+        f"{format_turns(summary)}\n\n{len(written.records)} of {n_dialogues} dialogues written to {flags.output}; "
+        f"{_shown(written.counts)} (--unfinished {flags.unfinished}, --unparsable {flags.unparsable})\n\n"
+        f"{json.dumps({**found, **summary})}"
+    )
 
 
 def _shown(counts: dict[str, int]) -> str:
@@ -234,19 +269,28 @@ def load_teacher(flags: argparse.Namespace, first: DialogueTask) -> tuple[Transf
     """The model of --model on its device, and its tokenizer. Raises ModelFolderError, DataError, PromptError."""
     tokenizer = load_tokenizer(flags.model)
     encode_formatted_prompt(first.tools, first.messages, flags.prompt_format, tokenizer)  # has it the format's tokens?
-    model = load_pretrained(flags.model, dtype=torch.bfloat16 if flags.dtype == "bfloat16" else torch.float32,
-                            device=flags.device)
+    model = load_pretrained(
+        flags.model, dtype=torch.bfloat16 if flags.dtype == "bfloat16" else torch.float32, device=flags.device
+    )
     check_vocabulary_fits(tokenizer, model.config.vocab_size)
     if flags.max_new_tokens >= model.config.max_positions:
-        raise DataError(f"--max_new_tokens: found {flags.max_new_tokens}, expected less than the model's "
-                        f"{model.config.max_positions} positions")
+        raise DataError(
+            f"--max_new_tokens: found {flags.max_new_tokens}, expected less than the model's "
+            f"{model.config.max_positions} positions"
+        )
     return model.eval(), tokenizer
 
 
 def read_endpoint(flags: argparse.Namespace) -> Endpoint:
     """The endpoint of the flags, with its key from the environment."""
-    return make_endpoint(flags.endpoint, flags.model, key_variable=flags.endpoint_key, timeout=flags.endpoint_timeout,
-                         attempts=flags.endpoint_attempts, concurrency=flags.endpoint_concurrency)
+    return make_endpoint(
+        flags.endpoint,
+        flags.model,
+        key_variable=flags.endpoint_key,
+        timeout=flags.endpoint_timeout,
+        attempts=flags.endpoint_attempts,
+        concurrency=flags.endpoint_concurrency,
+    )
 
 
 def player_of(
@@ -256,31 +300,55 @@ def player_of(
     settings = {name: getattr(flags, name) for name in ("prompt_format", "max_turns", "max_new_tokens", "temperature")}
 
     def play(missing: list[DialogueTask], journal: DialogueJournal) -> None:
-        with make_executor(flags.tool_executor, seed=flags.seed, instability_rate=flags.instability_rate,
-                           failure_rate=flags.call_failure_rate, recorded_file=flags.recorded_calls,
-                           execute_code=flags.execute_code) as execute:
+        with make_executor(
+            flags.tool_executor,
+            seed=flags.seed,
+            instability_rate=flags.instability_rate,
+            failure_rate=flags.call_failure_rate,
+            recorded_file=flags.recorded_calls,
+            execute_code=flags.execute_code,
+        ) as execute:
             if isinstance(teacher, Endpoint):
                 run_dialogues_with_endpoint(missing, teacher, execute=execute, journal=journal, **settings)
             else:
-                run_dialogues_with_model(missing, *teacher, execute=execute, journal=journal, **settings,
-                                         batch_size=flags.batch_size, seed=flags.seed,
-                                         max_dialogue_tokens=flags.max_dialogue_tokens)
+                run_dialogues_with_model(
+                    missing,
+                    *teacher,
+                    execute=execute,
+                    journal=journal,
+                    **settings,
+                    batch_size=flags.batch_size,
+                    seed=flags.seed,
+                    max_dialogue_tokens=flags.max_dialogue_tokens,
+                )
             for notice in execute.notices:
                 print(notice, file=sys.stderr)
+
     return play
 
 
 # --------------------------------------------------------------------------------------------------------- command line
 
 # What decides the dialogues, beside model and queries: a run goes on only where these are the same.
-DECIDING_FLAGS = ("prompt_format", "max_turns", "max_new_tokens", "max_dialogue_tokens", "temperature", "seed",
-                  "tool_executor", "instability_rate", "call_failure_rate", "execute_code")
+DECIDING_FLAGS = (
+    "prompt_format",
+    "max_turns",
+    "max_new_tokens",
+    "max_dialogue_tokens",
+    "temperature",
+    "seed",
+    "tool_executor",
+    "instability_rate",
+    "call_failure_rate",
+    "execute_code",
+)
 
 
 def read_flags(arguments: Sequence[str]) -> argparse.Namespace:
     """The flags; wrong ones end the program with one line and code 2."""
-    parser = argparse.ArgumentParser(prog="collect_trajectories",
-                                     description="Let a teacher work through queries; write training trajectories.")
+    parser = argparse.ArgumentParser(
+        prog="collect_trajectories", description="Let a teacher work through queries; write training trajectories."
+    )
     add = parser.add_argument
     add("--model", default="runs/sft/final", help="folder of the teacher; with --endpoint its name there (%(default)s)")
     add("--endpoint", default="", help="base URL of an OpenAI-compatible server (default: the model folder)")
@@ -288,8 +356,13 @@ def read_flags(arguments: Sequence[str]) -> argparse.Namespace:
     add("--endpoint_timeout", type=float, default=120.0, help="seconds for one answer (%(default)s)")
     add("--endpoint_attempts", type=int, default=6, help="requests per turn before the run ends (%(default)s)")
     add("--endpoint_concurrency", type=int, default=8, help="dialogues at a time (%(default)s)")
-    add("--queries", type=Path, required=True, help="tools and queries: ToolEyes, RoTBench, tiny-multi, training data, "
-        'or JSON lines {"id", "tools", "messages"}')
+    add(
+        "--queries",
+        type=Path,
+        required=True,
+        help="tools and queries: ToolEyes, RoTBench, tiny-multi, training data, "
+        'or JSON lines {"id", "tools", "messages"}',
+    )
     add("--output", type=Path, required=True, help="file of the trajectories, authors' form")
     add("--prompt_format", choices=PROMPT_FORMATS, default="tl", help="form of prompt and calls (%(default)s)")
     add("--tool_executor", choices=EXECUTOR_KINDS, default="auto", help="who answers the calls (%(default)s)")
@@ -305,8 +378,12 @@ def read_flags(arguments: Sequence[str]) -> argparse.Namespace:
     add("--batch_size", type=int, default=32, help="dialogues side by side; memory and speed only (%(default)s)")
     add("--limit", type=int, help="only the first N queries (default: all)")
     add("--unfinished", choices=("drop", "keep"), default="drop", help="dialogues without finish (%(default)s)")
-    add("--unparsable", choices=("drop", "keep"), default="drop", help="outputs that are no call; kept ones need "
-        "run_sft.py --unparsable_calls mask (%(default)s)")
+    add(
+        "--unparsable",
+        choices=("drop", "keep"),
+        default="drop",
+        help="outputs that are no call; kept ones need run_sft.py --unparsable_calls mask (%(default)s)",
+    )
     add("--dtype", choices=("float32", "bfloat16"), default="float32", help="compute type (%(default)s)")
     add("--device", choices=("cpu", "cuda"), default="cpu", help="of the model (%(default)s)")
     flags = parse_arguments(parser, arguments)
@@ -315,11 +392,20 @@ def read_flags(arguments: Sequence[str]) -> argparse.Namespace:
 
 
 def _check_flags(parser: argparse.ArgumentParser, flags: argparse.Namespace) -> None:
-    for name, low, high in (("limit", 1, None), ("max_turns", 1, MAX_TURNS), ("max_new_tokens", 1, None),
-                            ("max_dialogue_tokens", 2, None), ("batch_size", 1, None), ("seed", 0, None),
-                            ("temperature", 0, 100), ("instability_rate", 0, 1), ("call_failure_rate", 0, 1),
-                            ("endpoint_timeout", 0.1, None), ("endpoint_attempts", 1, None),
-                            ("endpoint_concurrency", 1, None)):
+    for name, low, high in (
+        ("limit", 1, None),
+        ("max_turns", 1, MAX_TURNS),
+        ("max_new_tokens", 1, None),
+        ("max_dialogue_tokens", 2, None),
+        ("batch_size", 1, None),
+        ("seed", 0, None),
+        ("temperature", 0, 100),
+        ("instability_rate", 0, 1),
+        ("call_failure_rate", 0, 1),
+        ("endpoint_timeout", 0.1, None),
+        ("endpoint_attempts", 1, None),
+        ("endpoint_concurrency", 1, None),
+    ):
         value = getattr(flags, name)
         if value is not None and not (low <= value <= (math.inf if high is None else high)):
             bounds = f"at least {low}" if high is None else f"{low} to {high}"
@@ -327,8 +413,10 @@ def _check_flags(parser: argparse.ArgumentParser, flags: argparse.Namespace) -> 
     if flags.instability_rate + flags.call_failure_rate > 1:
         parser.error("--instability_rate: found more than 1 together with --call_failure_rate, expected at most 1")
     if (flags.tool_executor == "recorded") != (flags.recorded_calls is not None):
-        parser.error(f"--recorded_calls: found {flags.recorded_calls} with --tool_executor {flags.tool_executor}, "
-                     "expected a file with --tool_executor recorded, and only there")
+        parser.error(
+            f"--recorded_calls: found {flags.recorded_calls} with --tool_executor {flags.tool_executor}, "
+            "expected a file with --tool_executor recorded, and only there"
+        )
     if flags.prompt_format == "openai" and not flags.endpoint:
         parser.error("--prompt_format: found openai without --endpoint, expected the chat API of a server")
     if flags.endpoint:

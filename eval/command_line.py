@@ -1,4 +1,5 @@
 """How the evaluators' command lines fail: one line on stderr, exit code 2, never a traceback or a usage page."""
+
 import argparse
 import sys
 from collections.abc import Callable, Sequence

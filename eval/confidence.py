@@ -3,6 +3,7 @@
 Wilson's score interval instead of p +- z * sqrt(p (1 - p) / n): the latter has zero width at k = 0 and k = n, where
 evaluations of small sets often end, and reaches outside [0, 1].
 """
+
 import math
 
 Z_95 = 1.959963984540054  # 97.5 % quantile of the standard normal distribution: two-sided 95 %
@@ -62,5 +63,5 @@ def attainable_count(percent: float, n: int, decimals: int) -> int | None:
     if n < 1:
         raise ValueError(f"found n {n}, expected at least 1")
     count = round(percent * n / 100)
-    tolerance = 0.5 * 10 ** -decimals * (1 + 1e-9) + 1e-9
+    tolerance = 0.5 * 10**-decimals * (1 + 1e-9) + 1e-9
     return count if 0 <= count <= n and abs(100 * count / n - percent) <= tolerance else None

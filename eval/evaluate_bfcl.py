@@ -9,6 +9,7 @@ With --execute_code the records whose functions need no network are also judged 
 calls. Nothing that a model wrote is run as code: its arguments go to our own functions, in the sandbox, since they can
 still ask for a factorial without end.
 """
+
 import json
 import re
 import sys
@@ -16,6 +17,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from data.formats.outputs import parse_output
 from data.tool_calls import ToolCall, ToolCallError
 from eval.benchmark_data import BENCHMARK_COUNTS, EvalExample
 from eval.bfcl_data import CATEGORIES, load_bfcl, properties_of, required_of
@@ -23,12 +25,11 @@ from eval.bfcl_functions import FUNCTIONS
 from eval.command_line import run_command
 from eval.evaluate_rotbench import rates, read_flags, report_scores
 from eval.general_tasks import count_notice, rate_summary
-from data.formats.outputs import parse_output
+from eval.metrics import CallScore, GoldAnswer, can_pair, is_same_tool, score_calls
 from eval.predict.prediction_files import Prediction
 from eval.predict.react_output import REACT, read_call, read_call_predictions
 from eval.reports.report import summarize_results
 from eval.sandbox.run import SandboxError, run_python
-from eval.metrics import CallScore, GoldAnswer, can_pair, is_same_tool, score_calls
 
 # Variant -> what is compared with what.
 VARIANTS = {
@@ -42,11 +43,18 @@ PRIMARY = {"official": "ast_checker", "fair": "order_free"}
 SECONDS, MEMORY_BYTES = 5.0, 512 << 20  # for a process that answers calls; an honest call takes microseconds
 CALLS_PER_PROCESS = 256
 MAX_ARGUMENT_CHARACTERS = 16384  # of one call as JSON; longer ones are not executed
-OUTPUT_BYTES = 4 << 20           # for CALLS_PER_PROCESS results of bfcl_functions.MAX_RESULT_CHARACTERS
+OUTPUT_BYTES = 4 << 20  # for CALLS_PER_PROCESS results of bfcl_functions.MAX_RESULT_CHARACTERS
 
 _IGNORED = re.compile(r"[ ,./\-_*^]")
-_PYTHON_TYPES = {"string": str, "integer": int, "float": float, "boolean": bool, "array": list, "tuple": list,
-                 "dict": dict}
+_PYTHON_TYPES = {
+    "string": str,
+    "integer": int,
+    "float": float,
+    "boolean": bool,
+    "array": list,
+    "tuple": list,
+    "dict": dict,
+}
 
 
 # --------------------------------------------------------------------------------------------------------------- values
@@ -68,8 +76,11 @@ def equal_values(predicted: object, gold: object) -> bool:
     if isinstance(gold, list):
         return isinstance(predicted, list) and len(predicted) == len(gold) and all(map(_equal_items, predicted, gold))
     if isinstance(gold, dict):
-        return isinstance(predicted, dict) and predicted.keys() == gold.keys() and all(
-            _equal_items(predicted[key], gold[key]) for key in gold)
+        return (
+            isinstance(predicted, dict)
+            and predicted.keys() == gold.keys()
+            and all(_equal_items(predicted[key], gold[key]) for key in gold)
+        )
     if type(gold) is float:
         return type(predicted) in (int, float) and predicted == gold
     return type(predicted) is type(gold) and predicted == gold
@@ -92,15 +103,17 @@ def passes_ast_types(predicted: object, gold: object, schema: dict) -> bool:
     if found is not expected:
         return found is type(gold) and predicted == gold
     if expected is list and "items" in schema:
-        item_types = {_PYTHON_TYPES.get(schema["items"].get("type")), *map(type, gold[:1])} if isinstance(gold, list) \
-            else set()
+        item_types = (
+            {_PYTHON_TYPES.get(schema["items"].get("type")), *map(type, gold[:1])} if isinstance(gold, list) else set()
+        )
         if not all(type(item) in item_types for item in predicted):
             return False
     if expected is str:
         return isinstance(gold, str) and standardize(predicted) == standardize(gold)
     if expected is list and isinstance(gold, list):
         return [standardize(item) if isinstance(item, str) else item for item in predicted] == [
-            standardize(item) if isinstance(item, str) else item for item in gold]
+            standardize(item) if isinstance(item, str) else item for item in gold
+        ]
     return predicted == gold
 
 
@@ -117,8 +130,9 @@ def score_bfcl_calls(calls: Sequence[ToolCall], example: EvalExample, variant: s
     if variant == "order_free":
         return score_calls(calls, [answer], values_equal=equal_values)
     accepted = answer.calls[:1] if variant == "first_call" else answer.calls
-    return score_calls(calls[:1], [GoldAnswer((call,), order_free=False) for call in accepted],
-                       values_equal=equal_values)
+    return score_calls(
+        calls[:1], [GoldAnswer((call,), order_free=False) for call in accepted], values_equal=equal_values
+    )
 
 
 def _score_by_ast(calls: Sequence[ToolCall], example: EvalExample) -> CallScore:
@@ -128,28 +142,36 @@ def _score_by_ast(calls: Sequence[ToolCall], example: EvalExample) -> CallScore:
 
     def has_parameters(call: ToolCall, gold: ToolCall) -> bool:
         document = documents[gold.name]
-        return call.name == gold.name and call.arguments.keys() == gold.arguments.keys() \
-            and call.arguments.keys() <= properties_of(document).keys() \
+        return (
+            call.name == gold.name
+            and call.arguments.keys() == gold.arguments.keys()
+            and call.arguments.keys() <= properties_of(document).keys()
             and all(name in call.arguments for name in required_of(document))
+        )
 
     def passes(call: ToolCall, gold: ToolCall) -> bool:
         properties = properties_of(documents[gold.name])
         return has_parameters(call, gold) and all(
-            passes_ast_types(value, gold.arguments[name], properties[name]) for name, value in call.arguments.items())
+            passes_ast_types(value, gold.arguments[name], properties[name]) for name, value in call.arguments.items()
+        )
 
     levels = [can_pair(calls, answer, is_match) for is_match in (is_same_tool, has_parameters, passes)]
     like = score_calls(calls, example.gold, values_equal=equal_values)
     if levels[2] or levels == [like.TS, like.PI, like.CF]:
         reason = "" if levels[2] else like.reason
     else:
-        reason = "wrong type: not one of the document's and the gold value's" if levels[1] else \
-            "wrong parameters: not those of the document"
+        reason = (
+            "wrong type: not one of the document's and the gold value's"
+            if levels[1]
+            else "wrong parameters: not those of the document"
+        )
     return CallScore(*levels, reason=reason)
 
 
 @dataclass(frozen=True, slots=True)
 class PredictedCalls:
     """What a prediction calls, or why it calls nothing."""
+
     calls: tuple[ToolCall, ...]
     fault: str  # "" or the reason for the results row, beginning with its error category
 
@@ -160,8 +182,9 @@ def read_calls(prediction: Prediction) -> PredictedCalls:
         call = read_call(prediction)
         if not call.fault and not isinstance(call.arguments, dict):
             return PredictedCalls((), f"unparsable: found {type(call.arguments).__name__} as arguments")
-        return PredictedCalls((), call.fault) if call.fault else PredictedCalls(
-            (ToolCall(call.name, call.arguments),), "")
+        return (
+            PredictedCalls((), call.fault) if call.fault else PredictedCalls((ToolCall(call.name, call.arguments),), "")
+        )
     try:
         return PredictedCalls(tuple(parse_output(prediction.output, prediction.format)), "")
     except ToolCallError as error:
@@ -174,8 +197,9 @@ def read_calls(prediction: Prediction) -> PredictedCalls:
 
 def is_offline(example: EvalExample) -> bool:
     """True if all gold calls are of functions that need no network, with results that must be equal."""
-    return all(call.name in FUNCTIONS for call in example.meta["calls"]) and \
-        set(example.meta["result_types"]) == {"exact_match"}
+    return all(call.name in FUNCTIONS for call in example.meta["calls"]) and set(example.meta["result_types"]) == {
+        "exact_match"
+    }
 
 
 def run_calls(calls: Sequence[ToolCall]) -> tuple[list[dict], dict[str, str]]:
@@ -188,14 +212,19 @@ def run_calls(calls: Sequence[ToolCall]) -> tuple[list[dict], dict[str, str]]:
     limits: dict[str, str] = {}
     count = CALLS_PER_PROCESS
     while len(answers) < len(calls):
-        batch = calls[len(answers):len(answers) + count]
+        batch = calls[len(answers) : len(answers) + count]
         result = run_python(_program(batch), seconds=SECONDS, memory_bytes=MEMORY_BYTES, output_bytes=OUTPUT_BYTES)
         limits = result.limits_applied
         found = [json.loads(line) for line in result.stdout.split("\n")[:-1]]
         answers += found
         if not found and len(batch) == 1:
-            answers.append({"fault": f"timed out after {SECONDS:g} s" if result.timed_out else
-                            f"process ended: exit code {result.exit_code}"})
+            answers.append(
+                {
+                    "fault": f"timed out after {SECONDS:g} s"
+                    if result.timed_out
+                    else f"process ended: exit code {result.exit_code}"
+                }
+            )
         count = CALLS_PER_PROCESS if len(found) == len(batch) or len(batch) == 1 else 1
     return answers, limits
 
@@ -207,7 +236,7 @@ def _program(calls: Sequence[ToolCall]) -> str:
 
 
 def match_results(expected: Sequence[dict], found: Sequence[dict]) -> str:
-    """"" if BFCL's checker passes: each expected result takes the first call left over whose result is equal."""
+    """ "" if BFCL's checker passes: each expected result takes the first call left over whose result is equal."""
     left = list(found)
     for answer in expected:
         same = next((other for other in left if "result" in other and other["result"] == answer["result"]), None)
@@ -219,8 +248,9 @@ def match_results(expected: Sequence[dict], found: Sequence[dict]) -> str:
     return ""
 
 
-def execute_bfcl(examples: Sequence[EvalExample],
-                 predicted: Sequence[PredictedCalls]) -> tuple[dict[int, str], dict[str, str]]:
+def execute_bfcl(
+    examples: Sequence[EvalExample], predicted: Sequence[PredictedCalls]
+) -> tuple[dict[int, str], dict[str, str]]:
     """For each offline record its index -> "" if the results are right, else why not; and the sandbox's limits.
 
     As in BFCL's checker, as many calls as gold ones are needed, and only their results matter. Raises SandboxError,
@@ -239,8 +269,9 @@ def execute_bfcl(examples: Sequence[EvalExample],
             reasons[example.index] = f"not executed: more than {MAX_ARGUMENT_CHARACTERS} characters of arguments"
         else:
             todo.append((example, prediction))
-    answers, limits = run_calls([call for example, prediction in todo
-                                 for call in (*example.meta["calls"], *prediction.calls)])
+    answers, limits = run_calls(
+        [call for example, prediction in todo for call in (*example.meta["calls"], *prediction.calls)]
+    )
     answers.reverse()
     for example, prediction in todo:
         expected, found = ([answers.pop() for _ in calls] for calls in (example.meta["calls"], prediction.calls))
@@ -261,15 +292,28 @@ def evaluate_bfcl(examples: Sequence[EvalExample], predicted: Sequence[Predicted
     """
     rows = []
     for example, prediction in zip(examples, predicted, strict=True):
-        score = score_bfcl_calls(prediction.calls, example, variant) if not prediction.fault else \
-            CallScore(TS=False, PI=False, CF=False, reason=prediction.fault)
-        rows.append({"index": example.index, "id": example.id, "category": example.meta["category"],
-                     "TS": int(score.TS), "PI": int(score.PI), "CF": int(score.CF), "reason": score.reason})
+        score = (
+            score_bfcl_calls(prediction.calls, example, variant)
+            if not prediction.fault
+            else CallScore(TS=False, PI=False, CF=False, reason=prediction.fault)
+        )
+        rows.append(
+            {
+                "index": example.index,
+                "id": example.id,
+                "category": example.meta["category"],
+                "TS": int(score.TS),
+                "PI": int(score.PI),
+                "CF": int(score.CF),
+                "reason": score.reason,
+            }
+        )
     return rows
 
 
-def summarize_bfcl(examples: Sequence[EvalExample], predictions: Sequence[Prediction], rules: str, *,
-                   execute_code: bool) -> tuple[list[dict], dict]:
+def summarize_bfcl(
+    examples: Sequence[EvalExample], predictions: Sequence[Prediction], rules: str, *, execute_code: bool
+) -> tuple[list[dict], dict]:
     """The rows by the primary variant of `rules`, and a summary with all variants side by side and rates by category.
 
     With `execute_code` rows of offline records also have `executed` (0 or 1) and `execution_reason`, the summary has
@@ -279,21 +323,30 @@ def summarize_bfcl(examples: Sequence[EvalExample], predictions: Sequence[Predic
     rows_by_variant = {variant: evaluate_bfcl(examples, predicted, variant) for variant in VARIANTS}
     rows = rows_by_variant[PRIMARY[rules]]
     groups = {name: [row for row in rows if row["category"] == name] for name in CATEGORIES}
-    summary = {**summarize_results(rows), "rules": rules, "primary": PRIMARY[rules],
-               "variants": {variant: rates(scored) for variant, scored in rows_by_variant.items()},
-               "by_category": {name: rates(group) for name, group in groups.items() if group}}
+    summary = {
+        **summarize_results(rows),
+        "rules": rules,
+        "primary": PRIMARY[rules],
+        "variants": {variant: rates(scored) for variant, scored in rows_by_variant.items()},
+        "by_category": {name: rates(group) for name, group in groups.items() if group},
+    }
     if execute_code:
         reasons, limits = execute_bfcl(examples, predicted)
-        rows = [row | {"executed": int(not reasons[row["index"]]), "execution_reason": reasons[row["index"]]}
-                if row["index"] in reasons else row for row in rows]
+        rows = [
+            row | {"executed": int(not reasons[row["index"]]), "execution_reason": reasons[row["index"]]}
+            if row["index"] in reasons
+            else row
+            for row in rows
+        ]
         passed = sum(not reason for reason in reasons.values())
         summary["execution"] = {"n": len(reasons), **(rate_summary("passed", passed, len(reasons)) if reasons else {})}
         summary["sandbox"] = limits
     return rows, summary
 
 
-def evaluate_bfcl_files(answers: Path, predictions: Path, limit: int | None, rules: str, *,
-                        execute_code: bool) -> tuple[list[dict], dict, list[str]]:
+def evaluate_bfcl_files(
+    answers: Path, predictions: Path, limit: int | None, rules: str, *, execute_code: bool
+) -> tuple[list[dict], dict, list[str]]:
     """(rows, summary, notices) for the folder of answers and a prediction file. Raises DataError, `file:line`."""
     examples = load_bfcl(answers)
     matched, notices = read_call_predictions(predictions, len(examples), limit)
@@ -307,10 +360,21 @@ def evaluate_bfcl_files(answers: Path, predictions: Path, limit: int | None, rul
 def main(arguments: Sequence[str]) -> int:
     """Command line; exit code 0, or 2 after one line on stderr. The last line of stdout is one JSON object."""
     rules_help = {"official": "BFCL's AST checker", "fair": "its values, but numbers in lists compare as numbers"}
-    flags = read_flags("evaluate_bfcl", "fair", rules_help, arguments,
-                       execute_help="also compare the results of calls that need no network, in the sandbox")
-    return run_command(lambda: report_scores(flags, *evaluate_bfcl_files(
-        flags.answers, flags.predictions, flags.limit, flags.rules, execute_code=flags.execute_code)))
+    flags = read_flags(
+        "evaluate_bfcl",
+        "fair",
+        rules_help,
+        arguments,
+        execute_help="also compare the results of calls that need no network, in the sandbox",
+    )
+    return run_command(
+        lambda: report_scores(
+            flags,
+            *evaluate_bfcl_files(
+                flags.answers, flags.predictions, flags.limit, flags.rules, execute_code=flags.execute_code
+            ),
+        )
+    )
 
 
 if __name__ == "__main__":

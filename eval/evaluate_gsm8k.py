@@ -5,12 +5,14 @@
 exact_match (primary) is the benchmark's own rule: the first `#### number` of the output, commas removed, equals the
 gold text letter by letter. last_number takes the last number before the output goes on to another question, by value.
 """
+
 import argparse
 import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from data.json_records import write_json_lines
 from eval.command_line import parse_arguments, run_command
 from eval.general_tasks import (
     GSM8K_COUNT,
@@ -24,7 +26,6 @@ from eval.general_tasks import (
     match_texts,
     rate_summary,
 )
-from data.json_records import write_json_lines
 from eval.predict.prediction_files import Prediction
 
 SHOWN_CHARACTERS = 40  # longest quotation of a number in a reason
@@ -50,8 +51,12 @@ def _score(problem: MathProblem, prediction: Prediction) -> dict:
         reason = f"no marked number: found no '#### number'{cut}"
     else:
         reason = f"wrong number: {marked[:SHOWN_CHARACTERS]!a}, expected {problem.answer!a}"
-    return {**row, "exact_match": int(not reason), "last_number": int(is_same_number(last, problem.answer)),
-            "reason": reason}
+    return {
+        **row,
+        "exact_match": int(not reason),
+        "last_number": int(is_same_number(last, problem.answer)),
+        "reason": reason,
+    }
 
 
 def summarize_gsm8k(rows: Sequence[dict]) -> dict:
@@ -76,7 +81,7 @@ def main(arguments: Sequence[str]) -> int:
     def command() -> None:
         problems = load_gsm8k(flags.answers)
         predictions, notices = match_texts(flags.predictions, len(problems), flags.limit)
-        rows = evaluate_gsm8k(problems[:flags.limit], predictions)
+        rows = evaluate_gsm8k(problems[: flags.limit], predictions)
         for notice in [*notices, *count_notice(flags.answers, len(problems), GSM8K_COUNT)]:
             print(notice, file=sys.stderr)
         if flags.output is not None:

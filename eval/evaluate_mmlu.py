@@ -5,12 +5,14 @@
 The answer is the letter with the largest of four log-probabilities, or the letter that a text begins with. accuracy is
 the share of all questions, as in the benchmark's code, not a mean over its 57 subjects; those stand beside it.
 """
+
 import argparse
 import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from data.json_records import write_json_lines
 from eval.command_line import parse_arguments, run_command
 from eval.general_tasks import (
     MMLU_COUNT,
@@ -22,7 +24,6 @@ from eval.general_tasks import (
     rate_summary,
     read_letter,
 )
-from data.json_records import write_json_lines
 from eval.predict.prediction_files import Prediction
 
 
@@ -50,8 +51,11 @@ def summarize_mmlu(rows: Sequence[dict]) -> dict:
     by_subject: dict[str, list[dict]] = {}
     for row in rows:
         by_subject.setdefault(row["subject"], []).append(row)
-    return {**_rate(rows), "errors": count_errors(rows),
-            "by_subject": {subject: _rate(group) for subject, group in by_subject.items()}}
+    return {
+        **_rate(rows),
+        "errors": count_errors(rows),
+        "by_subject": {subject: _rate(group) for subject, group in by_subject.items()},
+    }
 
 
 def _rate(rows: Sequence[dict]) -> dict:
@@ -62,8 +66,12 @@ def main(arguments: Sequence[str]) -> int:
     """Command line; exit code 0, or 2 after one line on stderr. The last line of stdout is one JSON object."""
     parser = argparse.ArgumentParser(prog="evaluate_mmlu", description="Score predictions on MMLU.")
     parser.add_argument("--answers", type=Path, required=True, help="folder with the benchmark's test/ and dev/")
-    parser.add_argument("--predictions", type=Path, required=True,
-                        help='JSONL of {"index": 0, "output": "B"} or {"index": 0, "logprobs": [4 numbers]}')
+    parser.add_argument(
+        "--predictions",
+        type=Path,
+        required=True,
+        help='JSONL of {"index": 0, "output": "B"} or {"index": 0, "logprobs": [4 numbers]}',
+    )
     parser.add_argument("--output", type=Path, help="folder for results/mmlu.jsonl (default: none written)")
     parser.add_argument("--limit", type=int, help="score only the first N questions (default: all, none may miss)")
     flags = parse_arguments(parser, arguments)
@@ -73,7 +81,7 @@ def main(arguments: Sequence[str]) -> int:
     def command() -> None:
         questions, _ = load_mmlu(flags.answers)
         predictions, notices = match_choices(flags.predictions, len(questions), flags.limit)
-        rows = evaluate_mmlu(questions[:flags.limit], predictions)
+        rows = evaluate_mmlu(questions[: flags.limit], predictions)
         for notice in [*notices, *count_notice(flags.answers, len(questions), MMLU_COUNT)]:
             print(notice, file=sys.stderr)
         if flags.output is not None:

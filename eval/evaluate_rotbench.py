@@ -8,6 +8,7 @@ wrong whose predicted arguments are empty, so that even the gold answers reach o
 takes an empty object for arguments like any other, and tries every accepted answer on the call as it was predicted.
 The steps and quirks: docs/benchmarks.md.
 """
+
 import argparse
 import json
 import sys
@@ -15,18 +16,25 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from data.json_records import write_json_lines
 from data.tool_calls import ToolCall
 from eval.benchmark_data import EvalExample, benchmark_of, load_rotbench
 from eval.command_line import parse_arguments, run_command
-from data.json_records import write_json_lines
+from eval.metrics import CallScore, GoldAnswer, equal_python, score_calls
 from eval.predict.prediction_files import Prediction
 from eval.predict.react_output import PredictedCall, read_call, read_call_predictions
 from eval.reports.report import METRICS, summarize_results
-from eval.metrics import CallScore, GoldAnswer, equal_python, score_calls
 
 RULES = ("official", "fair")
-SCENARIOS = {"TG": "Text Generation", "RS": "Real-Time Search", "DU": "Data Understanding", "PL": "Personal Life",
-             "AM": "Application Manipulation", "IR": "Information Retrieval", "FT": "Financial Transactions"}
+SCENARIOS = {
+    "TG": "Text Generation",
+    "RS": "Real-Time Search",
+    "DU": "Data Understanding",
+    "PL": "Personal Life",
+    "AM": "Application Manipulation",
+    "IR": "Information Retrieval",
+    "FT": "Financial Transactions",
+}
 RATE_KEYS = ("n", *(key for metric in METRICS for key in (metric, f"{metric}_percent", f"{metric}_interval_95")))
 
 
@@ -101,21 +109,38 @@ def evaluate_rotbench(examples: Sequence[EvalExample], calls: Sequence[Predicted
     """
     rows = []
     for example, call in zip(examples, calls, strict=True):
-        score = score_rotbench_call(call.name, call.arguments, example, rules) if not call.fault else \
-            CallScore(TS=False, PI=False, CF=False, reason=call.fault)
-        rows.append({"index": example.index, "id": example.id, "scenario": example.meta["scenario"],
-                     "TS": int(score.TS), "PI": int(score.PI), "CF": int(score.CF), "reason": score.reason})
+        score = (
+            score_rotbench_call(call.name, call.arguments, example, rules)
+            if not call.fault
+            else CallScore(TS=False, PI=False, CF=False, reason=call.fault)
+        )
+        rows.append(
+            {
+                "index": example.index,
+                "id": example.id,
+                "scenario": example.meta["scenario"],
+                "TS": int(score.TS),
+                "PI": int(score.PI),
+                "CF": int(score.CF),
+                "reason": score.reason,
+            }
+        )
     return rows
 
 
-def summarize_rotbench(examples: Sequence[EvalExample], predictions: Sequence[Prediction],
-                       rules: str) -> tuple[list[dict], dict]:
+def summarize_rotbench(
+    examples: Sequence[EvalExample], predictions: Sequence[Prediction], rules: str
+) -> tuple[list[dict], dict]:
     """The rows by `rules`, and a summary: rates, both rules side by side, rates by scenario and half of the noise."""
     calls = [read_call(prediction) for prediction in predictions]
     rows_by_rules = {name: evaluate_rotbench(examples, calls, name) for name in RULES}
     rows = rows_by_rules[rules]
-    summary = {**summarize_results(rows), "rules": rules, "primary": rules,
-               "variants": {name: rates(variant) for name, variant in rows_by_rules.items()}}
+    summary = {
+        **summarize_results(rows),
+        "rules": rules,
+        "primary": rules,
+        "variants": {name: rates(variant) for name, variant in rows_by_rules.items()},
+    }
     for key, names in (("scenario", SCENARIOS), ("noise", ("tool", "parameter"))):
         groups = {name: [row for row, example in zip(rows, examples) if example.meta[key] == name] for name in names}
         summary[f"by_{key}"] = {name: rates(group) for name, group in groups.items() if group}
@@ -128,8 +153,9 @@ def rates(rows: Sequence[dict]) -> dict:
     return {key: summary[key] for key in RATE_KEYS}
 
 
-def evaluate_rotbench_files(answers: Path, predictions: Path, limit: int | None,
-                            rules: str) -> tuple[list[dict], dict, list[str]]:
+def evaluate_rotbench_files(
+    answers: Path, predictions: Path, limit: int | None, rules: str
+) -> tuple[list[dict], dict, list[str]]:
     """(rows, summary, notices) for an answer file and a prediction file, official form or JSONL. Raises DataError."""
     examples = load_rotbench(answers)
     matched, notices = read_call_predictions(predictions, len(examples), limit)
@@ -139,20 +165,28 @@ def evaluate_rotbench_files(answers: Path, predictions: Path, limit: int | None,
 # --------------------------------------------------------------------------------------------------------- command line
 
 
-def read_flags(prog: str, default_rules: str, rules_help: Mapping[str, str], arguments: Sequence[str], *,
-               execute_help: str = "") -> argparse.Namespace:
+def read_flags(
+    prog: str, default_rules: str, rules_help: Mapping[str, str], arguments: Sequence[str], *, execute_help: str = ""
+) -> argparse.Namespace:
     """The flags of an evaluator of calls, --execute_code if it has an `execute_help`.
 
     Wrong ones end the program with one line and code 2.
     """
     parser = argparse.ArgumentParser(prog=prog, description="Score tool calls: TS, PI, CF.")
     parser.add_argument("--answers", type=Path, required=True, help="the benchmark's own file")
-    parser.add_argument("--predictions", type=Path, required=True,
-                        help='JSONL of {"index": 0, "output": "text"}, "format" where it is not tl; or a JSON list of '
-                             "records whose last conversations value is a ReAct text")
-    parser.add_argument("--rules", choices=tuple(rules_help), default=default_rules,
-                        help="; ".join(f"{name}: {text}" for name, text in rules_help.items())
-                        + " (default: %(default)s)")
+    parser.add_argument(
+        "--predictions",
+        type=Path,
+        required=True,
+        help='JSONL of {"index": 0, "output": "text"}, "format" where it is not tl; or a JSON list of '
+        "records whose last conversations value is a ReAct text",
+    )
+    parser.add_argument(
+        "--rules",
+        choices=tuple(rules_help),
+        default=default_rules,
+        help="; ".join(f"{name}: {text}" for name, text in rules_help.items()) + " (default: %(default)s)",
+    )
     if execute_help:
         parser.add_argument("--execute_code", action="store_true", help=execute_help)
     parser.add_argument("--output", type=Path, help="folder for results/<benchmark>.jsonl (default: none written)")
@@ -176,8 +210,11 @@ def main(arguments: Sequence[str]) -> int:
     """Command line; exit code 0, or 2 after one line on stderr. The last line of stdout is one JSON object."""
     rules_help = {"official": "as RoTBench's scorer, empty arguments are wrong", "fair": "empty arguments may be right"}
     flags = read_flags("evaluate_rotbench", "official", rules_help, arguments)
-    return run_command(lambda: report_scores(flags, *evaluate_rotbench_files(
-        flags.answers, flags.predictions, flags.limit, flags.rules)))
+    return run_command(
+        lambda: report_scores(
+            flags, *evaluate_rotbench_files(flags.answers, flags.predictions, flags.limit, flags.rules)
+        )
+    )
 
 
 if __name__ == "__main__":

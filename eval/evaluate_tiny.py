@@ -5,20 +5,21 @@
 TS: the name is equal; PI: also the set of argument names; CF: also all values after parsing, types included (3, 3.0 and
 "3" differ, so do upper and lower case). An output that is not exactly one call is wrong on all three.
 """
+
 import argparse
 import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from data.formats.outputs import parse_output
+from data.json_records import write_json_lines
 from data.tool_calls import ToolCallError
 from eval.benchmark_data import BENCHMARK_FILES, EvalExample, load_tiny
 from eval.command_line import parse_arguments, run_command
-from data.json_records import write_json_lines
-from data.formats.outputs import parse_output
+from eval.metrics import equal_strict, score_calls
 from eval.predict.prediction_files import Prediction, match_predictions, read_predictions
 from eval.reports.report import summarize_results
-from eval.metrics import equal_strict, score_calls
 
 
 def evaluate_tiny(examples: Sequence[EvalExample], predictions: Sequence[Prediction]) -> list[dict]:
@@ -60,8 +61,12 @@ def main(arguments: Sequence[str]) -> int:
     """Command line; exit code 0, or 2 after one line on stderr. The last line of stdout is one JSON object."""
     parser = argparse.ArgumentParser(prog="evaluate_tiny", description="Score predictions on a tiny benchmark.")
     parser.add_argument("--answers", type=Path, required=True, help="test_seen.jsonl or test_unseen.jsonl")
-    parser.add_argument("--predictions", type=Path, required=True,
-                        help='JSONL of {"index": 0, "output": "text"}, "format": "plain" where it is not tl')
+    parser.add_argument(
+        "--predictions",
+        type=Path,
+        required=True,
+        help='JSONL of {"index": 0, "output": "text"}, "format": "plain" where it is not tl',
+    )
     parser.add_argument("--output", type=Path, help="folder for results/<benchmark>.jsonl (default: none written)")
     parser.add_argument("--limit", type=int, help="score only the first N records (default: all, none may miss)")
     flags = parse_arguments(parser, arguments)

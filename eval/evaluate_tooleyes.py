@@ -6,17 +6,18 @@
 What counts as what: docs/multi_turn.md. --predictions has one dialogue per line with the feedback of every call, as
 run_eval.py writes them, or is the file of ToolEyes' own loop, unchanged. Nothing is called here.
 """
+
 import argparse
 import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from data.json_records import read_json_lines, write_json_lines
 from eval.benchmark_data import benchmark_of, load_tiny_multi
 from eval.command_line import parse_arguments, run_command
 from eval.dialogues.journal import DialogueTask, match_dialogues, read_dialogues
 from eval.dialogues.metrics import score_dialogues
-from data.json_records import read_json_lines, write_json_lines
 from eval.tooleyes_data import load_tooleyes, read_official_dialogues
 
 
@@ -32,18 +33,26 @@ def evaluate_tooleyes_files(answers: Path, predictions: Path, limit: int | None)
     is_official = bool(rows) and "conversations" in rows[0][1]
     dialogues, has_dropped = read_official_dialogues(predictions, tasks) if is_official else read_dialogues(predictions)
     matched = match_dialogues(dialogues, len(tasks), limit, path=predictions)
-    rows, summary = score_dialogues(matched, tasks[:len(matched)])
+    rows, summary = score_dialogues(matched, tasks[: len(matched)])
     return rows, summary, [f"{predictions}: dropped a partial last line"] if has_dropped else []
 
 
 def main(arguments: Sequence[str]) -> int:
     """Command line; exit code 0, or 2 after one line on stderr. The last line of stdout is one JSON object."""
     parser = argparse.ArgumentParser(prog="evaluate_tooleyes", description="Score dialogues with tools: DE, CE, VA.")
-    parser.add_argument("--answers", type=Path, required=True,
-                        help="the benchmark's own file: ToolEyes' .json, or .jsonl with one task per line")
-    parser.add_argument("--predictions", type=Path, required=True,
-                        help='JSONL of {"index": 0, "turns": [..], "end": "finish", "format": "tl"}, or of '
-                             'ToolEyes\' own {"id", "conversations": [..], "path"}')
+    parser.add_argument(
+        "--answers",
+        type=Path,
+        required=True,
+        help="the benchmark's own file: ToolEyes' .json, or .jsonl with one task per line",
+    )
+    parser.add_argument(
+        "--predictions",
+        type=Path,
+        required=True,
+        help='JSONL of {"index": 0, "turns": [..], "end": "finish", "format": "tl"}, or of '
+        'ToolEyes\' own {"id", "conversations": [..], "path"}',
+    )
     parser.add_argument("--output", type=Path, help="folder for results/<benchmark>.jsonl (default: none written)")
     parser.add_argument("--limit", type=int, help="score only the first N records (default: all, none may miss)")
     flags = parse_arguments(parser, arguments)

@@ -7,6 +7,7 @@ file that is there with the right sha256 is not downloaded again, so the same co
 file appears whole or not at all. `--check` only compares the folder with the list, without network.
 ToolAlpaca's gold answers were published with API keys; they are masked before the file is written.
 """
+
 import argparse
 import hashlib
 import http.client
@@ -29,9 +30,9 @@ from eval.command_line import parse_arguments, run_command
 
 ORIGINS = Path(__file__).with_name("benchmark_origins.json")
 HOST = "https://raw.githubusercontent.com"
-CONNECTIONS = 8       # files at a time
+CONNECTIONS = 8  # files at a time
 TIMEOUT_SECONDS = 30  # without a byte from the server
-ATTEMPTS = 4          # per file, for faults that may pass
+ATTEMPTS = 4  # per file, for faults that may pass
 BACKOFF_SECONDS = 1.0  # before the second attempt, doubled before each further one
 # The key of a gold call stands first in its arguments; documents name the same parameters, but not as Action_Input.
 _API_KEY = re.compile(rb'("Action_Input": "\{\\"(?:access_key|appid|api_key)\\": \\")[^\\"]+')
@@ -40,10 +41,11 @@ _API_KEY = re.compile(rb'("Action_Input": "\{\\"(?:access_key|appid|api_key)\\":
 @dataclass(frozen=True, slots=True)
 class OriginFile:
     """One file of a benchmark and where it comes from."""
-    path: str           # below --benchmark_dir
-    url_path: str       # below the host, not quoted
-    size: int           # bytes on disk
-    sha256: str         # of the file on disk
+
+    path: str  # below --benchmark_dir
+    url_path: str  # below the host, not quoted
+    size: int  # bytes on disk
+    sha256: str  # of the file on disk
     source_sha256: str  # of the file at the origin; another one only where API keys are masked
 
 
@@ -52,8 +54,15 @@ def read_origins(path: Path) -> list[OriginFile]:
     files = []
     for source in json.loads(path.read_text(encoding="ascii")):
         for local, remote, size, sha256, *source_sha256 in source["files"]:
-            files.append(OriginFile(path=local, url_path=f"/{source['repository']}/{source['commit']}/{remote}",
-                                    size=size, sha256=sha256, source_sha256=(source_sha256 or [sha256])[0]))
+            files.append(
+                OriginFile(
+                    path=local,
+                    url_path=f"/{source['repository']}/{source['commit']}/{remote}",
+                    size=size,
+                    sha256=sha256,
+                    source_sha256=(source_sha256 or [sha256])[0],
+                )
+            )
     return files
 
 
@@ -88,8 +97,9 @@ def _fault_on_disk(file: OriginFile, benchmark_dir: Path) -> str:
     try:
         content = path.read_bytes()
     except FileNotFoundError:
-        return (f"{path}: found no such file, expected it "
-                f"(python -m eval.fetch_benchmarks --benchmark_dir {benchmark_dir})")
+        return (
+            f"{path}: found no such file, expected it (python -m eval.fetch_benchmarks --benchmark_dir {benchmark_dir})"
+        )
     except OSError as error:
         return f"{path}: found {error.strerror or error}, expected a readable file"
     return "" if _sha256(content) == file.sha256 else f"{path}: found {_contents(content)}, expected {_expected(file)}"
@@ -139,8 +149,9 @@ def _fetch_file(file: OriginFile, benchmark_dir: Path, host: str) -> None:
     url = host.rstrip("/") + urllib.parse.quote(file.url_path)
     content = _download(url, file.size)
     if _sha256(content) != file.source_sha256:
-        raise DataError(f"{url}: found {_contents(content)}, expected sha256 {file.source_sha256[:16]}..; "
-                        "nothing was written")
+        raise DataError(
+            f"{url}: found {_contents(content)}, expected sha256 {file.source_sha256[:16]}..; nothing was written"
+        )
     if file.source_sha256 != file.sha256:
         content = mask_api_keys(content)
         if _sha256(content) != file.sha256:
@@ -162,13 +173,17 @@ def _download(url: str, size: int) -> bytes:
             reason, may_pass = f"HTTP status {error.code}", error.code == 429 or error.code >= 500
             error.close()
         except (OSError, http.client.HTTPException, ValueError) as error:  # URLError, timeouts, resets; a wrong URL
-            reason, may_pass = str(getattr(error, "reason", error)) or type(error).__name__, \
-                isinstance(error, (OSError, http.client.HTTPException))
+            reason, may_pass = (
+                str(getattr(error, "reason", error)) or type(error).__name__,
+                isinstance(error, (OSError, http.client.HTTPException)),
+            )
         if attempt == ATTEMPTS or not may_pass:
             break
         time.sleep(BACKOFF_SECONDS * 2 ** (attempt - 1))
-    raise DataError(f"{url}: found {reason} (attempt {attempt}), expected the file; files that came before are kept, "
-                    "the same command goes on")
+    raise DataError(
+        f"{url}: found {reason} (attempt {attempt}), expected the file; files that came before are kept, "
+        "the same command goes on"
+    )
 
 
 # -------------------------------------------------------------------------------------------------------- command line

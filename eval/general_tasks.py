@@ -3,6 +3,7 @@
 The paper's Figure 5 names the three sets without a protocol; what is chosen here follows each benchmark's own scorer:
 GSM8K 8-shot with worked solutions, HumanEval as completion of the function, MMLU 5-shot by log-probability.
 """
+
 import csv
 import gzip
 import io
@@ -15,9 +16,9 @@ from dataclasses import dataclass, replace
 from decimal import Decimal, InvalidOperation
 from pathlib import Path
 
+from data.json_records import read_json_lines
 from data.trajectories import DataError
 from eval.confidence import Z_95, wilson_interval
-from data.json_records import read_json_lines
 from eval.predict.prediction_files import Prediction, match_predictions, read_predictions
 
 GSM8K_COUNT, HUMANEVAL_COUNT, MMLU_COUNT, MMLU_SHOTS, MMLU_SUBJECTS = 1319, 164, 14042, 5, 57
@@ -28,31 +29,34 @@ MAX_UNPACKED_BYTES = 64 << 20  # of a gzip file; HumanEval unpacks to 0.2 MB
 @dataclass(frozen=True, slots=True)
 class MathProblem:
     """One GSM8K record."""
-    index: int      # position in the file, from 0
+
+    index: int  # position in the file, from 0
     question: str
-    solution: str   # the worked solution, ending in "#### <answer>"
-    answer: str     # what stands behind "#### ", without commas
+    solution: str  # the worked solution, ending in "#### <answer>"
+    answer: str  # what stands behind "#### ", without commas
 
 
 @dataclass(frozen=True, slots=True)
 class CodeProblem:
     """One HumanEval record."""
+
     index: int
     task_id: str
-    prompt: str              # imports, helpers, signature and docstring of the function to be completed
-    entry_point: str         # its name
+    prompt: str  # imports, helpers, signature and docstring of the function to be completed
+    entry_point: str  # its name
     canonical_solution: str  # a right completion
-    test: str                # Python text that defines check(candidate)
+    test: str  # Python text that defines check(candidate)
 
 
 @dataclass(frozen=True, slots=True)
 class ChoiceQuestion:
     """One MMLU question."""
-    index: int      # over all subjects in alphabetical order, from 0
-    subject: str    # e.g. "abstract_algebra"
+
+    index: int  # over all subjects in alphabetical order, from 0
+    subject: str  # e.g. "abstract_algebra"
     question: str
     choices: tuple[str, str, str, str]
-    answer: str     # one of LETTERS
+    answer: str  # one of LETTERS
 
 
 # -------------------------------------------------------------------------------------------------------------- loading
@@ -95,8 +99,9 @@ def load_humaneval(path: Path, expected_count: int | None = None) -> list[CodePr
     return _not_empty(problems, path)
 
 
-def load_mmlu(folder: Path, expected_count: int | None = None) -> tuple[list[ChoiceQuestion],
-                                                                        dict[str, list[ChoiceQuestion]]]:
+def load_mmlu(
+    folder: Path, expected_count: int | None = None
+) -> tuple[list[ChoiceQuestion], dict[str, list[ChoiceQuestion]]]:
     """Questions of `folder/test/*_test.csv`, subjects in alphabetical order, and `folder/dev/*_dev.csv` by subject.
 
     Raises DataError with `file:line`, also if the two folders have different subjects or `dev` fewer than five shots.
@@ -110,8 +115,9 @@ def load_mmlu(folder: Path, expected_count: int | None = None) -> tuple[list[Cho
         questions += _read_choices(folder / "test" / f"{subject}_test.csv", subject, first_index=len(questions))
         shots[subject] = _read_choices(folder / "dev" / f"{subject}_dev.csv", subject, first_index=0)
         if len(shots[subject]) < MMLU_SHOTS:
-            raise DataError(f"{folder / 'dev' / subject}_dev.csv: found {len(shots[subject])} questions, "
-                            f"expected {MMLU_SHOTS}")
+            raise DataError(
+                f"{folder / 'dev' / subject}_dev.csv: found {len(shots[subject])} questions, expected {MMLU_SHOTS}"
+            )
     check_count(len(questions), expected_count, folder)
     return questions, shots
 
@@ -131,10 +137,19 @@ def _read_choices(path: Path, subject: str, *, first_index: int) -> list[ChoiceQ
             raise DataError(f"{path}:1: found the columns {header!a}, expected question, choice0 to choice3, answer")
         for row in reader:
             if len(row) != 6 or row[5] not in ("0", "1", "2", "3"):
-                raise DataError(f"{path}:{reader.line_num}: found {len(row)} cells ending in {row[-1:]!a}, "
-                                "expected question, four choices and an answer from 0 to 3")
-            questions.append(ChoiceQuestion(index=first_index + len(questions), subject=subject, question=row[0],
-                                            choices=(row[1], row[2], row[3], row[4]), answer=LETTERS[int(row[5])]))
+                raise DataError(
+                    f"{path}:{reader.line_num}: found {len(row)} cells ending in {row[-1:]!a}, "
+                    "expected question, four choices and an answer from 0 to 3"
+                )
+            questions.append(
+                ChoiceQuestion(
+                    index=first_index + len(questions),
+                    subject=subject,
+                    question=row[0],
+                    choices=(row[1], row[2], row[3], row[4]),
+                    answer=LETTERS[int(row[5])],
+                )
+            )
     except csv.Error as error:
         raise DataError(f"{path}:{reader.line_num}: found malformed CSV ({error}), expected quoted cells") from None
     return questions
@@ -269,7 +284,7 @@ STOP_TEXTS = ("\nclass", "\ndef", "\n#", "\nif", "\nprint")
 def cut_completion(output: str) -> str:
     """A model's continuation of a HumanEval prompt up to the first stop text (docs/general_tasks.md)."""
     ends = [position for stop in STOP_TEXTS if (position := output.find(stop)) >= 0]
-    return output[:min(ends)] if ends else output
+    return output[: min(ends)] if ends else output
 
 
 # ----------------------------------------------------------------------------------------------------------------- MMLU
@@ -280,8 +295,9 @@ def mmlu_prompt(question: ChoiceQuestion, shots: Sequence[ChoiceQuestion]) -> st
 
     One deviation: the benchmark's code writes two spaces before the subject, this writes one.
     """
-    header = "The following are multiple choice questions (with answers) about " \
-             f"{question.subject.replace('_', ' ')}.\n\n"
+    header = (
+        f"The following are multiple choice questions (with answers) about {question.subject.replace('_', ' ')}.\n\n"
+    )
     return header + "".join(f"{_ask(shot)} {shot.answer}\n\n" for shot in shots) + _ask(question)
 
 
@@ -290,8 +306,9 @@ def _ask(question: ChoiceQuestion) -> str:
     return "\n".join([*lines, "Answer:"])
 
 
-def fit_mmlu_prompt(question: ChoiceQuestion, shots: Sequence[ChoiceQuestion], *,
-                    count_tokens: Callable[[str], int], max_tokens: int) -> tuple[str, int]:
+def fit_mmlu_prompt(
+    question: ChoiceQuestion, shots: Sequence[ChoiceQuestion], *, count_tokens: Callable[[str], int], max_tokens: int
+) -> tuple[str, int]:
     """The prompt with as many of the first five shots as fit into `max_tokens`, and how many those are.
 
     The last shots are dropped first, as the benchmark does. Returns the prompt without shots even if that is too long;
@@ -321,13 +338,14 @@ def read_letter(output: str) -> str | None:
 
 
 def match_texts(path: Path, count: int, limit: int | None) -> tuple[list[Prediction], list[str]]:
-    """The predictions of records 0, 1, ... (eval/predict/prediction_files.py) and notices worth showing. Raises DataError."""
+    """The predictions of records 0, 1, ... and notices worth showing. Raises DataError."""
     predictions, has_dropped = read_predictions(path)
     return match_predictions(predictions, count, limit, path=path), _notices(path, has_dropped)
 
 
-def match_completions(path: Path, problems: Sequence[CodeProblem],
-                      limit: int | None) -> tuple[list[Prediction], list[str]]:
+def match_completions(
+    path: Path, problems: Sequence[CodeProblem], limit: int | None
+) -> tuple[list[Prediction], list[str]]:
     """Like match_texts, the output cut to the function's body; or the benchmark's own samples, taken as they are.
 
     The latter are lines `{"task_id", "completion"}`, one per problem, told by the first line. Raises DataError.
@@ -366,8 +384,11 @@ def match_choices(path: Path, count: int, limit: int | None) -> tuple[list[Predi
 
 
 def _four_numbers(logprobs: object, where: str) -> list[float]:
-    if not isinstance(logprobs, list) or len(logprobs) != len(LETTERS) or \
-            not all(type(value) in (int, float) for value in logprobs):
+    if (
+        not isinstance(logprobs, list)
+        or len(logprobs) != len(LETTERS)
+        or not all(type(value) in (int, float) for value in logprobs)
+    ):
         raise DataError(f"{where}: found {logprobs!a:.80} as 'logprobs', expected four numbers, of A to D")
     return logprobs
 
@@ -387,8 +408,11 @@ def count_notice(path: Path, found: int, published: int) -> list[str]:
 def rate_summary(name: str, count: int, n: int) -> dict:
     """`name` -> count, with `_percent` and the 95 % Wilson interval in percent (E20), as in eval/reports/report.py."""
     low, high = wilson_interval(count, n, Z_95)
-    return {name: count, f"{name}_percent": round(100 * count / n, 2),
-            f"{name}_interval_95": [round(100 * low, 2), round(100 * high, 2)]}
+    return {
+        name: count,
+        f"{name}_percent": round(100 * count / n, 2),
+        f"{name}_interval_95": [round(100 * low, 2), round(100 * high, 2)],
+    }
 
 
 def count_errors(rows: Sequence[dict]) -> dict[str, int]:

@@ -7,6 +7,7 @@ For one record with accepted answers G (a list of alternatives):
 so CF <= PI <= TS on every record. Several calls are paired in order, or, where the alternative is `order_free`, by any
 one-to-one pairing.
 """
+
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ _NUMBER = re.compile(r"[+-]?[0-9]+(?:\.[0-9]*)?")
 @dataclass(frozen=True, slots=True)
 class GoldCall:
     """One call of an accepted answer."""
+
     name: str
     arguments: dict[str, object]
     wildcards: frozenset[str]  # names of arguments that must be given, with any value
@@ -28,6 +30,7 @@ class GoldCall:
 @dataclass(frozen=True, slots=True)
 class GoldAnswer:
     """One accepted answer: the calls that together solve the task."""
+
     calls: tuple[GoldCall, ...]
     order_free: bool  # True: the calls may come in any order
 
@@ -35,6 +38,7 @@ class GoldAnswer:
 @dataclass(frozen=True, slots=True)
 class CallScore:
     """Result of one record; `reason` is "" for a correct answer, else `<error category>: <detail>`."""
+
     TS: bool
     PI: bool
     CF: bool
@@ -75,11 +79,17 @@ def equal_lenient(predicted: object, gold: object) -> bool:
 
 def _equal_values(predicted: object, gold: object, equal_scalars: Callable[[object, object], bool]) -> bool:
     if isinstance(gold, dict):
-        return isinstance(predicted, dict) and predicted.keys() == gold.keys() and all(
-            _equal_values(predicted[key], gold[key], equal_scalars) for key in gold)
+        return (
+            isinstance(predicted, dict)
+            and predicted.keys() == gold.keys()
+            and all(_equal_values(predicted[key], gold[key], equal_scalars) for key in gold)
+        )
     if isinstance(gold, list):
-        return isinstance(predicted, list) and len(predicted) == len(gold) and all(
-            _equal_values(*pair, equal_scalars) for pair in zip(predicted, gold))
+        return (
+            isinstance(predicted, list)
+            and len(predicted) == len(gold)
+            and all(_equal_values(*pair, equal_scalars) for pair in zip(predicted, gold))
+        )
     return not isinstance(predicted, (dict, list)) and equal_scalars(predicted, gold)
 
 
@@ -123,7 +133,8 @@ def is_same_parameters(call: ToolCall, gold: GoldCall) -> bool:
 def is_same_content(call: ToolCall, gold: GoldCall, values_equal: Callable[[object, object], bool]) -> bool:
     """CF for a pair of calls: PI and equal values, those of wildcards left aside."""
     return is_same_parameters(call, gold) and all(
-        key in gold.wildcards or values_equal(call.arguments[key], gold.arguments[key]) for key in gold.arguments)
+        key in gold.wildcards or values_equal(call.arguments[key], gold.arguments[key]) for key in gold.arguments
+    )
 
 
 # -------------------------------------------------------------------------------------------------------- whole answers
@@ -158,8 +169,9 @@ def can_pair(calls: Sequence[ToolCall], answer: GoldAnswer, is_match: Callable[[
     return all(place(call_index, set()) for call_index in range(len(calls)))
 
 
-def score_calls(calls: Sequence[ToolCall], answers: Sequence[GoldAnswer], *,
-                values_equal: Callable[[object, object], bool]) -> CallScore:
+def score_calls(
+    calls: Sequence[ToolCall], answers: Sequence[GoldAnswer], *, values_equal: Callable[[object, object], bool]
+) -> CallScore:
     """Score the calls of one record against its accepted answers (E21); `values_equal(predicted, gold)` judges values.
 
     Raises ValueError if there is no accepted answer, since then nothing can be right or wrong.
@@ -206,15 +218,21 @@ def _describe_parameters(calls: Sequence[ToolCall], answer: GoldAnswer) -> str:
     predicted, gold = calls[0].arguments.keys(), answer.calls[0].arguments.keys()
     surplus = ", ".join(_show(key) for key in predicted if key not in gold)
     missing = ", ".join(_show(key) for key in gold if key not in predicted)
-    return "; ".join(part for part in (f"not in the answer {surplus}" if surplus else "",
-                                       f"missing {missing}" if missing else "") if part)
+    return "; ".join(
+        part
+        for part in (f"not in the answer {surplus}" if surplus else "", f"missing {missing}" if missing else "")
+        if part
+    )
 
 
-def _describe_values(calls: Sequence[ToolCall], answer: GoldAnswer,
-                     values_equal: Callable[[object, object], bool]) -> str:
+def _describe_values(
+    calls: Sequence[ToolCall], answer: GoldAnswer, values_equal: Callable[[object, object], bool]
+) -> str:
     if len(calls) != 1:
         return f"in the calls {_names(calls)}"
     gold = answer.calls[0]
-    return ", ".join(f"{_show(key)} is {_show(calls[0].arguments[key])}, expected {_show(gold.arguments[key])}"
-                     for key in gold.arguments if key not in gold.wildcards
-                     and not values_equal(calls[0].arguments[key], gold.arguments[key]))
+    return ", ".join(
+        f"{_show(key)} is {_show(calls[0].arguments[key])}, expected {_show(gold.arguments[key])}"
+        for key in gold.arguments
+        if key not in gold.wildcards and not values_equal(calls[0].arguments[key], gold.arguments[key])
+    )

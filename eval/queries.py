@@ -1,8 +1,11 @@
 """What a model is asked for each record of a benchmark: a call, a text to continue, a choice, or a whole dialogue."""
+
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from data.formats.outputs import STOP_STRINGS
+from data.formats.prompts import encode_formatted_prompt
 from data.trajectories import DataError, Message
 from eval.benchmark_data import (
     BENCHMARK_FILES,
@@ -24,8 +27,6 @@ from eval.general_tasks import (
     load_humaneval,
     load_mmlu,
 )
-from data.formats.outputs import STOP_STRINGS
-from data.formats.prompts import encode_formatted_prompt
 from eval.tooleyes_data import load_tooleyes
 from model.tokenizer import Tokenizer
 
@@ -37,15 +38,17 @@ CHOICE_BENCHMARKS = ("mmlu",)
 @dataclass(frozen=True, slots=True)
 class Query:
     """A record whose answer is generated."""
+
     index: int
-    tools: list[dict]        # OpenAI function dicts; [] beside a text
+    tools: list[dict]  # OpenAI function dicts; [] beside a text
     messages: list[Message]  # the dialogue up to the call to be predicted; [] beside a text
-    text: str                # the text to continue; "" beside a dialogue
+    text: str  # the text to continue; "" beside a dialogue
 
 
 @dataclass(frozen=True, slots=True)
 class ChoiceQuery:
     """A record whose answer is the likeliest of four letters."""
+
     index: int
     question: ChoiceQuestion
     shots: Sequence[ChoiceQuestion]  # solved questions on the same subject
@@ -87,8 +90,11 @@ def encode_query(query: Query, prompt_format: str, tokenizer: Tokenizer) -> list
 
     Raises PromptError if the tokenizer is not that of a model of `prompt_format`.
     """
-    return encode_text(query.text, tokenizer) if query.text else \
-        encode_formatted_prompt(query.tools, query.messages, prompt_format, tokenizer)
+    return (
+        encode_text(query.text, tokenizer)
+        if query.text
+        else encode_formatted_prompt(query.tools, query.messages, prompt_format, tokenizer)
+    )
 
 
 def encode_text(text: str, tokenizer: Tokenizer) -> list[int]:
@@ -104,4 +110,4 @@ def stop_texts_of(name: str, prompt_format: str) -> tuple[str, ...]:
 def cut_at(text: str, stop_texts: Sequence[str]) -> tuple[str, bool]:
     """`text` before the first of `stop_texts`, and whether there was one."""
     ends = [position for stop in stop_texts if (position := text.find(stop)) >= 0]
-    return (text[:min(ends)], True) if ends else (text, False)
+    return (text[: min(ends)], True) if ends else (text, False)

@@ -1,22 +1,32 @@
 """ToolEyes' 382 queries with their tool sets, and the prediction files of its own loop (docs/multi_turn.md)."""
+
 import json
 from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path
 
+from data.formats.outputs import parse_output
+from data.json_records import read_json_lines, read_json_list
 from data.tool_calls import ToolCallError
 from data.trajectories import DataError, Message, normalize_tools
 from eval.benchmark_data import field_of
 from eval.dialogues.journal import DialogueTask, RecordedDialogue
-from data.json_records import read_json_lines, read_json_list
-from data.formats.outputs import parse_output
 
 LIBRARY = "ToolEyes/Tool_Library/"  # before the name of a tool set in a record's path
-SCENARIOS = {"TG": "Text Generation", "DU": "Data Understanding", "RS": "Real-Time Search", "PL": "Personal Life",
-             "IR": "Information Retrieval", "AM": "Application Manipulation", "FT": "Financial Transactions"}
+SCENARIOS = {
+    "TG": "Text Generation",
+    "DU": "Data Understanding",
+    "RS": "Real-Time Search",
+    "PL": "Personal Life",
+    "IR": "Information Retrieval",
+    "AM": "Application Manipulation",
+    "FT": "Financial Transactions",
+}
 # What its loop writes in the model's place, after the ninth turn and where the model itself raised an exception.
-FORCED_ENDS = ("Thought: I cannot solve this task due to trying too many times.\nAction: finish\n",
-               "Thought: During execution, an error occurs.\nAction: finish\n")
+FORCED_ENDS = (
+    "Thought: I cannot solve this task due to trying too many times.\nAction: finish\n",
+    "Thought: During execution, an error occurs.\nAction: finish\n",
+)
 
 
 # -------------------------------------------------------------------------------------------------------------- records
@@ -70,9 +80,14 @@ def _task(record: object, index: int, where: str, library: Path) -> DialogueTask
     tools = _tools_of(system, where)
     if library.is_dir() and tools != _tool_set(library, tool_set):
         raise DataError(f"{where}: found other tools than those of {tool_set!a} in {library.name}, expected the same")
-    return DialogueTask(index=index, id=field_of(record, "id", str, where), tools=tools,
-                        messages=[Message("user", query)], tool_set=tool_set,
-                        meta={"scenario": scenario, "path": source})
+    return DialogueTask(
+        index=index,
+        id=field_of(record, "id", str, where),
+        tools=tools,
+        messages=[Message("user", query)],
+        tool_set=tool_set,
+        meta={"scenario": scenario, "path": source},
+    )
 
 
 def _tools_of(system: str, where: str) -> list[dict]:
@@ -112,8 +127,9 @@ def read_official_dialogues(path: Path, tasks: Sequence[DialogueTask]) -> tuple[
 
 def _official_turns(conversations: list, where: str) -> tuple[list[dict], str]:
     """(turns, end) of one conversation, whose first two messages are the system's and the user's."""
-    said = [(field_of(message, "from", str, where), field_of(message, "value", str, where))
-            for message in conversations[2:]]
+    said = [
+        (field_of(message, "from", str, where), field_of(message, "value", str, where)) for message in conversations[2:]
+    ]
     said = said[:-1] if said and said[-1][0] == "assistant" and said[-1][1].startswith(FORCED_ENDS) else said
     turns: list[dict] = []
     end = "max_turns"
@@ -121,8 +137,10 @@ def _official_turns(conversations: list, where: str) -> tuple[list[dict], str]:
         role, output = said[number]
         answer_role, answer = said[number + 1] if number + 1 < len(said) else ("", "")
         if role != "assistant" or answer_role not in ("function", "user", "") or end == "finish":
-            raise DataError(f"{where}: found {role!a} and {answer_role!a} as messages {number + 2} and {number + 3}, "
-                            "expected one of assistant and one of function or user, up to a call of finish")
+            raise DataError(
+                f"{where}: found {role!a} and {answer_role!a} as messages {number + 2} and {number + 3}, "
+                "expected one of assistant and one of function or user, up to a call of finish"
+            )
         try:
             call = parse_output(output, "react")[0]
         except ToolCallError as error:

@@ -15,6 +15,7 @@ The same response stands in docs/math.md ("Which number belongs to which token")
     ends                     +0.0  +0.0  +1.0     .
     cut off at the limit     +0.0  +0.0  +0.0  +1.0
 """
+
 import sys
 from pathlib import Path
 
@@ -34,26 +35,41 @@ def main() -> None:
     rewards = [-KL_COEF * kl for kl in kls]
     rewards[-1] += SCORE  # on the last token, not behind it
     next_values = [*VALUES[1:], 0.0]  # nothing is worth anything behind the end
-    deltas = [reward + GAMMA * after - value
-              for reward, after, value in zip(rewards, next_values, VALUES, strict=True)]
+    deltas = [reward + GAMMA * after - value for reward, after, value in zip(rewards, next_values, VALUES, strict=True)]
     factor = GAMMA * GAE_LAMBDA
     by_hand = [sum(factor ** (k - t) * deltas[k] for k in range(t, 3)) for t in range(3)]
 
     # By the code: (B, R) tensors, here one response that fills all slots.
     mask_BR = torch.ones(1, 3, dtype=torch.bool)
-    rewards_BR = kl_shaped_rewards(torch.tensor([SCORE]), torch.tensor([LOGPROBS]), torch.tensor([REF_LOGPROBS]),
-                                   mask_BR, KL_COEF)
+    rewards_BR = kl_shaped_rewards(
+        torch.tensor([SCORE]), torch.tensor([LOGPROBS]), torch.tensor([REF_LOGPROBS]), mask_BR, KL_COEF
+    )
     advantages_BR, returns_BR = compute_gae(rewards_BR, torch.tensor([VALUES]), mask_BR, GAMMA, GAE_LAMBDA)
     torch.testing.assert_close(rewards_BR, torch.tensor([rewards]))
     torch.testing.assert_close(advantages_BR, torch.tensor([by_hand]))
 
-    print(f"{'token':<6}{'logprob':>10}{'ref':>8}{'KL':>8}{'reward':>9}{'value':>9}{'delta':>9}"
-          f"{'advantage':>11}{'compute_gae':>13}{'return':>9}")
-    columns = zip(TOKENS, LOGPROBS, REF_LOGPROBS, kls, rewards, VALUES, deltas, by_hand,
-                  advantages_BR[0].tolist(), returns_BR[0].tolist(), strict=True)
+    print(
+        f"{'token':<6}{'logprob':>10}{'ref':>8}{'KL':>8}{'reward':>9}{'value':>9}{'delta':>9}"
+        f"{'advantage':>11}{'compute_gae':>13}{'return':>9}"
+    )
+    columns = zip(
+        TOKENS,
+        LOGPROBS,
+        REF_LOGPROBS,
+        kls,
+        rewards,
+        VALUES,
+        deltas,
+        by_hand,
+        advantages_BR[0].tolist(),
+        returns_BR[0].tolist(),
+        strict=True,
+    )
     for token, logprob, ref, kl, reward, value, delta, advantage, same, gae_return in columns:
-        print(f"{token:<6}{logprob:>10.3f}{ref:>8.3f}{kl:>8.3f}{reward:>9.3f}{value:>9.3f}{delta:>9.3f}"
-              f"{advantage:>11.3f}{same:>13.3f}{gae_return:>9.3f}")
+        print(
+            f"{token:<6}{logprob:>10.3f}{ref:>8.3f}{kl:>8.3f}{reward:>9.3f}{value:>9.3f}{delta:>9.3f}"
+            f"{advantage:>11.3f}{same:>13.3f}{gae_return:>9.3f}"
+        )
     terms = " + ".join(f"{factor**k:.4g} * {delta:.3f}" for k, delta in enumerate(deltas))
     print(f"advantage of {TOKENS[0]} by hand: {terms} = {by_hand[0]:.3f}")
 

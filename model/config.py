@@ -2,6 +2,7 @@
 
 LLaMA, CodeLLaMA, Llama-3.1 and Qwen-2/2.5 differ only in the fields below; the code that computes is the same.
 """
+
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,9 +15,9 @@ class ModelFolderError(ValueError):
 class RopeScaling:
     """Llama-3.1's stretching of the slow RoPE frequencies (equation E16, second part)."""
 
-    factor: float                # slow frequencies are divided by this; 8.0 in Llama-3.1
-    low_freq_factor: float       # wavelengths above original_max_positions / this are divided fully; 1.0
-    high_freq_factor: float      # wavelengths below original_max_positions / this stay as they are; 4.0
+    factor: float  # slow frequencies are divided by this; 8.0 in Llama-3.1
+    low_freq_factor: float  # wavelengths above original_max_positions / this are divided fully; 1.0
+    high_freq_factor: float  # wavelengths below original_max_positions / this stay as they are; 4.0
     original_max_positions: int  # tokens of context the base was trained with before stretching; 8192
 
 
@@ -24,19 +25,19 @@ class RopeScaling:
 class ModelConfig:
     """Everything that decides the shapes and the formula of a Transformer. Hashable, so it can key a cache."""
 
-    vocab_size: int                     # rows of the embedding; may exceed the tokenizer's pieces, never be fewer
-    dim: int                            # width of the residual stream
-    n_layers: int                       # blocks of attention + feed-forward
-    n_heads: int                        # query heads
-    n_kv_heads: int                     # key/value heads; n_heads = MHA, fewer = GQA; divides n_heads
-    head_dim: int                       # width of one head, even; usually dim / n_heads, but a field of its own
-    ffn_dim: int                        # inner width of SwiGLU
-    norm_eps: float                     # epsilon inside RMSNorm's root; 1e-5 LLaMA, 1e-6 Qwen-2
-    rope_theta: float                   # base of the RoPE wavelengths; 1e4 LLaMA-2, 1e6 CodeLLaMA, Qwen-2, 5e5 Llama-3
-    rope_scaling: RopeScaling | None    # None, or Llama-3.1's stretching
-    tie_embeddings: bool                # True: the output head is the embedding matrix
-    qkv_bias: bool                      # True for Qwen-2/2.5: biases on wq, wk, wv (never on wo)
-    max_positions: int                  # context length the weights were trained for; not enforced by the model
+    vocab_size: int  # rows of the embedding; may exceed the tokenizer's pieces, never be fewer
+    dim: int  # width of the residual stream
+    n_layers: int  # blocks of attention + feed-forward
+    n_heads: int  # query heads
+    n_kv_heads: int  # key/value heads; n_heads = MHA, fewer = GQA; divides n_heads
+    head_dim: int  # width of one head, even; usually dim / n_heads, but a field of its own
+    ffn_dim: int  # inner width of SwiGLU
+    norm_eps: float  # epsilon inside RMSNorm's root; 1e-5 LLaMA, 1e-6 Qwen-2
+    rope_theta: float  # base of the RoPE wavelengths; 1e4 LLaMA-2, 1e6 CodeLLaMA, Qwen-2, 5e5 Llama-3
+    rope_scaling: RopeScaling | None  # None, or Llama-3.1's stretching
+    tie_embeddings: bool  # True: the output head is the embedding matrix
+    qkv_bias: bool  # True for Qwen-2/2.5: biases on wq, wk, wv (never on wo)
+    max_positions: int  # context length the weights were trained for; not enforced by the model
 
     def __post_init__(self) -> None:
         for name in ("vocab_size", "dim", "n_layers", "n_heads", "n_kv_heads", "head_dim", "ffn_dim", "max_positions"):
@@ -44,8 +45,9 @@ class ModelConfig:
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise ModelFolderError(f"model config: {name} is {value!r}, expected a positive whole number")
         if self.n_heads % self.n_kv_heads:
-            raise ModelFolderError(f"model config: n_heads {self.n_heads} is not a multiple of n_kv_heads "
-                                   f"{self.n_kv_heads}")
+            raise ModelFolderError(
+                f"model config: n_heads {self.n_heads} is not a multiple of n_kv_heads {self.n_kv_heads}"
+            )
         if self.head_dim % 2:
             raise ModelFolderError(f"model config: head_dim is {self.head_dim}, expected an even number")
         for name in ("norm_eps", "rope_theta"):
@@ -203,15 +205,25 @@ def count_parameters(config: ModelConfig) -> int:
 
 def _codellama(vocab_size: int, dim: int, n_layers: int, n_heads: int, n_kv_heads: int, ffn_dim: int) -> ModelConfig:
     return ModelConfig(
-        vocab_size=vocab_size, dim=dim, n_layers=n_layers, n_heads=n_heads, n_kv_heads=n_kv_heads,
-        head_dim=128, ffn_dim=ffn_dim, norm_eps=1e-5, rope_theta=1e6, rope_scaling=None,
-        tie_embeddings=False, qkv_bias=False, max_positions=16384,
+        vocab_size=vocab_size,
+        dim=dim,
+        n_layers=n_layers,
+        n_heads=n_heads,
+        n_kv_heads=n_kv_heads,
+        head_dim=128,
+        ffn_dim=ffn_dim,
+        norm_eps=1e-5,
+        rope_theta=1e6,
+        rope_scaling=None,
+        tie_embeddings=False,
+        qkv_bias=False,
+        max_positions=16384,
     )
 
 
 # CodeLLaMA as published. 7B and 13B know the infilling tokens (32,016 rows), 34B does not (32,000).
 PRESETS: dict[str, ModelConfig] = {
-    "codellama_7b": _codellama(32016, 4096, 32, 32, 32, 11008),     # 6,738,546,688 parameters
-    "codellama_13b": _codellama(32016, 5120, 40, 40, 40, 13824),    # 13,016,028,160
-    "codellama_34b": _codellama(32000, 8192, 48, 64, 8, 22016),     # 33,743,970,304
+    "codellama_7b": _codellama(32016, 4096, 32, 32, 32, 11008),  # 6,738,546,688 parameters
+    "codellama_13b": _codellama(32016, 5120, 40, 40, 40, 13824),  # 13,016,028,160
+    "codellama_34b": _codellama(32000, 8192, 48, 64, 8, 22016),  # 33,743,970,304
 }

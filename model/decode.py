@@ -12,6 +12,7 @@ number of rows in its call, whose heads the kernel deals out to the threads.
 `lengths` may be set back, to 0 for another sequence or to a prefix that the next one shares: the slots behind are then
 overwritten or wiped, before anything reads them.
 """
+
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -30,7 +31,7 @@ class DecodeRun:
     first_segment: int
     n_rows: int
     first_row: int
-    n_slots: int      # slots read per row
+    n_slots: int  # slots read per row
     mask_P11L: Tensor  # added to the scores: 0 up to the row's new token, -inf behind it
 
 
@@ -69,7 +70,7 @@ class KVCache:
         keys_RLKH, values_RLKH = self._storage(layer, k_1KTH.transpose(1, 2))
         for storage_RLKH, new_1KTH in ((keys_RLKH, k_1KTH), (values_RLKH, v_1KTH)):
             storage_RLKH[row, start:end] = new_1KTH[0].transpose(0, 1)
-        return (storage_RLKH[row:row + 1, :end].transpose(1, 2) for storage_RLKH in (keys_RLKH, values_RLKH))
+        return (storage_RLKH[row : row + 1, :end].transpose(1, 2) for storage_RLKH in (keys_RLKH, values_RLKH))
 
     def plan_decode(self, dtype: torch.dtype, device: torch.device) -> None:
         """Prepares append_one and the runs for one new token per selected row; once per forward, not per layer."""
@@ -78,9 +79,11 @@ class KVCache:
             self._make_room(row, length + 1)
             self._wipe_behind(row, length)
             self.written[row] = length + 1
-        self.flat_slots_S = torch.tensor([row * self.n_slots + length for row, length
-                                          in zip(self.selected_rows, lengths, strict=True)],
-                                         dtype=torch.long, device=device)
+        self.flat_slots_S = torch.tensor(
+            [row * self.n_slots + length for row, length in zip(self.selected_rows, lengths, strict=True)],
+            dtype=torch.long,
+            device=device,
+        )
         lengths_S1 = torch.tensor(lengths, device=device)[:, None]
         n_slots_S = [(length // SLOTS_PER_STEP + 1) * SLOTS_PER_STEP for length in lengths]
         unseen_SL = torch.arange(max(n_slots_S, default=0), device=device) > lengths_S1
@@ -88,11 +91,22 @@ class KVCache:
         is_joint = device.type != "cpu" or torch.get_num_threads() == 1
         self.runs, first = [], 0
         for last in range(len(lengths)):
-            if is_joint and last + 1 < len(lengths) and n_slots_S[last + 1] == n_slots_S[first] and \
-                    self.selected_rows[last + 1] == self.selected_rows[last] + 1:
+            if (
+                is_joint
+                and last + 1 < len(lengths)
+                and n_slots_S[last + 1] == n_slots_S[first]
+                and self.selected_rows[last + 1] == self.selected_rows[last] + 1
+            ):
                 continue
-            self.runs.append(DecodeRun(first, last + 1 - first, self.selected_rows[first], n_slots_S[first],
-                                       mask_SL[first:last + 1, None, None, :n_slots_S[first]]))
+            self.runs.append(
+                DecodeRun(
+                    first,
+                    last + 1 - first,
+                    self.selected_rows[first],
+                    n_slots_S[first],
+                    mask_SL[first : last + 1, None, None, : n_slots_S[first]],
+                )
+            )
             first = last + 1
 
     def append_one(self, layer: int, k_SKH: Tensor, v_SKH: Tensor) -> tuple[Tensor, Tensor]:
@@ -112,7 +126,7 @@ class KVCache:
         if self.written[row] > length:
             for storage_RLKH in self.keys_RLKH + self.values_RLKH:
                 if storage_RLKH is not None:
-                    storage_RLKH[row, length:self.written[row]] = 0.0
+                    storage_RLKH[row, length : self.written[row]] = 0.0
 
     def _storage(self, layer: int, like: Tensor) -> tuple[Tensor, Tensor]:
         """The layer's keys and values, with room for n_slots; dtype, device, heads and head dim are those of `like`."""
@@ -122,7 +136,7 @@ class KVCache:
                 # zeros, because slots behind a row's end are read, with weight zero
                 layers[layer] = like.new_zeros(len(self.lengths), self.n_slots, *like.shape[-2:])
                 if old_RLKH is not None:
-                    layers[layer][:, :old_RLKH.shape[1]] = old_RLKH
+                    layers[layer][:, : old_RLKH.shape[1]] = old_RLKH
         return self.keys_RLKH[layer], self.values_RLKH[layer]
 
     def _make_room(self, row: int, needed: int) -> None:

@@ -10,6 +10,7 @@ generators; not on the dialogues beside it, the number of rows, or the order of 
 It may differ from generate() on the whole prompt where two tokens nearly tie, because keys that were computed token by
 token differ in the last bits from those of one long prefill.
 """
+
 import torch
 
 from model.sampling import ROWS_PER_FORWARD, Response, RowDecoder
@@ -23,15 +24,30 @@ class DialogueDecoder:
     generate(). Raises ValueError for a setting out of range.
     """
 
-    def __init__(self, model: Transformer, *, n_rows: int, max_tokens: int, max_new_tokens: int,
-                 stop_ids: frozenset[int], temperature: float = 0.0) -> None:
+    def __init__(
+        self,
+        model: Transformer,
+        *,
+        n_rows: int,
+        max_tokens: int,
+        max_new_tokens: int,
+        stop_ids: frozenset[int],
+        temperature: float = 0.0,
+    ) -> None:
         if n_rows < 1:
             raise ValueError(f"n_rows is {n_rows}, expected at least 1")
         if max_tokens <= max_new_tokens:
             raise ValueError(f"max_tokens is {max_tokens}, expected more than max_new_tokens {max_new_tokens}")
         self.max_tokens, self.max_new_tokens = max_tokens, max_new_tokens
-        self.decoder = RowDecoder(model, n_rows=n_rows, max_tokens=max_tokens, max_new_tokens=max_new_tokens,
-                                  stop_ids=stop_ids, temperature=temperature, rows_per_forward=ROWS_PER_FORWARD)
+        self.decoder = RowDecoder(
+            model,
+            n_rows=n_rows,
+            max_tokens=max_tokens,
+            max_new_tokens=max_new_tokens,
+            stop_ids=stop_ids,
+            temperature=temperature,
+            rows_per_forward=ROWS_PER_FORWARD,
+        )
         self.dialogue_of_row: list[int | None] = [None] * n_rows
         self.ids_of_row: list[list[int]] = [[] for _ in range(n_rows)]  # whose keys and values the row holds, or will
         self.responses: dict[int, Response] = {}  # of the rows that are answering
@@ -64,11 +80,14 @@ class DialogueDecoder:
         if not prompt_ids:
             raise ValueError(f"dialogue {dialogue}: the prompt is empty, expected at least one token (BOS)")
         if not self.fits(len(prompt_ids)):
-            raise ValueError(f"dialogue {dialogue}: a prompt of {len(prompt_ids)} tokens and a response of up to "
-                             f"{self.max_new_tokens} do not fit into {self.max_tokens}")
+            raise ValueError(
+                f"dialogue {dialogue}: a prompt of {len(prompt_ids)} tokens and a response of up to "
+                f"{self.max_new_tokens} do not fit into {self.max_tokens}"
+            )
         if generator is None and self.decoder.temperature > 0:
-            raise ValueError(f"dialogue {dialogue}: found no generator, expected one at temperature "
-                             f"{self.decoder.temperature}")
+            raise ValueError(
+                f"dialogue {dialogue}: found no generator, expected one at temperature {self.decoder.temperature}"
+            )
         row = self._row_of(dialogue)
         # At least the last token is forwarded: the response begins with its logits.
         n_kept = min(common_prefix_length(self.ids_of_row[row], prompt_ids), len(prompt_ids) - 1)
@@ -107,8 +126,10 @@ class DialogueDecoder:
                 raise ValueError(f"dialogue {dialogue} is still answering, expected step() until its response ends")
             return row
         if None not in self.dialogue_of_row:
-            raise ValueError(f"dialogue {dialogue}: all {len(self.dialogue_of_row)} rows are held, expected drop() of "
-                             "a dialogue before")
+            raise ValueError(
+                f"dialogue {dialogue}: all {len(self.dialogue_of_row)} rows are held, expected drop() of "
+                "a dialogue before"
+            )
         return self.dialogue_of_row.index(None)
 
 

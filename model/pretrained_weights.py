@@ -4,6 +4,7 @@ Reading copies each tensor (under FSDP2: this rank's slice of it) from the safet
 appends each tensor to the file as it is gathered. Neither ever holds a second model: peak host memory is one tensor
 above what the model itself holds on this rank (benchmarks/benchmark_load_memory.py measures it).
 """
+
 import json
 import os
 import shutil
@@ -31,8 +32,15 @@ DEFAULT_SHARD_BYTES = 5_000_000_000
 
 # Files that belong to the tokenizer or to generation: copied unchanged from the folder the run started with.
 COMPANION_FILES = (
-    "tokenizer.model", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
-    "vocab.json", "merges.txt", "chat_template.jinja", "generation_config.json",
+    "tokenizer.model",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+    "generation_config.json",
 )
 
 _FLOAT_NAMES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -44,9 +52,15 @@ _OUTER_NAMES = {
     "value_head.bias": "value_head.bias",
 }
 _BLOCK_NAMES = {
-    "attention.wq": "self_attn.q_proj", "attention.wk": "self_attn.k_proj", "attention.wv": "self_attn.v_proj",
-    "attention.wo": "self_attn.o_proj", "attention_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm",
-    "feed_forward.w1": "mlp.gate_proj", "feed_forward.w2": "mlp.down_proj", "feed_forward.w3": "mlp.up_proj",
+    "attention.wq": "self_attn.q_proj",
+    "attention.wk": "self_attn.k_proj",
+    "attention.wv": "self_attn.v_proj",
+    "attention.wo": "self_attn.o_proj",
+    "attention_norm": "input_layernorm",
+    "ffn_norm": "post_attention_layernorm",
+    "feed_forward.w1": "mlp.gate_proj",
+    "feed_forward.w2": "mlp.down_proj",
+    "feed_forward.w3": "mlp.up_proj",
 }
 
 
@@ -67,8 +81,9 @@ def hf_name(our_name: str) -> str:
 # Reading
 
 
-def load_pretrained(model_dir: str | Path, dtype: torch.dtype = torch.float32,
-                    device: torch.device | str = "cpu") -> Transformer:
+def load_pretrained(
+    model_dir: str | Path, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
+) -> Transformer:
     """The model of a folder in Hugging Face layout (config.json and safetensors), in the given dtype and place.
 
     Raises ModelFolderError, one line, for whatever is wrong with the folder.
@@ -79,8 +94,9 @@ def load_pretrained(model_dir: str | Path, dtype: torch.dtype = torch.float32,
     return model
 
 
-def load_value_model(model_dir: str | Path, dtype: torch.dtype = torch.float32,
-                     device: torch.device | str = "cpu") -> ValueModel:
+def load_value_model(
+    model_dir: str | Path, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
+) -> ValueModel:
     """The critic of a folder that save_value_model wrote, or of a language model's: then with a value head of zeros.
 
     Raises ModelFolderError, one line, for whatever is wrong with the folder.
@@ -98,8 +114,9 @@ def read_config(model_dir: str | Path) -> ModelConfig:
         return config_from_hf(_read_json(path))
     except ModelFolderError as error:
         message = str(error)
-        raise ModelFolderError(message if message.startswith(str(path)) else
-                               f"{path}: {message.removeprefix('config.json: ')}") from error
+        raise ModelFolderError(
+            message if message.startswith(str(path)) else f"{path}: {message.removeprefix('config.json: ')}"
+        ) from error
 
 
 def check_same_shape(policy_dir: str | Path, other_dir: str | Path, role: str) -> None:
@@ -110,12 +127,15 @@ def check_same_shape(policy_dir: str | Path, other_dir: str | Path, role: str) -
     """
     policy, other = read_config(policy_dir), read_config(other_dir)
     ignored = {"max_positions", "tie_embeddings"} if role == "critic" else {"max_positions"}
-    differing = [f"{field.name} {getattr(other, field.name)} (expected {getattr(policy, field.name)})"
-                 for field in fields(ModelConfig)
-                 if field.name not in ignored and getattr(other, field.name) != getattr(policy, field.name)]
+    differing = [
+        f"{field.name} {getattr(other, field.name)} (expected {getattr(policy, field.name)})"
+        for field in fields(ModelConfig)
+        if field.name not in ignored and getattr(other, field.name) != getattr(policy, field.name)
+    ]
     if differing:
-        raise ModelFolderError(f"{other_dir}: found a {role} of another shape than the policy {policy_dir}: "
-                               f"{', '.join(differing)}")
+        raise ModelFolderError(
+            f"{other_dir}: found a {role} of another shape than the policy {policy_dir}: {', '.join(differing)}"
+        )
 
 
 @torch.no_grad()
@@ -209,8 +229,7 @@ def _files_of_index(index: Path) -> dict[str, Path]:
     return {name: index.parent / f for name, f in weight_map.items()}
 
 
-def _check_headers(model_dir: Path, files: dict[str, Path], targets: dict[str, Tensor], *,
-                   may_hold_head: bool) -> None:
+def _check_headers(model_dir: Path, files: dict[str, Path], targets: dict[str, Tensor], *, may_hold_head: bool) -> None:
     """Compares the files' headers with the model and reports everything that differs in one error."""
     # Old checkpoints store RoPE's frequencies; they follow from the config. A tied head may be stored a second time,
     # and a critic made from a language model leaves that one's head where it is.
@@ -228,9 +247,16 @@ def _check_headers(model_dir: Path, files: dict[str, Path], targets: dict[str, T
                     misshaped.append(f"{name} (found {list(header.get_shape())}, expected {list(targets[name].shape)})")
                 if header.get_dtype() not in _FLOAT_NAMES:
                     not_float.append(f"{name} ({header.get_dtype()})")
-    problems = [f"{len(names)} {kind}: {', '.join(names)}" for kind, names in
-                (("missing", missing), ("unexpected", unexpected), ("mis-shaped", misshaped),
-                 ("not floating-point", not_float)) if names]
+    problems = [
+        f"{len(names)} {kind}: {', '.join(names)}"
+        for kind, names in (
+            ("missing", missing),
+            ("unexpected", unexpected),
+            ("mis-shaped", misshaped),
+            ("not floating-point", not_float),
+        )
+        if names
+    ]
     if problems:
         raise ModelFolderError(f"{model_dir}: weights do not fit config.json; {'; '.join(problems)}")
 
@@ -271,18 +297,21 @@ def _check_tied_head(files: dict[str, Path]) -> None:
         same = list(head.get_shape()) == list(embedding.get_shape())
         rows = embedding.get_shape()[0]
         for start in range(0, rows if same else 0, 4096):
-            same = same and torch.equal(head[start:start + 4096], embedding[start:start + 4096])
+            same = same and torch.equal(head[start : start + 4096], embedding[start : start + 4096])
     if not same:
-        raise ModelFolderError(f"{files['lm_head.weight']}: lm_head.weight differs from model.embed_tokens.weight, but "
-                               "config.json has tie_word_embeddings true")
+        raise ModelFolderError(
+            f"{files['lm_head.weight']}: lm_head.weight differs from model.embed_tokens.weight, but "
+            "config.json has tie_word_embeddings true"
+        )
 
 
 def _open(path: Path) -> Any:
     try:
         return safe_open(str(path), framework="pt", device="cpu")
     except (SafetensorError, OSError) as error:
-        raise ModelFolderError(f"{path}: not a readable safetensors file, perhaps truncated "
-                               f"({_one_line(error)})") from error
+        raise ModelFolderError(
+            f"{path}: not a readable safetensors file, perhaps truncated ({_one_line(error)})"
+        ) from error
 
 
 def _open_names(path: Path) -> list[str]:
@@ -318,9 +347,14 @@ def save_pretrained(model: Transformer, model_dir: str | Path) -> None:
 
 
 @torch.no_grad()
-def save_pretrained_streamed(model: Transformer, model_dir: str | Path, *, dtype: torch.dtype | None = None,
-                             companions_from: str | Path | None = None,
-                             max_shard_bytes: int = DEFAULT_SHARD_BYTES) -> None:
+def save_pretrained_streamed(
+    model: Transformer,
+    model_dir: str | Path,
+    *,
+    dtype: torch.dtype | None = None,
+    companions_from: str | Path | None = None,
+    max_shard_bytes: int = DEFAULT_SHARD_BYTES,
+) -> None:
     """Writes the model in Hugging Face layout, gathering one tensor at a time; all ranks call it, rank 0 writes.
 
     1. plan the shards from shapes, 2. write everything into a folder with a temporary name, 3. re-open and verify, 4.
@@ -336,8 +370,14 @@ def save_pretrained_streamed(model: Transformer, model_dir: str | Path, *, dtype
 
 
 @torch.no_grad()
-def save_value_model(model: ValueModel, model_dir: str | Path, *, dtype: torch.dtype | None = None,
-                     companions_from: str | Path | None = None, max_shard_bytes: int = DEFAULT_SHARD_BYTES) -> None:
+def save_value_model(
+    model: ValueModel,
+    model_dir: str | Path,
+    *,
+    dtype: torch.dtype | None = None,
+    companions_from: str | Path | None = None,
+    max_shard_bytes: int = DEFAULT_SHARD_BYTES,
+) -> None:
     """save_pretrained_streamed for a critic: the backbone in Hugging Face layout, the value head in VALUE_HEAD_FILE.
 
     config.json names the architecture without a head (transformers: AutoModel); tie_word_embeddings stays as it was, so
@@ -352,8 +392,15 @@ def save_value_model(model: ValueModel, model_dir: str | Path, *, dtype: torch.d
     _write_folder(Path(model_dir), hf_config, parameters, shards, dtype=dtype, companions_from=companions_from)
 
 
-def _write_folder(final: Path, hf_config: dict[str, Any], parameters: dict[str, Tensor], shards: dict[str, list[str]],
-                  *, dtype: torch.dtype | None, companions_from: str | Path | None) -> None:
+def _write_folder(
+    final: Path,
+    hf_config: dict[str, Any],
+    parameters: dict[str, Tensor],
+    shards: dict[str, list[str]],
+    *,
+    dtype: torch.dtype | None,
+    companions_from: str | Path | None,
+) -> None:
     """Steps 2 to 4 of an export: `shards` says which tensors of `parameters` (stored names) go into which file."""
     is_writer = not (dist.is_initialized() and dist.get_rank() != 0)
     temporary = final.with_name(f".{final.name}.incomplete")
@@ -383,8 +430,9 @@ def _write_folder(final: Path, hf_config: dict[str, Any], parameters: dict[str, 
     _raise_on_all_ranks(final, failure, next(iter(parameters.values())))
 
 
-def _plan_shards(parameters: dict[str, Tensor], dtype: torch.dtype | None,
-                 max_shard_bytes: int) -> dict[str, list[str]]:
+def _plan_shards(
+    parameters: dict[str, Tensor], dtype: torch.dtype | None, max_shard_bytes: int
+) -> dict[str, list[str]]:
     """File name -> tensor names, in the model's order; no file above max_shard_bytes unless one tensor alone is."""
     groups: list[list[str]] = [[]]
     used = 0
@@ -400,8 +448,9 @@ def _plan_shards(parameters: dict[str, Tensor], dtype: torch.dtype | None,
     return {f"model-{i:05d}-of-{len(groups):05d}.safetensors": names for i, names in enumerate(groups, start=1)}
 
 
-def _gathered(parameters: dict[str, Tensor], names: list[str], dtype: torch.dtype | None, *,
-              keep: bool) -> Iterator[Tensor]:
+def _gathered(
+    parameters: dict[str, Tensor], names: list[str], dtype: torch.dtype | None, *, keep: bool
+) -> Iterator[Tensor]:
     """The full tensors one after the other, on the CPU in the stored dtype; a collective per tensor if sharded."""
     for name in names:
         parameter = parameters[name]
@@ -409,8 +458,9 @@ def _gathered(parameters: dict[str, Tensor], names: list[str], dtype: torch.dtyp
         yield full.to(device="cpu", dtype=dtype or parameter.dtype).contiguous() if keep else full[:0]
 
 
-def _write_safetensors(path: Path, parameters: dict[str, Tensor], dtype: torch.dtype | None,
-                       tensors: Iterator[Tensor]) -> None:
+def _write_safetensors(
+    path: Path, parameters: dict[str, Tensor], dtype: torch.dtype | None, tensors: Iterator[Tensor]
+) -> None:
     """One safetensors file, written front to back: 8 bytes of header length, JSON header, the tensors' bytes."""
     stored_names = {stored: name for name, stored in _FLOAT_NAMES.items()}
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}  # transformers refuses files without the format
@@ -429,8 +479,9 @@ def _write_safetensors(path: Path, parameters: dict[str, Tensor], dtype: torch.d
         os.fsync(file.fileno())
 
 
-def _write_config(hf_config: dict[str, Any], folder: Path, dtype: torch.dtype,
-                  companions_from: str | Path | None) -> None:
+def _write_config(
+    hf_config: dict[str, Any], folder: Path, dtype: torch.dtype, companions_from: str | Path | None
+) -> None:
     hf_config["torch_dtype"] = str(dtype).removeprefix("torch.")
     if companions_from is not None:
         source = Path(companions_from)
@@ -464,8 +515,9 @@ def _prepare_folder(final: Path, temporary: Path) -> None:
     temporary.mkdir(parents=True)
 
 
-def _finish_folder(final: Path, temporary: Path, shards: dict[str, list[str]], parameters: dict[str, Tensor],
-                   dtype: torch.dtype | None) -> None:
+def _finish_folder(
+    final: Path, temporary: Path, shards: dict[str, list[str]], parameters: dict[str, Tensor], dtype: torch.dtype | None
+) -> None:
     files = {name: file_name for file_name, names in shards.items() for name in names}
     weight_map = {name: file_name for name, file_name in files.items() if file_name != VALUE_HEAD_FILE}
     if len(set(weight_map.values())) > 1:

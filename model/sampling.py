@@ -12,6 +12,7 @@ shape of its own prompt; attention has the shape of the row's own length (model/
 `rows_per_forward` rows, some of them idle, or a smaller number of rows for which the matrix products of this machine
 were seen to give the same bits (interchangeable_row_counts).
 """
+
 from collections import deque
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
@@ -26,7 +27,7 @@ from model.decode import KVCache
 from model.transformer import Transformer
 
 ROWS_PER_FORWARD = 16  # a multiple of 8, so that BLAS treats the rows alike at every place in the batch
-ROW_STEP = 4           # smaller forwards have a multiple of this many rows; fewer make BLAS change its kernel
+ROW_STEP = 4  # smaller forwards have a multiple of this many rows; fewer make BLAS change its kernel
 
 
 def any_unfinished(finished_B: Tensor) -> bool:
@@ -34,10 +35,18 @@ def any_unfinished(finished_B: Tensor) -> bool:
     return not bool(finished_B.all())
 
 
-def generate(model: Transformer, prompts: list[list[int]], *, max_new_tokens: int, temperature: float = 0.0,
-             eos_id: int | None, generator: torch.Generator | list[torch.Generator] | None = None,
-             rows_per_forward: int = ROWS_PER_FORWARD, stop_ids: Collection[int] = (),
-             should_continue: Callable[[Tensor], bool] = any_unfinished) -> list[tuple[list[int], list[float]]]:
+def generate(
+    model: Transformer,
+    prompts: list[list[int]],
+    *,
+    max_new_tokens: int,
+    temperature: float = 0.0,
+    eos_id: int | None,
+    generator: torch.Generator | list[torch.Generator] | None = None,
+    rows_per_forward: int = ROWS_PER_FORWARD,
+    stop_ids: Collection[int] = (),
+    should_continue: Callable[[Tensor], bool] = any_unfinished,
+) -> list[tuple[list[int], list[float]]]:
     """Continues each prompt (token ids, at least one) and returns (response_ids, logprobs) per prompt, in order.
 
     A response ends with eos_id or one of stop_ids, which is then its last id, or after max_new_tokens. temperature 0
@@ -60,14 +69,20 @@ def generate(model: Transformer, prompts: list[list[int]], *, max_new_tokens: in
     if isinstance(generator, list) and len(generator) != len(prompts):
         raise ValueError(f"{len(generator)} generators for {len(prompts)} prompts, expected one each")
     generators = generator if isinstance(generator, list) else [generator] * len(prompts)
-    decoder = RowDecoder(model, n_rows=rows_per_forward, max_tokens=max(map(len, prompts), default=0) + max_new_tokens,
-                         max_new_tokens=max_new_tokens, temperature=temperature, rows_per_forward=rows_per_forward,
-                         stop_ids={*stop_ids, *(() if eos_id is None else (eos_id,))})
+    decoder = RowDecoder(
+        model,
+        n_rows=rows_per_forward,
+        max_tokens=max(map(len, prompts), default=0) + max_new_tokens,
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        rows_per_forward=rows_per_forward,
+        stop_ids={*stop_ids, *(() if eos_id is None else (eos_id,))},
+    )
     responses = [Response(each) for each in generators]
     finished_B = torch.zeros(len(prompts), dtype=torch.bool)
     prompt_of_row: list[int | None] = [None] * rows_per_forward
     waiting = sorted(range(len(prompts)), key=lambda prompt: len(prompts[prompt]))  # neighbours of like length attend
-    while should_continue(finished_B):                                              # in one call; longest first
+    while should_continue(finished_B):  # in one call; longest first
         if waiting and None in prompt_of_row:
             row = prompt_of_row.index(None)
             prompt_of_row[row] = waiting.pop()
@@ -99,8 +114,17 @@ class RowDecoder:
     which was never fed. Raises ValueError for a setting out of range.
     """
 
-    def __init__(self, model: Transformer, *, n_rows: int, max_tokens: int, max_new_tokens: int,
-                 stop_ids: Collection[int], temperature: float, rows_per_forward: int) -> None:
+    def __init__(
+        self,
+        model: Transformer,
+        *,
+        n_rows: int,
+        max_tokens: int,
+        max_new_tokens: int,
+        stop_ids: Collection[int],
+        temperature: float,
+        rows_per_forward: int,
+    ) -> None:
         if max_new_tokens < 1:
             raise ValueError(f"max_new_tokens is {max_new_tokens}, expected at least 1")
         if not 0.0 <= temperature < float("inf"):
@@ -160,18 +184,18 @@ class RowDecoder:
     def _next_rows(self) -> list[int]:
         rows = sorted(self.responses)  # neighbours attend in one call
         if len(rows) > self.row_counts[-1]:
-            rows = ([row for row in rows if row > self.last_row] or rows)[:self.row_counts[-1]]
+            rows = ([row for row in rows if row > self.last_row] or rows)[: self.row_counts[-1]]
             self.last_row = rows[-1]
         return rows
 
-    def _sample(self, rows: list[int], tokens: list[int],
-                segment_lengths: list[int]) -> tuple[list[int], list[float]]:
+    def _sample(self, rows: list[int], tokens: list[int], segment_lengths: list[int]) -> tuple[list[int], list[float]]:
         """One id and its log-probability for each selected row of the cache."""
         input_ids_1T = torch.tensor([tokens], device=self.model.head_weight().device)
         # Sharded parameters are gathered during a forward and stay: inference tensors would spoil later training.
         with torch.inference_mode() if self.model.is_plain() else torch.no_grad():
-            logits_RV = self.model(input_ids_1T, segment_lengths=segment_lengths, kv_cache=self.cache,
-                                   last_only=True)[0, :len(rows)]
+            logits_RV = self.model(input_ids_1T, segment_lengths=segment_lengths, kv_cache=self.cache, last_only=True)[
+                0, : len(rows)
+            ]
             uniforms = None
             if self.temperature > 0:
                 uniforms = [_draw_uniform(self.responses[row].generator) for row in rows]
@@ -182,14 +206,16 @@ def _row_counts(model: Transformer, rows_per_forward: int) -> tuple[int, ...]:
     if not model.is_plain():  # sharded: the dtype it computes in may not be the parameters'
         return (rows_per_forward,)
     weight = model.head_weight()
-    return interchangeable_row_counts(model.config, weight.dtype, weight.device, torch.get_num_threads(),
-                                      rows_per_forward)
+    return interchangeable_row_counts(
+        model.config, weight.dtype, weight.device, torch.get_num_threads(), rows_per_forward
+    )
 
 
 @lru_cache(maxsize=64)
 @torch.no_grad()
-def interchangeable_row_counts(config: ModelConfig, dtype: torch.dtype, device: torch.device, n_threads: int,
-                               most: int) -> tuple[int, ...]:
+def interchangeable_row_counts(
+    config: ModelConfig, dtype: torch.dtype, device: torch.device, n_threads: int, most: int
+) -> tuple[int, ...]:
     """Numbers of rows, up to `most`, whose matrix products equal those of `most` rows bit for bit; ends with `most`.
 
     Found by trial on random numbers, once per shape and number of threads (the key of the cache): the order of a sum
@@ -197,9 +223,14 @@ def interchangeable_row_counts(config: ModelConfig, dtype: torch.dtype, device: 
     """
     counts = list(range(ROW_STEP, most, ROW_STEP))
     query_width, kv_width = config.n_heads * config.head_dim, config.n_kv_heads * config.head_dim
-    shapes = {(query_width, config.dim, config.qkv_bias), (kv_width, config.dim, config.qkv_bias),
-              (config.dim, query_width, False), (config.ffn_dim, config.dim, False),
-              (config.dim, config.ffn_dim, False), (config.vocab_size, config.dim, False)}
+    shapes = {
+        (query_width, config.dim, config.qkv_bias),
+        (kv_width, config.dim, config.qkv_bias),
+        (config.dim, query_width, False),
+        (config.ffn_dim, config.dim, False),
+        (config.dim, config.ffn_dim, False),
+        (config.vocab_size, config.dim, False),
+    }
     generator = torch.Generator().manual_seed(0)
     for n_outputs, n_inputs, has_bias in sorted(shapes):
         block_OD = torch.randn(min(n_outputs, 1024), n_inputs, generator=generator)
@@ -207,9 +238,16 @@ def interchangeable_row_counts(config: ModelConfig, dtype: torch.dtype, device: 
         bias_O = weight_OD[:, 0].clone() if has_bias else None
         x_RD = torch.randn(most, n_inputs, generator=generator).to(device, dtype)
         full_RO = F.linear(x_RD[None], weight_OD, bias_O)[0]
-        counts = [n for n in counts if all(
-            torch.equal(F.linear(x_RD[None, start:start + n].clone(), weight_OD, bias_O)[0], full_RO[start:start + n])
-            for start in (0, most - n))]
+        counts = [
+            n
+            for n in counts
+            if all(
+                torch.equal(
+                    F.linear(x_RD[None, start : start + n].clone(), weight_OD, bias_O)[0], full_RO[start : start + n]
+                )
+                for start in (0, most - n)
+            )
+        ]
     return (*counts, most)
 
 
@@ -219,8 +257,9 @@ def _draw_uniform(generator: torch.Generator | None) -> float:
     return torch.rand((), dtype=torch.float64, generator=generator, device=device).item()
 
 
-def _choose_tokens(logits_RV: Tensor, temperature: float,
-                   uniforms: list[float] | None) -> tuple[list[int], list[float]]:
+def _choose_tokens(
+    logits_RV: Tensor, temperature: float, uniforms: list[float] | None
+) -> tuple[list[int], list[float]]:
     """One token per row and its log-probability, log softmax(logits / temperature)[token] (E19).
 
     Sampling inverts the cumulative distribution at the row's uniform number: the first token at which the sum of the

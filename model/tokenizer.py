@@ -3,6 +3,7 @@
 Both classes offer the same plain methods. Text is always data: a user who writes "</s>" or "<|eot_id|>" gets the ids
 of those characters, never the control token, so no text can end a turn or forge one.
 """
+
 import json
 from pathlib import Path
 from typing import Any
@@ -83,8 +84,10 @@ class JsonTokenizer:
         try:
             from tokenizers import Tokenizer
         except ImportError as error:
-            raise ModelFolderError(f"{path}: reading tokenizer.json needs the package 'tokenizers' "
-                                   "(pip install -r requirements-optional.txt)") from error
+            raise ModelFolderError(
+                f"{path}: reading tokenizer.json needs the package 'tokenizers' "
+                "(pip install -r requirements-optional.txt)"
+            ) from error
         try:
             text = path.read_text(encoding="utf-8")
             self._start = Tokenizer.from_str(text)
@@ -98,8 +101,11 @@ class JsonTokenizer:
         self.path = path
         self.vocab_size: int = max(self._start.get_vocab(with_added_tokens=True).values(), default=-1) + 1
         # Added tokens that are not special, such as Qwen's <tool_call>, are found in any text.
-        self._control_ids = {token.content: token_id for token_id, token
-                             in self._start.get_added_tokens_decoder().items() if token.special}
+        self._control_ids = {
+            token.content: token_id
+            for token_id, token in self._start.get_added_tokens_decoder().items()
+            if token.special
+        }
         self.bos_id = self._special_id("bos", _COMMON_BOS)
         eos_id = self._special_id("eos", _COMMON_EOS)
         if eos_id is None:
@@ -151,8 +157,9 @@ class JsonTokenizer:
                 return None  # said to have none, as Qwen-2's BOS
             token_id = self._start.token_to_id(name)
             if token_id is None:
-                raise ModelFolderError(f"{self.path}: {kind}_token {name!r} of tokenizer_config.json is not in the "
-                                       "vocabulary")
+                raise ModelFolderError(
+                    f"{self.path}: {kind}_token {name!r} of tokenizer_config.json is not in the vocabulary"
+                )
             return token_id
         number = _read_json_object(self.path.with_name("config.json")).get(f"{kind}_token_id")
         number = number[0] if isinstance(number, list) and number else number
@@ -189,8 +196,9 @@ def check_vocabulary_fits(tokenizer: Tokenizer, embedding_rows: int) -> None:
     a run.
     """
     if tokenizer.vocab_size > embedding_rows:
-        raise ModelFolderError(f"{tokenizer.path}: {tokenizer.vocab_size} tokens, but the model's embedding has only "
-                               f"{embedding_rows} rows")
+        raise ModelFolderError(
+            f"{tokenizer.path}: {tokenizer.vocab_size} tokens, but the model's embedding has only {embedding_rows} rows"
+        )
 
 
 def _encodable(text: str) -> str:

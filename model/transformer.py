@@ -30,7 +30,7 @@ def rope_inverse_frequencies(config: ModelConfig) -> Tensor:
     """
     # device="cpu" although the model may be built under torch.device("meta"): these numbers cannot be loaded later.
     exponent = torch.arange(0, config.head_dim, 2, dtype=torch.float32, device="cpu") / config.head_dim
-    omega = 1.0 / (config.rope_theta ** exponent)  # E16
+    omega = 1.0 / (config.rope_theta**exponent)  # E16
     scaling = config.rope_scaling
     if scaling is None:
         return omega
@@ -89,8 +89,15 @@ class Attention(nn.Module):
         self.wv = nn.Linear(config.dim, kv_width, bias=config.qkv_bias)
         self.wo = nn.Linear(query_width, config.dim, bias=False)
 
-    def forward(self, x_BTD: Tensor, cos: Tensor, signed_sin: Tensor, segment_lengths: list[int],
-                kv_cache: KVCache | None, layer: int) -> Tensor:
+    def forward(
+        self,
+        x_BTD: Tensor,
+        cos: Tensor,
+        signed_sin: Tensor,
+        segment_lengths: list[int],
+        kv_cache: KVCache | None,
+        layer: int,
+    ) -> Tensor:
         B, T, _ = x_BTD.shape
         q_BTNH = apply_rope(self.wq(x_BTD).view(B, T, -1, self.head_dim), cos, signed_sin)
         k_BTKH = apply_rope(self.wk(x_BTD).view(B, T, -1, self.head_dim), cos, signed_sin)
@@ -118,11 +125,16 @@ class Attention(nn.Module):
         outputs = []
         for run in kv_cache.runs:
             rows = slice(run.first_row, run.first_row + run.n_rows)
-            q_PNH = q_TNH[run.first_segment:run.first_segment + run.n_rows]
-            outputs.append(F.scaled_dot_product_attention(  # E17
-                q_PNH[:, :, None], keys_RLKH[rows, :run.n_slots].transpose(1, 2),
-                values_RLKH[rows, :run.n_slots].transpose(1, 2),
-                attn_mask=run.mask_P11L, enable_gqa=self.is_grouped)[:, :, 0])
+            q_PNH = q_TNH[run.first_segment : run.first_segment + run.n_rows]
+            outputs.append(
+                F.scaled_dot_product_attention(  # E17
+                    q_PNH[:, :, None],
+                    keys_RLKH[rows, : run.n_slots].transpose(1, 2),
+                    values_RLKH[rows, : run.n_slots].transpose(1, 2),
+                    attn_mask=run.mask_P11L,
+                    enable_gqa=self.is_grouped,
+                )[:, :, 0]
+            )
         if S < T:
             outputs.append(torch.zeros_like(q_TNH[S:]))
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
@@ -134,7 +146,8 @@ class Attention(nn.Module):
         if 1 < T < L:  # several new tokens behind a cache: is_causal would align the corner at the wrong end
             mask = torch.ones(T, L, dtype=torch.bool, device=q_BNTH.device).tril(L - T)
         return F.scaled_dot_product_attention(  # E17
-            q_BNTH, k_BKLH, v_BKLH, attn_mask=mask, is_causal=T == L and T > 1, enable_gqa=self.is_grouped)
+            q_BNTH, k_BKLH, v_BKLH, attn_mask=mask, is_causal=T == L and T > 1, enable_gqa=self.is_grouped
+        )
 
 
 class FeedForward(nn.Module):
@@ -161,8 +174,9 @@ class TransformerBlock(nn.Module):
         self.attention_norm = RMSNorm(config.dim, config.norm_eps)
         self.ffn_norm = RMSNorm(config.dim, config.norm_eps)
 
-    def forward(self, x_BTD: Tensor, cos: Tensor, signed_sin: Tensor, segment_lengths: list[int],
-                kv_cache: KVCache | None) -> Tensor:
+    def forward(
+        self, x_BTD: Tensor, cos: Tensor, signed_sin: Tensor, segment_lengths: list[int], kv_cache: KVCache | None
+    ) -> Tensor:
         normed_BTD = self.attention_norm(x_BTD)
         x_BTD = x_BTD + self.attention(normed_BTD, cos, signed_sin, segment_lengths, kv_cache, self.layer)
         return x_BTD + self.feed_forward(self.ffn_norm(x_BTD))
@@ -214,9 +228,16 @@ class Transformer(nn.Module):
                 std = residual_std if name.endswith((".wo.weight", ".w2.weight")) else 0.02
                 parameter.normal_(0.0, std, generator=generator)
 
-    def forward(self, input_ids_BT: Tensor, *, position_ids_BT: Tensor | None = None,
-                segment_lengths: list[int] | None = None, kv_cache: KVCache | None = None,
-                return_hidden: bool = False, last_only: bool = False) -> Tensor:
+    def forward(
+        self,
+        input_ids_BT: Tensor,
+        *,
+        position_ids_BT: Tensor | None = None,
+        segment_lengths: list[int] | None = None,
+        kv_cache: KVCache | None = None,
+        return_hidden: bool = False,
+        last_only: bool = False,
+    ) -> Tensor:
         """Logits (B, T, V), or the final normed hidden states (B, T, D) with return_hidden.
 
         segment_lengths: the row (B must be 1) is several sequences end to end, of these lengths; each attends only to
@@ -229,9 +250,14 @@ class Transformer(nn.Module):
         """
         B, T = input_ids_BT.shape
         if kv_cache is not None and segment_lengths is None and B > 1:
-            flat = self.forward(input_ids_BT.reshape(1, B * T), segment_lengths=[T] * B, kv_cache=kv_cache,
-                                position_ids_BT=None if position_ids_BT is None else position_ids_BT.reshape(1, B * T),
-                                return_hidden=return_hidden, last_only=last_only)
+            flat = self.forward(
+                input_ids_BT.reshape(1, B * T),
+                segment_lengths=[T] * B,
+                kv_cache=kv_cache,
+                position_ids_BT=None if position_ids_BT is None else position_ids_BT.reshape(1, B * T),
+                return_hidden=return_hidden,
+                last_only=last_only,
+            )
             return flat.view(B, -1, flat.shape[-1])
         segment_lengths = self._checked_segments(B, T, segment_lengths, kv_cache)
         device = input_ids_BT.device

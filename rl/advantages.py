@@ -8,6 +8,7 @@ Shape legend: B responses, R response slots. Slot t of `logprobs_BR` is the log-
 of `values_BR` the value of the state before that token. `response_mask_BR` (bool) is True on the tokens the policy
 chose, through EOS inclusive. Masks need be neither left-aligned nor free of holes.
 """
+
 from __future__ import annotations
 
 import math
@@ -51,8 +52,9 @@ def kl_estimates(logprobs_BR: Tensor, ref_logprobs_BR: Tensor, response_mask_BR:
     Raises ValueError as `kl_shaped_rewards`.
     """
     check_response_shapes(response_mask_BR, logprobs_BR, ref_logprobs_BR)
-    kl_BR = (inside(logprobs_BR, response_mask_BR, torch.float64)
-             - inside(ref_logprobs_BR, response_mask_BR, torch.float64))
+    kl_BR = inside(logprobs_BR, response_mask_BR, torch.float64) - inside(
+        ref_logprobs_BR, response_mask_BR, torch.float64
+    )
     estimates = {"k1": kl_BR, "k2": kl_BR.square() / 2, "k3": torch.expm1(-kl_BR) + kl_BR}  # E27
     return {name: estimate_BR.to(arithmetic_dtype(logprobs_BR)) for name, estimate_BR in estimates.items()}
 
@@ -181,9 +183,12 @@ def inside(x_BR: Tensor, response_mask_BR: Tensor, dtype: torch.dtype) -> Tensor
 def check_response_shapes(response_mask_BR: Tensor, *tensors_BR: Tensor) -> None:
     """Without this a (B,) or (B, 1) tensor would be broadcast over the tokens and train on nonsense."""
     if response_mask_BR.dtype != torch.bool or response_mask_BR.dim() != 2:
-        raise ValueError(f"response mask is {response_mask_BR.dtype} {tuple(response_mask_BR.shape)}, "
-                         "expected torch.bool (B, R)")
+        raise ValueError(
+            f"response mask is {response_mask_BR.dtype} {tuple(response_mask_BR.shape)}, expected torch.bool (B, R)"
+        )
     for tensor in tensors_BR:
         if tensor.shape != response_mask_BR.shape:
-            raise ValueError(f"found shapes {[tuple(each.shape) for each in tensors_BR]}, "
-                             f"expected that of the response mask, {tuple(response_mask_BR.shape)}")
+            raise ValueError(
+                f"found shapes {[tuple(each.shape) for each in tensors_BR]}, "
+                f"expected that of the response mask, {tuple(response_mask_BR.shape)}"
+            )

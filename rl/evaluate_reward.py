@@ -5,6 +5,7 @@
 Every response draws from a random generator of its own, seeded by (seed, prompt id, turn, sample). So a row depends
 neither on batching nor on --limit, and two models see the same random numbers: their paired difference is narrower.
 """
+
 import argparse
 import hashlib
 import json
@@ -40,9 +41,17 @@ def response_seed(seed: int, prompt: PPOPrompt, sample: int) -> int:
     return int.from_bytes(digest[:8], "big") >> 1
 
 
-def evaluate_reward(model: Transformer, tokenizer: Tokenizer, prompts: Sequence[PPOPrompt], *, temperature: float,
-                    max_response_tokens: int, samples_per_prompt: int, seed: int,
-                    progress: str | None = None) -> list[dict]:
+def evaluate_reward(
+    model: Transformer,
+    tokenizer: Tokenizer,
+    prompts: Sequence[PPOPrompt],
+    *,
+    temperature: float,
+    max_response_tokens: int,
+    samples_per_prompt: int,
+    seed: int,
+    progress: str | None = None,
+) -> list[dict]:
     """One row per response, prompt by prompt: index (of the prompt), id, turn, sample, output, reward, category,
     TS, PI, CF (0 or 1), tokens (EOS included), ended (False: cut at max_response_tokens).
 
@@ -52,27 +61,48 @@ def evaluate_reward(model: Transformer, tokenizer: Tokenizer, prompts: Sequence[
     if samples_per_prompt < 1 or temperature == 0 and samples_per_prompt > 1:
         raise ValueError(f"samples_per_prompt: found {samples_per_prompt}, expected 1 or, above temperature 0, more")
     jobs = [(index, sample) for index in range(len(prompts)) for sample in range(samples_per_prompt)]
-    generators = None if temperature == 0 else [
-        torch.Generator().manual_seed(response_seed(seed, prompts[index], sample)) for index, sample in jobs]
+    generators = (
+        None
+        if temperature == 0
+        else [torch.Generator().manual_seed(response_seed(seed, prompts[index], sample)) for index, sample in jobs]
+    )
     with tqdm(total=len(jobs), desc=progress, unit="response", disable=True if progress is None else None) as bar:
+
         def should_continue(finished_B: torch.Tensor) -> bool:
             bar.update(int(finished_B.sum()) - bar.n)
             return any_unfinished(finished_B)
 
-        responses = generate(model, [prompts[index].prompt_ids for index, _ in jobs],
-                             max_new_tokens=max_response_tokens, temperature=temperature, eos_id=tokenizer.eos_id,
-                             generator=generators, should_continue=should_continue)
-    return [_row(index, sample, prompts[index], response_ids, tokenizer)
-            for (index, sample), (response_ids, _) in zip(jobs, responses, strict=True)]
+        responses = generate(
+            model,
+            [prompts[index].prompt_ids for index, _ in jobs],
+            max_new_tokens=max_response_tokens,
+            temperature=temperature,
+            eos_id=tokenizer.eos_id,
+            generator=generators,
+            should_continue=should_continue,
+        )
+    return [
+        _row(index, sample, prompts[index], response_ids, tokenizer)
+        for (index, sample), (response_ids, _) in zip(jobs, responses, strict=True)
+    ]
 
 
 def _row(index: int, sample: int, prompt: PPOPrompt, response_ids: Sequence[int], tokenizer: Tokenizer) -> dict:
     has_ended = bool(response_ids) and response_ids[-1] == tokenizer.eos_id
     output = tokenizer.decode(list(response_ids[:-1] if has_ended else response_ids))
     result = tool_call_reward(output, prompt.gold_calls, prompt.tools)
-    return {"index": index, "id": prompt.id, "turn": prompt.turn, "sample": sample, "output": output,
-            "reward": result.reward, "category": result.category, **_accuracies(result, prompt),
-            "tokens": len(response_ids), "ended": has_ended}
+    return {
+        "index": index,
+        "id": prompt.id,
+        "turn": prompt.turn,
+        "sample": sample,
+        "output": output,
+        "reward": result.reward,
+        "category": result.category,
+        **_accuracies(result, prompt),
+        "tokens": len(response_ids),
+        "ended": has_ended,
+    }
 
 
 def _accuracies(result: RewardResult, prompt: PPOPrompt) -> dict[str, int]:
@@ -119,11 +149,18 @@ def summarize(rows: Sequence[dict]) -> dict:
     PI, CF, truncated as counts, mean_tokens. Raises ValueError without rows."""
     mean, interval = mean_and_interval(list(prompt_means(rows).values()))
     categories = Counter(row["category"] for row in rows)
-    return {"n": len(rows), "n_prompts": len({row["index"] for row in rows}), "mean_reward": mean,
-            "interval_95": interval, "categories": {category: categories[category] for category in CATEGORIES},
-            "TS": sum(row["TS"] for row in rows), "PI": sum(row["PI"] for row in rows),
-            "CF": sum(row["CF"] for row in rows), "truncated": sum(not row["ended"] for row in rows),
-            "mean_tokens": sum(row["tokens"] for row in rows) / len(rows)}
+    return {
+        "n": len(rows),
+        "n_prompts": len({row["index"] for row in rows}),
+        "mean_reward": mean,
+        "interval_95": interval,
+        "categories": {category: categories[category] for category in CATEGORIES},
+        "TS": sum(row["TS"] for row in rows),
+        "PI": sum(row["PI"] for row in rows),
+        "CF": sum(row["CF"] for row in rows),
+        "truncated": sum(not row["ended"] for row in rows),
+        "mean_tokens": sum(row["tokens"] for row in rows) / len(rows),
+    }
 
 
 def paired_difference(rows: Sequence[dict], first_rows: Sequence[dict]) -> dict:
@@ -144,19 +181,27 @@ def format_table(summaries: Sequence[dict]) -> str:
     lines = [f"{'model':<{width}}  responses  mean reward  {'95 % interval':<17}   TS %   PI %   CF %  cut %  tokens"]
     for row in summaries:
         shares = "".join(f"{100 * row[key] / row['n']:>7.1f}" for key in ("TS", "PI", "CF", "truncated"))
-        lines.append(f"{row['model']:<{width}}  {row['n']:>9}  {row['mean_reward']:>+11.4f}  "
-                     f"{_interval(row['interval_95']):<17}{shares}{row['mean_tokens']:>8.1f}")
-    lines += ["", f"{'category, % of responses':<{max(width, 24)}}"
-              + "".join(f"  {category.replace('_parameter', '_param')}" for category in CATEGORIES)]
+        lines.append(
+            f"{row['model']:<{width}}  {row['n']:>9}  {row['mean_reward']:>+11.4f}  "
+            f"{_interval(row['interval_95']):<17}{shares}{row['mean_tokens']:>8.1f}"
+        )
+    lines += [
+        "",
+        f"{'category, % of responses':<{max(width, 24)}}"
+        + "".join(f"  {category.replace('_parameter', '_param')}" for category in CATEGORIES),
+    ]
     widths = {category: 2 + len(category.replace("_parameter", "_param")) for category in CATEGORIES}
     for row in summaries:
-        cells = (f"{100 * row['categories'][category] / row['n']:>{columns}.1f}"
-                 for category, columns in widths.items())
+        cells = (
+            f"{100 * row['categories'][category] / row['n']:>{columns}.1f}" for category, columns in widths.items()
+        )
         lines.append(f"{row['model']:<{max(width, 24)}}{''.join(cells)}")
     for row in summaries:
         if "difference" in row:
-            lines.append(f"{row['model']} minus {summaries[0]['model']}: {row['difference']['mean_reward']:+.4f} "
-                         f"{_interval(row['difference']['interval_95'])}, paired by prompt")
+            lines.append(
+                f"{row['model']} minus {summaries[0]['model']}: {row['difference']['mean_reward']:+.4f} "
+                f"{_interval(row['difference']['interval_95'])}, paired by prompt"
+            )
     return "\n".join(lines)
 
 
@@ -210,19 +255,29 @@ def load_prompts(flags: argparse.Namespace) -> tuple[list[list[PPOPrompt]], list
     """
     room = min(read_config(folder).max_positions for folder in flags.model) - flags.max_response_tokens
     if room < 1:
-        raise DataError(f"--max_response_tokens: found {flags.max_response_tokens}, expected fewer than the model's "
-                        f"{room + flags.max_response_tokens} positions")
+        raise DataError(
+            f"--max_response_tokens: found {flags.max_response_tokens}, expected fewer than the model's "
+            f"{room + flags.max_response_tokens} positions"
+        )
     prompts_of_model, notes = [], []
     for folder in flags.model:
         prompts, new_notes = read_prompts(
-            flags.data, load_tokenizer(folder), error_filter=flags.error_filter, prompt_turns=flags.prompt_turns,
-            max_prompt_tokens=room, unparsable_calls=flags.unparsable_calls)
-        prompts_of_model.append(prompts[:flags.limit or None])
+            flags.data,
+            load_tokenizer(folder),
+            error_filter=flags.error_filter,
+            prompt_turns=flags.prompt_turns,
+            max_prompt_tokens=room,
+            unparsable_calls=flags.unparsable_calls,
+        )
+        prompts_of_model.append(prompts[: flags.limit or None])
         notes = notes or new_notes
         if [(prompt.id, prompt.turn) for prompt in prompts_of_model[-1]] != [
-                (prompt.id, prompt.turn) for prompt in prompts_of_model[0]]:
-            raise DataError(f"{folder}: found {len(prompts)} prompts of at most {room} tokens, expected the same turns "
-                            f"as with the tokenizer of {flags.model[0]}; compare these models one by one")
+            (prompt.id, prompt.turn) for prompt in prompts_of_model[0]
+        ]:
+            raise DataError(
+                f"{folder}: found {len(prompts)} prompts of at most {room} tokens, expected the same turns "
+                f"as with the tokenizer of {flags.model[0]}; compare these models one by one"
+            )
     return prompts_of_model, notes
 
 
@@ -240,10 +295,17 @@ def run(flags: argparse.Namespace) -> None:
         model = load_pretrained(folder, dtype=DTYPES[flags.dtype], device=device)
         check_vocabulary_fits(tokenizer, model.config.vocab_size)
         rows = evaluate_reward(
-            model, tokenizer, prompts, temperature=flags.temperature, max_response_tokens=flags.max_response_tokens,
-            samples_per_prompt=flags.samples_per_prompt, seed=flags.seed, progress=folder)
+            model,
+            tokenizer,
+            prompts,
+            temperature=flags.temperature,
+            max_response_tokens=flags.max_response_tokens,
+            samples_per_prompt=flags.samples_per_prompt,
+            seed=flags.seed,
+            progress=folder,
+        )
         summaries.append({"model": folder, **summarize(rows)})
-        first_rows = all_rows[:len(rows)]
+        first_rows = all_rows[: len(rows)]
         if first_rows:
             summaries[-1]["difference"] = paired_difference(rows, first_rows)
         all_rows += [{"model": folder, **row} for row in rows]
@@ -251,8 +313,18 @@ def run(flags: argparse.Namespace) -> None:
     print(format_table(summaries))
     if flags.output is not None:
         write_rows(flags.output, all_rows)
-    settings = {name: getattr(flags, name) for name in ("data", "temperature", "samples_per_prompt",
-                                                        "max_response_tokens", "limit", "seed", "prompt_turns")}
+    settings = {
+        name: getattr(flags, name)
+        for name in (
+            "data",
+            "temperature",
+            "samples_per_prompt",
+            "max_response_tokens",
+            "limit",
+            "seed",
+            "prompt_turns",
+        )
+    }
     print(json.dumps({**settings, "models": summaries}))
 
 

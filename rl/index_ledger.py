@@ -5,6 +5,7 @@
 Everything in a row belongs to the token of that row: its log-probability, the reward for choosing it, and the value
 V(state before it), which the model computes one position further left. The score is in the reward of the last row.
 """
+
 from collections.abc import Sequence
 
 from model.tokenizer import Tokenizer
@@ -16,18 +17,35 @@ COLUMNS = ("logprob", "KL", "reward", "value", "advantage", "return")
 TOLERANCE = 1e-4
 
 
-def format_ledger(prompt_ids: Sequence[int], response_ids: Sequence[int], tokenizer: Tokenizer,
-                  logprobs: Sequence[float], ref_logprobs: Sequence[float], rewards: Sequence[float],
-                  values: Sequence[float], advantages: Sequence[float], returns: Sequence[float], score: float,
-                  mask: Sequence[bool], kl_coef: float) -> str:
+def format_ledger(
+    prompt_ids: Sequence[int],
+    response_ids: Sequence[int],
+    tokenizer: Tokenizer,
+    logprobs: Sequence[float],
+    ref_logprobs: Sequence[float],
+    rewards: Sequence[float],
+    values: Sequence[float],
+    advantages: Sequence[float],
+    returns: Sequence[float],
+    score: float,
+    mask: Sequence[bool],
+    kl_coef: float,
+) -> str:
     """An ASCII table of one response and two lines that check it; `prompt_ids` is the whole prompt, its end is shown.
 
     All sequences but prompt_ids have one entry per response token. logprobs in nats at the sampling temperature, KL is
     k1 = logprob - ref_logprob of that token (E24), score the reward before KL. The checks are: the rewards add up to
     score - kl_coef * KL, and the score sits at the last token of the mask. Raises ValueError for other lengths.
     """
-    columns = {"mask": mask, "logprobs": logprobs, "ref_logprobs": ref_logprobs, "rewards": rewards, "values": values,
-               "advantages": advantages, "returns": returns}
+    columns = {
+        "mask": mask,
+        "logprobs": logprobs,
+        "ref_logprobs": ref_logprobs,
+        "rewards": rewards,
+        "values": values,
+        "advantages": advantages,
+        "returns": returns,
+    }
     for name, column in columns.items():
         if len(column) != len(response_ids):
             raise ValueError(f"{name}: found {len(column)} entries, expected {len(response_ids)}, one per token")
@@ -61,16 +79,26 @@ def _shown_piece(token_id: int, tokenizer: Tokenizer) -> str:
     raise AssertionError("an empty piece fits")
 
 
-def _checks(valid: Sequence[int], n_prompt: int, response_ids: Sequence[int], tokenizer: Tokenizer,
-            kls: Sequence[float], rewards: Sequence[float], score: float, kl_coef: float) -> list[str]:
+def _checks(
+    valid: Sequence[int],
+    n_prompt: int,
+    response_ids: Sequence[int],
+    tokenizer: Tokenizer,
+    kls: Sequence[float],
+    rewards: Sequence[float],
+    score: float,
+    kl_coef: float,
+) -> list[str]:
     """Where the score sits, and whether it and the KL explain the rewards: of the last token alone, and of all."""
     last = valid[-1]
     kind = "EOS" if response_ids[last] == tokenizer.eos_id else "the last generated token, no EOS"
     found_score = rewards[last] + kl_coef * kls[last]
     total, kl = sum(rewards[index] for index in valid), sum(kls[index] for index in valid)
-    return [f"score {score:+.4f} sits at position {n_prompt + last} ({kind}): {_verdict(found_score - score)}",
-            f"sum of rewards {total:+.4f} = score {score:+.4f} - kl_coef {kl_coef:g} * KL {kl:+.4f}: "
-            + _verdict(total - (score - kl_coef * kl))]
+    return [
+        f"score {score:+.4f} sits at position {n_prompt + last} ({kind}): {_verdict(found_score - score)}",
+        f"sum of rewards {total:+.4f} = score {score:+.4f} - kl_coef {kl_coef:g} * KL {kl:+.4f}: "
+        + _verdict(total - (score - kl_coef * kl)),
+    ]
 
 
 def _verdict(difference: float) -> str:

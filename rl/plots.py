@@ -57,7 +57,7 @@ def plot_ppo(output: Path) -> str:
 
 def stretch_means(values: list[float], width: int) -> list[float]:
     """Means of consecutive stretches of `width` values; the last may be shorter."""
-    stretches = [values[start:start + width] for start in range(0, len(values), width)]
+    stretches = [values[start : start + width] for start in range(0, len(values), width)]
     return [sum(stretch) / len(stretch) for stretch in stretches]
 
 
@@ -75,14 +75,25 @@ def _draw_means(axis, rows: list[dict], key: str) -> None:
 def _draw_evaluations(axis, rows: list[dict]) -> None:
     """Mean reward on held-out prompts with its 95 % interval, as points with bars: greedy and sampled."""
     for name, marker, color in (("greedy", "o", "black"), ("sampled", "s", "tab:orange")):
-        points = [(row["step"], row[name]["mean_reward"], row[name]["interval_95"]) for row in rows
-                  if name in row and row[name]["interval_95"] is not None]
+        points = [
+            (row["step"], row[name]["mean_reward"], row[name]["interval_95"])
+            for row in rows
+            if name in row and row[name]["interval_95"] is not None
+        ]
         if points:
             steps, means, intervals = map(list, zip(*points, strict=True))
             below = [mean - low for mean, (low, _) in zip(means, intervals, strict=True)]
             above = [high - mean for mean, (_, high) in zip(means, intervals, strict=True)]
-            axis.errorbar(steps, means, yerr=[below, above], fmt=marker, markersize=4, capsize=3, color=color,
-                          label=f"held-out, {name}, 95 % interval")
+            axis.errorbar(
+                steps,
+                means,
+                yerr=[below, above],
+                fmt=marker,
+                markersize=4,
+                capsize=3,
+                color=color,
+                label=f"held-out, {name}, 95 % interval",
+            )
 
 
 def _draw_categories(axis, rollouts: list[dict]) -> None:

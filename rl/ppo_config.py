@@ -6,7 +6,6 @@ from train.optimizer import SCHEDULES
 from train.sft_config import setting
 
 
-# fmt: off
 @dataclass(slots=True)
 class PPOConfig:
     """All settings of one PPO run. Defaults: the bundled tiny run; configs/paper.json holds the paper's 7B values.
@@ -16,96 +15,155 @@ class PPOConfig:
 
     # files
     model: str = setting("runs/sft/final", "folder of the SFT model: policy, and by default reference and critic")
-    data: str = setting("assets/tiny_data/train.json", "trajectories whose turns become prompts: the authors' JSON "
-                        "list, OpenAI JSONL, or records with gold calls")
+    data: str = setting(
+        "assets/tiny_data/train.json",
+        "trajectories whose turns become prompts: the authors' JSON list, OpenAI JSONL, or records with gold calls",
+    )
     output: str = setting("runs/ppo", "folder of this run: config, metrics, samples, checkpoints, final model")
-    resume: str = setting("auto", "auto goes on from the newest good checkpoint in output; never refuses a folder that "
-                          "has one", choices=("auto", "never"))
+    resume: str = setting(
+        "auto",
+        "auto goes on from the newest good checkpoint in output; never refuses a folder that has one",
+        choices=("auto", "never"),
+    )
     reference_model: str = setting("", "folder of the frozen reference; empty = model (paper: the SFT model)")
-    critic_model: str = setting("", "folder the critic starts from, with or without value_head.safetensors; empty = "
-                                "model (paper: the SFT model; released code: random by a fault)")
+    critic_model: str = setting(
+        "",
+        "folder the critic starts from, with or without value_head.safetensors; empty = "
+        "model (paper: the SFT model; released code: random by a fault)",
+    )
     # prompts
-    error_filter: str = setting("structured", "turns that are no prompts because their gold call is erroneous",
-                                choices=("structured", "substring", "none"))
-    prompt_turns: str = setting("first", "which kept turns: all, tools (neither finish nor ask_to_user), or the first "
-                                "or last of each trajectory (paper: 1,194 prompts, rule unpublished)",
-                                choices=("all", "tools", "first", "last"))
-    unparsable_calls: str = setting("error", "an assistant turn whose call does not parse: stop, or leave it out "
-                                    "(ours)", choices=("error", "mask"))
-    max_prompt_tokens: int = setting(0, "longer prompts are left out and counted, never cut; 0 = what the context "
-                                     "leaves beside the response; tokens (released code: 8192, cut)", low=0)
+    error_filter: str = setting(
+        "structured",
+        "turns that are no prompts because their gold call is erroneous",
+        choices=("structured", "substring", "none"),
+    )
+    prompt_turns: str = setting(
+        "first",
+        "which kept turns: all, tools (neither finish nor ask_to_user), or the first "
+        "or last of each trajectory (paper: 1,194 prompts, rule unpublished)",
+        choices=("all", "tools", "first", "last"),
+    )
+    unparsable_calls: str = setting(
+        "error", "an assistant turn whose call does not parse: stop, or leave it out (ours)", choices=("error", "mask")
+    )
+    max_prompt_tokens: int = setting(
+        0,
+        "longer prompts are left out and counted, never cut; 0 = what the context "
+        "leaves beside the response; tokens (released code: 8192, cut)",
+        low=0,
+    )
     # rollout
     rollout_batch_size: int = setting(8, "responses per iteration over all ranks (paper: 8)", low=1)
     max_response_tokens: int = setting(64, "a response is cut here; tokens (released code: 512)", low=1)
-    temperature: float = setting(1.0, "sampling temperature; 0 = greedy, which leaves PPO nothing to explore (released "
-                                 "code: 0)", low=0.0)
+    temperature: float = setting(
+        1.0, "sampling temperature; 0 = greedy, which leaves PPO nothing to explore (released code: 0)", low=0.0
+    )
     # reward and advantages
-    kl_coef: float = setting(0.3, "beta, factor of the KL to the reference in the reward (paper: not given; released "
-                             "code: 0.4)", low=0.0)
-    kl_controller: str = setting("fixed", "keep kl_coef, or steer it towards kl_target (paper and released code: "
-                                 "fixed)", choices=("fixed", "adaptive"))
+    kl_coef: float = setting(
+        0.3, "beta, factor of the KL to the reference in the reward (paper: not given; released code: 0.4)", low=0.0
+    )
+    kl_controller: str = setting(
+        "fixed",
+        "keep kl_coef, or steer it towards kl_target (paper and released code: fixed)",
+        choices=("fixed", "adaptive"),
+    )
     kl_target: float = setting(1.0, "adaptive: wanted KL per response, nats (ours)", low=1e-6)
     kl_horizon: float = setting(1000.0, "adaptive: responses over which kl_coef reacts (ours)", low=1.0)
     gamma: float = setting(1.0, "discount per token (released code: 1.0)", low=0.0, high=1.0)
     gae_lambda: float = setting(0.95, "GAE parameter (released code: 0.95)", low=0.0, high=1.0)
-    whiten_advantages: str = setting("off", "zero mean and unit variance over all tokens of the rollout (paper and "
-                                     "released code: off)", choices=("on", "off"))
+    whiten_advantages: str = setting(
+        "off",
+        "zero mean and unit variance over all tokens of the rollout (paper and released code: off)",
+        choices=("on", "off"),
+    )
     # losses
     clip_range: float = setting(0.2, "the ratio is clipped to 1 - this .. 1 + this (released code: 0.2)", low=1e-6)
-    value_clip_range: float = setting(0.2, "values move at most this far from the rollout's (released code: 0.2)",
-                                      low=1e-6)
+    value_clip_range: float = setting(
+        0.2, "values move at most this far from the rollout's (released code: 0.2)", low=1e-6
+    )
     entropy_coef: float = setting(0.0, "factor of the entropy bonus (paper and released code: none)", low=0.0)
     ppo_epochs: int = setting(1, "passes over each rollout (released code: 1)", low=1)
     minibatch_size: int = setting(8, "responses per optimizer step over all ranks (released code: 8)", low=1)
     micro_batch_size: int = setting(8, "responses packed into one forward of one rank; memory only (ours)", low=1)
     critic_only_iterations: int = setting(40, "first iterations that train the critic alone (ours; paper: none)", low=0)
     # optimisation
-    policy_learning_rate: float = setting(1e-4, "peak learning rate of the policy (paper: 2e-6; released code: 2e-7)",
-                                          low=0.0)
-    value_learning_rate: float = setting(1e-3, "peak learning rate of the critic (paper: 1e-6; released code: 1e-7)",
-                                         low=0.0)
+    policy_learning_rate: float = setting(
+        1e-4, "peak learning rate of the policy (paper: 2e-6; released code: 2e-7)", low=0.0
+    )
+    value_learning_rate: float = setting(
+        1e-3, "peak learning rate of the critic (paper: 1e-6; released code: 1e-7)", low=0.0
+    )
     schedule: str = setting("cosine", "learning rates after warm-up (released code: cosine)", choices=SCHEDULES)
-    warmup_ratio: float = setting(0.02, "share of all optimizer steps spent warming up (released code: 100 steps, "
-                                  "0.22)", low=0.0, high=1.0)
+    warmup_ratio: float = setting(
+        0.02, "share of all optimizer steps spent warming up (released code: 100 steps, 0.22)", low=0.0, high=1.0
+    )
     adam_beta1: float = setting(0.9, "AdamW decay of the gradient mean (released code: 0.9)", low=0.0, high=1.0)
-    adam_beta2: float = setting(0.95, "AdamW decay of the squared gradient's mean (released code: 0.95)",
-                                low=0.0, high=1.0)
+    adam_beta2: float = setting(
+        0.95, "AdamW decay of the squared gradient's mean (released code: 0.95)", low=0.0, high=1.0
+    )
     adam_epsilon: float = setting(1e-8, "AdamW term that keeps the division finite (PyTorch's default)", low=0.0)
-    weight_decay: float = setting(0.0, "AdamW decay of matrices; norms and biases have none (released code: 0)",
-                                  low=0.0)
-    max_grad_norm: float = setting(1.0, "clip the global L2 norm of each model's gradient to this; 0 = never (released "
-                                   "code: 1.0)", low=0.0)
+    weight_decay: float = setting(
+        0.0, "AdamW decay of matrices; norms and biases have none (released code: 0)", low=0.0
+    )
+    max_grad_norm: float = setting(
+        1.0, "clip the global L2 norm of each model's gradient to this; 0 = never (released code: 1.0)", low=0.0
+    )
     epochs: int = setting(3, "passes over the prompts (paper: 3)", low=1)
-    max_steps: int = setting(0, "stop after this many optimizer steps, rounded up to whole iterations, schedule "
-                             "unchanged; 0 = all epochs (ours)", low=0)
+    max_steps: int = setting(
+        0,
+        "stop after this many optimizer steps, rounded up to whole iterations, schedule "
+        "unchanged; 0 = all epochs (ours)",
+        low=0,
+    )
     seed: int = setting(0, "seed of the prompt order, of every response and of the minibatch order (ours)", low=0)
     # machine
-    dtype: str = setting("float32", "compute type; master weights and reductions are float32 either way "
-                         "(released code: bfloat16)", choices=("float32", "bfloat16"))
+    dtype: str = setting(
+        "float32",
+        "compute type; master weights and reductions are float32 either way (released code: bfloat16)",
+        choices=("float32", "bfloat16"),
+    )
     device: str = setting("auto", "auto takes CUDA where present", choices=("auto", "cpu", "cuda"))
-    loss_backend: str = setting("auto", "what computes log-probabilities of tokens: our CUDA kernels, PyTorch's "
-                                "operators, or auto, the kernels where they work; rounding only (ours)",
-                                choices=("auto", "cuda", "torch"))
-    reference_device: str = setting("same", "keep the reference's shards in host memory, copied in when used: less "
-                                    "device memory, slower; no effect without CUDA (ours)", choices=("same", "cpu"))
-    activation_checkpointing: str = setting("off", "recompute each block in backward: less memory, a third more time "
-                                            "(ours)", choices=("on", "off"))
+    loss_backend: str = setting(
+        "auto",
+        "what computes log-probabilities of tokens: our CUDA kernels, PyTorch's "
+        "operators, or auto, the kernels where they work; rounding only (ours)",
+        choices=("auto", "cuda", "torch"),
+    )
+    reference_device: str = setting(
+        "same",
+        "keep the reference's shards in host memory, copied in when used: less "
+        "device memory, slower; no effect without CUDA (ours)",
+        choices=("same", "cpu"),
+    )
+    activation_checkpointing: str = setting(
+        "off", "recompute each block in backward: less memory, a third more time (ours)", choices=("on", "off")
+    )
     # run folder and watching
-    checkpoint_every: int = setting(50, "optimizer steps between checkpoints, rounded up to whole iterations; 0 = only "
-                                    "at the end (ours)", low=0)
+    checkpoint_every: int = setting(
+        50, "optimizer steps between checkpoints, rounded up to whole iterations; 0 = only at the end (ours)", low=0
+    )
     keep_checkpoints: int = setting(2, "newest checkpoints kept; 0 = all (ours)", low=0)
-    final_dtype: str = setting("float32", "dtype of output/final; bfloat16 halves it and rounds the master weights "
-                               "(ours)", choices=("float32", "bfloat16"))
-    save_critic: str = setting("off", "write the trained critic to output/critic at the end (ours)",
-                               choices=("on", "off"))
+    final_dtype: str = setting(
+        "float32",
+        "dtype of output/final; bfloat16 halves it and rounds the master weights (ours)",
+        choices=("float32", "bfloat16"),
+    )
+    save_critic: str = setting(
+        "off", "write the trained critic to output/critic at the end (ours)", choices=("on", "off")
+    )
     eval_data: str = setting("", "held-out prompts in any form of data, scored during training; empty = none (ours)")
-    eval_every: int = setting(0, "iterations between evaluations on eval_data; 0 = only before the first and after the "
-                              "last (ours)", low=0)
+    eval_every: int = setting(
+        0, "iterations between evaluations on eval_data; 0 = only before the first and after the last (ours)", low=0
+    )
     eval_limit: int = setting(0, "use only the first so many held-out prompts; 0 = all (ours)", low=0)
-    print_ledger: str = setting("off", "print position, token, mask, log-prob, KL, reward, value, advantage and return "
-                                "of the first response (ours)", choices=("on", "off"))
-    plot: str = setting("on", "draw output/plots/ppo.png at the end, where matplotlib is installed (ours)",
-                        choices=("on", "off"))
+    print_ledger: str = setting(
+        "off",
+        "print position, token, mask, log-prob, KL, reward, value, advantage and return of the first response (ours)",
+        choices=("on", "off"),
+    )
+    plot: str = setting(
+        "on", "draw output/plots/ppo.png at the end, where matplotlib is installed (ours)", choices=("on", "off")
+    )
 
     def logprob_temperature(self) -> float:
         """Temperature of the log-probabilities: that of the sampling, or 1 where decoding is greedy."""
@@ -119,23 +177,44 @@ class PPOConfig:
             if getattr(self, name) >= 1.0:
                 raise ValueError(f"{name}: found {getattr(self, name)}, expected a value below 1")
         if self.minibatch_size > self.rollout_batch_size:
-            raise ValueError(f"minibatch_size: found {self.minibatch_size}, expected at most rollout_batch_size = "
-                             f"{self.rollout_batch_size}")
+            raise ValueError(
+                f"minibatch_size: found {self.minibatch_size}, expected at most rollout_batch_size = "
+                f"{self.rollout_batch_size}"
+            )
         if self.kl_horizon < self.rollout_batch_size:
-            raise ValueError(f"kl_horizon: found {self.kl_horizon}, expected at least rollout_batch_size = "
-                             f"{self.rollout_batch_size}")
+            raise ValueError(
+                f"kl_horizon: found {self.kl_horizon}, expected at least rollout_batch_size = {self.rollout_batch_size}"
+            )
         if self.eval_every and not self.eval_data:
-            raise ValueError(f"eval_every: found {self.eval_every} without eval_data, expected a file of held-out "
-                             "prompts")
-# fmt: on
+            raise ValueError(
+                f"eval_every: found {self.eval_every} without eval_data, expected a file of held-out prompts"
+            )
 
 
 # Fields that do not change what is learned: a run may go on with other values. Paths do not count, their content does.
 _FREE_FIELDS = {
-    "model", "data", "output", "resume", "reference_model", "critic_model", "max_steps", "device", "loss_backend",
-    "reference_device", "activation_checkpointing", "checkpoint_every", "keep_checkpoints", "final_dtype",
-    "save_critic", "eval_data", "eval_every", "eval_limit", "print_ledger", "plot", "micro_batch_size",
-}  # fmt: skip
+    "model",
+    "data",
+    "output",
+    "resume",
+    "reference_model",
+    "critic_model",
+    "max_steps",
+    "device",
+    "loss_backend",
+    "reference_device",
+    "activation_checkpointing",
+    "checkpoint_every",
+    "keep_checkpoints",
+    "final_dtype",
+    "save_critic",
+    "eval_data",
+    "eval_every",
+    "eval_limit",
+    "print_ledger",
+    "plot",
+    "micro_batch_size",
+}
 
 
 def run_identity(config: PPOConfig, sources: dict[str, object]) -> dict:

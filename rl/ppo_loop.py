@@ -28,13 +28,7 @@ from torch import Tensor
 
 from data.batches import epoch_order
 from model.tokenizer import Tokenizer
-from rl.advantages import (
-    compute_gae,
-    kl_shaped_rewards,
-    masked_sums,
-    next_kl_coef,
-    whiten,
-)
+from rl.advantages import compute_gae, kl_shaped_rewards, masked_sums, next_kl_coef, whiten
 from rl.ppo_config import PPOConfig, run_identity
 from rl.ppo_loss import policy_loss, token_entropies, value_loss
 from rl.prompts import PPOPrompt
@@ -113,8 +107,10 @@ def collect_responses(
     gathered = gathered_model(models.policy, world, dtype=config.dtype)
     wrong = [name for name, parameter in gathered.named_parameters() if not parameter.isfinite().all()]
     if wrong:  # nothing can be drawn from logits of nan
-        raise TrainingError(f"iteration {iteration}: found {len(wrong)} tensors of the policy with nan or inf "
-                            f"({wrong[0]} ...), expected finite weights")
+        raise TrainingError(
+            f"iteration {iteration}: found {len(wrong)} tensors of the policy with nan or inf "
+            f"({wrong[0]} ...), expected finite weights"
+        )
     sampled = sample_responses(
         gathered,
         [prompts[index] for index in mine],
@@ -202,7 +198,11 @@ def global_moments(x_BR: Tensor, mask_BR: Tensor) -> tuple[float, float]:
 
 
 def backward_policy(
-    config: PPOConfig, policy: torch.nn.Module, rollout: Rollout, batch: ResponseBatch, n_tokens: float,
+    config: PPOConfig,
+    policy: torch.nn.Module,
+    rollout: Rollout,
+    batch: ResponseBatch,
+    n_tokens: float,
     loss_backend: str = "torch",
 ) -> dict[str, float]:
     """Add one micro-batch's share of the policy gradient; returns its parts of the minibatch's figures.
@@ -214,9 +214,12 @@ def backward_policy(
     hidden_KD = response_states(policy, batch)
     logprobs_1K = response_logprobs(hidden_KD, policy, batch, temperature, loss_backend)[None]
     loss, stats = policy_loss(
-        logprobs_1K, batch.take(rollout.logprobs_BR), batch.take(rollout.advantages_BR), all_true(logprobs_1K),
+        logprobs_1K,
+        batch.take(rollout.logprobs_BR),
+        batch.take(rollout.advantages_BR),
+        all_true(logprobs_1K),
         config.clip_range,
-    )  # fmt: skip
+    )
     objective = loss * (n_batch / n_tokens)
     if config.entropy_coef > 0:
         entropies_K = token_entropies(hidden_KD, policy.head_weight(), temperature)
@@ -238,9 +241,12 @@ def backward_value(
     """backward_policy for the critic."""
     values_1K = response_values(critic, batch)[None]
     loss, stats = value_loss(
-        values_1K, batch.take(rollout.values_BR), batch.take(rollout.returns_BR), all_true(values_1K),
+        values_1K,
+        batch.take(rollout.values_BR),
+        batch.take(rollout.returns_BR),
+        all_true(values_1K),
         config.value_clip_range,
-    )  # fmt: skip
+    )
     share = len(batch.target_ids_K) / n_tokens
     (loss * share).backward()
     return {"value_loss": loss.item() * share, "value_clip_fraction": stats["clipped"].item() / n_tokens}
@@ -382,16 +388,26 @@ def run_iteration(
             )
             rates = [set_learning_rates(each, factor) for each in (models.policy_optimizer, models.value_optimizer)]
             update_metrics = update_minibatch(
-                config, models, rollout, minibatch,
-                step=step + 1, train_policy=iteration >= config.critic_only_iterations,
+                config,
+                models,
+                rollout,
+                minibatch,
+                step=step + 1,
+                train_policy=iteration >= config.critic_only_iterations,
                 is_first_of_rollout=ppo_epoch == 0 and number == 0,
-            )  # fmt: skip
+            )
             step += 1
-            lines.append({
-                "step": step, "iteration": iteration, **rollout_metrics, **update_metrics,
-                "ppo/policy_learning_rate": rates[0], "ppo/value_learning_rate": rates[1],
-                "time/update_seconds": time.perf_counter() - began,
-            })  # fmt: skip
+            lines.append(
+                {
+                    "step": step,
+                    "iteration": iteration,
+                    **rollout_metrics,
+                    **update_metrics,
+                    "ppo/policy_learning_rate": rates[0],
+                    "ppo/value_learning_rate": rates[1],
+                    "time/update_seconds": time.perf_counter() - began,
+                }
+            )
     return rollout, [add_times(line, seconds, n_steps=len(lines), n_responses=len(prompts)) for line in lines]
 
 
@@ -438,10 +454,17 @@ def train_ppo(
                 prompts, iteration, seed=config.seed, rollout_batch_size=config.rollout_batch_size
             )
             result = run_iteration(
-                config, models, tokenizer, chosen, world,
-                iteration=iteration, step=step, total_steps=total_steps, kl_coef=kl_coef,
+                config,
+                models,
+                tokenizer,
+                chosen,
+                world,
+                iteration=iteration,
+                step=step,
+                total_steps=total_steps,
+                kl_coef=kl_coef,
                 must_stop=lambda: stop.number != 0,
-            )  # fmt: skip
+            )
             if result is not None:
                 rollout, lines = result
                 step, iteration = step + len(lines), iteration + 1
@@ -456,9 +479,14 @@ def train_ppo(
                     watch.evaluate(models.policy, tokenizer, held_out, step=step)
                 watch.sync()
                 save_checkpoint(
-                    output / "checkpoints", step, models.trained(), world, identity=run_hash,
-                    keep=config.keep_checkpoints, extra={"iteration": iteration, "kl_coef": kl_coef},
-                )  # fmt: skip
+                    output / "checkpoints",
+                    step,
+                    models.trained(),
+                    world,
+                    identity=run_hash,
+                    keep=config.keep_checkpoints,
+                    extra={"iteration": iteration, "kl_coef": kl_coef},
+                )
                 saved_step = step
     if stopping and step < last_step:
         return report_stop(stop.number, step, last_step, output, world)
@@ -467,7 +495,7 @@ def train_ppo(
 
 def cut_minibatches(order: Sequence[int], minibatch_size: int) -> list[list[int]]:
     """Responses of all ranks, in `order`, as minibatches; the last one may be smaller."""
-    return [list(order[start:start + minibatch_size]) for start in range(0, len(order), minibatch_size)]
+    return [list(order[start : start + minibatch_size]) for start in range(0, len(order), minibatch_size)]
 
 
 def _next_kl_coef(config: PPOConfig, kl_coef: float, line: dict[str, float], n_responses: int) -> float:
@@ -475,6 +503,9 @@ def _next_kl_coef(config: PPOConfig, kl_coef: float, line: dict[str, float], n_r
     if config.kl_controller == "fixed":
         return kl_coef
     return next_kl_coef(
-        kl_coef, line["ppo/kl_sequence"], kl_target=config.kl_target, kl_horizon=config.kl_horizon,
+        kl_coef,
+        line["ppo/kl_sequence"],
+        kl_target=config.kl_target,
+        kl_horizon=config.kl_horizon,
         n_responses=n_responses,
-    )  # fmt: skip
+    )

@@ -7,6 +7,7 @@ gradient is exactly 0. Arithmetic in fp32 (fp64 for fp64 inputs), statistics fro
 
 Shape legend: B responses, R response slots; M rows (tokens), C rows of one chunk, D model dim, V vocabulary.
 """
+
 from __future__ import annotations
 
 import torch
@@ -36,8 +37,9 @@ def policy_loss(
     check_clip_range("clip_range", clip_range)
     dtype = arithmetic_dtype(logprobs_BR)
     advantages_BR = inside(advantages_BR.detach(), response_mask_BR, dtype)
-    log_ratio_BR = (inside(logprobs_BR, response_mask_BR, dtype)
-                    - inside(old_logprobs_BR.detach(), response_mask_BR, dtype))
+    log_ratio_BR = inside(logprobs_BR, response_mask_BR, dtype) - inside(
+        old_logprobs_BR.detach(), response_mask_BR, dtype
+    )
     ratio_BR = log_ratio_BR.exp()
     unclipped_BR = -advantages_BR * ratio_BR
     clipped_BR = -advantages_BR * ratio_BR.clamp(1.0 - clip_range, 1.0 + clip_range)
@@ -107,8 +109,9 @@ def token_entropies(
     Raises ValueError for shapes or dtypes that disagree, temperature <= 0 (greedy has no entropy), chunk_rows < 1.
     """
     if hidden_MD.dim() != 2 or head_weight_VD.dim() != 2 or hidden_MD.shape[1] != head_weight_VD.shape[1]:
-        raise ValueError(f"hidden {tuple(hidden_MD.shape)}, head weight {tuple(head_weight_VD.shape)}: "
-                         "expected (M, D), (V, D)")
+        raise ValueError(
+            f"hidden {tuple(hidden_MD.shape)}, head weight {tuple(head_weight_VD.shape)}: expected (M, D), (V, D)"
+        )
     if hidden_MD.dtype != head_weight_VD.dtype:
         raise ValueError(f"hidden is {hidden_MD.dtype}, head weight {head_weight_VD.dtype}: expected one dtype")
     if not temperature > 0:

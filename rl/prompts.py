@@ -8,6 +8,7 @@ The rules, in this order; each turn is counted under the first that takes it out
     prompt_turns    all | tools (not finish, not ask_to_user) | first | last (of the turns left in the trajectory)
     too long        the prompt has more than max_prompt_tokens tokens; it is dropped, never cut
 """
+
 import json
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -22,9 +23,13 @@ from data.trajectories import DataError, Message, Trajectory, normalize_tools, r
 PROMPT_TURNS = ("all", "tools", "first", "last")
 UNPARSABLE_CALLS = ("error", "mask")
 _NO_SINGLE_CALL = "no gold answer of exactly one call without wildcards"
-_DROPPED_BEFORE = ("plain text", "unparsable", _NO_SINGLE_CALL,
-                   *(f"erroneous, {category}" for category in CATEGORIES if category != "unparsable"),
-                   "tool not offered")
+_DROPPED_BEFORE = (
+    "plain text",
+    "unparsable",
+    _NO_SINGLE_CALL,
+    *(f"erroneous, {category}" for category in CATEGORIES if category != "unparsable"),
+    "tool not offered",
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,8 +56,9 @@ class _Candidate:
 # ---------------------------------------------------------------------------------------------------------- reading
 
 
-def read_prompts(path: str | Path, tokenizer, *, error_filter: str, prompt_turns: str, max_prompt_tokens: int,
-                 unparsable_calls: str) -> tuple[list[PPOPrompt], list[str]]:
+def read_prompts(
+    path: str | Path, tokenizer, *, error_filter: str, prompt_turns: str, max_prompt_tokens: int, unparsable_calls: str
+) -> tuple[list[PPOPrompt], list[str]]:
     """(prompts in the file's order, notes: one line per rule with its count).
 
     `path` holds trajectories in either form of data.trajectories, or held-out records, one JSON object per line:
@@ -104,18 +110,20 @@ def _select_turns(candidates: list[_Candidate], prompt_turns: str) -> list[_Cand
 
 def _notes(counts: Counter, n_prompts: int, n_records: int, settings: str) -> list[str]:
     n_turns = n_prompts + counts.total()
-    return [f"{n_prompts} prompts from {n_turns} assistant turns of {n_records} records ({settings})",
-            *(f"{count} turns dropped: {rule}" for rule, count in counts.items() if count)]
+    return [
+        f"{n_prompts} prompts from {n_turns} assistant turns of {n_records} records ({settings})",
+        *(f"{count} turns dropped: {rule}" for rule, count in counts.items() if count),
+    ]
 
 
 # ----------------------------------------------------------------------------------------------------- trajectories
 
 
-def _trajectory_records(path: str | Path, error_filter: str, unparsable_calls: str,
-                        counts: Counter) -> Iterator[tuple[str, str, list[dict], list[_Candidate]]]:
+def _trajectory_records(
+    path: str | Path, error_filter: str, unparsable_calls: str, counts: Counter
+) -> Iterator[tuple[str, str, list[dict], list[_Candidate]]]:
     for trajectory in read_trajectories(path, unparsable_calls=unparsable_calls):
-        yield (trajectory.id, trajectory.source, trajectory.tools,
-               list(_kept_turns(trajectory, error_filter, counts)))
+        yield (trajectory.id, trajectory.source, trajectory.tools, list(_kept_turns(trajectory, error_filter, counts)))
 
 
 def _kept_turns(trajectory: Trajectory, error_filter: str, counts: Counter) -> Iterator[_Candidate]:
@@ -130,7 +138,7 @@ def _kept_turns(trajectory: Trajectory, error_filter: str, counts: Counter) -> I
         elif not _is_offered(message.call, trajectory.tools):
             counts["tool not offered"] += 1
         else:
-            yield _Candidate(turn, trajectory.messages[:decision.message_index], (message.call,))
+            yield _Candidate(turn, trajectory.messages[: decision.message_index], (message.call,))
 
 
 def _is_offered(call: ToolCall, tools: list[dict]) -> bool:
@@ -151,8 +159,9 @@ def _is_held_out(path: str | Path) -> bool:
     return isinstance(record, dict) and "gold" in record
 
 
-def _held_out_records(path: str | Path, error_filter: str, unparsable_calls: str,
-                      counts: Counter) -> Iterator[tuple[str, str, list[dict], list[_Candidate]]]:
+def _held_out_records(
+    path: str | Path, error_filter: str, unparsable_calls: str, counts: Counter
+) -> Iterator[tuple[str, str, list[dict], list[_Candidate]]]:
     try:
         text = Path(path).read_bytes().decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -194,8 +203,9 @@ def _single_calls(answers: list, unparsable_calls: str, where: str) -> tuple[tup
     return tuple(gold_calls), n_unparsable
 
 
-def _reason_to_drop(gold_calls: Sequence[ToolCall], n_unparsable: int, tools: list[dict],
-                    error_filter: str) -> str | None:
+def _reason_to_drop(
+    gold_calls: Sequence[ToolCall], n_unparsable: int, tools: list[dict], error_filter: str
+) -> str | None:
     """The rule that takes a record out, or None. There is no feedback, so only the documents can call it erroneous."""
     if not gold_calls:
         return "unparsable" if n_unparsable else _NO_SINGLE_CALL
@@ -221,7 +231,7 @@ def parse_json_line(line: str, where: str) -> object:
     try:
         return json.loads(line, object_pairs_hook=_unique_keys, parse_constant=_reject_constant)
     except json.JSONDecodeError as error:
-        found = ascii(line[error.pos:error.pos + 20]) if error.pos < len(line) else "the end"
+        found = ascii(line[error.pos : error.pos + 20]) if error.pos < len(line) else "the end"
         raise DataError(f"{where}: found {found} at column {error.colno}, expected JSON ({error.msg})") from error
     except RecursionError as error:
         raise DataError(f"{where}: found lists or objects nested too deeply, expected fewer levels") from error

@@ -14,6 +14,7 @@ Of several gold calls the one with the best reward counts, the first of equals. 
     echo '{"tools": [...], "gold": [{"name": "f", "arguments": {"a": 1}}], "output": "f(a=1)"}' \\
         | python -m rl.reward --explain
 """
+
 import argparse
 import sys
 from collections.abc import Collection, Iterator, Sequence
@@ -26,8 +27,16 @@ from data.trajectories import DataError, normalize_tools, tool_parameters
 from rl.prompts import PPOPrompt, parse_json_line, read_gold_call, take_field
 
 # Each category with its reward; a call with several parameter faults has the sum of theirs.
-REWARDS = {"unparsable": -2.0, "hallucinated_tool": -2.0, "wrong_tool": -1.5, "hallucinated_parameter": -0.8,
-           "redundant_parameter": -0.5, "missing_parameter": -0.5, "wrong_value": -0.25, "correct": 1.0}
+REWARDS = {
+    "unparsable": -2.0,
+    "hallucinated_tool": -2.0,
+    "wrong_tool": -1.5,
+    "hallucinated_parameter": -0.8,
+    "redundant_parameter": -0.5,
+    "missing_parameter": -0.5,
+    "wrong_value": -0.25,
+    "correct": 1.0,
+}
 CATEGORIES = tuple(REWARDS)
 
 
@@ -76,8 +85,11 @@ def tool_call_reward(output_text: str, gold_calls: Sequence[ToolCall], tools: li
 
 def parameter_reward(hallucinated: Collection[str], redundant: Collection[str], missing: Collection[str]) -> float:
     """R_p (E23): each kind of fault counts once, however many parameters have it; 0 without any."""
-    return (REWARDS["hallucinated_parameter"] * bool(hallucinated) + REWARDS["redundant_parameter"] * bool(redundant)
-            + REWARDS["missing_parameter"] * bool(missing))  # E23
+    return (
+        REWARDS["hallucinated_parameter"] * bool(hallucinated)
+        + REWARDS["redundant_parameter"] * bool(redundant)
+        + REWARDS["missing_parameter"] * bool(missing)
+    )  # E23
 
 
 def _compare(call: ToolCall, gold: ToolCall, documented: set[str]) -> RewardResult:
@@ -87,17 +99,31 @@ def _compare(call: ToolCall, gold: ToolCall, documented: set[str]) -> RewardResu
     hallucinated = tuple(name for name in call.arguments if name not in documented)
     redundant = tuple(name for name in call.arguments if name in documented and name not in gold.arguments)
     missing = tuple(name for name in gold.arguments if name not in call.arguments)
-    wrong_values = tuple(name for name, value in gold.arguments.items()
-                         if name in call.arguments and not is_equal_value(call.arguments[name], value))
-    faults = [category for category, names in (("hallucinated_parameter", hallucinated),
-                                               ("redundant_parameter", redundant),
-                                               ("missing_parameter", missing)) if names]
+    wrong_values = tuple(
+        name
+        for name, value in gold.arguments.items()
+        if name in call.arguments and not is_equal_value(call.arguments[name], value)
+    )
+    faults = [
+        category
+        for category, names in (
+            ("hallucinated_parameter", hallucinated),
+            ("redundant_parameter", redundant),
+            ("missing_parameter", missing),
+        )
+        if names
+    ]
     category = faults[0] if faults else "wrong_value" if wrong_values else "correct"
     reward = parameter_reward(hallucinated, redundant, missing) if faults else REWARDS[category]  # E22
-    details = [f"{kind} {_listed(names)}" for kind, names in (
-        ("hallucinated", hallucinated), ("redundant", redundant), ("missing", missing)) if names]
-    details += [f"{_shown(name)} is {_shown(call.arguments[name])}, expected {_shown(gold.arguments[name])}"
-                for name in wrong_values[:3]]
+    details = [
+        f"{kind} {_listed(names)}"
+        for kind, names in (("hallucinated", hallucinated), ("redundant", redundant), ("missing", missing))
+        if names
+    ]
+    details += [
+        f"{_shown(name)} is {_shown(call.arguments[name])}, expected {_shown(gold.arguments[name])}"
+        for name in wrong_values[:3]
+    ]
     details += [f"{len(wrong_values) - 3} more wrong values"] if len(wrong_values) > 3 else []
     explanation = f"{reward:g} {category}: {'; '.join(details) or _shown(call.name) + ' as the gold call'}"
     return RewardResult(reward, category, call, None, gold, hallucinated, redundant, missing, wrong_values, explanation)
@@ -183,12 +209,15 @@ def _mutations(gold: ToolCall, tools: list[dict]) -> Iterator[tuple[str, str]]:
     yield text[:-1], "unparsable"  # cut off at the length limit
     yield f"{text}\n{text}", "unparsable"
     names = [tool["function"]["name"] for tool in tools]
-    yield render_tool_call(ToolCall(_new_name(gold.name, {*names, *ALWAYS_OFFERED}), gold.arguments)), \
-        "hallucinated_tool"
+    yield (
+        render_tool_call(ToolCall(_new_name(gold.name, {*names, *ALWAYS_OFFERED}), gold.arguments)),
+        "hallucinated_tool",
+    )
     other = next(name for name in (*names, *ALWAYS_OFFERED) if name != gold.name and _is_writable(name))
     yield render_tool_call(ToolCall(other, gold.arguments)), "wrong_tool"
-    documented = [name for tool in tools if tool["function"]["name"] == gold.name
-                  for name in tool_parameters(tool["function"])[0]]
+    documented = [
+        name for tool in tools if tool["function"]["name"] == gold.name for name in tool_parameters(tool["function"])[0]
+    ]
     unknown = _new_name("parameter", {*documented, *gold.arguments})
     yield render_tool_call(ToolCall(gold.name, {**gold.arguments, unknown: "x"})), "hallucinated_parameter"
     surplus = next((name for name in documented if name not in gold.arguments), None)
@@ -238,20 +267,31 @@ def explain(record: object, where: str) -> str:
     if not gold_calls:
         raise DataError(f"{where}: found no gold call, expected at least one")
     result = tool_call_reward(take_field(record, "output", str, where), gold_calls, tools)
-    return "\n".join([
-        f"reward        {result.reward:g}", f"category      {result.category}",
-        f"parsed call   {'none' if result.call is None else _written(result.call)}",
-        f"gold call     {_written(result.gold)}",
-        *(f"{title:<14}{', '.join(map(ascii, names)) or '-'}" for title, names in (
-            ("hallucinated", result.hallucinated), ("redundant", result.redundant), ("missing", result.missing),
-            ("wrong values", result.wrong_values))),
-        f"explanation   {result.explanation}"])
+    return "\n".join(
+        [
+            f"reward        {result.reward:g}",
+            f"category      {result.category}",
+            f"parsed call   {'none' if result.call is None else _written(result.call)}",
+            f"gold call     {_written(result.gold)}",
+            *(
+                f"{title:<14}{', '.join(map(ascii, names)) or '-'}"
+                for title, names in (
+                    ("hallucinated", result.hallucinated),
+                    ("redundant", result.redundant),
+                    ("missing", result.missing),
+                    ("wrong values", result.wrong_values),
+                )
+            ),
+            f"explanation   {result.explanation}",
+        ]
+    )
 
 
 def _written(call: ToolCall) -> str:
     """The call on one line of ASCII: a response must not act on the terminal it is shown in."""
-    return "".join(character if " " <= character <= "~" else ascii(character)[1:-1]
-                   for character in render_tool_call(call))
+    return "".join(
+        character if " " <= character <= "~" else ascii(character)[1:-1] for character in render_tool_call(call)
+    )
 
 
 def _fail(message: str) -> None:

@@ -64,13 +64,14 @@ def iterations_per_epoch(n_prompts: int, rollout_batch_size: int) -> int:
     return ceil(n_prompts / rollout_batch_size)
 
 
-def prompts_of_iteration(prompts: Sequence[PPOPrompt], iteration: int, *, seed: int,
-                         rollout_batch_size: int) -> list[PPOPrompt]:
+def prompts_of_iteration(
+    prompts: Sequence[PPOPrompt], iteration: int, *, seed: int, rollout_batch_size: int
+) -> list[PPOPrompt]:
     """The prompts of iteration `iteration`, counted from 0 over all epochs, on all ranks together; each epoch has its
     own order."""
     epoch, number = divmod(iteration, iterations_per_epoch(len(prompts), rollout_batch_size))
     order = epoch_order(len(prompts), seed, epoch)
-    return [prompts[i] for i in order[number * rollout_batch_size:(number + 1) * rollout_batch_size]]
+    return [prompts[i] for i in order[number * rollout_batch_size : (number + 1) * rollout_batch_size]]
 
 
 def response_generator(seed: int, iteration: int, index: int) -> torch.Generator:
@@ -84,23 +85,38 @@ def response_generator(seed: int, iteration: int, index: int) -> torch.Generator
 # Sampling and reward
 
 
-def sample_responses(policy: Transformer, prompts: Sequence[PPOPrompt], generators: Sequence[torch.Generator], *,
-                     max_response_tokens: int, temperature: float, eos_id: int,
-                     must_stop: Callable[[], bool]) -> list[tuple[list[int], list[float]]]:
+def sample_responses(
+    policy: Transformer,
+    prompts: Sequence[PPOPrompt],
+    generators: Sequence[torch.Generator],
+    *,
+    max_response_tokens: int,
+    temperature: float,
+    eos_id: int,
+    must_stop: Callable[[], bool],
+) -> list[tuple[list[int], list[float]]]:
     """(response_ids, logprobs at the sampling temperature) of every prompt, by a policy whose parameters are gathered.
 
     No collective runs in here, so ranks need not decode equally many tokens. must_stop() is asked before every token;
     once it answers True the unfinished responses come back short and the caller throws them away.
     """
     return generate(
-        policy, [prompt.prompt_ids for prompt in prompts], max_new_tokens=max_response_tokens, temperature=temperature,
-        eos_id=eos_id, generator=list(generators),
+        policy,
+        [prompt.prompt_ids for prompt in prompts],
+        max_new_tokens=max_response_tokens,
+        temperature=temperature,
+        eos_id=eos_id,
+        generator=list(generators),
         should_continue=lambda finished_B: any_unfinished(finished_B) and not must_stop(),
-    )  # fmt: skip
+    )
 
 
-def start_rollout(prompts: Sequence[PPOPrompt], sampled: Sequence[tuple[list[int], list[float]]],
-                  tokenizer: Tokenizer, device: torch.device) -> Rollout:
+def start_rollout(
+    prompts: Sequence[PPOPrompt],
+    sampled: Sequence[tuple[list[int], list[float]]],
+    tokenizer: Tokenizer,
+    device: torch.device,
+) -> Rollout:
     """Rewards of the sampled responses, and empty grids for what the models have to add."""
     response_ids = [ids for ids, _ in sampled]
     ended = [bool(ids) and ids[-1] == tokenizer.eos_id for ids in response_ids]
@@ -178,8 +194,9 @@ def pack_responses(rollout: Rollout, rows: Sequence[int]) -> ResponseBatch:
     return ResponseBatch(input_ids_T, position_ids_T, lengths, state_index_K, target_ids_K, row_K, column_K)
 
 
-def pack_minibatch(rollout: Rollout, rows: Sequence[int], *, micro_batch_size: int, rank: int,
-                   world_size: int) -> list[ResponseBatch]:
+def pack_minibatch(
+    rollout: Rollout, rows: Sequence[int], *, micro_batch_size: int, rank: int, world_size: int
+) -> list[ResponseBatch]:
     """This rank's micro-batches of a minibatch, equally many on every rank.
 
     rows: indices over all ranks; response g was sampled by rank g % world_size as its row g // world_size.
@@ -187,8 +204,9 @@ def pack_minibatch(rollout: Rollout, rows: Sequence[int], *, micro_batch_size: i
     per_rank = [[row // world_size for row in rows if row % world_size == each] for each in range(world_size)]
     n_micro_batches = ceil(max(map(len, per_rank)) / micro_batch_size)
     mine = per_rank[rank]
-    return [pack_responses(rollout, mine[i * micro_batch_size:(i + 1) * micro_batch_size])
-            for i in range(n_micro_batches)]
+    return [
+        pack_responses(rollout, mine[i * micro_batch_size : (i + 1) * micro_batch_size]) for i in range(n_micro_batches)
+    ]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -197,13 +215,18 @@ def pack_minibatch(rollout: Rollout, rows: Sequence[int], *, micro_batch_size: i
 
 def response_states(model: torch.nn.Module, batch: ResponseBatch) -> Tensor:
     """Hidden state (K, D) that each response token was sampled from."""
-    hidden_BTD = model(batch.input_ids_T[None], position_ids_BT=batch.position_ids_T[None],
-                       segment_lengths=batch.segment_lengths, return_hidden=True)
+    hidden_BTD = model(
+        batch.input_ids_T[None],
+        position_ids_BT=batch.position_ids_T[None],
+        segment_lengths=batch.segment_lengths,
+        return_hidden=True,
+    )
     return hidden_BTD[0].index_select(0, batch.state_index_K)
 
 
-def response_logprobs(hidden_KD: Tensor, model: torch.nn.Module, batch: ResponseBatch, temperature: float,
-                      loss_backend: str = "torch") -> Tensor:
+def response_logprobs(
+    hidden_KD: Tensor, model: torch.nn.Module, batch: ResponseBatch, temperature: float, loss_backend: str = "torch"
+) -> Tensor:
     """Log-probability (K,) of each response token under softmax(logits / temperature), the distribution sampled from.
 
     The logits are linear in the hidden state, so the division is done there, on D numbers instead of V.
@@ -213,6 +236,7 @@ def response_logprobs(hidden_KD: Tensor, model: torch.nn.Module, batch: Response
 
 def response_values(critic: torch.nn.Module, batch: ResponseBatch) -> Tensor:
     """V(state t) for each response token t, (K,) fp32."""
-    values_BT = critic(batch.input_ids_T[None], position_ids_BT=batch.position_ids_T[None],
-                       segment_lengths=batch.segment_lengths)
+    values_BT = critic(
+        batch.input_ids_T[None], position_ids_BT=batch.position_ids_T[None], segment_lengths=batch.segment_lengths
+    )
     return values_BT[0].index_select(0, batch.state_index_K)

@@ -39,22 +39,31 @@ def describe_rollout(rollout: Rollout, kl_coef: float) -> dict[str, float]:
     mask_BR = rollout.response_mask_BR
     estimates = kl_estimates(rollout.logprobs_BR, rollout.ref_logprobs_BR, mask_BR)
     grids = {
-        "ppo/kl_k1": estimates["k1"], "ppo/kl_k2": estimates["k2"], "ppo/kl_k3": estimates["k3"],
-        "ppo/entropy": rollout.entropies_BR, "ppo/advantage_mean": rollout.advantages_BR,
-        "ppo/return_mean": rollout.returns_BR, "ppo/value_mean": rollout.values_BR,
+        "ppo/kl_k1": estimates["k1"],
+        "ppo/kl_k2": estimates["k2"],
+        "ppo/kl_k3": estimates["k3"],
+        "ppo/entropy": rollout.entropies_BR,
+        "ppo/advantage_mean": rollout.advantages_BR,
+        "ppo/return_mean": rollout.returns_BR,
+        "ppo/value_mean": rollout.values_BR,
         "advantage_square": rollout.advantages_BR.double().square(),
-    }  # fmt: skip
+    }
     scores_B = rollout.scores_B.double()
     counts = Counter(result.category for result in rollout.results)
-    n, tokens, score_sum, square_sum, cut, *sums = global_sum([
-        float(len(rollout.results)), float(mask_BR.sum()), scores_B.sum().item(), scores_B.square().sum().item(),
-        float(rollout.ended.count(False)),
-        *(masked_sums(grid_BR, mask_BR)[1] for grid_BR in grids.values()),
-        *(float(counts[category]) for category in CATEGORIES),
-        *explained_variance_sums(rollout.values_BR, rollout.returns_BR, mask_BR),
-    ])  # fmt: skip
+    n, tokens, score_sum, square_sum, cut, *sums = global_sum(
+        [
+            float(len(rollout.results)),
+            float(mask_BR.sum()),
+            scores_B.sum().item(),
+            scores_B.square().sum().item(),
+            float(rollout.ended.count(False)),
+            *(masked_sums(grid_BR, mask_BR)[1] for grid_BR in grids.values()),
+            *(float(counts[category]) for category in CATEGORIES),
+            *explained_variance_sums(rollout.values_BR, rollout.returns_BR, mask_BR),
+        ]
+    )
     means = {name: total / tokens for name, total in zip(grids, sums, strict=False)}
-    shares = {f"ppo/share_{name}": count / n for name, count in zip(CATEGORIES, sums[len(grids):], strict=False)}
+    shares = {f"ppo/share_{name}": count / n for name, count in zip(CATEGORIES, sums[len(grids) :], strict=False)}
     variance = max(0.0, means.pop("advantage_square") - means["ppo/advantage_mean"] ** 2)
     difference_BR = torch.where(mask_BR, rollout.sampler_logprobs_BR - rollout.logprobs_BR, 0.0).abs()
     return {
@@ -76,9 +85,7 @@ def _maximum(grid_BR: Tensor) -> float:
     return grid_BR.max().item() if grid_BR.numel() else 0.0
 
 
-def add_times(
-    line: dict[str, float], seconds: dict[str, float], *, n_steps: int, n_responses: int
-) -> dict[str, float]:
+def add_times(line: dict[str, float], seconds: dict[str, float], *, n_steps: int, n_responses: int) -> dict[str, float]:
     """A line of metrics with its times, s on rank 0: the phases before the update are spread over its n_steps lines."""
     shares = {name: value / n_steps for name, value in seconds.items()}
     return {
@@ -133,9 +140,11 @@ class Watch:
             self.files["samples.jsonl"].write({**stamp, **row})
         first = lines[0]
         self.bar.set_postfix(
-            reward=f"{first['ppo/score']:+.3f}", KL=f"{first['ppo/kl_sequence']:.3f}",
-            tokens=f"{first['ppo/response_tokens']:.1f}", refresh=False,
-        )  # fmt: skip
+            reward=f"{first['ppo/score']:+.3f}",
+            KL=f"{first['ppo/kl_sequence']:.3f}",
+            tokens=f"{first['ppo/response_tokens']:.1f}",
+            refresh=False,
+        )
         self.bar.update(len(lines))
         if first["ppo/truncated_share"] == 1.0 and not self.has_warned_of_cuts:
             self.has_warned_of_cuts = True
@@ -158,10 +167,15 @@ class Watch:
         line: dict[str, object] = {"step": step}
         for name, temperature in (("greedy", 0.0), ("sampled", self.config.temperature)):
             rows = evaluate_reward(
-                gathered, tokenizer, [held_out[index] for index in mine], temperature=temperature,
-                max_response_tokens=self.config.max_response_tokens, samples_per_prompt=1, seed=self.config.seed,
+                gathered,
+                tokenizer,
+                [held_out[index] for index in mine],
+                temperature=temperature,
+                max_response_tokens=self.config.max_response_tokens,
+                samples_per_prompt=1,
+                seed=self.config.seed,
                 progress=f"evaluation, {name}" if self.world.is_main else None,
-            )  # fmt: skip
+            )
             rows = [{**row, "index": mine[row["index"]]} for row in rows]
             line[name] = summarize([row for part in gather_objects(rows) for row in part])
         if self.world.is_main:
@@ -178,14 +192,21 @@ def _sample_rows(rollout: Rollout, tokenizer: Tokenizer) -> list[dict]:
     kl_B = torch.where(rollout.response_mask_BR, rollout.logprobs_BR - rollout.ref_logprobs_BR, 0.0).sum(dim=1).tolist()
     return [
         {
-            "id": prompt.id, "turn": prompt.turn, "prompt": tokenizer.decode(prompt.prompt_ids),
-            "response": response_text(ids, tokenizer), "tokens": len(ids), "ended": ended, "reward": result.reward,
-            "category": result.category, "explanation": result.explanation, "kl": kl,
+            "id": prompt.id,
+            "turn": prompt.turn,
+            "prompt": tokenizer.decode(prompt.prompt_ids),
+            "response": response_text(ids, tokenizer),
+            "tokens": len(ids),
+            "ended": ended,
+            "reward": result.reward,
+            "category": result.category,
+            "explanation": result.explanation,
+            "kl": kl,
         }
         for prompt, ids, ended, result, kl in zip(
             rollout.prompts, rollout.response_ids, rollout.ended, rollout.results, kl_B, strict=True
         )
-    ]  # fmt: skip
+    ]
 
 
 def ledger_of(rollout: Rollout, row: int, tokenizer: Tokenizer, kl_coef: float) -> str:
@@ -196,8 +217,17 @@ def ledger_of(rollout: Rollout, row: int, tokenizer: Tokenizer, kl_coef: float) 
         return grid_BR[row, : len(ids)].tolist()
 
     table = format_ledger(
-        prompt.prompt_ids, ids, tokenizer, entries(rollout.logprobs_BR), entries(rollout.ref_logprobs_BR),
-        entries(rollout.rewards_BR), entries(rollout.values_BR), entries(rollout.advantages_BR),
-        entries(rollout.returns_BR), rollout.scores_B[row].item(), entries(rollout.response_mask_BR), kl_coef,
-    )  # fmt: skip
+        prompt.prompt_ids,
+        ids,
+        tokenizer,
+        entries(rollout.logprobs_BR),
+        entries(rollout.ref_logprobs_BR),
+        entries(rollout.rewards_BR),
+        entries(rollout.values_BR),
+        entries(rollout.advantages_BR),
+        entries(rollout.returns_BR),
+        rollout.scores_B[row].item(),
+        entries(rollout.response_mask_BR),
+        kl_coef,
+    )
     return f"{prompt.id} turn {prompt.turn}: {rollout.results[row].explanation}\n{table}"

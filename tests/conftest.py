@@ -1,4 +1,5 @@
 """One thread per test process: the suite spawns processes of its own, and sums keep one order."""
+
 import os
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")

@@ -1,4 +1,5 @@
 """The documentation names real things: equations stand where docs/math.md says, tests and links exist."""
+
 import ast
 import json
 import re
@@ -8,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from rl.ppo_config import PPOConfig
 from command_line import read_config
+from rl.ppo_config import PPOConfig
 from train.sft_loop import SFTConfig
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -32,7 +33,7 @@ def definitions(path: Path) -> dict[str, list[str]]:
     lines, found = text.splitlines(), {}
     for node in ast.walk(ast.parse(text)):
         if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
-            found.setdefault(node.name, []).append("\n".join(lines[node.lineno - 1:node.end_lineno]))
+            found.setdefault(node.name, []).append("\n".join(lines[node.lineno - 1 : node.end_lineno]))
     return found
 
 

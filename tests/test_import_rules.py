@@ -1,4 +1,5 @@
 """The import directions between packages and what product code must not contain, read from the syntax trees."""
+
 import ast
 import functools
 import re
@@ -10,14 +11,35 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = ("data", "model", "train", "rl", "eval", "toolbox", "benchmarks", "tests")
 MAY_IMPORT = {  # package -> our packages that it may import besides itself
-    "model": set(), "data": {"model"}, "train": {"data", "model"}, "rl": {"data", "model", "train"},
+    "model": set(),
+    "data": {"model"},
+    "train": {"data", "model"},
+    "rl": {"data", "model", "train"},
     "eval": {"data", "model", "toolbox"},
     "toolbox": {"data", "model", "train"},
     "benchmarks": {"data", "model", "train", "rl", "eval", "toolbox"},
 }
-FORBIDDEN_PACKAGES = {"transformers", "trl", "accelerate", "deepspeed", "peft", "pickle", "cPickle", "dill",
-                      "cloudpickle", "joblib", "marshal",
-                      "shelve", "datasets", "lightning", "pytorch_lightning", "hydra", "omegaconf", "fire", "tyro"}
+FORBIDDEN_PACKAGES = {
+    "transformers",
+    "trl",
+    "accelerate",
+    "deepspeed",
+    "peft",
+    "pickle",
+    "cPickle",
+    "dill",
+    "cloudpickle",
+    "joblib",
+    "marshal",
+    "shelve",
+    "datasets",
+    "lightning",
+    "pytorch_lightning",
+    "hydra",
+    "omegaconf",
+    "fire",
+    "tyro",
+}
 PEERS_ALLOWED = {"benchmarks"}  # these measure against the peers of requirements-peers.txt
 FORBIDDEN_CALLS = {"eval", "exec", "compile", "__import__"}
 OPTIONAL_PACKAGES = {"matplotlib", "tokenizers"}  # imported inside a function, with a message when absent
@@ -74,8 +96,12 @@ def faults_of_imports(path: Path) -> list[str]:
             faults.append(f"{package} imports the script {module}")
         if relative(path) == "command_line.py" and top in PACKAGES:
             faults.append(f"command_line imports {module}")
-        if package == "eval" and path.name.startswith("evaluate_") and top in ("data",
-                                                                               "model") and module != "data.tool_calls":
+        if (
+            package == "eval"
+            and path.name.startswith("evaluate_")
+            and top in ("data", "model")
+            and module != "data.tool_calls"
+        ):
             faults.append(f"standalone evaluator imports {module}")
         if top in FORBIDDEN_PACKAGES and package not in PEERS_ALLOWED:
             faults.append(f"forbidden package {module}")
@@ -92,9 +118,12 @@ def faults_of_calls(tree: ast.AST) -> list[str]:
             faults.append(f"line {node.lineno}: call of {name}")
         if isinstance(node.func, ast.Attribute) and isinstance(node.func.value, ast.Name):
             called = f"{node.func.value.id}.{node.func.attr}"
-            safe = any(keyword.arg == "weights_only" and isinstance(keyword.value,
-                                                                    ast.Constant) and keyword.value.value is True
-                       for keyword in node.keywords)
+            safe = any(
+                keyword.arg == "weights_only"
+                and isinstance(keyword.value, ast.Constant)
+                and keyword.value.value is True
+                for keyword in node.keywords
+            )
             if called == "torch.load" and not safe or called in ("os.system", "pickle.load", "pickle.loads", "np.load"):
                 faults.append(f"line {node.lineno}: call of {called}")
     return faults
@@ -136,8 +165,11 @@ def test_only_scripts_and_mains_print(path):
     tree = tree_of(path)
     if any(isinstance(node, ast.FunctionDef) and node.name == "main" for node in tree.body):
         return
-    prints = [node for node in ast.walk(tree)
-              if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "print"]
+    prints = [
+        node
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "print"
+    ]
     assert not [node.lineno for node in prints if "file=sys.stderr" not in map(ast.unparse, node.keywords)]
 
 
@@ -163,18 +195,26 @@ def test_other_tracked_text_has_no_machine_paths():
 # ------------------------------------------------------------------------------------------ the rules are not blind
 
 
-@pytest.mark.parametrize(("place", "source"), [
-    ("data/x.py", "from eval.confidence import wilson_interval"),
-    ("data/x.py", "def f():\n    from train.optimizer import x"),
-    ("model/x.py", "from data.tool_calls import ToolCall"), ("train/x.py", "from eval.reports.report import x"),
-    ("rl/x.py", "from eval.reports.report import x"),
-    ("eval/x.py", "from train.optimizer import x"), ("eval/evaluate_x.py", "from data.trajectories import x"),
-    ("eval/evaluate_x.py", "from model.tokenizer import x"), ("train/x.py", "import data.trajectories"),
-    ("run_x.py", "import eval"),
-    ("command_line.py", "from data.trajectories import x"), ("data/x.py", "import transformers"),
-    ("train/x.py", "from pickle import load"),
-    ("data/x.py", "from . import tool_calls"), ("run_x.py", "from tests.conftest import x"),
-])
+@pytest.mark.parametrize(
+    ("place", "source"),
+    [
+        ("data/x.py", "from eval.confidence import wilson_interval"),
+        ("data/x.py", "def f():\n    from train.optimizer import x"),
+        ("model/x.py", "from data.tool_calls import ToolCall"),
+        ("train/x.py", "from eval.reports.report import x"),
+        ("rl/x.py", "from eval.reports.report import x"),
+        ("eval/x.py", "from train.optimizer import x"),
+        ("eval/evaluate_x.py", "from data.trajectories import x"),
+        ("eval/evaluate_x.py", "from model.tokenizer import x"),
+        ("train/x.py", "import data.trajectories"),
+        ("run_x.py", "import eval"),
+        ("command_line.py", "from data.trajectories import x"),
+        ("data/x.py", "import transformers"),
+        ("train/x.py", "from pickle import load"),
+        ("data/x.py", "from . import tool_calls"),
+        ("run_x.py", "from tests.conftest import x"),
+    ],
+)
 def test_import_faults_are_found(tmp_path, monkeypatch, place, source):
     monkeypatch.setitem(globals(), "ROOT", tmp_path)
     path = tmp_path / place
@@ -186,12 +226,13 @@ def test_import_faults_are_found(tmp_path, monkeypatch, place, source):
 
 def test_permitted_imports_pass(tmp_path, monkeypatch):
     monkeypatch.setitem(globals(), "ROOT", tmp_path)
-    for place, source in (("eval/evaluate_x.py",
-                           "from data.tool_calls import x\nfrom eval.confidence import y\nimport json"),
-                          ("data/inspect_loss_weights.py", "from model.tokenizer import x"),
-                          ("run_x.py", "from eval.reports.report import x"),
-                          ("rl/x.py", "import torch\nfrom train.optimizer import x"),
-                          ("benchmarks/x.py", "import transformers")):
+    for place, source in (
+        ("eval/evaluate_x.py", "from data.tool_calls import x\nfrom eval.confidence import y\nimport json"),
+        ("data/inspect_loss_weights.py", "from model.tokenizer import x"),
+        ("run_x.py", "from eval.reports.report import x"),
+        ("rl/x.py", "import torch\nfrom train.optimizer import x"),
+        ("benchmarks/x.py", "import transformers"),
+    ):
         path = tmp_path / place
         path.parent.mkdir(exist_ok=True)
         path.write_text(source)
@@ -199,9 +240,20 @@ def test_permitted_imports_pass(tmp_path, monkeypatch):
 
 
 def test_call_faults_are_found():
-    for source in ("eval('1')", "exec(x)", "torch.load(f)", "torch.load(f, weights_only=False)", "pickle.loads(b)",
-                   "__import__('x')"):
+    for source in (
+        "eval('1')",
+        "exec(x)",
+        "torch.load(f)",
+        "torch.load(f, weights_only=False)",
+        "pickle.loads(b)",
+        "__import__('x')",
+    ):
         assert faults_of_calls(ast.parse(source))
-    for source in ("model.eval()", "torch.load(f, weights_only=True)", "re.compile(x)", "ast.literal_eval(x)",
-                   "torch.compile(m)"):
+    for source in (
+        "model.eval()",
+        "torch.load(f, weights_only=True)",
+        "re.compile(x)",
+        "ast.literal_eval(x)",
+        "torch.compile(m)",
+    ):
         assert not faults_of_calls(ast.parse(source))

@@ -7,8 +7,8 @@ import sys
 
 import pytest
 
-from rl.ppo_config import PPOConfig
 from command_line import ConfigError, read_config
+from rl.ppo_config import PPOConfig
 from tests.support.tiny_run import ROOT, run_process
 from train.sft_loop import SFTConfig
 

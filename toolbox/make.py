@@ -31,8 +31,10 @@ def write_trajectories(path: Path, seed: int, count: int) -> None:
 
 def write_tests(path: Path, seed: int, count: int) -> None:
     """`count` held-out prompts, one per line: the first half for seen tools, the rest for unseen ones (seed + 1)."""
-    examples = [*draw_test_examples(seed, count - count // 2, unseen=False),
-                *draw_test_examples(seed + 1, count // 2, unseen=True)]  # fmt: skip
+    examples = [
+        *draw_test_examples(seed, count - count // 2, unseen=False),
+        *draw_test_examples(seed + 1, count // 2, unseen=True),
+    ]
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("".join(json.dumps(example) + "\n" for example in examples), encoding="utf-8")
 

@@ -14,14 +14,14 @@ from pathlib import Path
 import torch
 
 from data.batches import PackedBatch
-from toolbox.corpus import encode_document
-from toolbox.world import held_out_pairs
 from model.config import ModelConfig
 from model.pretrained_weights import save_pretrained, save_pretrained_streamed
 from model.tokenizer import Tokenizer, load_tokenizer
 from model.transformer import Transformer
-from train.distributed import close_world, init_world, load_sharded_model
+from toolbox.corpus import encode_document
 from toolbox.muon import MuonAdamW
+from toolbox.world import held_out_pairs
+from train.distributed import close_world, init_world, load_sharded_model
 from train.run_logging import file_sha256
 from train.sft_loop import SFTConfig, train_sft
 

@@ -4,6 +4,7 @@ the rest.
 The space is a piece of its own (glue phrases hold theirs), so a value has the same ids in a request and in a call:
 copying it is induction.
 """
+
 import io
 import string
 
@@ -24,14 +25,54 @@ from toolbox.world import special_tools
 
 # Strings of the prompt template, of both call forms (`p="v"` and the base's `p: "v"`) and of the feedback.
 TEMPLATE_PIECES = (
-    "System: ", "Function:\ndef ", "\n\nFunction:\ndef ", "\nUser: ", "\nAssistant:", "\nOutput: ", ": string",
-    ": integer", ": string = None", ": integer = None", "):\n    \"\"\"\n    ", "():\n    \"\"\"\n    ",
-    "\n\n    Args:\n    ", "\n\n    Args:\n    \"\"\"", "\n    \"\"\"", " (string): ", " (integer): ", "\n    ", ", ",
-    "\", ", "=\"", "\")", ": \"", ": ", "()", ".", "{\"result\": \"", "{\"error\": \"", "\"}", "Response error.",
-    "connection error.", "name '", "' is not defined", "'",
+    "System: ",
+    "Function:\ndef ",
+    "\n\nFunction:\ndef ",
+    "\nUser: ",
+    "\nAssistant:",
+    "\nOutput: ",
+    ": string",
+    ": integer",
+    ": string = None",
+    ": integer = None",
+    '):\n    """\n    ',
+    '():\n    """\n    ',
+    "\n\n    Args:\n    ",
+    '\n\n    Args:\n    """',
+    '\n    """',
+    " (string): ",
+    " (integer): ",
+    "\n    ",
+    ", ",
+    '", ',
+    '="',
+    '")',
+    ': "',
+    ": ",
+    "()",
+    ".",
+    '{"result": "',
+    '{"error": "',
+    '"}',
+    "Response error.",
+    "connection error.",
+    "name '",
+    "' is not defined",
+    "'",
     "The function cannot be executed successfully with the given parameters for the reason: ",
-    "() got an unexpected keyword argument '", "() missing 1 required positional argument: '", " the ", " of the ",
-    " : ", " . then ", " and ", " it", " km", " people", "about the ", "with ", " with ",
+    "() got an unexpected keyword argument '",
+    "() missing 1 required positional argument: '",
+    " the ",
+    " of the ",
+    " : ",
+    " . then ",
+    " and ",
+    " it",
+    " km",
+    " people",
+    "about the ",
+    "with ",
+    " with ",
 )
 
 
@@ -41,7 +82,7 @@ def vocabulary_strings() -> list[str]:
     texts += [cue for verb, cues in VERB_CUES.items() for cue in (verb, *cues)]
     texts += list(QUALIFIER_PHRASES) + RESULT_WORDS + TITLE_FIRST + TITLE_SECOND + MONTHS
     for kind in VALUE_KINDS.values():
-        texts += [*kind.names, kind.description, *kind.values]      # a description is one piece: it stands for the kind
+        texts += [*kind.names, kind.description, *kind.values]  # a description is one piece: it stands for the kind
     for tool in special_tools():
         properties = tool["function"]["parameters"]["properties"]
         texts += [tool["function"]["description"], *tool["function"]["name"].split("_"), *properties]
@@ -63,11 +104,20 @@ def train_tokenizer() -> bytes:
     characters = string.ascii_letters + string.digits + string.punctuation
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter([" ".join(characters)] * 10), model_writer=model, model_type="bpe",
+        sentence_iterator=iter([" ".join(characters)] * 10),
+        model_writer=model,
+        model_type="bpe",
         normalization_rule_name="identity",
-        user_defined_symbols=symbols, required_chars=characters, byte_fallback=True, split_digits=True,
+        user_defined_symbols=symbols,
+        required_chars=characters,
+        byte_fallback=True,
+        split_digits=True,
         add_dummy_prefix=False,
-        remove_extra_whitespaces=False, pad_id=-1,
+        remove_extra_whitespaces=False,
+        pad_id=-1,
         # specials, bytes, pieces: no room for a merge
-        vocab_size=3 + 256 + len(set(symbols) | set(characters)), minloglevel=2, num_threads=1)
+        vocab_size=3 + 256 + len(set(symbols) | set(characters)),
+        minloglevel=2,
+        num_threads=1,
+    )
     return model.getvalue()

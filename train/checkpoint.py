@@ -174,14 +174,7 @@ def _run_on_all(action: Callable[[], None], what: str) -> None:
 
 
 def save_checkpoint(
-    folder: Path,
-    step: int,
-    parts: Parts,
-    world: World,
-    *,
-    identity: str,
-    keep: int,
-    extra: dict,
+    folder: Path, step: int, parts: Parts, world: World, *, identity: str, keep: int, extra: dict
 ) -> Path:
     """Save the state after `step` optimizer steps into folder/step_N; a collective. Returns the folder.
 

@@ -134,9 +134,7 @@ def shard_model(model: torch.nn.Module, world: World, *, dtype: str, keep_on_cpu
     # one rank holds everything anyway: freeing the gathered copy would only mean making it again
     reshard = world.size > 1
     for layer in model.layers:
-        fully_shard(
-            layer, mesh=world.mesh, mp_policy=policy, offload_policy=offload, reshard_after_forward=reshard
-        )  # fmt: skip
+        fully_shard(layer, mesh=world.mesh, mp_policy=policy, offload_policy=offload, reshard_after_forward=reshard)
     fully_shard(model, mesh=world.mesh, mp_policy=policy, offload_policy=offload, reshard_after_forward=False)
     for module in fsdp_modules(model):
         module.set_gradient_divide_factor(1.0)

@@ -11,13 +11,7 @@ from typing import Self
 
 import torch
 
-from train.checkpoint import (
-    CheckpointError,
-    TrainerState,
-    load_checkpoint,
-    newest_good_checkpoint,
-    remove_leftovers,
-)
+from train.checkpoint import CheckpointError, TrainerState, load_checkpoint, newest_good_checkpoint, remove_leftovers
 from train.distributed import World, any_rank, reshard_all, wait_for_all
 from train.run_logging import (
     RunFolderError,

@@ -12,7 +12,6 @@ def setting(
     return field(default=default, metadata={"help": meaning, "choices": choices, "low": low, "high": high})
 
 
-# fmt: off
 @dataclass(slots=True)
 class SFTConfig:
     """All settings of one SFT run. Defaults: the bundled tiny run; configs/paper.json holds the paper's 7B values.
@@ -24,70 +23,115 @@ class SFTConfig:
     model: str = setting("assets/tiny_model", "folder of the base model, Hugging Face layout (paper: CodeLLaMA-2-7B)")
     data: str = setting("assets/tiny_data/train.json", "training trajectories: the authors' JSON list or OpenAI JSONL")
     output: str = setting("runs/sft", "folder of this run: config, metrics, checkpoints, final model")
-    resume: str = setting("auto", "auto goes on from the newest good checkpoint in output; never refuses a folder "
-                           "that has one", choices=("auto", "never"))
+    resume: str = setting(
+        "auto",
+        "auto goes on from the newest good checkpoint in output; never refuses a folder that has one",
+        choices=("auto", "never"),
+    )
     # method
-    error_filter: str = setting("structured", "which erroneous turns get no loss (MAE): documents and feedback "
-                                 "patterns, the released substring test, or none",
-                                 choices=("structured", "substring", "none"))
+    error_filter: str = setting(
+        "structured",
+        "which erroneous turns get no loss (MAE): documents and feedback "
+        "patterns, the released substring test, or none",
+        choices=("structured", "substring", "none"),
+    )
     key_tokens: str = setting("on", "weigh the tokens that decide between tools (PKT)", choices=("on", "off"))
     max_key_token_weight: float = setting(9.0, "upper bound of a key token's weight, no unit (paper: 9)", low=1.0)
-    loss_normalization: str = setting("turn_mean", "mean over turns (released code), over weighted tokens, or plain "
-                                       "sum (paper's formula)", choices=("turn_mean", "token_mean", "sum"))
-    unparsable_calls: str = setting("error", "an assistant turn whose call does not parse: stop, or keep it as "
-                                     "context without training it (ours)", choices=("error", "mask"))
+    loss_normalization: str = setting(
+        "turn_mean",
+        "mean over turns (released code), over weighted tokens, or plain sum (paper's formula)",
+        choices=("turn_mean", "token_mean", "sum"),
+    )
+    unparsable_calls: str = setting(
+        "error",
+        "an assistant turn whose call does not parse: stop, or keep it as context without training it (ours)",
+        choices=("error", "mask"),
+    )
     # optimisation
     learning_rate: float = setting(4e-4, "peak learning rate (paper: 1e-6 for 7B)", low=0.0)
-    schedule: str = setting("cosine", "learning rate after warm-up (paper: cosine; released code: constant)",
-                             choices=SCHEDULES)
-    warmup_ratio: float = setting(0.02, "share of all optimizer steps spent warming up (paper: 0.01)",
-                                   low=0.0, high=1.0)
+    schedule: str = setting(
+        "cosine", "learning rate after warm-up (paper: cosine; released code: constant)", choices=SCHEDULES
+    )
+    warmup_ratio: float = setting(
+        0.02, "share of all optimizer steps spent warming up (paper: 0.01)", low=0.0, high=1.0
+    )
     adam_beta1: float = setting(0.9, "AdamW decay of the gradient mean (released code: 0.9)", low=0.0, high=1.0)
-    adam_beta2: float = setting(0.95, "AdamW decay of the squared gradient's mean (released code: 0.95)",
-                                 low=0.0, high=1.0)
+    adam_beta2: float = setting(
+        0.95, "AdamW decay of the squared gradient's mean (released code: 0.95)", low=0.0, high=1.0
+    )
     adam_epsilon: float = setting(1e-8, "AdamW term that keeps the division finite (PyTorch's default)", low=0.0)
-    weight_decay: float = setting(0.01, "AdamW decay of matrices; norms and biases have none (released code: 0.01)",
-                                   low=0.0)
+    weight_decay: float = setting(
+        0.01, "AdamW decay of matrices; norms and biases have none (released code: 0.01)", low=0.0
+    )
     max_grad_norm: float = setting(1.0, "clip the global L2 norm of the gradient to this; 0 = never (ours)", low=0.0)
     global_batch_size: int = setting(4, "trajectories per optimizer step over all ranks (paper: 4)", low=1)
     micro_batch_size: int = setting(4, "trajectories packed into one forward of one rank; memory only (ours)", low=1)
     epochs: int = setting(1, "passes over the data (paper: 1)", low=1)
-    max_steps: int = setting(0, "stop after this many optimizer steps, schedule unchanged; 0 = all epochs (ours)",
-                              low=0)
-    max_tokens: int = setting(8192, "longer trajectories are dropped and listed, never cut; tokens (released code: "
-                               "8192)", low=2)
+    max_steps: int = setting(
+        0, "stop after this many optimizer steps, schedule unchanged; 0 = all epochs (ours)", low=0
+    )
+    max_tokens: int = setting(
+        8192, "longer trajectories are dropped and listed, never cut; tokens (released code: 8192)", low=2
+    )
     seed: int = setting(0, "seed of the batch order and of every random generator (ours)", low=0)
     # machine
-    dtype: str = setting("float32", "compute type; master weights and reductions are float32 either way (paper: "
-                          "bfloat16)", choices=("float32", "bfloat16"))
+    dtype: str = setting(
+        "float32",
+        "compute type; master weights and reductions are float32 either way (paper: bfloat16)",
+        choices=("float32", "bfloat16"),
+    )
     device: str = setting("auto", "auto takes CUDA where present", choices=("auto", "cpu", "cuda"))
-    loss_backend: str = setting("auto", "what computes the loss: our CUDA kernels, PyTorch's operators, or auto, the "
-                                 "kernels where they work; rounding only (ours)", choices=("auto", "cuda", "torch"))
-    activation_checkpointing: str = setting("off", "recompute each block in backward: less memory, a third more time "
-                                             "(ours)", choices=("on", "off"))
-    gradient_sync: str = setting("last", "reduce gradients after the last micro-batch of a step (fast), or after "
-                                  "every one (keeps only the shard: less memory) (ours)", choices=("last", "every"))
+    loss_backend: str = setting(
+        "auto",
+        "what computes the loss: our CUDA kernels, PyTorch's operators, or auto, the "
+        "kernels where they work; rounding only (ours)",
+        choices=("auto", "cuda", "torch"),
+    )
+    activation_checkpointing: str = setting(
+        "off", "recompute each block in backward: less memory, a third more time (ours)", choices=("on", "off")
+    )
+    gradient_sync: str = setting(
+        "last",
+        "reduce gradients after the last micro-batch of a step (fast), or after "
+        "every one (keeps only the shard: less memory) (ours)",
+        choices=("last", "every"),
+    )
     # run folder
     checkpoint_every: int = setting(100, "optimizer steps between checkpoints; 0 = only at the end (ours)", low=0)
     keep_checkpoints: int = setting(2, "newest checkpoints kept; 0 = all (ours)", low=0)
-    final_dtype: str = setting("float32", "dtype of output/final; bfloat16 halves it and rounds the master weights "
-                                "(ours)", choices=("float32", "bfloat16"))
-    plot: str = setting("on", "draw output/plots/loss.png at the end, where matplotlib is installed (ours)",
-                         choices=("on", "off"))
+    final_dtype: str = setting(
+        "float32",
+        "dtype of output/final; bfloat16 halves it and rounds the master weights (ours)",
+        choices=("float32", "bfloat16"),
+    )
+    plot: str = setting(
+        "on", "draw output/plots/loss.png at the end, where matplotlib is installed (ours)", choices=("on", "off")
+    )
 
     def validate(self) -> None:
         """Checks beyond choices and bounds; raises ValueError that begins with the field's name."""
         for name in ("adam_beta1", "adam_beta2"):
             if getattr(self, name) >= 1.0:
                 raise ValueError(f"{name}: found {getattr(self, name)}, expected a value below 1")
-# fmt: on
 
 
 # Fields that do not change what is learned: a run may go on with other values. Paths do not count, their content does.
 _FREE_FIELDS = {
-    "model", "data", "output", "resume", "max_steps", "device", "loss_backend", "activation_checkpointing",
-    "gradient_sync", "checkpoint_every", "keep_checkpoints", "final_dtype", "plot", "micro_batch_size",
-}  # fmt: skip
+    "model",
+    "data",
+    "output",
+    "resume",
+    "max_steps",
+    "device",
+    "loss_backend",
+    "activation_checkpointing",
+    "gradient_sync",
+    "checkpoint_every",
+    "keep_checkpoints",
+    "final_dtype",
+    "plot",
+    "micro_batch_size",
+}
 
 
 def run_identity(config: SFTConfig, sources: dict[str, object]) -> dict:

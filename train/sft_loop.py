@@ -111,14 +111,20 @@ def train_step(
         set_gradient_sync(model, synchronize=is_last or gradient_sync == "every", is_last=is_last)
         batch = batch.to(world.device)
         hidden_BTD = model(
-            batch.input_ids_T[None], position_ids_BT=batch.position_ids_T[None], segment_lengths=batch.segment_lengths,
+            batch.input_ids_T[None],
+            position_ids_BT=batch.position_ids_T[None],
+            segment_lengths=batch.segment_lengths,
             return_hidden=True,
-        )  # fmt: skip
+        )
         # after forward: the root's FSDP group is gathered now and stays so until its backward
         weighted_sum = linear_weighted_cross_entropy(
-            hidden_BTD[0], model.head_weight(), batch.target_ids_T, batch.loss_weights_T,
-            trained_index_K=batch.trained_index_K, backend=loss_backend,
-        )  # fmt: skip
+            hidden_BTD[0],
+            model.head_weight(),
+            batch.target_ids_T,
+            batch.loss_weights_T,
+            trained_index_K=batch.trained_index_K,
+            backend=loss_backend,
+        )
         (weighted_sum / denominator).backward()
         loss_sum += weighted_sum.detach()
     # 3. - 4.
@@ -183,8 +189,16 @@ def train_sft(
     stopping = False
     with StopSignal() as stop, bar:
         while step < last_step and not stopping:
-            metrics = _timed_step(config, model, optimizer, world, step_batches, step=step, total_steps=total_steps,
-                                  loss_backend=loss_backend)  # fmt: skip
+            metrics = _timed_step(
+                config,
+                model,
+                optimizer,
+                world,
+                step_batches,
+                step=step,
+                total_steps=total_steps,
+                loss_backend=loss_backend,
+            )
             step += 1
             if metrics_file is not None:
                 metrics_file.write(metrics)
@@ -195,8 +209,7 @@ def train_sft(
                 if metrics_file is not None:
                     metrics_file.sync()
                 keep = config.keep_checkpoints
-                save_checkpoint(output / "checkpoints", step, parts, world,
-                                identity=run_hash, keep=keep, extra={})  # fmt: skip
+                save_checkpoint(output / "checkpoints", step, parts, world, identity=run_hash, keep=keep, extra={})
     if metrics_file is not None:
         metrics_file.close()
     if stopping and step < last_step:

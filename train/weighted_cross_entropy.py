@@ -9,6 +9,7 @@ operators, or with backend="cuda" the kernels of train/cuda/launch.py.
 
 Shape legend: M rows (tokens of a micro-batch), K rows with weight != 0, C rows of one chunk, D model dim, V vocabulary.
 """
+
 import torch
 from torch import Tensor
 from torch.library import custom_op
@@ -44,8 +45,14 @@ def weighted_cross_entropy(
 
 
 def linear_weighted_cross_entropy(
-    hidden_MD: Tensor, head_weight_VD: Tensor, target_ids_M: Tensor, loss_weights_M: Tensor, *,
-    chunk_rows: int | None = None, trained_index_K: Tensor | None = None, backend: str = "torch",
+    hidden_MD: Tensor,
+    head_weight_VD: Tensor,
+    target_ids_M: Tensor,
+    loss_weights_M: Tensor,
+    *,
+    chunk_rows: int | None = None,
+    trained_index_K: Tensor | None = None,
+    backend: str = "torch",
 ) -> Tensor:
     """The value of `weighted_cross_entropy(hidden @ head.T, ...)` without ever building (M, V) logits (E9-E11).
 
@@ -82,7 +89,11 @@ def linear_weighted_cross_entropy(
 
 
 def linear_token_logprobs(
-    hidden_MD: Tensor, head_weight_VD: Tensor, target_ids_M: Tensor, chunk_rows: int | None = None, *,
+    hidden_MD: Tensor,
+    head_weight_VD: Tensor,
+    target_ids_M: Tensor,
+    chunk_rows: int | None = None,
+    *,
     backend: str = "torch",
 ) -> Tensor:
     """Log-probability of each row's target, (M,) fp32 (fp64 for fp64 inputs), <= 0; `-result` is the unreduced E9.
@@ -125,15 +136,23 @@ def _seam(backend: str):
 
 
 def _loss_and_gradients(
-    hidden_KD: Tensor, head_weight_VD: Tensor, target_ids_K: Tensor, loss_weights_K: Tensor, *,
-    max_rows: int, need_hidden: bool, need_head: bool, backend: str,
+    hidden_KD: Tensor,
+    head_weight_VD: Tensor,
+    target_ids_K: Tensor,
+    loss_weights_K: Tensor,
+    *,
+    max_rows: int,
+    need_hidden: bool,
+    need_head: bool,
+    backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Row losses (K,), gradient of their sum for hidden (hidden's dtype) and for the head (dtype of the arithmetic);
     a gradient that is not needed has no elements."""
     n_rows = hidden_KD.shape[0]
     chunk_rows = _chunk_rows(n_rows, max_rows)
     loss_K, grad_hidden_KD, grad_head_VD = _empty_results(
-        hidden_KD, head_weight_VD, loss_weights_K, need_hidden, need_head)
+        hidden_KD, head_weight_VD, loss_weights_K, need_hidden, need_head
+    )
     grad_head_VD.zero_()
     for start in range(0, n_rows, chunk_rows):
         rows = slice(start, start + chunk_rows)
@@ -150,9 +169,11 @@ def _empty_results(
     hidden_KD: Tensor, head_weight_VD: Tensor, loss_weights_K: Tensor, need_hidden: bool, need_head: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """What _loss_and_gradients fills."""
-    return (torch.empty_like(loss_weights_K),
-            torch.empty_like(hidden_KD) if need_hidden else hidden_KD.new_empty(0),
-            head_weight_VD.new_empty(head_weight_VD.shape if need_head else 0, dtype=loss_weights_K.dtype))
+    return (
+        torch.empty_like(loss_weights_K),
+        torch.empty_like(hidden_KD) if need_hidden else hidden_KD.new_empty(0),
+        head_weight_VD.new_empty(head_weight_VD.shape if need_head else 0, dtype=loss_weights_K.dtype),
+    )
 
 
 def _matmul(left: Tensor, right: Tensor, out: Tensor | None = None) -> Tensor:
@@ -232,8 +253,12 @@ _logits_loss.register_autograd(_logits_backward, setup_context=_save_logits)
 # incoming gradient goes into the small matrix: no second copy of the head's gradient.
 @custom_op("tl_training::linear_loss_in_one_piece", mutates_args=())
 def _one_piece(
-    hidden_KD: Tensor, head_weight_VD: Tensor, target_ids_K: Tensor, loss_weights_K: Tensor,
-    row_numbers_K: Tensor | None, backend: str,
+    hidden_KD: Tensor,
+    head_weight_VD: Tensor,
+    target_ids_K: Tensor,
+    loss_weights_K: Tensor,
+    row_numbers_K: Tensor | None,
+    backend: str,
 ) -> tuple[Tensor, Tensor]:
     """(loss, gradient of the logits)."""
     if row_numbers_K is not None:
@@ -272,21 +297,36 @@ _one_piece.register_autograd(_one_piece_backward, setup_context=_save_one_piece)
 
 @custom_op("tl_training::linear_loss_in_chunks", mutates_args=())
 def _in_chunks(
-    hidden_KD: Tensor, head_weight_VD: Tensor, target_ids_K: Tensor, loss_weights_K: Tensor,
-    row_numbers_K: Tensor | None, max_rows: int, need_hidden: bool, need_head: bool, backend: str,
+    hidden_KD: Tensor,
+    head_weight_VD: Tensor,
+    target_ids_K: Tensor,
+    loss_weights_K: Tensor,
+    row_numbers_K: Tensor | None,
+    max_rows: int,
+    need_hidden: bool,
+    need_head: bool,
+    backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(loss, its gradient for hidden, for the head); see _loss_and_gradients."""
     if row_numbers_K is not None:
         _check_targets(target_ids_K, row_numbers_K, head_weight_VD.shape[0])
     loss_K, *gradients = _loss_and_gradients(
-        hidden_KD, head_weight_VD, target_ids_K, loss_weights_K,
-        max_rows=max_rows, need_hidden=need_hidden, need_head=need_head, backend=backend)
+        hidden_KD,
+        head_weight_VD,
+        target_ids_K,
+        loss_weights_K,
+        max_rows=max_rows,
+        need_hidden=need_hidden,
+        need_head=need_head,
+        backend=backend,
+    )
     return loss_K.sum(), *gradients
 
 
 @_in_chunks.register_fake
-def _(hidden_KD, head_weight_VD, target_ids_K, loss_weights_K, row_numbers_K, max_rows, need_hidden, need_head,
-      backend):
+def _(
+    hidden_KD, head_weight_VD, target_ids_K, loss_weights_K, row_numbers_K, max_rows, need_hidden, need_head, backend
+):
     _, *gradients = _empty_results(hidden_KD, head_weight_VD, loss_weights_K, need_hidden, need_head)
     return loss_weights_K.new_empty(()), *gradients
 
@@ -309,8 +349,11 @@ def _chunks_backward(ctx, grad_loss, *_):
         _scale_(grad_head_VD, grad_loss)
     else:
         grad_hidden_KD, grad_head_VD = grad_hidden_KD * grad_loss, grad_head_VD * grad_loss
-    return (grad_hidden_KD if need_hidden else None, grad_head_VD.to(ctx.head_dtype) if need_head else None,
-            *(None,) * 7)
+    return (
+        grad_hidden_KD if need_hidden else None,
+        grad_head_VD.to(ctx.head_dtype) if need_head else None,
+        *(None,) * 7,
+    )
 
 
 _in_chunks.register_autograd(_chunks_backward, setup_context=_save_chunks)
@@ -329,8 +372,15 @@ def _token_logprobs(
     if backend == "torch":
         _check_targets(target_ids_M, None, head_weight_VD.shape[0])
     loss_M, _, _ = _loss_and_gradients(
-        hidden_MD, head_weight_VD, target_ids_M, _ones(hidden_MD),
-        max_rows=max_rows, need_hidden=False, need_head=False, backend=backend)
+        hidden_MD,
+        head_weight_VD,
+        target_ids_M,
+        _ones(hidden_MD),
+        max_rows=max_rows,
+        need_hidden=False,
+        need_head=False,
+        backend=backend,
+    )
     return -loss_M
 
 
@@ -354,10 +404,23 @@ def _token_logprobs_backward(ctx, grad_logprobs_M):
     need_hidden, need_head = ctx.needs_input_grad[:2]
     hidden_MD, head_weight_VD, target_ids_M = ctx.saved_tensors
     _, grad_hidden_MD, grad_head_VD = _in_chunks(
-        hidden_MD, head_weight_VD, target_ids_M, -grad_logprobs_M, None, ctx.max_rows, need_hidden, need_head,
-        ctx.backend)
-    return (grad_hidden_MD if need_hidden else None, grad_head_VD.to(head_weight_VD.dtype) if need_head else None,
-            None, None, None)
+        hidden_MD,
+        head_weight_VD,
+        target_ids_M,
+        -grad_logprobs_M,
+        None,
+        ctx.max_rows,
+        need_hidden,
+        need_head,
+        ctx.backend,
+    )
+    return (
+        grad_hidden_MD if need_hidden else None,
+        grad_head_VD.to(head_weight_VD.dtype) if need_head else None,
+        None,
+        None,
+        None,
+    )
 
 
 _token_logprobs.register_autograd(_token_logprobs_backward, setup_context=_save_token_logprobs)
@@ -402,8 +465,10 @@ def _checked_index(loss_weights_M: Tensor, trained_index_K: Tensor) -> Tensor:
     """The rows with weight != 0, ascending. A wrong index given by the caller would silently train other tokens."""
     index_K = loss_weights_M.nonzero().squeeze(1)
     if not torch.equal(index_K, trained_index_K):
-        raise ValueError(f"trained_index_K holds {trained_index_K.numel()} rows, expected the {index_K.numel()} rows "
-                         "with loss weight != 0 in ascending order")
+        raise ValueError(
+            f"trained_index_K holds {trained_index_K.numel()} rows, expected the {index_K.numel()} rows "
+            "with loss weight != 0 in ascending order"
+        )
     return index_K
 
 
@@ -420,8 +485,10 @@ def _check_backend(backend: str) -> None:
 def _check_rows(rows_MX: Tensor, target_ids_M: Tensor, loss_weights_M: Tensor) -> None:
     n_rows = rows_MX.shape[0]
     if rows_MX.dim() != 2 or target_ids_M.shape != (n_rows,) or loss_weights_M.shape != (n_rows,):
-        raise ValueError(f"rows {tuple(rows_MX.shape)}, targets {tuple(target_ids_M.shape)}, loss weights "
-                         f"{tuple(loss_weights_M.shape)}: expected (M, X), (M,), (M,)")
+        raise ValueError(
+            f"rows {tuple(rows_MX.shape)}, targets {tuple(target_ids_M.shape)}, loss weights "
+            f"{tuple(loss_weights_M.shape)}: expected (M, X), (M,), (M,)"
+        )
 
 
 def _check_head(hidden_MD: Tensor, head_weight_VD: Tensor) -> None:
@@ -438,5 +505,7 @@ def _check_targets(target_ids_K: Tensor, row_numbers_K: Tensor | None, vocab_siz
     if bad_K.any():
         position = int(bad_K.nonzero()[0])
         row = position if row_numbers_K is None else int(row_numbers_K[position])
-        raise ValueError(f"target id {int(target_ids_K[position])} at row {row} has a loss weight, "
-                         f"expected an id in [0, {vocab_size})")
+        raise ValueError(
+            f"target id {int(target_ids_K[position])} at row {row} has a loss weight, "
+            f"expected an id in [0, {vocab_size})"
+        )

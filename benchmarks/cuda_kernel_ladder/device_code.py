@@ -2,6 +2,7 @@
 
 Nothing here runs on a device; compiler and disassembler need neither GPU nor driver.
 """
+
 from __future__ import annotations
 
 import importlib.metadata
@@ -24,6 +25,7 @@ class CompileError(Exception):
 @dataclass(slots=True, frozen=True)
 class Resources:
     """What ptxas reports about one function."""
+
     registers: int  # per thread
     spill_bytes: int  # per thread, stores and loads added up
     stack_bytes: int  # per thread
@@ -101,12 +103,14 @@ def read_resources(log: str) -> dict[str, Resources]:
     """The figures of `ptxas -v`, by function. Both compilers print the same three lines for each."""
     found = {}
     for part in re.split(r"Function properties for ", log)[1:]:
-        stack, stores, loads = map(int, re.search(
-            r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", part).groups())
+        stack, stores, loads = map(
+            int, re.search(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", part).groups()
+        )
         registers = re.search(r"Used (\d+) registers", part)
         shared = re.search(r"(\d+) bytes smem", part)
         found[part.split()[0]] = Resources(
-            int(registers[1]) if registers else 0, stores + loads, stack, int(shared[1]) if shared else 0)
+            int(registers[1]) if registers else 0, stores + loads, stack, int(shared[1]) if shared else 0
+        )
     return found
 
 
@@ -126,12 +130,15 @@ class Instruction:
 @dataclass(slots=True, frozen=True)
 class Listing:
     """Machine code of one function in order, and the address of each label."""
+
     instructions: list[Instruction]
     labels: dict[str, int]
 
 
-LINE = re.compile(r"/\*(?P<address>[0-9a-f]{4,})\*/\s+(?:@(?P<guard>!?U?P\w+)\s+)?(?P<opcode>[A-Z][\w.]*)"
-                  r"\s*(?P<operands>[^;]*);")
+LINE = re.compile(
+    r"/\*(?P<address>[0-9a-f]{4,})\*/\s+(?:@(?P<guard>!?U?P\w+)\s+)?(?P<opcode>[A-Z][\w.]*)"
+    r"\s*(?P<operands>[^;]*);"
+)
 
 
 def disassemble(cubin: bytes) -> dict[str, Listing]:
@@ -155,8 +162,9 @@ def read_listing(text: str) -> dict[str, Listing]:
                 address = int(match["address"], 16)
                 labels.update(dict.fromkeys(waiting, address))
                 waiting.clear()
-                instructions.append(Instruction(
-                    address, match["guard"] is not None, match["opcode"], match["operands"].strip()))
+                instructions.append(
+                    Instruction(address, match["guard"] is not None, match["opcode"], match["operands"].strip())
+                )
         while instructions and instructions[-1].name == "NOP":
             instructions.pop()
         listings[re.match(r"\w+", part)[0]] = Listing(instructions, labels)

@@ -5,6 +5,7 @@
 Prints registers per thread, spilled bytes and instructions per logit of every entry point on three architectures: the
 table of train/cuda/csrc/README.md, which tests/train/test_cuda_compile.py keeps true. No figure here is a time.
 """
+
 from __future__ import annotations
 
 import argparse

@@ -7,6 +7,7 @@ gradients are compared with fp64 before a figure is printed. No figure here is a
 
 Shape legend: M rows, V vocabulary.
 """
+
 from __future__ import annotations
 
 import ctypes
@@ -57,6 +58,7 @@ STEPS = (
 @dataclass(slots=True, frozen=True)
 class Access:
     """Loads (or stores) of logits by all threads of a launch."""
+
     bytes: int  # asked for by the threads
     requests: int  # instructions of warps
     sectors: int  # different 32-byte pieces, summed over the requests
@@ -75,9 +77,24 @@ def build(folder: Path, sources: Path = FOLDER, *, with_product: bool = True) ->
     only = [] if with_product else ["-DLADDER_ONLY"]
     for command in (
         [*common, "-O2", "-c", str(sources / "count_traffic.cpp"), "-o", str(counter)],
-        [*common, "-O1", "-fno-tree-sra", "-fsanitize=thread", "-fno-threadsafe-statics", "-fno-strict-aliasing",
-         "-Wno-unknown-pragmas", *only, "-c", "-I", str(SHIM_FOLDER), "-I", str(PRODUCT.parent),
-         str(sources / "emulate.cpp"), "-o", str(emulation)],
+        [
+            *common,
+            "-O1",
+            "-fno-tree-sra",
+            "-fsanitize=thread",
+            "-fno-threadsafe-statics",
+            "-fno-strict-aliasing",
+            "-Wno-unknown-pragmas",
+            *only,
+            "-c",
+            "-I",
+            str(SHIM_FOLDER),
+            "-I",
+            str(PRODUCT.parent),
+            str(sources / "emulate.cpp"),
+            "-o",
+            str(emulation),
+        ],
         [*common, "-shared", str(emulation), str(counter), "-o", str(library)],
     ):
         run = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -95,8 +112,12 @@ def emulate(
     order: which ready thread runs next: 0 the lowest, 1 the highest, 2 a random one.
     Raises RuntimeError with the emulation's words, for instance for a barrier that not all threads reach.
     """
-    values = [one if isinstance(one, ctypes.c_int | ctypes.c_longlong)
-              else ctypes.c_void_p(None if one is None else one.data_ptr()) for one in arguments]
+    values = [
+        one
+        if isinstance(one, ctypes.c_int | ctypes.c_longlong)
+        else ctypes.c_void_p(None if one is None else one.data_ptr())
+        for one in arguments
+    ]
     pointers = (ctypes.c_void_p * len(values))(*(ctypes.addressof(value) for value in values))
     span = (logits.shape[0] - 1) * logits.stride(0) + logits.shape[1]
     library.ladder_watch(ctypes.c_void_p(logits.data_ptr()), ctypes.c_longlong(span * logits.element_size()))
@@ -117,8 +138,15 @@ def run_step(
     """
     n_rows, vocabulary_size = logits_MV.shape
     losses_M = torch.full((n_rows,), float("nan"))
-    arguments = [logits_MV, ctypes.c_longlong(logits_MV.stride(0)), ctypes.c_int(vocabulary_size), target_ids_M,
-                 loss_weights_M, losses_M, ctypes.c_int(n_rows)]
+    arguments = [
+        logits_MV,
+        ctypes.c_longlong(logits_MV.stride(0)),
+        ctypes.c_int(vocabulary_size),
+        target_ids_M,
+        loss_weights_M,
+        losses_M,
+        ctypes.c_int(n_rows),
+    ]
     grid = -(-n_rows // step.rows_per_block)
     loads, stores = emulate(library, f"ladder_{step.name}", grid, step.threads, logits_MV, arguments, order)
     return losses_M, loads, stores
@@ -140,7 +168,7 @@ def make_rows(n_rows: int, vocabulary_size: int, dtype=torch.float32, seed: int 
     count = n_rows * vocabulary_size
     store = torch.empty(count + 256, dtype=dtype)
     skip = -store.data_ptr() % 256 // store.element_size()
-    logits_MV = store[skip:skip + count].view(n_rows, vocabulary_size)
+    logits_MV = store[skip : skip + count].view(n_rows, vocabulary_size)
     logits_MV.copy_(4 * torch.randn(n_rows, vocabulary_size, generator=generator))
     target_ids_M = torch.randint(vocabulary_size, (n_rows,), generator=generator)
     return logits_MV, target_ids_M, 0.5 + torch.rand(n_rows, generator=generator)
@@ -148,8 +176,10 @@ def make_rows(n_rows: int, vocabulary_size: int, dtype=torch.float32, seed: int 
 
 def traffic_cells(loads: Access, stores: Access, logits: int) -> str:
     moved = [32 * access.sectors / logits for access in (loads, stores)]
-    return (f"{loads.bytes / logits:.2f} + {stores.bytes / logits:.2f} "
-            f"| {loads.widest_sectors} for {loads.widest_bytes} B | {moved[0]:.2f} + {moved[1]:.2f}")
+    return (
+        f"{loads.bytes / logits:.2f} + {stores.bytes / logits:.2f} "
+        f"| {loads.widest_sectors} for {loads.widest_bytes} B | {moved[0]:.2f} + {moved[1]:.2f}"
+    )
 
 
 def traffic_rows(library: ctypes.CDLL) -> list[str]:
@@ -166,9 +196,26 @@ def traffic_rows(library: ctypes.CDLL) -> list[str]:
         logits_MV, target_ids_M, loss_weights_M = make_rows(1, VOCABULARY_SIZE, dtype)
         losses_M, gradient_MV = expected(logits_MV, target_ids_M, loss_weights_M)
         stride, got_M = ctypes.c_longlong(logits_MV.stride(0)), torch.full((1,), float("nan"))
-        loads, stores = emulate(library, kernel, 1, threads, logits_MV, [
-            logits_MV, stride, logits_MV, stride, ctypes.c_int(VOCABULARY_SIZE), target_ids_M, loss_weights_M,
-            None, got_M, None, None])
+        loads, stores = emulate(
+            library,
+            kernel,
+            1,
+            threads,
+            logits_MV,
+            [
+                logits_MV,
+                stride,
+                logits_MV,
+                stride,
+                ctypes.c_int(VOCABULARY_SIZE),
+                target_ids_M,
+                loss_weights_M,
+                None,
+                got_M,
+                None,
+                None,
+            ],
+        )
         torch.testing.assert_close(got_M.double(), losses_M, rtol=1e-5, atol=1e-6)
         rounding = 2**-8 if dtype == torch.bfloat16 else 1e-4
         torch.testing.assert_close(logits_MV.double(), gradient_MV, rtol=rounding, atol=1e-7)
@@ -179,8 +226,9 @@ def traffic_rows(library: ctypes.CDLL) -> list[str]:
 # -------------------------------------------------------------------------------------------------------- machine code
 def ladder_text() -> str:
     """The four kernels as one text, each in a namespace of its own: one compilation per architecture."""
-    return "".join(f"namespace {step.name} {{\n{(FOLDER / f'{step.name}.cu').read_text(encoding='ascii')}}}\n"
-                   for step in STEPS)
+    return "".join(
+        f"namespace {step.name} {{\n{(FOLDER / f'{step.name}.cu').read_text(encoding='ascii')}}}\n" for step in STEPS
+    )
 
 
 def machine_code_rows() -> tuple[str, list[str]]:
@@ -191,8 +239,11 @@ def machine_code_rows() -> tuple[str, list[str]]:
         listings = disassemble(compiled.cubin)
         for step in STEPS:
             listing = listings[f"ladder_{step.name}"]
-            count = (straight_count(listing, BYTES_PER_LOGIT) if step.passes == 1
-                     else looped_count(listing, BYTES_PER_LOGIT, step.passes))
+            count = (
+                straight_count(listing, BYTES_PER_LOGIT)
+                if step.passes == 1
+                else looped_count(listing, BYTES_PER_LOGIT, step.passes)
+            )
             cells[step.name].append(f"{compiled.resources[f'ladder_{step.name}'].registers} / {count:.1f}")
     return compiled.compiler, [f"| {name} | " + " | ".join(row) + " |" for name, row in cells.items()]
 
@@ -201,8 +252,10 @@ def main() -> int:
     try:
         with tempfile.TemporaryDirectory() as folder:
             print(f"V = {VOCABULARY_SIZE}, every row with weight; counted in the CPU emulation\n")
-            print("| step | a row belongs to one | bytes per logit asked for, read + written "
-                  "| sectors of a full warp load | bytes per logit moved, read + written |\n|---|---|---|---|---|")
+            print(
+                "| step | a row belongs to one | bytes per logit asked for, read + written "
+                "| sectors of a full warp load | bytes per logit moved, read + written |\n|---|---|---|---|---|"
+            )
             print("\n".join(traffic_rows(build(Path(folder)))))
         compiler, lines = machine_code_rows()
     except (ToolMissing, CompileError) as error:

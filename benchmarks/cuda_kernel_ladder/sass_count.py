@@ -8,6 +8,7 @@ Counted are instructions issued for one thread, which is what a warp issues for 
 warp whose lanes have parted; ours are together at every shuffle) and the bodies of called subroutines (the exact
 division's way for denormal and infinite operands).
 """
+
 from __future__ import annotations
 
 from collections import Counter
@@ -26,6 +27,7 @@ class UnknownFlow(Exception):
 @dataclass(slots=True, frozen=True)
 class Path:
     """Instructions of one way through the code."""
+
     instructions: int
     exponentials: int
     loads: Counter  # bytes per thread and instruction -> instructions that load from device memory
@@ -97,15 +99,18 @@ def _best_path(listing: Listing, entry: int, following: dict[int, list[int]], or
     best: dict[int, tuple[int, int, int | None]] = {}
     for address in order:
         exponentials, count, target = max(
-            ((*best[target][:2], target) for target in following[address] if target in best), default=(0, 0, None))
+            ((*best[target][:2], target) for target in following[address] if target in best), default=(0, 0, None)
+        )
         is_exponential = by_address[address].opcode.startswith("MUFU.EX2")
         best[address] = (exponentials + is_exponential, count + 1, target)
     addresses, at = [], entry
     while at is not None:
         addresses.append(at)
         at = best[at][2]
-    loads, stores = (Counter(access_bytes(by_address[at]) for at in addresses if by_address[at].name == name)
-                     for name in ("LDG", "STG"))
+    loads, stores = (
+        Counter(access_bytes(by_address[at]) for at in addresses if by_address[at].name == name)
+        for name in ("LDG", "STG")
+    )
     return Path(len(addresses), best[entry][0], loads, stores, tuple(addresses))
 
 

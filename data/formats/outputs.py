@@ -14,12 +14,13 @@
 Outputs are hostile: everything is scanned from left to right or handed to the JSON decoder, nothing is evaluated, and
 whatever is not exactly a list of calls is a ToolCallError that says what stands where.
 """
+
 import json
 import re
 from collections.abc import Sequence
 
-from data.tool_calls import ToolCall, ToolCallError, parse_tool_call, parse_value, render_tool_call
 from data.formats.plain import parse_plain_call
+from data.tool_calls import ToolCall, ToolCallError, parse_tool_call, parse_value, render_tool_call
 
 OUTPUT_FORMATS = ("tl", "plain", "toolllama", "nexusraven", "chatglm4", "qwen2", "llama31", "qwen25", "openai", "react")
 # Formats whose output holds exactly one call.
@@ -29,12 +30,16 @@ SINGLE_CALL_FORMATS = ("tl", "plain", "toolllama", "qwen2", "react")
 # (Qwen-2 goes on with an observation of its own making, the base with a whole dialogue). Generation stops there; the
 # parser passes over the tokens.
 STOP_STRINGS = {
-    "tl": (), "plain": ("\nOutput:", "\nUser:"), "toolllama": ("</s>",), "nexusraven": ("<bot_end>",),
+    "tl": (),
+    "plain": ("\nOutput:", "\nUser:"),
+    "toolllama": ("</s>",),
+    "nexusraven": ("<bot_end>",),
     "chatglm4": ("<|user|>", "<|observation|>", "<|endoftext|>"),
     "qwen2": ("<|im_end|>", "<|endoftext|>", "\nObservation:"),
     "llama31": ("<|eot_id|>", "<|eom_id|>", "<|end_of_text|>"),
     "qwen25": ("<|im_end|>", "<|endoftext|>"),
-    "openai": (), "react": (),
+    "openai": (),
+    "react": (),
 }
 # A megabyte of outputs holds 40,000 calls; to pair as many with the gold calls in any order would take hours.
 MAX_CALLS = 64
@@ -43,8 +48,10 @@ _OPEN, _CLOSE = "<tool_call>", "</tool_call>"
 _WHITESPACE = re.compile(r"\s*")
 _GLM_NAME = re.compile(r"""[^\s"'()\[\]{}=,]+""")
 # What decides where a call of NexusRaven ends: strings are skipped, brackets counted, the rest counts outside brackets.
-_CALL_MARKS = re.compile(r'''"[^"\\]*(?:\\[\s\S][^"\\]*)*"|'[^'\\]*(?:\\[\s\S][^'\\]*)*'|'''
-                         r"[\"'()\[\]{};]|<bot_end>|\nThought:")
+_CALL_MARKS = re.compile(
+    r""""[^"\\]*(?:\\[\s\S][^"\\]*)*"|'[^'\\]*(?:\\[\s\S][^'\\]*)*'|"""
+    r"[\"'()\[\]{};]|<bot_end>|\nThought:"
+)
 _LONE_SURROGATE = re.compile(r"[\ud800-\udfff]")
 
 
@@ -99,7 +106,7 @@ def _react_name(text: str) -> tuple[str, int]:
     start_of_name = text.rfind("Action:", 0, end_of_name)
     if start_of_name < 0:
         raise _fault(text, 0, "'Action:' before 'Action Input:'")
-    return text[start_of_name + len("Action:"):end_of_name].strip(), end_of_name + len("Action Input:")
+    return text[start_of_name + len("Action:") : end_of_name].strip(), end_of_name + len("Action Input:")
 
 
 def _parse_published_react(text: str) -> ToolCall:
@@ -133,7 +140,7 @@ def _parse_nexusraven(text: str) -> list[ToolCall]:
         elif mark in ")]}":
             depth -= 1
         elif depth <= 0 and mark == ";":
-            pieces.append(text[start:match.start()])
+            pieces.append(text[start : match.start()])
             _check_count(len(pieces))
             start = match.end()
         elif depth <= 0 and mark in ("<bot_end>", "\nThought:"):
@@ -222,8 +229,9 @@ def _call_of_object(value: object, keys: tuple[str, ...]) -> ToolCall:
     """The call in `{"name": .., keys[i]: {..}}`; other keys ("type", "id") say nothing about it."""
     found = [key for key in keys if key in value] if isinstance(value, dict) else []
     if not isinstance(value, dict) or "name" not in value or len(found) != 1:
-        raise ToolCallError(f'found {_kind(value)}, expected an object with "name" and '
-                            f'{" or ".join(json.dumps(key) for key in keys)}')
+        raise ToolCallError(
+            f'found {_kind(value)}, expected an object with "name" and {" or ".join(json.dumps(key) for key in keys)}'
+        )
     return _checked(value["name"], value[found[0]])
 
 
@@ -305,7 +313,7 @@ def _shown(text: str) -> str:
 
 
 def _fault(text: str, position: int, expected: str) -> ToolCallError:
-    found = _shown(text[position:position + 41]) if position < len(text) else "the end of the text"
+    found = _shown(text[position : position + 41]) if position < len(text) else "the end of the text"
     return ToolCallError(f"character {position}: found {found}, expected {expected}")
 
 
@@ -336,14 +344,22 @@ def render_output(calls: Sequence[ToolCall], output_format: str) -> str:
     if output_format == "qwen25":
         objects = (json_text({"name": call.name, "arguments": call.arguments}) for call in calls)
         return "\n".join(f"{_OPEN}\n{text}\n{_CLOSE}" for text in objects)
-    return json_text({"role": "assistant", "content": None,
-                      "tool_calls": [openai_tool_call(call, index) for index, call in enumerate(calls)]})
+    return json_text(
+        {
+            "role": "assistant",
+            "content": None,
+            "tool_calls": [openai_tool_call(call, index) for index, call in enumerate(calls)],
+        }
+    )
 
 
 def openai_tool_call(call: ToolCall, index: int) -> dict:
     """One entry of `tool_calls` in the chat API; arguments are JSON inside a string there."""
-    return {"id": f"call_{index}", "type": "function",
-            "function": {"name": call.name, "arguments": json_text(call.arguments)}}
+    return {
+        "id": f"call_{index}",
+        "type": "function",
+        "function": {"name": call.name, "arguments": json_text(call.arguments)},
+    }
 
 
 def json_text(value: object, *, indent: int | None = None) -> str:

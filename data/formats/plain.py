@@ -6,6 +6,7 @@ line of the output is read. Everything else is strict:
     argument = parameter ":" ( JSON string in double quotes | JSON number )
 with blanks allowed around names, values and punctuation.
 """
+
 import json
 import math
 import re
@@ -37,7 +38,7 @@ def parse_plain_call(text: str) -> ToolCall:
         arguments[parameter], position = _take_value(line, position)
     position = _expect(".", line, _expect(")", line, position))
     if position != len(line):
-        raise ToolCallError(f"found {line[position:position + 20]!a} after the call, expected the end of the line")
+        raise ToolCallError(f"found {line[position : position + 20]!a} after the call, expected the end of the line")
     return ToolCall(name=name, arguments=arguments)
 
 
@@ -48,13 +49,13 @@ def _skip_blanks(line: str, position: int) -> int:
 def _take(pattern: re.Pattern[str], line: str, position: int, expected: str) -> tuple[str, int]:
     match = pattern.match(line, position)
     if match is None:
-        raise ToolCallError(f"found {line[position:position + 20]!a} at character {position}, expected {expected}")
+        raise ToolCallError(f"found {line[position : position + 20]!a} at character {position}, expected {expected}")
     return match.group(), _skip_blanks(line, match.end())
 
 
 def _expect(mark: str, line: str, position: int) -> int:
     if not line.startswith(mark, position):
-        raise ToolCallError(f"found {line[position:position + 20]!a} at character {position}, expected {mark!r}")
+        raise ToolCallError(f"found {line[position : position + 20]!a} at character {position}, expected {mark!r}")
     return _skip_blanks(line, position + 1)
 
 

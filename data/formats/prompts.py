@@ -15,14 +15,15 @@ A prompt is a list of parts, ordinary text and control tokens. A control token b
 its characters, so nobody who writes "<|im_end|>" into a query can end a turn. docs/prompt_formats.md lists what the
 tables leave open and what was decided.
 """
+
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from data.formats.outputs import OUTPUT_FORMATS, json_text, openai_tool_call, render_output
 from data.formats.tl import ASSISTANT_HEADER, encode_prompt, message_segments, render_tools
 from data.tool_calls import ToolCall
 from data.trajectories import Message, tool_parameters
-from data.formats.outputs import OUTPUT_FORMATS, json_text, openai_tool_call, render_output
 from model.tokenizer import Tokenizer
 
 PROMPT_FORMATS = OUTPUT_FORMATS  # every format has both sides
@@ -51,10 +52,10 @@ class WrittenTurn:
     It stands among Messages. Only `openai` sends it back in pieces, because its API wants calls by name and number.
     """
 
-    content: str                 # the raw output
+    content: str  # the raw output
     calls: tuple[ToolCall, ...]  # what was read from it; () if that is no call
     role: str = "assistant"
-    call: None = None            # no call to be rendered in place of the content
+    call: None = None  # no call to be rendered in place of the content
 
 
 class PromptError(ValueError):
@@ -64,8 +65,9 @@ class PromptError(ValueError):
 # ------------------------------------------------------------------------------------------------------------ interface
 
 
-def render_prompt(tools: list[dict], messages: Sequence[Message | WrittenTurn],
-                  prompt_format: str) -> str | tuple[list[dict], list[dict]]:
+def render_prompt(
+    tools: list[dict], messages: Sequence[Message | WrittenTurn], prompt_format: str
+) -> str | tuple[list[dict], list[dict]]:
     """The prompt that asks for the assistant's next turn: text, or (messages, tools) of the chat API for `openai`.
 
     The text holds control tokens as text and no BOS but that of `llama31`; see encode_formatted_prompt and
@@ -104,8 +106,7 @@ def completion_text(tools: list[dict], messages: Sequence[Message | WrittenTurn]
     return "".join(part.text for part in parts).removeprefix(_BOS_OF_LLAMA31 if parts[0].is_control else "")
 
 
-def prompt_parts(tools: list[dict], messages: Sequence[Message | WrittenTurn],
-                 prompt_format: str) -> list[PromptPart]:
+def prompt_parts(tools: list[dict], messages: Sequence[Message | WrittenTurn], prompt_format: str) -> list[PromptPart]:
     """The prompt as text and control tokens; raises as render_prompt, and ValueError for `openai`."""
     if prompt_format not in COMPLETION_FORMATS:
         raise ValueError(f"found format {prompt_format!a}, expected one of {', '.join(COMPLETION_FORMATS)}")
@@ -129,8 +130,9 @@ def prompt_parts(tools: list[dict], messages: Sequence[Message | WrittenTurn],
     return _qwen25_parts(tools, system, turns)
 
 
-def encode_formatted_prompt(tools: list[dict], messages: Sequence[Message | WrittenTurn], prompt_format: str,
-                            tokenizer: Tokenizer) -> list[int]:
+def encode_formatted_prompt(
+    tools: list[dict], messages: Sequence[Message | WrittenTurn], prompt_format: str, tokenizer: Tokenizer
+) -> list[int]:
     """Ids of the prompt for a model of ours: start token, then each control token as one id, each text by itself.
 
     `tl` and `plain` are encoded segment by segment, as in training. Raises as prompt_parts, and PromptError if the
@@ -143,14 +145,20 @@ def encode_formatted_prompt(tools: list[dict], messages: Sequence[Message | Writ
     id_of_control = {part.text: tokenizer.control_id(part.text) for part in [*start, *parts] if part.is_control}
     for text, token_id in id_of_control.items():
         if token_id is None and text not in _MAY_BE_TEXT:
-            raise PromptError(f"--prompt_format {prompt_format}: found no token {text} in the tokenizer, expected that "
-                              "of a model of this format")
+            raise PromptError(
+                f"--prompt_format {prompt_format}: found no token {text} in the tokenizer, expected that "
+                "of a model of this format"
+            )
     ids: list[int] = []
     if not start and prompt_format != "llama31" and tokenizer.bos_id is not None:
         ids.append(tokenizer.bos_id)
     is_first_text = True  # SentencePiece puts a space before the first text only
-    for part in _merged([PromptPart(part.text, id_of_control.get(part.text) is not None and part.is_control)
-                         for part in [*start, *parts]]):
+    for part in _merged(
+        [
+            PromptPart(part.text, id_of_control.get(part.text) is not None and part.is_control)
+            for part in [*start, *parts]
+        ]
+    ):
         if part.is_control:
             ids.append(id_of_control[part.text])
         else:
@@ -173,8 +181,9 @@ def _check_first_message(messages: Sequence[Message | WrittenTurn]) -> None:
 
 def _split_system(messages: Sequence[Message | WrittenTurn]) -> tuple[str, list[Message | WrittenTurn]]:
     """The system text of the dialogue, "" if it has none, and the other messages."""
-    return "\n\n".join(message.content for message in messages if message.role == "system"), \
-        [message for message in messages if message.role != "system"]
+    return "\n\n".join(message.content for message in messages if message.role == "system"), [
+        message for message in messages if message.role != "system"
+    ]
 
 
 def _parts(*texts: str) -> list[PromptPart]:
@@ -206,16 +215,21 @@ def _words(message: Message | WrittenTurn, prompt_format: str) -> str:
 
 def _tl_messages(messages: Sequence[Message | WrittenTurn]) -> list[Message]:
     """The dialogue for data/formats/tl.py, which writes the space that the model's first token has in front."""
-    return [Message("assistant", message.content.removeprefix(" ")) if isinstance(message, WrittenTurn) else message
-            for message in messages]
+    return [
+        Message("assistant", message.content.removeprefix(" ")) if isinstance(message, WrittenTurn) else message
+        for message in messages
+    ]
 
 
 def _required_outside(function: dict) -> dict:
     """The function with `required` beside `parameters`, where Table 6 has it."""
     _, required = tool_parameters(function)
     parameters = {key: value for key, value in (function.get("parameters") or {}).items() if key != "required"}
-    return {**{key: value for key, value in function.items() if key != "required"}, "parameters": parameters,
-            "required": required}
+    return {
+        **{key: value for key, value in function.items() if key != "required"},
+        "parameters": parameters,
+        "required": required,
+    }
 
 
 def _sorted_keys(value: object) -> object:
@@ -273,7 +287,8 @@ def _nexusraven_parts(tools: list[dict], system: str, turns: Sequence[Message | 
     end = '    """'
     documents = "\n\n".join(
         f"{render_tools([tool]).removesuffix(end)}\n    Returns:\n    string: The feedback from the tool.\n{end}"
-        for tool in tools)
+        for tool in tools
+    )
     parts = [_text("\n\n".join(text for text in (system, documents) if text))]
     for message in turns:
         if message.role == "user":
@@ -291,16 +306,19 @@ _CHATGLM4_SYSTEM = (
     "\u4f60\u662f\u4e00\u4e2a\u540d\u4e3a ChatGLM \u7684\u4eba\u5de5\u667a\u80fd\u52a9\u624b\u3002"
     "\u4f60\u662f\u57fa\u4e8e\u667a\u8c31AI\u8bad\u7ec3\u7684\u8bed\u8a00\u6a21\u578b GLM-4 "
     "\u6a21\u578b\u5f00\u53d1\u7684\uff0c\u4f60\u7684\u4efb\u52a1\u662f\u9488\u5bf9\u7528\u6237\u7684\u95ee\u9898"
-    "\u548c\u8981\u6c42\u63d0\u4f9b\u9002\u5f53\u7684\u7b54\u590d\u548c\u652f\u6301\u3002")  # who it is
+    "\u548c\u8981\u6c42\u63d0\u4f9b\u9002\u5f53\u7684\u7b54\u590d\u548c\u652f\u6301\u3002"
+)  # who it is
 _CHATGLM4_TOOLS = "\n\n# \u53ef\u7528\u5de5\u5177"  # "available tools"
-_CHATGLM4_FORM = ("\n\u5728\u8c03\u7528\u4e0a\u8ff0\u51fd\u6570\u65f6\uff0c\u8bf7\u4f7f\u7528 Json "
-                  "\u683c\u5f0f\u8868\u793a\u8c03\u7528\u7684\u53c2\u6570\u3002")  # "write the arguments as JSON"
+_CHATGLM4_FORM = (
+    "\n\u5728\u8c03\u7528\u4e0a\u8ff0\u51fd\u6570\u65f6\uff0c\u8bf7\u4f7f\u7528 Json "
+    "\u683c\u5f0f\u8868\u793a\u8c03\u7528\u7684\u53c2\u6570\u3002"
+)  # "write the arguments as JSON"
 
 
 def _chatglm4_parts(tools: list[dict], system: str, turns: Sequence[Message | WrittenTurn]) -> list[PromptPart]:
     documents = "".join(
-        f"\n\n## {tool['function']['name']}\n\n{json_text(tool['function'])}{_CHATGLM4_FORM}"
-        for tool in tools)
+        f"\n\n## {tool['function']['name']}\n\n{json_text(tool['function'])}{_CHATGLM4_FORM}" for tool in tools
+    )
     identity = f"{system}\n\n{_CHATGLM4_SYSTEM}" if system else _CHATGLM4_SYSTEM
     parts = [*_parts("<|system|>"), _text(f"\n{identity}{_CHATGLM4_TOOLS}{documents}")]
     for message in turns:
@@ -320,13 +338,21 @@ def _chatglm4_parts(tools: list[dict], system: str, turns: Sequence[Message | Wr
 def _qwen2_tool(function: dict) -> str:
     """One line per tool; the parameters are a list of objects, in the form of Qwen's own examples."""
     properties, required = tool_parameters(function)
-    parameters = [{"name": name, "description": schema.get("description") or "", "required": name in required,
-                   "schema": {key: value for key, value in schema.items() if key != "description"}}
-                  for name, schema in properties.items()]
+    parameters = [
+        {
+            "name": name,
+            "description": schema.get("description") or "",
+            "required": name in required,
+            "schema": {key: value for key, value in schema.items() if key != "description"},
+        }
+        for name, schema in properties.items()
+    ]
     name = function["name"]
-    return (f"{name}: Call this tool to interact with the {name} API. What is the {name} API useful for? "
-            f"{function.get('description') or ''} Parameters: {json_text(parameters)} Format the arguments as a JSON "
-            "object.")
+    return (
+        f"{name}: Call this tool to interact with the {name} API. What is the {name} API useful for? "
+        f"{function.get('description') or ''} Parameters: {json_text(parameters)} Format the arguments as a JSON "
+        "object."
+    )
 
 
 def _qwen2_question(tools: list[dict], query: str) -> str:
@@ -406,8 +432,13 @@ def _llama31_parts(tools: list[dict], system: str, turns: Sequence[Message | Wri
 
 
 def _llama31_turn(role: str, content: str) -> list[PromptPart]:
-    return [*_parts("<|start_header_id|>"), _text(role), *_parts("<|end_header_id|>"), _text(f"\n\n{content}"),
-            *_parts("<|eot_id|>")]
+    return [
+        *_parts("<|start_header_id|>"),
+        _text(role),
+        *_parts("<|end_header_id|>"),
+        _text(f"\n\n{content}"),
+        *_parts("<|eot_id|>"),
+    ]
 
 
 # ------------------------------------------------------------------------------------------------- Qwen-2.5 (Table 11)
@@ -415,7 +446,9 @@ def _llama31_turn(role: str, content: str) -> list[PromptPart]:
 
 def _qwen25_parts(tools: list[dict], system: str, turns: Sequence[Message | WrittenTurn]) -> list[PromptPart]:
     documents = "".join(f"{json_text(_sorted_keys(tool))}\n" for tool in tools)
-    parts = _chatml_turn("system", f"""\
+    parts = _chatml_turn(
+        "system",
+        f"""\
 {system or "You are Qwen, created by Alibaba Cloud. You are a helpful assistant."}
 
 # Tools
@@ -429,7 +462,8 @@ You are provided with function signatures within <tools></tools> XML tags:
 For each function call, return a json object with function name and arguments within <tool_call></tool_call> XML tags:
 <tool_call>
 {{"name": <function-name>, "arguments": <args-json-object>}}
-</tool_call>""")
+</tool_call>""",
+    )
     for message in turns:
         if message.role == "assistant":
             parts += _chatml_turn("assistant", _words(message, "qwen25"))
@@ -478,8 +512,14 @@ def _openai_turn(message: Message | WrittenTurn, index: int) -> dict:
     if not message.calls:  # calls that cannot be read are sent back as text: the API would refuse them as calls
         has_calls = isinstance(value, dict) and bool(value.get("tool_calls"))
         return {"role": "assistant", "content": message.content if has_calls or text is None else text}
-    return {"role": "assistant", "content": text, "tool_calls": [
-        {**openai_tool_call(call, index), "id": f"call_{index}_{number}"} for number, call in enumerate(message.calls)]}
+    return {
+        "role": "assistant",
+        "content": text,
+        "tool_calls": [
+            {**openai_tool_call(call, index), "id": f"call_{index}_{number}"}
+            for number, call in enumerate(message.calls)
+        ],
+    }
 
 
 # ------------------------------------------------------------------------------------------ ToolEyes' published prompt

@@ -10,6 +10,7 @@
 Training and inference share one segment function, and every segment is encoded on its own. So the ids of a prompt are a
 prefix of the ids of the training sample, and no token spans the border of a turn, whatever the user's text holds.
 """
+
 from dataclasses import dataclass
 
 from data.tool_calls import render_tool_call
@@ -42,10 +43,17 @@ def _render_tool(function: dict) -> str:
     properties, required = tool_parameters(function)
     optional = [name for name in properties if name not in required]
     schemas = [(name, properties.get(name) or {}) for name in required + optional]
-    signature = ", ".join(f"{name}: {_type_name(schema)}{' = None' if name in optional else ''}"
-                          for name, schema in schemas)
-    lines = ["Function:", f"def {function['name']}({signature}):", '    """',
-             f"    {function.get('description') or ''}", "", "    Args:"]
+    signature = ", ".join(
+        f"{name}: {_type_name(schema)}{' = None' if name in optional else ''}" for name, schema in schemas
+    )
+    lines = [
+        "Function:",
+        f"def {function['name']}({signature}):",
+        '    """',
+        f"    {function.get('description') or ''}",
+        "",
+        "    Args:",
+    ]
     lines += [f"    {name} ({_type_name(schema)}): {schema.get('description') or ''}" for name, schema in schemas]
     return "\n".join([*lines, '    """'])
 

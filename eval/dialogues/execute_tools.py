@@ -3,6 +3,7 @@
 eval/sandbox/tool_server.py calls this in the process of one call, after its limits are in force; nothing else may
 (tests/eval/test_hostile_tools.py looks). Python's own interactive interpreter runs the code.
 """
+
 import ast
 import code
 import io
@@ -19,7 +20,7 @@ class _Output(io.TextIOBase):
 
     def write(self, piece: str) -> int:
         """Like that of any text file; what has no room is thrown away."""
-        kept = piece[:self.room]
+        kept = piece[: self.room]
         self.text += kept
         self.room -= len(kept)
         return len(piece)

@@ -10,6 +10,7 @@
 
 A kill leaves at most one partial line per journal, which is dropped; any number of ranks can take up the rest.
 """
+
 import json
 import threading
 from collections.abc import Iterable, Sequence
@@ -17,9 +18,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Self
 
-from data.trajectories import DataError, Message
-from data.json_records import read_json_lines, write_json_lines
 from data.formats.outputs import OUTPUT_FORMATS
+from data.json_records import read_json_lines, write_json_lines
+from data.trajectories import DataError, Message
 
 END_REASONS = ("finish", "max_turns", "prompt_too_long", "refused")
 # Who answered a call: a tool runtime, the fixed reply to ask_to_user, nobody (finish).
@@ -29,23 +30,25 @@ EXECUTORS = ("local", "simulated", "recorded", "user", "")
 @dataclass(slots=True)
 class DialogueTask:
     """One record of a multi-turn benchmark: what the dialogue begins with."""
-    index: int               # position in the benchmark's file, from 0
-    id: str                  # the benchmark's own name of the record; need not be unique
-    tools: list[dict]        # offered tools, OpenAI function dicts
+
+    index: int  # position in the benchmark's file, from 0
+    id: str  # the benchmark's own name of the record; need not be unique
+    tools: list[dict]  # offered tools, OpenAI function dicts
     messages: list[Message]  # the user's query
-    tool_set: str            # which tools answer: "toolbox", or ToolEyes' path as in "Random/Random"
-    meta: dict               # whatever else the record says, e.g. scenario
+    tool_set: str  # which tools answer: "toolbox", or ToolEyes' path as in "Random/Random"
+    meta: dict  # whatever else the record says, e.g. scenario
 
 
 @dataclass(slots=True)
 class RecordedDialogue:
     """What was said in one dialogue so far."""
+
     index: int
     turns: list[dict] = field(default_factory=list)  # {"output", "calls", "fault"}
-    end: str = ""      # one of END_REASONS, "" while it goes on
-    error: str = ""    # the endpoint's words where it refused
-    format: str = ""   # of the outputs; "" in a journal
-    line: int = 0      # where it stands in its file, for messages
+    end: str = ""  # one of END_REASONS, "" while it goes on
+    error: str = ""  # the endpoint's words where it refused
+    format: str = ""  # of the outputs; "" in a journal
+    line: int = 0  # where it stands in its file, for messages
 
 
 # ---------------------------------------------------------------------------------------------------- prediction files
@@ -53,8 +56,13 @@ class RecordedDialogue:
 
 def dialogue_row(dialogue: RecordedDialogue, prompt_format: str) -> dict:
     """The line of a finished dialogue."""
-    return {"index": dialogue.index, "turns": dialogue.turns, "end": dialogue.end, "error": dialogue.error,
-            "format": prompt_format}
+    return {
+        "index": dialogue.index,
+        "turns": dialogue.turns,
+        "end": dialogue.end,
+        "error": dialogue.error,
+        "format": prompt_format,
+    }
 
 
 def read_dialogues(path: Path) -> tuple[list[RecordedDialogue], bool]:
@@ -67,14 +75,17 @@ def read_dialogues(path: Path) -> tuple[list[RecordedDialogue], bool]:
     for line, row in rows:
         dialogue = _dialogue(row, line, f"{path}:{line}")
         if dialogue.index in dialogues:
-            raise DataError(f"{path}:{line}: found index {dialogue.index} again, expected it once (first in line "
-                            f"{dialogues[dialogue.index].line})")
+            raise DataError(
+                f"{path}:{line}: found index {dialogue.index} again, expected it once (first in line "
+                f"{dialogues[dialogue.index].line})"
+            )
         dialogues[dialogue.index] = dialogue
     return list(dialogues.values()), has_dropped
 
 
-def match_dialogues(dialogues: Sequence[RecordedDialogue], count: int, limit: int | None, *,
-                    path: Path) -> list[RecordedDialogue]:
+def match_dialogues(
+    dialogues: Sequence[RecordedDialogue], count: int, limit: int | None, *, path: Path
+) -> list[RecordedDialogue]:
     """The dialogues of records 0, 1, ... in order: one for each of the first `limit` (None: all) of `count` records.
 
     Raises DataError for an index outside the benchmark or records without dialogue.
@@ -86,8 +97,10 @@ def match_dialogues(dialogues: Sequence[RecordedDialogue], count: int, limit: in
     needed = count if limit is None else min(limit, count)
     missing = [index for index in range(needed) if index not in by_index]
     if missing:
-        raise DataError(f"{path}: found {needed - len(missing)} of {needed} dialogues, expected all (first missing "
-                        f"index {missing[0]})")
+        raise DataError(
+            f"{path}: found {needed - len(missing)} of {needed} dialogues, expected all (first missing "
+            f"index {missing[0]})"
+        )
     return [by_index[index] for index in range(needed)]
 
 
@@ -98,9 +111,14 @@ def _dialogue(row: dict, line: int, where: str) -> RecordedDialogue:
     output_format = row.get("format", "tl")
     if output_format not in OUTPUT_FORMATS:
         raise DataError(f"{where}: found format {_shown(output_format)}, expected one of {', '.join(OUTPUT_FORMATS)}")
-    return RecordedDialogue(index=_index(row, where),
-                            turns=[_turn(turn, f"{where}: turn {number}") for number, turn in enumerate(turns, 1)],
-                            end=_end(row, where), error=_text_of(row, "error", where), format=output_format, line=line)
+    return RecordedDialogue(
+        index=_index(row, where),
+        turns=[_turn(turn, f"{where}: turn {number}") for number, turn in enumerate(turns, 1)],
+        end=_end(row, where),
+        error=_text_of(row, "error", where),
+        format=output_format,
+        line=line,
+    )
 
 
 def _turn(turn: object, where: str) -> dict:
@@ -110,30 +128,41 @@ def _turn(turn: object, where: str) -> dict:
     if not isinstance(turn.get("output"), str):
         raise DataError(f"{where}: found {_kind(turn.get('output'))} as 'output', expected the raw model text")
     if not isinstance(calls, list) or not all(map(_is_call, calls)):
-        raise DataError(f"{where}: found other 'calls', expected a list of objects with name, arguments, feedback, "
-                        f"executor ({', '.join(EXECUTORS[:-1])} or empty)")
+        raise DataError(
+            f"{where}: found other 'calls', expected a list of objects with name, arguments, feedback, "
+            f"executor ({', '.join(EXECUTORS[:-1])} or empty)"
+        )
     fault = _text_of(turn, "fault", where)
     if bool(fault) == bool(calls):
-        raise DataError(f"{where}: found {len(calls)} calls and the fault {_shown(fault)}, expected either calls or a "
-                        "fault")
-    return {"output": turn["output"], "calls": [{key: call.get(key) for key in _CALL_KEYS} for call in calls],
-            "fault": fault}
+        raise DataError(
+            f"{where}: found {len(calls)} calls and the fault {_shown(fault)}, expected either calls or a fault"
+        )
+    return {
+        "output": turn["output"],
+        "calls": [{key: call.get(key) for key in _CALL_KEYS} for call in calls],
+        "fault": fault,
+    }
 
 
 _CALL_KEYS = ("name", "arguments", "feedback", "executor")
 
 
 def _is_call(call: object) -> bool:
-    if not isinstance(call, dict) or not isinstance(call.get("name"), str) \
-            or not isinstance(call.get("arguments"), dict) or call.get("executor") not in EXECUTORS:
+    if (
+        not isinstance(call, dict)
+        or not isinstance(call.get("name"), str)
+        or not isinstance(call.get("arguments"), dict)
+        or call.get("executor") not in EXECUTORS
+    ):
         return False
     return call.get("feedback") is None if call["executor"] == "" else isinstance(call.get("feedback"), str)
 
 
 def _index(row: dict, where: str) -> int:
     if type(row.get("index")) is not int:  # bool is an int to isinstance
-        raise DataError(f"{where}: found index {_shown(row.get('index'))}, expected the record's number, an integer "
-                        "from 0")
+        raise DataError(
+            f"{where}: found index {_shown(row.get('index'))}, expected the record's number, an integer from 0"
+        )
     return row["index"]
 
 
@@ -155,8 +184,13 @@ def _kind(value: object) -> str:
 
 def _shown(value: object) -> str:
     """A value of a file in a few characters of ASCII; one nested deeply could not be written out."""
-    return ascii(value[:40]) if isinstance(value, str) else str(value)[:40] if type(value) in (int, float, bool) else \
-        _kind(value)
+    return (
+        ascii(value[:40])
+        if isinstance(value, str)
+        else str(value)[:40]
+        if type(value) in (int, float, bool)
+        else _kind(value)
+    )
 
 
 # ------------------------------------------------------------------------------------------------------------- journals
@@ -202,13 +236,16 @@ def read_journals(path: Path) -> tuple[dict[int, RecordedDialogue], int]:
     return _in_order(path, turns, ends, finished), dropped
 
 
-def _in_order(path: Path, turns: dict[tuple[int, int], dict], ends: dict[int, tuple[str, str]],
-              finished: set[int]) -> dict[int, RecordedDialogue]:
+def _in_order(
+    path: Path, turns: dict[tuple[int, int], dict], ends: dict[int, tuple[str, str]], finished: set[int]
+) -> dict[int, RecordedDialogue]:
     dialogues = {index: RecordedDialogue(index) for index in sorted({index for index, _ in turns} | set(ends))}
     for index, number in sorted(turns):
         if len(dialogues[index].turns) != number - 1:
-            raise DataError(f"{path}: found turn {number} of index {index} in its journals, expected turn "
-                            f"{len(dialogues[index].turns) + 1} before it")
+            raise DataError(
+                f"{path}: found turn {number} of index {index} in its journals, expected turn "
+                f"{len(dialogues[index].turns) + 1} before it"
+            )
         dialogues[index].turns.append(turns[index, number])
     for index, (end, error) in ends.items():
         dialogues[index].end, dialogues[index].error = end, error

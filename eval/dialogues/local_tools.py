@@ -7,6 +7,7 @@ Written from the tools' documents, one function per tool with the documents' par
 chance: "today" is in the request, random tools are seeded by tool, arguments and attempt. Arguments come from models:
 numbers often as strings, as all documents of ToolEyes say. What a tool cannot do it raises; the text goes to the model.
 """
+
 import hashlib
 import json
 import math
@@ -41,11 +42,11 @@ LOCAL_TOOLS = {
     ("Calendar/Calendar", "current_date"): "nothing",
     ("Travel/Hotels_Statistical_Data", "city_photo"): "nothing",
 }
-MAX_ITEMS = 1000             # of a random tool's list
-MAX_LENGTH = 65535           # of a random string
+MAX_ITEMS = 1000  # of a random tool's list
+MAX_LENGTH = 65535  # of a random string
 MIN_PASSWORD_LENGTH = 6
-MAX_DIGITS = 300             # of an exact result of the calculator
-MAX_NESTING = 50             # brackets in an expression
+MAX_DIGITS = 300  # of an exact result of the calculator
+MAX_NESTING = 50  # brackets in an expression
 MAX_RESULT_CHARACTERS = 16384  # beyond what any feedback shows
 DEFAULT_FILE = "output.txt"  # of write_file without a path
 
@@ -104,10 +105,9 @@ def _whole(value: object, name: str, low: int, high: int) -> int:
 # --------------------------------------------------------------------------------------------------------------- random
 
 
-def get_random_number(rng: random.Random, min: object = 0, max: object = 100,
-                      cnt: object = 1) -> list[int]:
+def get_random_number(rng: random.Random, min: object = 0, max: object = 100, cnt: object = 1) -> list[int]:
     """`cnt` integers from `min` to `max`, both included."""
-    low, high = (_whole(value, name, -10**15, 10**15) for value, name in ((min, "min"), (max, "max")))
+    low, high = (_whole(value, name, -(10**15), 10**15) for value, name in ((min, "min"), (max, "max")))
     if low > high:
         raise ToolError("min must not be greater than max")
     return [rng.randint(low, high) for _ in range(_whole(cnt, "cnt", 1, MAX_ITEMS))]
@@ -125,8 +125,10 @@ def generate_string(rng: random.Random, len: object = 10, cnt: object = 1) -> li
 
 def generate_password(rng: random.Random, len: object = 12, cnt: object = 1) -> list[str]:
     """`cnt` passwords of `len` characters, each with a letter, a digit and a punctuation mark at least."""
-    length, kinds = _whole(len, "len", MIN_PASSWORD_LENGTH, MAX_LENGTH), (string.ascii_letters, string.digits,
-                                                                          string.punctuation)
+    length, kinds = (
+        _whole(len, "len", MIN_PASSWORD_LENGTH, MAX_LENGTH),
+        (string.ascii_letters, string.digits, string.punctuation),
+    )
     passwords = []
     for rest in _draw_strings(rng, "".join(kinds), length - 3, cnt):
         characters = [*rest, *(rng.choice(kind) for kind in kinds)]
@@ -143,15 +145,48 @@ def _draw_strings(rng: random.Random, alphabet: str, length: int, cnt: object) -
 
 
 LOREM_WORDS = (
-    "lorem", "ipsum", "dolor", "sit", "amet", "consectetur", "adipiscing", "elit", "sed", "do", "eiusmod", "tempor",
-    "incididunt", "ut", "labore", "et", "dolore", "magna", "aliqua", "enim", "ad", "minim", "veniam", "quis", "nostrud",
-    "exercitation", "ullamco", "laboris", "nisi", "aliquip", "ex", "ea", "commodo", "consequat")
+    "lorem",
+    "ipsum",
+    "dolor",
+    "sit",
+    "amet",
+    "consectetur",
+    "adipiscing",
+    "elit",
+    "sed",
+    "do",
+    "eiusmod",
+    "tempor",
+    "incididunt",
+    "ut",
+    "labore",
+    "et",
+    "dolore",
+    "magna",
+    "aliqua",
+    "enim",
+    "ad",
+    "minim",
+    "veniam",
+    "quis",
+    "nostrud",
+    "exercitation",
+    "ullamco",
+    "laboris",
+    "nisi",
+    "aliquip",
+    "ex",
+    "ea",
+    "commodo",
+    "consequat",
+)
 
 
 def generate_placeholder_text(rng: random.Random, cnt: object = 1) -> list[str]:
     """`cnt` sentences of five to twelve words of lorem ipsum."""
-    sentences = [" ".join(rng.choices(LOREM_WORDS, k=rng.randint(5, 12)))
-                 for _ in range(_whole(cnt, "cnt", 1, MAX_ITEMS))]
+    sentences = [
+        " ".join(rng.choices(LOREM_WORDS, k=rng.randint(5, 12))) for _ in range(_whole(cnt, "cnt", 1, MAX_ITEMS))
+    ]
     return [f"{sentence.capitalize()}." for sentence in sentences]
 
 
@@ -214,7 +249,7 @@ def calculator(input_query: object) -> float:
     text = str(input_query).replace("**", "^").replace("\u00d7", "*").replace("\u00f7", "/").rstrip("= ")
     value, position = _sum(text, 0, 0, 0)
     if position < len(text):
-        raise ToolError(f"{text[position:position + 20]!a} is not supported in an expression")
+        raise ToolError(f"{text[position : position + 20]!a} is not supported in an expression")
     return int(value) if isinstance(value, float) and value == int(value) and abs(value) < 1e15 else value
 
 
@@ -225,7 +260,7 @@ def _sum(text: str, position: int, precedence: int, depth: int) -> tuple[float, 
     left, position = _operand(text, _skip(text, position), depth)
     while True:
         position = _skip(text, position)
-        operator = text[position:position + 1]
+        operator = text[position : position + 1]
         tightness, is_right = _OPERATORS.get(operator, (0, False))
         if tightness <= precedence:
             return left, position
@@ -234,19 +269,19 @@ def _sum(text: str, position: int, precedence: int, depth: int) -> tuple[float, 
 
 
 def _operand(text: str, position: int, depth: int) -> tuple[float, int]:
-    character = text[position:position + 1]
+    character = text[position : position + 1]
     if character in ("-", "+"):
         value, position = _sum(text, position + 1, _SIGN_PRECEDENCE, depth + 1)
         return (-value if character == "-" else value), position
     if character == "(":
         value, position = _sum(text, position + 1, 0, depth + 1)
         position = _skip(text, position)
-        if text[position:position + 1] != ")":
+        if text[position : position + 1] != ")":
             raise ToolError("a bracket without its partner is not supported")
         return value, position + 1
     match = _NUMBER.match(text, position)
     if not match or len(match[0]) > MAX_DIGITS:
-        raise ToolError(f"{text[position:position + 20]!a} is not supported in an expression")
+        raise ToolError(f"{text[position : position + 20]!a} is not supported in an expression")
     return (int(match[0]) if match[0].isdigit() else float(match[0])), match.end()
 
 
@@ -267,7 +302,7 @@ def _apply(operator: str, left: float, right: float) -> float:
 
 
 def _skip(text: str, position: int) -> int:
-    while text[position:position + 1].isspace():
+    while text[position : position + 1].isspace():
         position += 1
     return position
 
@@ -379,11 +414,22 @@ def city_photo(city_iata: object, photo_size: object = "(960, 720)") -> str:
     return f"https://photo.hotellook.com/static/cities/{numbers[0]}x{numbers[1]}/{city}.jpg"
 
 
-_RANDOM_TOOLS = {function.__name__: function for function in (
-    get_random_number, get_uuid, generate_string, generate_password, generate_placeholder_text)}
-_PLAIN_TOOLS = {function.__name__: function for function in (
-    write_file, read_file, calculator, add_date, get_all_technical_indicators_available,
-    get_technical_indicator_description, city_photo)}
+_RANDOM_TOOLS = {
+    function.__name__: function
+    for function in (get_random_number, get_uuid, generate_string, generate_password, generate_placeholder_text)
+}
+_PLAIN_TOOLS = {
+    function.__name__: function
+    for function in (
+        write_file,
+        read_file,
+        calculator,
+        add_date,
+        get_all_technical_indicators_available,
+        get_technical_indicator_description,
+        city_photo,
+    )
+}
 
 
 # ---------------------------------------------------------------------------------------------------------------- shell

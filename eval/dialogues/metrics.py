@@ -6,6 +6,7 @@ is no call at all. The documents judge it first, the feedback second (data/error
     CE   tool call error: any other error of a call, and outputs that do not parse
     VA   valid answer: the dialogue ends with the model's own `finish` in time, whose answer is one and no give-up
 """
+
 import math
 import re
 from collections import Counter
@@ -22,8 +23,13 @@ CE_CATEGORIES = ("tool_call_failure", "tool_instability", "unparsable")
 ANSWER_KEYS = ("answer", "final_answer")  # the second is that of ToolLLaMA's own `Finish`
 # An answer that holds one of these, whatever the letter case, is none. The first is what ToolEyes' prompt asks for
 # where a task cannot be done, and what its loop writes when it breaks off; the last is ToolLLaMA's own word.
-GIVE_UPS = ("cannot handle the task", "can not handle the task", "can't handle the task", "unable to handle the task",
-            "give up and restart")
+GIVE_UPS = (
+    "cannot handle the task",
+    "can not handle the task",
+    "can't handle the task",
+    "unable to handle the task",
+    "give up and restart",
+)
 NOT_CALLED = ("finish", "ask_to_user")
 
 
@@ -36,8 +42,11 @@ def call_categories(dialogue: RecordedDialogue, tools: list[dict]) -> list[str]:
     for turn in dialogue.turns:
         if turn["fault"]:
             categories.append("unparsable")
-        categories += [classify_feedback(call["feedback"], ToolCall(call["name"], call["arguments"]), tools)
-                       for call in turn["calls"] if call["name"].lower() not in NOT_CALLED]
+        categories += [
+            classify_feedback(call["feedback"], ToolCall(call["name"], call["arguments"]), tools)
+            for call in turn["calls"]
+            if call["name"].lower() not in NOT_CALLED
+        ]
     return categories
 
 
@@ -72,17 +81,29 @@ def score_dialogue(dialogue: RecordedDialogue, task: DialogueTask, max_turns: in
     n_de = sum(category in DE_CATEGORIES for category in categories)  # E32
     n_ce = sum(category in CE_CATEGORIES for category in categories)  # E33
     fault = answer_fault(dialogue, max_turns)  # E34
-    return {"index": dialogue.index, "id": task.id, "scenario": task.meta.get("scenario", ""),
-            "turns": len(dialogue.turns), "calls": len(categories), "DE": n_de, "CE": n_ce,
-            "DE_dialogues": int(n_de > 0), "CE_dialogues": int(n_ce > 0), "VA": int(not fault), "end": dialogue.end,
-            "categories": categories, "reason": fault}
+    return {
+        "index": dialogue.index,
+        "id": task.id,
+        "scenario": task.meta.get("scenario", ""),
+        "turns": len(dialogue.turns),
+        "calls": len(categories),
+        "DE": n_de,
+        "CE": n_ce,
+        "DE_dialogues": int(n_de > 0),
+        "CE_dialogues": int(n_ce > 0),
+        "VA": int(not fault),
+        "end": dialogue.end,
+        "categories": categories,
+        "reason": fault,
+    }
 
 
 # -------------------------------------------------------------------------------------------------------- whole files
 
 
-def score_dialogues(dialogues: Sequence[RecordedDialogue], tasks: Sequence[DialogueTask],
-                    max_turns: int = MAX_TURNS) -> tuple[list[dict], dict]:
+def score_dialogues(
+    dialogues: Sequence[RecordedDialogue], tasks: Sequence[DialogueTask], max_turns: int = MAX_TURNS
+) -> tuple[list[dict], dict]:
     """(rows, summary) of dialogues with their tasks, in the same order; at least one.
 
     The summary has n (dialogues), n_calls, DE, CE (counts of calls), VA, DE_dialogues, CE_dialogues (counts of
@@ -91,19 +112,28 @@ def score_dialogues(dialogues: Sequence[RecordedDialogue], tasks: Sequence[Dialo
     """
     rows = [score_dialogue(dialogue, task, max_turns) for dialogue, task in zip(dialogues, tasks, strict=True)]
     counts = Counter(category for row in rows for category in row["categories"])
-    executors = Counter(call["executor"] for dialogue in dialogues for turn in dialogue.turns for call in turn["calls"]
-                        if call["name"].lower() not in NOT_CALLED)
-    summary = {**dialogue_rates(rows),
-               "errors": {category: counts[category] for category in CATEGORIES if category in counts and
-                          category != "all_right"},
-               "executors": {name: executors[name] for name in EXECUTORS if executors[name]},
-               "ends": dict(sorted(Counter(dialogue.end for dialogue in dialogues).items())),
-               "turns": dict(sorted(Counter(str(row["turns"]) for row in rows).items(), key=lambda item: int(item[0]))),
-               "no_answer": dict(sorted(Counter(row["reason"] for row in rows if row["reason"]).items()))}
+    executors = Counter(
+        call["executor"]
+        for dialogue in dialogues
+        for turn in dialogue.turns
+        for call in turn["calls"]
+        if call["name"].lower() not in NOT_CALLED
+    )
+    summary = {
+        **dialogue_rates(rows),
+        "errors": {
+            category: counts[category] for category in CATEGORIES if category in counts and category != "all_right"
+        },
+        "executors": {name: executors[name] for name in EXECUTORS if executors[name]},
+        "ends": dict(sorted(Counter(dialogue.end for dialogue in dialogues).items())),
+        "turns": dict(sorted(Counter(str(row["turns"]) for row in rows).items(), key=lambda item: int(item[0]))),
+        "no_answer": dict(sorted(Counter(row["reason"] for row in rows if row["reason"]).items())),
+    }
     scenarios = sorted({row["scenario"] for row in rows if row["scenario"]})
     if scenarios:
-        summary["by_scenario"] = {name: dialogue_rates([row for row in rows if row["scenario"] == name])
-                                  for name in scenarios}
+        summary["by_scenario"] = {
+            name: dialogue_rates([row for row in rows if row["scenario"] == name]) for name in scenarios
+        }
     return rows, summary
 
 
@@ -122,8 +152,11 @@ def dialogue_rates(rows: Sequence[Mapping]) -> dict:
 
 
 def _rate(metric: str, count: int, n: int, interval: tuple[float, float]) -> dict:
-    return {metric: count, f"{metric}_percent": round(100 * count / n, 2) if n else 0.0,
-            f"{metric}_interval_95": [round(100 * bound, 2) for bound in interval]}
+    return {
+        metric: count,
+        f"{metric}_percent": round(100 * count / n, 2) if n else 0.0,
+        f"{metric}_interval_95": [round(100 * bound, 2) for bound in interval],
+    }
 
 
 def clustered_interval(errors: Sequence[int], calls: Sequence[int], z: float) -> tuple[float, float]:

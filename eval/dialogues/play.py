@@ -4,6 +4,7 @@ One turn is one output of the model. Its calls are answered in order; `finish` e
 fixed reply, an output that is no call gets a reminder of the format. Who answers the other calls is the `execute` of
 eval/dialogues/tools.py. The model's own text stands in its later prompts word for word.
 """
+
 import hashlib
 import json
 from collections.abc import Callable, Sequence
@@ -14,6 +15,15 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
+from data.formats.outputs import STOP_STRINGS, json_text, parse_output
+from data.formats.prompts import (
+    REACT_FORM,
+    WrittenTurn,
+    completion_text,
+    encode_formatted_prompt,
+    react_messages,
+    render_prompt,
+)
 from data.tool_calls import ToolCall, ToolCallError
 from data.trajectories import DataError, Message
 from eval.dialogues.journal import (
@@ -26,26 +36,18 @@ from eval.dialogues.journal import (
     read_journals,
 )
 from eval.dialogues.metrics import MAX_TURNS
+from eval.dialogues.tools import MAX_FEEDBACK_CHARACTERS, Executor, ToolRequest
 from eval.predict.endpoint import MAX_STOPS, REFUSALS_TO_STOP, Answer, Endpoint, EndpointError, ask
 from eval.predict.generate import read_response
-from data.formats.outputs import STOP_STRINGS, json_text, parse_output
-from data.formats.prompts import (
-    REACT_FORM,
-    WrittenTurn,
-    completion_text,
-    encode_formatted_prompt,
-    react_messages,
-    render_prompt,
-)
 from eval.queries import cut_at
-from eval.dialogues.tools import MAX_FEEDBACK_CHARACTERS, Executor, ToolRequest
 from model.dialogue_decoding import DialogueDecoder
 from model.tokenizer import Tokenizer
 from model.transformer import Transformer
 
 USER_REPLY = "Please proceed with the information I gave you."  # to every ask_to_user: there is no human
-FORMAT_REMINDER = ("Your output format does not match the specified format, please revise your answer to follow the "
-                   "desired format.")
+FORMAT_REMINDER = (
+    "Your output format does not match the specified format, please revise your answer to follow the desired format."
+)
 
 
 def format_reminder(prompt_format: str) -> str:
@@ -72,8 +74,15 @@ class Dialogue:
     State: its messages so far, the number of its turns, how often each call was made, how it ended ("" while it goes).
     """
 
-    def __init__(self, task: DialogueTask, *, execute: Executor, journal: DialogueJournal, prompt_format: str,
-                 max_turns: int = MAX_TURNS) -> None:
+    def __init__(
+        self,
+        task: DialogueTask,
+        *,
+        execute: Executor,
+        journal: DialogueJournal,
+        prompt_format: str,
+        max_turns: int = MAX_TURNS,
+    ) -> None:
         self.task = task
         self.messages: list[Message | WrittenTurn] = list(task.messages)
         self.n_turns = 0
@@ -98,9 +107,11 @@ class Dialogue:
         calls, fault = self._read(output, is_cut)
         said = [{"name": call.name, "arguments": call.arguments} for call in calls]
         if recorded is not None and (recorded["output"], _calls_of(recorded)) != (output, said):
-            raise DataError(f"{self._journal.path}: found another output for turn {self.n_turns + 1} of index "
-                            f"{self.task.index} than in its journal, expected the same one: model, machine, number of "
-                            "threads or this program have changed; choose another --output")
+            raise DataError(
+                f"{self._journal.path}: found another output for turn {self.n_turns + 1} of index "
+                f"{self.task.index} than in its journal, expected the same one: model, machine, number of "
+                "threads or this program have changed; choose another --output"
+            )
         self.n_turns += 1
         answered = self._answer(calls, recorded)
         if recorded is None:
@@ -138,8 +149,9 @@ class Dialogue:
             key = json.dumps([call.name, call.arguments], sort_keys=True)
             attempt = self._attempts.get(key, 0)
             self._attempts[key] = attempt + 1
-            request = ToolRequest(dialogue=self.task.index, tool_set=self.task.tool_set, tools=self.task.tools,
-                                  call=call, attempt=attempt)
+            request = ToolRequest(
+                dialogue=self.task.index, tool_set=self.task.tool_set, tools=self.task.tools, call=call, attempt=attempt
+            )
             if recorded is not None:
                 entry = recorded["calls"][number]
                 if entry["executor"] == "local":
@@ -166,9 +178,14 @@ def _call_entry(call: ToolCall, feedback: str | None, executor: str) -> dict:
 # ---------------------------------------------------------------------------------------------------------- whole files
 
 
-def complete_dialogues(path: Path, tasks: Sequence[DialogueTask],
-                       run: Callable[[list[DialogueTask], DialogueJournal], None], *, prompt_format: str,
-                       rank: int) -> list[str]:
+def complete_dialogues(
+    path: Path,
+    tasks: Sequence[DialogueTask],
+    run: Callable[[list[DialogueTask], DialogueJournal], None],
+    *,
+    prompt_format: str,
+    rank: int,
+) -> list[str]:
     """Bring the prediction file `path` to one dialogue per task; what its journals hold is not asked again.
 
     All ranks call it with the same tasks. `run(missing, journal)` has this rank's share of the missing dialogues, given
@@ -215,23 +232,40 @@ def _notices(path: Path, dialogues: Sequence[RecordedDialogue], *, resumed: int,
         notices.append(f"{path}: dropped {dropped} partial line(s) of a killed run")
     too_long = [dialogue.index for dialogue in dialogues if dialogue.end == "prompt_too_long"]
     if too_long:
-        notices.append(f"{path}: {len(too_long)} dialogues ended because the prompt no longer fits the model, counted "
-                       f"as no valid answer; first index {too_long[0]}")
+        notices.append(
+            f"{path}: {len(too_long)} dialogues ended because the prompt no longer fits the model, counted "
+            f"as no valid answer; first index {too_long[0]}"
+        )
     refused = [dialogue for dialogue in dialogues if dialogue.end == "refused"]
     if refused:
-        notices.append(f"{path}: {len(refused)} dialogues refused by the endpoint, counted as no valid answer; index "
-                       f"{refused[0].index}: {refused[0].error}")
+        notices.append(
+            f"{path}: {len(refused)} dialogues refused by the endpoint, counted as no valid answer; index "
+            f"{refused[0].index}: {refused[0].error}"
+        )
     return notices
 
 
 # ---------------------------------------------------------------------------------------------------------------- model
 
 
-def run_dialogues_with_model(tasks: Sequence[DialogueTask], model: Transformer, tokenizer: Tokenizer, *,
-                             execute: Executor, prompt_format: str, max_turns: int, max_new_tokens: int,
-                             batch_size: int, journal: DialogueJournal, temperature: float = 0.0, seed: int = 0,
-                             rank: int = 0, world_size: int = 1, max_dialogue_tokens: int | None = None,
-                             decoder: DialogueDecoder | None = None) -> None:
+def run_dialogues_with_model(
+    tasks: Sequence[DialogueTask],
+    model: Transformer,
+    tokenizer: Tokenizer,
+    *,
+    execute: Executor,
+    prompt_format: str,
+    max_turns: int,
+    max_new_tokens: int,
+    batch_size: int,
+    journal: DialogueJournal,
+    temperature: float = 0.0,
+    seed: int = 0,
+    rank: int = 0,
+    world_size: int = 1,
+    max_dialogue_tokens: int | None = None,
+    decoder: DialogueDecoder | None = None,
+) -> None:
     """Run this rank's share of the dialogues with a model of ours, batch_size of them side by side.
 
     Live dialogues decode together. One whose response ends gets its feedback and asks again at once; one that ends
@@ -244,13 +278,21 @@ def run_dialogues_with_model(tasks: Sequence[DialogueTask], model: Transformer, 
     """
     room = min(max_dialogue_tokens or model.config.max_positions, model.config.max_positions)
     if max_new_tokens >= room:
-        raise DataError(f"--max_dialogue_tokens: found room for {room} tokens, expected more than the {max_new_tokens} "
-                        "of one turn")
+        raise DataError(
+            f"--max_dialogue_tokens: found room for {room} tokens, expected more than the {max_new_tokens} of one turn"
+        )
     stop_texts = STOP_STRINGS[prompt_format]
-    stop_ids = {token_id for token_id in (tokenizer.eos_id, *map(tokenizer.control_id, stop_texts))
-                if token_id is not None}
-    decoder = decoder or DialogueDecoder(model, n_rows=batch_size, max_tokens=room, max_new_tokens=max_new_tokens,
-                                         stop_ids=frozenset(stop_ids), temperature=temperature)
+    stop_ids = {
+        token_id for token_id in (tokenizer.eos_id, *map(tokenizer.control_id, stop_texts)) if token_id is not None
+    }
+    decoder = decoder or DialogueDecoder(
+        model,
+        n_rows=batch_size,
+        max_tokens=room,
+        max_new_tokens=max_new_tokens,
+        stop_ids=frozenset(stop_ids),
+        temperature=temperature,
+    )
     waiting = list(reversed(tasks[rank::world_size]))
     live: dict[int, Dialogue] = {}
 
@@ -270,15 +312,17 @@ def run_dialogues_with_model(tasks: Sequence[DialogueTask], model: Transformer, 
     with tqdm(total=len(waiting), desc=journal.path.stem, unit="dialogue", disable=rank != 0 or not waiting) as bar:
         while live or waiting:
             while waiting and len(live) < batch_size:
-                dialogue = Dialogue(waiting.pop(), execute=execute, journal=journal, prompt_format=prompt_format,
-                                    max_turns=max_turns)
+                dialogue = Dialogue(
+                    waiting.pop(), execute=execute, journal=journal, prompt_format=prompt_format, max_turns=max_turns
+                )
                 if ask_next(dialogue):
                     live[dialogue.task.index] = dialogue
                 else:
                     bar.update()
             for index, response_ids, _ in decoder.step() if live else ():
-                output, stop = read_response(response_ids, tokenizer, stop_ids=stop_ids, stop_texts=stop_texts,
-                                             prompt_ids=[])
+                output, stop = read_response(
+                    response_ids, tokenizer, stop_ids=stop_ids, stop_texts=stop_texts, prompt_ids=[]
+                )
                 live[index].take_turn(output, is_cut=stop == "max_new_tokens")
                 if not ask_next(live[index]):
                     decoder.drop(index)
@@ -295,9 +339,17 @@ def turn_generator(seed: int, index: int, turn: int) -> torch.Generator:
 # ------------------------------------------------------------------------------------------------------------- endpoint
 
 
-def run_dialogues_with_endpoint(tasks: Sequence[DialogueTask], endpoint: Endpoint, *, execute: Executor,
-                                prompt_format: str, max_turns: int, max_new_tokens: int, journal: DialogueJournal,
-                                temperature: float = 0.0) -> None:
+def run_dialogues_with_endpoint(
+    tasks: Sequence[DialogueTask],
+    endpoint: Endpoint,
+    *,
+    execute: Executor,
+    prompt_format: str,
+    max_turns: int,
+    max_new_tokens: int,
+    journal: DialogueJournal,
+    temperature: float = 0.0,
+) -> None:
     """Run dialogues with a server, one thread each, `endpoint.concurrency` at a time.
 
     `openai` is asked by chat with native tools, `react` by chat without, every other format by a completion of its
@@ -312,8 +364,10 @@ def run_dialogues_with_endpoint(tasks: Sequence[DialogueTask], endpoint: Endpoin
         dialogue = Dialogue(task, execute=execute, journal=journal, prompt_format=prompt_format, max_turns=max_turns)
         return (dialogue, *_talk(dialogue, endpoint, prompt_format, max_new_tokens, temperature))
 
-    with ThreadPoolExecutor(max_workers=endpoint.concurrency) as pool, \
-            tqdm(total=len(tasks), desc=journal.path.stem, unit="dialogue", disable=not tasks) as bar:
+    with (
+        ThreadPoolExecutor(max_workers=endpoint.concurrency) as pool,
+        tqdm(total=len(tasks), desc=journal.path.stem, unit="dialogue", disable=not tasks) as bar,
+    ):
         try:
             while running or waiting and failure is None:
                 while waiting and failure is None and len(running) < endpoint.concurrency:
@@ -332,8 +386,10 @@ def run_dialogues_with_endpoint(tasks: Sequence[DialogueTask], endpoint: Endpoin
                 if has_answered:
                     _close_refused(refused)
                 elif len(refused) >= REFUSALS_TO_STOP and failure is None:
-                    failure = EndpointError(f"{endpoint.url}: found {refused[0][1]} for each of the first "
-                                            f"{len(refused)} dialogues, expected answers")
+                    failure = EndpointError(
+                        f"{endpoint.url}: found {refused[0][1]} for each of the first "
+                        f"{len(refused)} dialogues, expected answers"
+                    )
                 if failure is not None:
                     endpoint.stopping.set()
         except BaseException:  # interrupted: do not wait for attempts that would be made in vain
@@ -350,8 +406,9 @@ def _close_refused(refused: list[tuple[Dialogue, str]]) -> None:
     refused.clear()
 
 
-def _talk(dialogue: Dialogue, endpoint: Endpoint, prompt_format: str, max_new_tokens: int,
-          temperature: float) -> tuple[str, str]:
+def _talk(
+    dialogue: Dialogue, endpoint: Endpoint, prompt_format: str, max_new_tokens: int, temperature: float
+) -> tuple[str, str]:
     """Let the dialogue go on to its end; ("refused", the server's words) if a request was refused, else ("", "")."""
     while not dialogue.end and not endpoint.stopping.is_set():
         recorded = dialogue.recorded_turn()
@@ -368,8 +425,9 @@ def _talk(dialogue: Dialogue, endpoint: Endpoint, prompt_format: str, max_new_to
     return "", ""
 
 
-def _ask_turn(endpoint: Endpoint, dialogue: Dialogue, prompt_format: str, max_new_tokens: int,
-              temperature: float) -> tuple[str, Answer]:
+def _ask_turn(
+    endpoint: Endpoint, dialogue: Dialogue, prompt_format: str, max_new_tokens: int, temperature: float
+) -> tuple[str, Answer]:
     """The model's next output, cut at the format's stop texts, and the server's whole answer."""
     tools, stop_texts = dialogue.task.tools, STOP_STRINGS[prompt_format]
     body: dict = {"model": endpoint.model, "max_tokens": max_new_tokens, "temperature": temperature}

@@ -1,9 +1,10 @@
 """Recorded tools: a file of calls and their feedback, as executor `recorded` replays it (docs/tool_runtime.md)."""
+
 import json
 from pathlib import Path
 
-from data.trajectories import DataError
 from data.json_records import read_json_lines
+from data.trajectories import DataError
 
 
 def recording_key(name: str, arguments: object) -> str:
@@ -25,8 +26,11 @@ def read_recording(path: Path) -> dict:
     rows, _ = read_json_lines(path, drop_partial_last_line=True)
     for line, row in rows:
         where = f"{path}:{line}"
-        for key, types, expected in (("name", str, "a tool's name"), ("arguments", dict, "a dict of arguments"),
-                                     ("feedback", str, "the feedback as text")):
+        for key, types, expected in (
+            ("name", str, "a tool's name"),
+            ("arguments", dict, "a dict of arguments"),
+            ("feedback", str, "the feedback as text"),
+        ):
             if not isinstance(row.get(key), types):
                 raise DataError(f"{where}: found {type(row.get(key)).__name__} as {key!r}, expected {expected}")
         tool_set, dialogue, attempt = row.get("tool_set"), row.get("dialogue"), row.get("attempt")
@@ -34,13 +38,16 @@ def read_recording(path: Path) -> dict:
             raise DataError(f"{where}: found {type(tool_set).__name__} as 'tool_set', expected text, or no such key")
         for key, number in (("dialogue", dialogue), ("attempt", attempt)):
             if number is not None and (type(number) is not int or number < 0):
-                raise DataError(f"{where}: found {ascii(number)[:40]} as {key!r}, expected a number from 0, or no such "
-                                "key")
+                raise DataError(
+                    f"{where}: found {ascii(number)[:40]} as {key!r}, expected a number from 0, or no such key"
+                )
         key = (tool_set, recording_key(row["name"], row["arguments"]), dialogue)
         feedbacks = recording.setdefault(key, {})
         attempt = max(feedbacks, default=-1) + 1 if attempt is None else attempt
         first = feedbacks.setdefault(attempt, (row["feedback"], line))
         if first[0] != row["feedback"]:
-            raise DataError(f"{where}: found another feedback for attempt {attempt} of the same call, expected that of "
-                            f"line {first[1]}")
+            raise DataError(
+                f"{where}: found another feedback for attempt {attempt} of the same call, expected that of "
+                f"line {first[1]}"
+            )
     return recording

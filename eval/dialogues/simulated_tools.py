@@ -6,48 +6,170 @@
 A result is a function of tool and arguments, a failure of seed, tool, arguments and (if it can pass) attempt. Nothing
 in a result is true: who reports figures made with it must say so (docs/tool_runtime.md).
 """
+
 import json
 import random
 import re
 
 from eval.dialogues.local_tools import seed_of
 
-MAX_ECHO_CHARACTERS = 80   # of an argument that comes back in a result
+MAX_ECHO_CHARACTERS = 80  # of an argument that comes back in a result
 MAX_RECORDS = 5
 PYTHON_TYPES = {  # documented type -> Python types that JSON gives for it
-    "integer": (int,), "number": (int, float), "boolean": (bool,), "array": (list,), "object": (dict,),
+    "integer": (int,),
+    "number": (int, float),
+    "boolean": (bool,),
+    "array": (list,),
+    "object": (dict,),
     # ToolEyes documents every parameter as a string, and its tools, Python functions, take numbers as well.
     "string": (str, int, float, bool, type(None)),
 }
 
 _WORD = re.compile(r"[A-Z]?[a-z]+|[A-Z]+(?![a-z])|\d+")
-_VERBS = frozenset((
-    "get", "fetch", "search", "find", "list", "show", "return", "retrieve", "query", "lookup", "look", "check",
-    "calculate", "compute", "convert", "make", "create", "generate", "random", "all", "by", "of", "for", "the", "a",
-    "an", "to", "from", "and", "in", "with", "api"))
-_LIST_WORDS = frozenset((
-    "list", "all", "array", "several", "recent", "upcoming", "latest", "top", "trending", "multiple", "records"))
-_FLAG_WORDS = frozenset((
-    "check", "is", "validate", "verify", "has"))
-_TEXT_WORDS = frozenset((
-    "joke", "quote", "advice", "text", "translate", "translation", "summary", "definition", "fact", "lyrics", "bio",
-    "sentence", "explanation", "instructions"))
-_NUMBER_WORDS = frozenset((
-    "count", "price", "rate", "convert", "calculate", "distance", "total", "score", "amount", "average", "calories",
-    "age", "probability", "similarity", "percentage", "value"))
-_SECRETS = frozenset((
-    "key", "apikey", "token", "secret", "password", "passwd", "auth", "authorization", "proxy", "host"))
-_PAGING = frozenset((
-    "limit", "offset", "page", "size", "cnt", "count", "sort", "order", "fields", "format", "callback", "locale",
-    "lang", "language"))
+_VERBS = frozenset(
+    (
+        "get",
+        "fetch",
+        "search",
+        "find",
+        "list",
+        "show",
+        "return",
+        "retrieve",
+        "query",
+        "lookup",
+        "look",
+        "check",
+        "calculate",
+        "compute",
+        "convert",
+        "make",
+        "create",
+        "generate",
+        "random",
+        "all",
+        "by",
+        "of",
+        "for",
+        "the",
+        "a",
+        "an",
+        "to",
+        "from",
+        "and",
+        "in",
+        "with",
+        "api",
+    )
+)
+_LIST_WORDS = frozenset(
+    ("list", "all", "array", "several", "recent", "upcoming", "latest", "top", "trending", "multiple", "records")
+)
+_FLAG_WORDS = frozenset(("check", "is", "validate", "verify", "has"))
+_TEXT_WORDS = frozenset(
+    (
+        "joke",
+        "quote",
+        "advice",
+        "text",
+        "translate",
+        "translation",
+        "summary",
+        "definition",
+        "fact",
+        "lyrics",
+        "bio",
+        "sentence",
+        "explanation",
+        "instructions",
+    )
+)
+_NUMBER_WORDS = frozenset(
+    (
+        "count",
+        "price",
+        "rate",
+        "convert",
+        "calculate",
+        "distance",
+        "total",
+        "score",
+        "amount",
+        "average",
+        "calories",
+        "age",
+        "probability",
+        "similarity",
+        "percentage",
+        "value",
+    )
+)
+_SECRETS = frozenset(
+    ("key", "apikey", "token", "secret", "password", "passwd", "auth", "authorization", "proxy", "host")
+)
+_PAGING = frozenset(
+    (
+        "limit",
+        "offset",
+        "page",
+        "size",
+        "cnt",
+        "count",
+        "sort",
+        "order",
+        "fields",
+        "format",
+        "callback",
+        "locale",
+        "lang",
+        "language",
+    )
+)
 _COUNTS = ("limit", "count", "cnt", "number", "num", "size", "page_size", "per_page", "max_results")
-_ADJECTIVES = ("Amber", "Brisk", "Calm", "Distant", "Early", "Fair", "Gentle", "Hollow", "Inner", "Lively", "Northern",
-               "Open", "Plain", "Quiet", "Silver", "Upper")
-_NOUNS = ("Anchor", "Bridge", "Canyon", "Delta", "Field", "Garden", "Harbor", "Island", "Lantern", "Meadow", "Orchard",
-          "River", "Summit", "Tower", "Valley", "Willow")
-_SENTENCES = ("It is known in many places and seldom asked about.", "The short version is the one most people keep.",
-              "A second look tells more than the first.", "It begins small and grows with use.",
-              "Those who wait for it find it sooner.", "It works best in the morning.")
+_ADJECTIVES = (
+    "Amber",
+    "Brisk",
+    "Calm",
+    "Distant",
+    "Early",
+    "Fair",
+    "Gentle",
+    "Hollow",
+    "Inner",
+    "Lively",
+    "Northern",
+    "Open",
+    "Plain",
+    "Quiet",
+    "Silver",
+    "Upper",
+)
+_NOUNS = (
+    "Anchor",
+    "Bridge",
+    "Canyon",
+    "Delta",
+    "Field",
+    "Garden",
+    "Harbor",
+    "Island",
+    "Lantern",
+    "Meadow",
+    "Orchard",
+    "River",
+    "Summit",
+    "Tower",
+    "Valley",
+    "Willow",
+)
+_SENTENCES = (
+    "It is known in many places and seldom asked about.",
+    "The short version is the one most people keep.",
+    "A second look tells more than the first.",
+    "It begins small and grows with use.",
+    "Those who wait for it find it sooner.",
+    "It works best in the morning.",
+)
 
 
 def check_types(properties: dict, arguments: dict) -> str:
@@ -61,8 +183,9 @@ def check_types(properties: dict, arguments: dict) -> str:
             continue
         kind = document.get("type")
         types = PYTHON_TYPES.get(kind, ()) if isinstance(kind, str) else ()
-        is_right = not types or isinstance(value, types) and not (
-            isinstance(value, bool) and kind in ("integer", "number"))
+        is_right = (
+            not types or isinstance(value, types) and not (isinstance(value, bool) and kind in ("integer", "number"))
+        )
         if not is_right and not (kind == "integer" and isinstance(value, float) and value.is_integer()):
             return f"{name[:100]} must be {kind}, not {type(value).__name__}"
         choices = document.get("enum")
@@ -71,8 +194,16 @@ def check_types(properties: dict, arguments: dict) -> str:
     return ""
 
 
-def draw_outcome(tool_set: str, document: dict, arguments: dict, attempt: int, *, seed: int, instability_rate: float,
-                 failure_rate: float) -> tuple[str, str]:
+def draw_outcome(
+    tool_set: str,
+    document: dict,
+    arguments: dict,
+    attempt: int,
+    *,
+    seed: int,
+    instability_rate: float,
+    failure_rate: float,
+) -> tuple[str, str]:
     """(category, feedback) of a call that its document allows.
 
     A call that cannot be done fails at every attempt; an unstable tool may work the next time. Both rates are shares
@@ -89,17 +220,25 @@ def draw_outcome(tool_set: str, document: dict, arguments: dict, attempt: int, *
 
 
 def _failure(rng: random.Random) -> str:
-    return rng.choice(('{"error": "Response error."}', "Object of type SerpResults is not JSON serializable",
-                       "'related_searches'",
-                       "slice indices must be integers or None or have an __index__ method"))
+    return rng.choice(
+        (
+            '{"error": "Response error."}',
+            "Object of type SerpResults is not JSON serializable",
+            "'related_searches'",
+            "slice indices must be integers or None or have an __index__ method",
+        )
+    )
 
 
 def _instability(rng: random.Random, name: str) -> str:
     refused = "(Caused by NewConnectionError('Failed to establish a new connection'))"
-    return rng.choice((
-        f"HTTPSConnectionPool(host='api.example.com', port=443): Max retries exceeded with url: /{name} {refused}",
-        '{"error": "connection error."}',
-        f"500 Server Error: Internal Server Error for url: https://api.example.com/{name}"))
+    return rng.choice(
+        (
+            f"HTTPSConnectionPool(host='api.example.com', port=443): Max retries exceeded with url: /{name} {refused}",
+            '{"error": "connection error."}',
+            f"500 Server Error: Internal Server Error for url: https://api.example.com/{name}",
+        )
+    )
 
 
 # -------------------------------------------------------------------------------------------------------------- results
@@ -117,8 +256,11 @@ def draw_result(tool_set: str, document: dict, arguments: dict) -> object:
     topic_words = [word for word in words if word not in _VERBS] or words or ["result"]
     said = {*words, *(word.lower() for word in _WORD.findall(str(document.get("description")))[:40])}
     topic = "_".join(topic_words[:3])
-    echoed = {key: _echo(value) for key, value in arguments.items()
-              if not _SECRETS & _parts(key) and not _PAGING & _parts(key)}
+    echoed = {
+        key: _echo(value)
+        for key, value in arguments.items()
+        if not _SECRETS & _parts(key) and not _PAGING & _parts(key)
+    }
     if words and words[0] in _FLAG_WORDS:
         return {topic: rng.random() < 0.5, **echoed}
     is_plural = topic_words[-1].endswith("s") and not topic_words[-1].endswith("ss")

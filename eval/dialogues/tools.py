@@ -1,6 +1,6 @@
 """Who answers a tool call: one interface, three executors (docs/tool_runtime.md).
 
-    local      our own tools, each call in a process of its own in the sandbox (eval/dialogues/local_tools.py, eval/sandbox/run.py)
+    local      our own tools, each call in a process of its own in the sandbox (local_tools.py, eval/sandbox/run.py)
     simulated  the tools' documents: exact checks, then a made-up payload shaped by the document
     recorded   a file of calls and their feedback
 
@@ -9,6 +9,7 @@ executor. Every feedback reads, to data.error_filter.classify_feedback, as what 
 Nothing here has a clock or global chance: a dialogue's feedback depends on its own calls alone, not on the order of
 dialogues or the number of threads.
 """
+
 import json
 import threading
 from collections.abc import Callable
@@ -21,16 +22,16 @@ from data.tool_calls import MAX_NESTING, ToolCall
 from data.trajectories import tool_parameters
 from eval.dialogues.local_tools import LOCAL_TOOLS, TOOLBOX, shell_command, shell_result
 from eval.dialogues.recorded_tools import read_recording, recording_key
-from eval.sandbox.run import LAYERS, ToolServer, ToolServerEnded
 from eval.dialogues.simulated_tools import check_types, draw_outcome
+from eval.sandbox.run import LAYERS, ToolServer, ToolServerEnded
 
 EXECUTOR_KINDS = ("auto", "local", "simulated", "recorded")
 MAX_FEEDBACK_CHARACTERS = 4096  # the official executor keeps 1,023 tokens of its tokenizer
-MAX_ARGUMENT_BYTES = 1 << 20    # of a call as JSON; longer ones are refused, unseen by any tool
-TODAY = "2024-12-20"            # what the date tools call today unless they are told otherwise: the paper's month
-CALL_SECONDS = 10.0             # of wall time for one local call
+MAX_ARGUMENT_BYTES = 1 << 20  # of a call as JSON; longer ones are refused, unseen by any tool
+TODAY = "2024-12-20"  # what the date tools call today unless they are told otherwise: the paper's month
+CALL_SECONDS = 10.0  # of wall time for one local call
 CALL_MEMORY_BYTES = 512 << 20
-SERVERS = 2                     # processes that local calls are shared among, dialogue by dialogue
+SERVERS = 2  # processes that local calls are shared among, dialogue by dialogue
 
 REASON = "The function cannot be executed successfully with the given parameters for the reason: "  # Table 14
 CALL_FAILURE = '{"error": "Response error."}'  # Table 14
@@ -40,26 +41,37 @@ FILES_LOST = '{"error": "connection error. The tool server was started again; th
 @dataclass(frozen=True, slots=True)
 class ToolRequest:
     """One call of a dialogue."""
-    dialogue: int       # number of the dialogue; its files persist between its calls
-    tool_set: str       # "toolbox", or the ToolEyes path ("Random/Random")
-    tools: list[dict]   # OpenAI function dicts, the documents that the model was shown
+
+    dialogue: int  # number of the dialogue; its files persist between its calls
+    tool_set: str  # "toolbox", or the ToolEyes path ("Random/Random")
+    tools: list[dict]  # OpenAI function dicts, the documents that the model was shown
     call: ToolCall
-    attempt: int        # earlier identical calls of this dialogue
+    attempt: int  # earlier identical calls of this dialogue
 
 
 @dataclass(frozen=True, slots=True)
 class ToolResult:
     """What the model is told."""
-    feedback: str       # at most MAX_FEEDBACK_CHARACTERS
-    executor: str       # who answered: "local", "simulated" or "recorded"
+
+    feedback: str  # at most MAX_FEEDBACK_CHARACTERS
+    executor: str  # who answered: "local", "simulated" or "recorded"
 
 
 Executor = Callable[[ToolRequest], ToolResult]  # for several threads at once
 
 
-def make_executor(kind: str, *, seed: int = 0, instability_rate: float = 0.0, failure_rate: float = 0.0,
-                  recorded_file: Path | None = None, execute_code: bool = False, today: str = TODAY,
-                  seconds: float = CALL_SECONDS, servers: int = SERVERS) -> "ToolExecutor":
+def make_executor(
+    kind: str,
+    *,
+    seed: int = 0,
+    instability_rate: float = 0.0,
+    failure_rate: float = 0.0,
+    recorded_file: Path | None = None,
+    execute_code: bool = False,
+    today: str = TODAY,
+    seconds: float = CALL_SECONDS,
+    servers: int = SERVERS,
+) -> "ToolExecutor":
     """The executor of one of EXECUTOR_KINDS; close it, or use it in a `with`.
 
     auto: local where there is a local tool, else simulated. local: as auto, but what is not local has no network.
@@ -76,19 +88,30 @@ def make_executor(kind: str, *, seed: int = 0, instability_rate: float = 0.0, fa
     if instability_rate + failure_rate > 1.0:
         raise ValueError(f"instability_rate + failure_rate is {instability_rate + failure_rate:g}, expected at most 1")
     if (kind == "recorded") != (recorded_file is not None):
-        raise ValueError(f"recorded_file is {str(recorded_file)!r} with executor {kind!r}, "
-                         "expected a file exactly with executor 'recorded'")
+        raise ValueError(
+            f"recorded_file is {str(recorded_file)!r} with executor {kind!r}, "
+            "expected a file exactly with executor 'recorded'"
+        )
     local = LocalTools(execute_code=execute_code, today=today, seconds=seconds, servers=servers)
     recording = read_recording(recorded_file) if recorded_file is not None else {}
-    return ToolExecutor(kind, local=local, recording=recording, seed=seed, instability_rate=instability_rate,
-                        failure_rate=failure_rate)
+    return ToolExecutor(
+        kind, local=local, recording=recording, seed=seed, instability_rate=instability_rate, failure_rate=failure_rate
+    )
 
 
 class ToolExecutor:
     """An Executor with an end. State: the sandboxed processes of the local tools; the recording, read only."""
 
-    def __init__(self, kind: str, *, local: "LocalTools", recording: dict, seed: int, instability_rate: float,
-                 failure_rate: float) -> None:
+    def __init__(
+        self,
+        kind: str,
+        *,
+        local: "LocalTools",
+        recording: dict,
+        seed: int,
+        instability_rate: float,
+        failure_rate: float,
+    ) -> None:
         self.kind, self._local, self._recording = kind, local, recording
         self._seed, self._instability_rate, self._failure_rate = seed, instability_rate, failure_rate
 
@@ -111,8 +134,14 @@ class ToolExecutor:
             found = "tool_instability", no_network(request.call.name)
         else:
             found = draw_outcome(
-                request.tool_set, document_of(request), request.call.arguments, request.attempt, seed=self._seed,
-                instability_rate=self._instability_rate, failure_rate=self._failure_rate)
+                request.tool_set,
+                document_of(request),
+                request.call.arguments,
+                request.attempt,
+                seed=self._seed,
+                instability_rate=self._instability_rate,
+                failure_rate=self._failure_rate,
+            )
         return ToolResult(_settle(*found, request), "local" if is_local or self.kind == "local" else "simulated")
 
     def _replay(self, request: ToolRequest) -> ToolResult:
@@ -123,8 +152,7 @@ class ToolExecutor:
                 feedbacks = self._recording.get((tool_set, key, dialogue))
                 if feedbacks:
                     # Beyond the last recorded attempt the last one speaks: the same call, the same answer.
-                    attempt = max((number for number in feedbacks if number <= request.attempt),
-                                  default=min(feedbacks))
+                    attempt = max((number for number in feedbacks if number <= request.attempt), default=min(feedbacks))
                     return ToolResult(feedbacks[attempt][0], "recorded")
         meant, text = find_fault(request) or ("tool_call_failure", f"{REASON}this call was not recorded")
         return ToolResult(_settle(meant, text, request), "recorded")
@@ -178,8 +206,13 @@ def find_fault(request: ToolRequest) -> tuple[str, str] | None:
         return category, f"{name}() got an unexpected keyword argument '{_shown(unknown)}'"
     if category == "parameter_missing":
         missing = [f"'{parameter}'" for parameter in required if parameter not in arguments]
-        listed = missing[0] if len(missing) == 1 else " and ".join(missing) if len(missing) == 2 else \
-            f"{', '.join(missing[:-1])}, and {missing[-1]}"
+        listed = (
+            missing[0]
+            if len(missing) == 1
+            else " and ".join(missing)
+            if len(missing) == 2
+            else f"{', '.join(missing[:-1])}, and {missing[-1]}"
+        )
         plural = "s" * (len(missing) > 1)
         return category, f"{name}() missing {len(missing)} required positional argument{plural}: {listed}"
     if fault := check_types(properties, arguments):
@@ -197,8 +230,10 @@ def document_of(request: ToolRequest) -> dict | None:
 
 def no_network(name: str) -> str:
     """What a tool of the web says on a machine without network."""
-    return (f"HTTPSConnectionPool(host='api.example.com', port=443): Max retries exceeded with url: /{_shown(name)} "
-            "(Caused by NewConnectionError('Failed to establish a new connection'))")
+    return (
+        f"HTTPSConnectionPool(host='api.example.com', port=443): Max retries exceeded with url: /{_shown(name)} "
+        "(Caused by NewConnectionError('Failed to establish a new connection'))"
+    )
 
 
 def is_plain_json(call: list) -> bool:
@@ -232,14 +267,19 @@ def _settle(meant: str, text: str, request: ToolRequest) -> str:
     if meant == "all_right":
         inner = text
         if len(text) > MAX_FEEDBACK_CHARACTERS:
-            inner = text[:MAX_FEEDBACK_CHARACTERS // 2]  # quoting it again may double its length, or worse
-        candidates = [text[:MAX_FEEDBACK_CHARACTERS], json.dumps({"result": inner}, ensure_ascii=False),
-                      json.dumps({"result": inner[:MAX_FEEDBACK_CHARACTERS // 8]})]
+            inner = text[: MAX_FEEDBACK_CHARACTERS // 2]  # quoting it again may double its length, or worse
+        candidates = [
+            text[:MAX_FEEDBACK_CHARACTERS],
+            json.dumps({"result": inner}, ensure_ascii=False),
+            json.dumps({"result": inner[: MAX_FEEDBACK_CHARACTERS // 8]}),
+        ]
     else:
         candidates = [text[:MAX_FEEDBACK_CHARACTERS], (REASON + text)[:MAX_FEEDBACK_CHARACTERS], CALL_FAILURE]
     for candidate in candidates:
-        if len(candidate) <= MAX_FEEDBACK_CHARACTERS and \
-                classify_feedback(candidate, request.call, request.tools) == meant:
+        if (
+            len(candidate) <= MAX_FEEDBACK_CHARACTERS
+            and classify_feedback(candidate, request.call, request.tools) == meant
+        ):
             return candidate
     return candidates[-1]
 
@@ -253,8 +293,9 @@ class LocalTools:
     State: the servers, one lock each; which dialogues have files where.
     """
 
-    def __init__(self, *, execute_code: bool, today: str, seconds: float, servers: int,
-                 layers: tuple[str, ...] = LAYERS) -> None:
+    def __init__(
+        self, *, execute_code: bool, today: str, seconds: float, servers: int, layers: tuple[str, ...] = LAYERS
+    ) -> None:
         self._execute_code, self._today, self._seconds, self._layers = execute_code, today, seconds, layers
         self._locks = [threading.Lock() for _ in range(servers)]
         self._servers: list[ToolServer | None] = [None] * servers
@@ -274,8 +315,10 @@ class LocalTools:
             with self._locks[self._place(request.dialogue)]:
                 self._abilities = self._server(self._place(request.dialogue)).abilities
             for ability in (ability for ability, is_there in self._abilities.items() if not is_there):
-                self.notices.append(f"tools: the sandbox of this machine can give no {ability}; what needs that is "
-                                    "simulated (docs/tool_runtime.md)")
+                self.notices.append(
+                    f"tools: the sandbox of this machine can give no {ability}; what needs that is "
+                    "simulated (docs/tool_runtime.md)"
+                )
         return self._abilities["programs" if needs == "programs" else "folder"]
 
     def run(self, request: ToolRequest) -> tuple[str, str]:
@@ -288,9 +331,14 @@ class LocalTools:
         elif needs == "python":
             body |= {"code": str(arguments["code:"])}
         else:
-            body |= {"tool_set": request.tool_set, "name": request.call.name, "arguments": arguments,
-                     "attempt": request.attempt, "today": self._today,
-                     "tools": request.tools if request.tool_set == TOOLBOX else []}
+            body |= {
+                "tool_set": request.tool_set,
+                "name": request.call.name,
+                "arguments": arguments,
+                "attempt": request.attempt,
+                "today": self._today,
+                "tools": request.tools if request.tool_set == TOOLBOX else [],
+            }
         place = self._place(request.dialogue)
         with self._locks[place]:
             answer = self._ask(place, body)
@@ -322,8 +370,9 @@ class LocalTools:
 
     def _server(self, place: int) -> ToolServer:
         if self._servers[place] is None:
-            self._servers[place] = ToolServer(seconds=self._seconds, memory_bytes=CALL_MEMORY_BYTES,
-                                              layers=self._layers)
+            self._servers[place] = ToolServer(
+                seconds=self._seconds, memory_bytes=CALL_MEMORY_BYTES, layers=self._layers
+            )
             self.limits_applied = self._servers[place].limits_applied
         return self._servers[place]
 
@@ -354,8 +403,9 @@ class LocalTools:
         self._servers[place] = None
 
 
-def read_answer(request: ToolRequest, needs: str, status: str, exit_code: int, text: str,
-                seconds: float) -> tuple[str, str]:
+def read_answer(
+    request: ToolRequest, needs: str, status: str, exit_code: int, text: str, seconds: float
+) -> tuple[str, str]:
     """(category, text) of what a call's process wrote; code that it ran may have written anything."""
     if status == "timed out":
         return "tool_instability", f"{REASON}timed out after {seconds:g} s"
@@ -399,9 +449,18 @@ class RecordingExecutor:
         """Answer one call and write it down."""
         result = self._executor(request)
         try:
-            line = json.dumps({"tool_set": request.tool_set, "dialogue": request.dialogue, "name": request.call.name,
-                               "arguments": request.call.arguments, "attempt": request.attempt,
-                               "feedback": result.feedback, "executor": result.executor}, allow_nan=False)
+            line = json.dumps(
+                {
+                    "tool_set": request.tool_set,
+                    "dialogue": request.dialogue,
+                    "name": request.call.name,
+                    "arguments": request.call.arguments,
+                    "attempt": request.attempt,
+                    "feedback": result.feedback,
+                    "executor": result.executor,
+                },
+                allow_nan=False,
+            )
         except (ValueError, TypeError, RecursionError):
             return result  # arguments that JSON cannot hold: no such call can be found again
         with self._lock:

@@ -6,6 +6,7 @@ is tried again after a pause that doubles. Any other ends the run with one line,
 The server is not trusted: answers are bounded in size and time, redirects are not followed (they would carry the key
 elsewhere), and the key is cut out of every message.
 """
+
 import http.client
 import json
 import math
@@ -20,17 +21,17 @@ from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 
-from data.trajectories import DataError
-from eval.general_tasks import LETTERS, MMLU_SHOTS, mmlu_prompt
 from data.formats.outputs import json_text
 from data.formats.prompts import PromptError, completion_text, react_messages, render_prompt
+from data.trajectories import DataError
+from eval.general_tasks import LETTERS, MMLU_SHOTS, mmlu_prompt
 from eval.queries import ChoiceQuery, Query, cut_at
 
 BACKOFF_SECONDS, MAX_PAUSE_SECONDS = 1.0, 60.0  # before the second attempt; the longest pause, also for Retry-After
 MAX_ANSWER_BYTES = 16 << 20
-MAX_STOPS = 4          # the API takes no more; what it does not cut is cut here
-REFUSALS_TO_STOP = 8   # without a single answer: then it is the server or the settings, not the records
-TOP_LOGPROBS = 5       # the most that the completions API gives
+MAX_STOPS = 4  # the API takes no more; what it does not cut is cut here
+REFUSALS_TO_STOP = 8  # without a single answer: then it is the server or the settings, not the records
+TOP_LOGPROBS = 5  # the most that the completions API gives
 PASSING_STATUS = (408, 425, 429)
 REFUSED_STATUS = (400, 413, 422)
 
@@ -50,21 +51,23 @@ class _PassingError(Exception):
 @dataclass(frozen=True, slots=True)
 class Endpoint:
     """Where and how to ask."""
-    url: str                # base of the API, as in http://127.0.0.1:8000/v1
-    model: str              # the model's name there
-    api_key: str            # sent as bearer token; "" = none
+
+    url: str  # base of the API, as in http://127.0.0.1:8000/v1
+    model: str  # the model's name there
+    api_key: str  # sent as bearer token; "" = none
     timeout_seconds: float  # for one whole answer
-    attempts: int           # requests per record, the first one included
-    concurrency: int        # requests at a time
+    attempts: int  # requests per record, the first one included
+    concurrency: int  # requests at a time
     stopping: threading.Event = field(default_factory=threading.Event)  # once set, no more attempts
 
 
 @dataclass(frozen=True, slots=True)
 class Answer:
     """What the server said to one request: its first choice, or why there is none."""
+
     choice: dict  # the API's choices[0]; {} without an answer
-    stop: str     # "end", "max_new_tokens", "prompt_too_long" or "refused"
-    error: str    # the server's words where it refused, else ""
+    stop: str  # "end", "max_new_tokens", "prompt_too_long" or "refused"
+    error: str  # the server's words where it refused, else ""
 
 
 # ------------------------------------------------------------------------------------------------------------- requests
@@ -91,8 +94,9 @@ def check_url(url: str) -> None:
         raise ValueError(f"found {url!a}, expected the base of an API, as in http://127.0.0.1:8000/v1")
 
 
-def make_endpoint(url: str, model: str, *, key_variable: str, timeout: float, attempts: int,
-                  concurrency: int) -> Endpoint:
+def make_endpoint(
+    url: str, model: str, *, key_variable: str, timeout: float, attempts: int, concurrency: int
+) -> Endpoint:
     """The endpoint with the key that the environment variable `key_variable` holds; none is no fault.
 
     Raises EndpointError for a key that is none, without showing it.
@@ -100,8 +104,14 @@ def make_endpoint(url: str, model: str, *, key_variable: str, timeout: float, at
     key = os.environ.get(key_variable, "").strip()
     if not key.isascii() or not key.isprintable():
         raise EndpointError(f"--endpoint_key: found characters in {key_variable} that no key has, expected ASCII")
-    return Endpoint(url=url.rstrip("/"), model=model, api_key=key, timeout_seconds=timeout, attempts=attempts,
-                    concurrency=concurrency)
+    return Endpoint(
+        url=url.rstrip("/"),
+        model=model,
+        api_key=key,
+        timeout_seconds=timeout,
+        attempts=attempts,
+        concurrency=concurrency,
+    )
 
 
 def ask(endpoint: Endpoint, path: str, body: dict) -> Answer:
@@ -119,8 +129,10 @@ def ask(endpoint: Endpoint, path: str, body: dict) -> Answer:
                 doubled = BACKOFF_SECONDS * 2 ** min(attempt, 10) * random.uniform(0.75, 1.25)  # requests drift apart
                 if endpoint.stopping.wait(min(max(doubled, fault.pause), MAX_PAUSE_SECONDS)):
                     break
-    raise EndpointError(f"{endpoint.url}{path}: {message} in attempt {attempt + 1} of {endpoint.attempts}; what was "
-                        "predicted is kept, the same command goes on")
+    raise EndpointError(
+        f"{endpoint.url}{path}: {message} in attempt {attempt + 1} of {endpoint.attempts}; what was "
+        "predicted is kept, the same command goes on"
+    )
 
 
 def _ask_once(endpoint: Endpoint, path: str, body: dict) -> Answer:
@@ -142,8 +154,9 @@ def _ask_once(endpoint: Endpoint, path: str, body: dict) -> Answer:
             raise _PassingError(f"found no answer within {endpoint.timeout_seconds:g} s") from None
         raise _PassingError(f"found no connection ({_shown(str(error.reason), endpoint)})") from None
     except (OSError, http.client.HTTPException) as error:
-        raise _PassingError(f"found a broken connection ({_shown(f'{type(error).__name__}: {error}', endpoint)})") \
-            from None
+        raise _PassingError(
+            f"found a broken connection ({_shown(f'{type(error).__name__}: {error}', endpoint)})"
+        ) from None
     choice = _first_choice(raw, endpoint)
     return Answer(choice, "max_new_tokens" if choice.get("finish_reason") == "length" else "end", "")
 
@@ -174,8 +187,12 @@ def _refusal(endpoint: Endpoint, path: str, error: urllib.error.HTTPError, deadl
         raise _PassingError(f"found status {error.code} ({words})", _seconds(error.headers.get("Retry-After")))
     if error.code in REFUSED_STATUS:
         lowered = words.lower()
-        is_too_long = error.code == 413 or "context_length_exceeded" in lowered or \
-            "context" in lowered and ("length" in lowered or "window" in lowered)
+        is_too_long = (
+            error.code == 413
+            or "context_length_exceeded" in lowered
+            or "context" in lowered
+            and ("length" in lowered or "window" in lowered)
+        )
         return Answer({}, "prompt_too_long" if is_too_long else "refused", f"status {error.code} ({words})")
     raise EndpointError(f"{endpoint.url}{path}: found status {error.code} ({words}), expected an answer")
 
@@ -224,8 +241,15 @@ def _seconds(text: str | None) -> float:
 # -------------------------------------------------------------------------------------------------------------- records
 
 
-def ask_record(endpoint: Endpoint, query: Query | ChoiceQuery, *, prompt_format: str, max_new_tokens: int,
-               stop_texts: Sequence[str], temperature: float = 0.0) -> dict:
+def ask_record(
+    endpoint: Endpoint,
+    query: Query | ChoiceQuery,
+    *,
+    prompt_format: str,
+    max_new_tokens: int,
+    stop_texts: Sequence[str],
+    temperature: float = 0.0,
+) -> dict:
     """The predictions row for one record: `openai` and `react` by chat, every other format by a completion of its text.
 
     `temperature` 0 asks for the likeliest tokens; a choice always does. Raises EndpointError.
@@ -245,14 +269,27 @@ def ask_record(endpoint: Endpoint, query: Query | ChoiceQuery, *, prompt_format:
     return _row(query.index, _completed_text(answer), answer, stop_texts)
 
 
-def _complete(endpoint: Endpoint, prompt: str, max_tokens: int, stop_texts: Sequence[str], *, temperature: float = 0.0,
-              **options: int) -> Answer:
+def _complete(
+    endpoint: Endpoint,
+    prompt: str,
+    max_tokens: int,
+    stop_texts: Sequence[str],
+    *,
+    temperature: float = 0.0,
+    **options: int,
+) -> Answer:
     body = {"model": endpoint.model, "prompt": prompt, "max_tokens": max_tokens, "temperature": temperature, **options}
     return ask(endpoint, "/completions", _with_stops(body, stop_texts))
 
 
-def _chat(endpoint: Endpoint, messages: list[dict], tools: list[dict], max_tokens: int, stop_texts: Sequence[str],
-          temperature: float = 0.0) -> Answer:
+def _chat(
+    endpoint: Endpoint,
+    messages: list[dict],
+    tools: list[dict],
+    max_tokens: int,
+    stop_texts: Sequence[str],
+    temperature: float = 0.0,
+) -> Answer:
     body = {"model": endpoint.model, "messages": messages, "max_tokens": max_tokens, "temperature": temperature}
     return ask(endpoint, "/chat/completions", _with_stops({**body, "tools": tools} if tools else body, stop_texts))
 
@@ -304,16 +341,25 @@ def _likeliest_letter(choice: dict) -> str:
     logprobs = choice.get("logprobs")
     top = logprobs.get("top_logprobs") if isinstance(logprobs, dict) else None
     first = top[0] if isinstance(top, list) and top and isinstance(top[0], dict) else {}
-    letters = [(value, token.strip()) for token, value in first.items()
-               if len(token.strip()) == 1 and token.strip() in LETTERS and type(value) in (int, float)]
+    letters = [
+        (value, token.strip())
+        for token, value in first.items()
+        if len(token.strip()) == 1 and token.strip() in LETTERS and type(value) in (int, float)
+    ]
     return " " + max(letters)[1] if letters else ""
 
 
 # ----------------------------------------------------------------------------------------------------------- whole runs
 
 
-def ask_records(endpoint: Endpoint, queries: Sequence[Query | ChoiceQuery], *, prompt_format: str, max_new_tokens: int,
-                stop_texts: Sequence[str]) -> Iterator[dict]:
+def ask_records(
+    endpoint: Endpoint,
+    queries: Sequence[Query | ChoiceQuery],
+    *,
+    prompt_format: str,
+    max_new_tokens: int,
+    stop_texts: Sequence[str],
+) -> Iterator[dict]:
     """Rows in the order in which answers arrive, `endpoint.concurrency` requests at a time.
 
     When one record fails for good, the answers that still arrive are given, then EndpointError is raised.
@@ -324,8 +370,16 @@ def ask_records(endpoint: Endpoint, queries: Sequence[Query | ChoiceQuery], *, p
         try:
             while running or waiting and failure is None:
                 while waiting and failure is None and len(running) < endpoint.concurrency:
-                    running.add(pool.submit(ask_record, endpoint, waiting.pop(), prompt_format=prompt_format,
-                                            max_new_tokens=max_new_tokens, stop_texts=stop_texts))
+                    running.add(
+                        pool.submit(
+                            ask_record,
+                            endpoint,
+                            waiting.pop(),
+                            prompt_format=prompt_format,
+                            max_new_tokens=max_new_tokens,
+                            stop_texts=stop_texts,
+                        )
+                    )
                 done, running = wait(running, return_when=FIRST_COMPLETED)
                 rows, error = _results(done)
                 failure = failure or error
@@ -335,8 +389,10 @@ def ask_records(endpoint: Endpoint, queries: Sequence[Query | ChoiceQuery], *, p
                     yield from held_back
                     held_back = []
                 elif len(held_back) >= REFUSALS_TO_STOP and failure is None:
-                    failure = EndpointError(f"{endpoint.url}: found {held_back[0]['error']} for each of the first "
-                                            f"{len(held_back)} requests, expected answers")
+                    failure = EndpointError(
+                        f"{endpoint.url}: found {held_back[0]['error']} for each of the first "
+                        f"{len(held_back)} requests, expected answers"
+                    )
                 if failure is not None:
                     endpoint.stopping.set()
         except BaseException:  # interrupted: do not wait for attempts that would be made in vain

@@ -4,6 +4,7 @@ While running, rank 0 appends to PREDICTIONS/<benchmark>.jsonl itself and rank r
 item is one line, flushed. At the start and at the end rank 0 merges all of them into the first, sorted by index, by an
 atomic rename. So a killed run leaves at most one partial line per rank, and any number of ranks can take up the rest.
 """
+
 import hashlib
 import json
 from collections.abc import Callable, Iterator, Sequence
@@ -12,8 +13,8 @@ from pathlib import Path
 import torch.distributed as dist
 from tqdm import tqdm
 
-from data.trajectories import DataError
 from data.json_records import read_json_lines, write_json_lines, write_text
+from data.trajectories import DataError
 from eval.predict.prediction_files import read_predictions
 from eval.queries import ChoiceQuery, Query, cut_at, encode_query
 from model.sampling import generate
@@ -21,7 +22,7 @@ from model.tokenizer import Tokenizer
 from model.transformer import Transformer
 
 HASH_BLOCK = 1 << 20  # bytes read at a time
-SHOWN_INDICES = 20    # of the records named in a notice
+SHOWN_INDICES = 20  # of the records named in a notice
 
 
 # ------------------------------------------------------------------------------------------------------------- identity
@@ -74,12 +75,16 @@ def check_settings(path: Path, settings: dict[str, str | int], *, resume: str, i
     except (OSError, ValueError):
         found = None
     if not isinstance(found, dict):
-        raise DataError(f"{settings_path}: found no settings beside earlier predictions, expected those of this run; "
-                        "choose another --output")
+        raise DataError(
+            f"{settings_path}: found no settings beside earlier predictions, expected those of this run; "
+            "choose another --output"
+        )
     for name, value in settings.items():
         if found.get(name) != value:
-            raise DataError(f"{settings_path}: found {name} {found.get(name)!a}, expected {value!a}: the predictions "
-                            "belong to another run; choose another --output")
+            raise DataError(
+                f"{settings_path}: found {name} {found.get(name)!a}, expected {value!a}: the predictions "
+                "belong to another run; choose another --output"
+            )
 
 
 # -------------------------------------------------------------------------------------------------------------- journal
@@ -138,8 +143,14 @@ def _wait_for_all_ranks() -> None:
 # -------------------------------------------------------------------------------------------------------- whole files
 
 
-def complete_predictions(path: Path, queries: Sequence[Query | ChoiceQuery], predict: Callable[[list], Iterator[dict]],
-                         *, label: dict[str, str], rank: int) -> list[str]:
+def complete_predictions(
+    path: Path,
+    queries: Sequence[Query | ChoiceQuery],
+    predict: Callable[[list], Iterator[dict]],
+    *,
+    label: dict[str, str],
+    rank: int,
+) -> list[str]:
     """Bring the JSONL file `path` to one row per query; what is already there is not made again.
 
     All ranks call it with the same queries. `predict(missing)` gives this rank's rows for the queries still missing, in
@@ -154,8 +165,10 @@ def complete_predictions(path: Path, queries: Sequence[Query | ChoiceQuery], pre
 
     # 2. Predict, and append item by item.
     predicted = predict(missing)  # settings that do not fit show before the bar
-    with open(_journal(path, rank), "a", encoding="utf-8") as journal, \
-            tqdm(total=len(missing), desc=path.stem, unit="item", disable=rank != 0 or not missing) as bar:
+    with (
+        open(_journal(path, rank), "a", encoding="utf-8") as journal,
+        tqdm(total=len(missing), desc=path.stem, unit="item", disable=rank != 0 or not missing) as bar,
+    ):
         for row in predicted:
             journal.write(json.dumps({**row, **label}) + "\n")
             journal.flush()
@@ -182,8 +195,10 @@ def _notices(path: Path, rows: Sequence[dict], *, resumed: int, dropped: int) ->
         shown = f"{too_long[:SHOWN_INDICES]}".replace("]", ", ..]" if len(too_long) > SHOWN_INDICES else "]")
         notices.append(f"{path}: {len(too_long)} prompts too long for the model, counted as wrong: {shown}")
     if refused:
-        notices.append(f"{path}: {len(refused)} requests refused by the endpoint, counted as wrong; index "
-                       f"{refused[0]['index']}: {refused[0].get('error', '')}")
+        notices.append(
+            f"{path}: {len(refused)} requests refused by the endpoint, counted as wrong; index "
+            f"{refused[0]['index']}: {refused[0].get('error', '')}"
+        )
     return notices
 
 
@@ -193,12 +208,21 @@ def _notices(path: Path, rows: Sequence[dict], *, resumed: int, dropped: int) ->
 def length_sorted_batches(prompts: dict[int, list[int]], batch_size: int) -> list[list[int]]:
     """Indices in batches of near-equal prompt length, longest first, so that a lack of memory shows at once."""
     ordered = sorted(prompts, key=lambda index: (-len(prompts[index]), index))
-    return [ordered[start:start + batch_size] for start in range(0, len(ordered), batch_size)]
+    return [ordered[start : start + batch_size] for start in range(0, len(ordered), batch_size)]
 
 
-def generated_rows(model: Transformer, tokenizer: Tokenizer, queries: Sequence[Query], *, prompt_format: str,
-                   stop_texts: Sequence[str], max_new_tokens: int, batch_size: int, rank: int,
-                   world_size: int) -> Iterator[dict]:
+def generated_rows(
+    model: Transformer,
+    tokenizer: Tokenizer,
+    queries: Sequence[Query],
+    *,
+    prompt_format: str,
+    stop_texts: Sequence[str],
+    max_new_tokens: int,
+    batch_size: int,
+    rank: int,
+    world_size: int,
+) -> Iterator[dict]:
     """The greedy output for this rank's share of the queries, batch by batch, longest prompts first.
 
     An output ends with EOS, before the first of `stop_texts`, or after `max_new_tokens`. Generation itself stops at EOS
@@ -208,28 +232,50 @@ def generated_rows(model: Transformer, tokenizer: Tokenizer, queries: Sequence[Q
     """
     prompts = {query.index: encode_query(query, prompt_format, tokenizer) for query in queries}
     continued = {query.index for query in queries if query.text}
-    stop_ids = {tokenizer.eos_id, *(token_id for text in stop_texts
-                                    if (token_id := tokenizer.control_id(text)) is not None)}
+    stop_ids = {
+        tokenizer.eos_id,
+        *(token_id for text in stop_texts if (token_id := tokenizer.control_id(text)) is not None),
+    }
     room = model.config.max_positions - max_new_tokens
 
     def rows_of(batch: list[int]) -> Iterator[dict]:
         fitting = [index for index in batch if len(prompts[index]) <= room]
-        responses = generate(model, [prompts[index] for index in fitting], max_new_tokens=max_new_tokens,
-                             eos_id=tokenizer.eos_id, stop_ids=stop_ids) if fitting else []
+        responses = (
+            generate(
+                model,
+                [prompts[index] for index in fitting],
+                max_new_tokens=max_new_tokens,
+                eos_id=tokenizer.eos_id,
+                stop_ids=stop_ids,
+            )
+            if fitting
+            else []
+        )
         for index in batch:
             if len(prompts[index]) > room:
                 yield {"index": index, "output": "", "stop": "prompt_too_long"}
         for index, (response_ids, _) in zip(fitting, responses, strict=True):
-            output, stop = read_response(response_ids, tokenizer, stop_ids=stop_ids, stop_texts=stop_texts,
-                                         prompt_ids=prompts[index] if index in continued else [])
+            output, stop = read_response(
+                response_ids,
+                tokenizer,
+                stop_ids=stop_ids,
+                stop_texts=stop_texts,
+                prompt_ids=prompts[index] if index in continued else [],
+            )
             yield {"index": index, "output": output, "stop": stop}
 
     own_batches = length_sorted_batches(prompts, batch_size)[rank::world_size]
     return (row for batch in own_batches for row in rows_of(batch))
 
 
-def read_response(response_ids: Sequence[int], tokenizer: Tokenizer, *, stop_ids: set[int], stop_texts: Sequence[str],
-                  prompt_ids: list[int]) -> tuple[str, str]:
+def read_response(
+    response_ids: Sequence[int],
+    tokenizer: Tokenizer,
+    *,
+    stop_ids: set[int],
+    stop_texts: Sequence[str],
+    prompt_ids: list[int],
+) -> tuple[str, str]:
     """The text of a response up to its end, and why it ended.
 
     With `prompt_ids` the text continues theirs: decoded alone it would lose a blank in front, which is the indentation
@@ -238,6 +284,6 @@ def read_response(response_ids: Sequence[int], tokenizer: Tokenizer, *, stop_ids
     end = next((position for position, token_id in enumerate(response_ids) if token_id in stop_ids), None)
     text_ids = list(response_ids[:end])
     prompt, whole = tokenizer.decode(prompt_ids), tokenizer.decode([*prompt_ids, *text_ids])
-    text = whole[len(prompt):] if whole.startswith(prompt) else tokenizer.decode(text_ids)
+    text = whole[len(prompt) :] if whole.startswith(prompt) else tokenizer.decode(text_ids)
     output, is_cut = cut_at(text, stop_texts)
     return output, "end" if is_cut or end is not None else "max_new_tokens"

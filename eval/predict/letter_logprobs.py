@@ -6,6 +6,7 @@ numbers depend neither on which questions are left after a kill nor on the numbe
 
 Shape suffixes: T tokens, V vocabulary.
 """
+
 from collections.abc import Iterator, Sequence
 
 import torch
@@ -26,13 +27,17 @@ def letter_rows(model: Transformer, tokenizer: Tokenizer, queries: Sequence[Choi
     longest = max(map(len, letters))
     prefix = _Prefix(model, tokenizer)
     for query in queries:
-        text, _ = fit_mmlu_prompt(query.question, query.shots, max_tokens=model.config.max_positions - longest + 1,
-                                  count_tokens=lambda candidate: len(encode_text(candidate, tokenizer)))
+        text, _ = fit_mmlu_prompt(
+            query.question,
+            query.shots,
+            max_tokens=model.config.max_positions - longest + 1,
+            count_tokens=lambda candidate: len(encode_text(candidate, tokenizer)),
+        )
         ids = encode_text(text, tokenizer)
         if len(ids) + longest - 1 > model.config.max_positions:
             yield {"index": query.index, "output": "", "stop": "prompt_too_long"}
             continue
-        logprobs = prefix.logprobs(text[:text.rindex(query.question.question)], ids, letters)
+        logprobs = prefix.logprobs(text[: text.rindex(query.question.question)], ids, letters)
         yield {"index": query.index, "output": f" {choose_letter(logprobs)}", "stop": "end", "logprobs": logprobs}
 
 

@@ -1,11 +1,12 @@
 """Prediction files: one JSON object `{"index": 0, "output": "raw model text"}` per line, `"format"` where not `tl`."""
+
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from data.trajectories import DataError
-from data.json_records import read_json_lines
 from data.formats.outputs import OUTPUT_FORMATS
+from data.json_records import read_json_lines
+from data.trajectories import DataError
 
 # Why generation ended, written as "stop" by generate_predictions; files of other origin need not have it.
 # "refused": an endpoint answered this request, and only such, with an error; the output is empty.
@@ -15,11 +16,12 @@ STOP_REASONS = ("end", "max_new_tokens", "prompt_too_long", "refused")
 @dataclass(frozen=True, slots=True)
 class Prediction:
     """One model output."""
-    index: int     # position of the record in the benchmark, from 0
-    output: str    # raw text, not parsed
-    format: str    # one of OUTPUT_FORMATS
-    stop: str      # one of STOP_REASONS, "" where unknown
-    line: int      # line in its file, from 1, for messages
+
+    index: int  # position of the record in the benchmark, from 0
+    output: str  # raw text, not parsed
+    format: str  # one of OUTPUT_FORMATS
+    stop: str  # one of STOP_REASONS, "" where unknown
+    line: int  # line in its file, from 1, for messages
 
 
 def read_predictions(path: Path) -> tuple[list[Prediction], bool]:
@@ -45,8 +47,9 @@ def _prediction(row: dict, line: int, where: str) -> Prediction:
     return Prediction(index=index, output=output, format=output_format, stop=stop, line=line)
 
 
-def match_predictions(predictions: Sequence[Prediction], count: int, limit: int | None, *,
-                      path: Path) -> list[Prediction]:
+def match_predictions(
+    predictions: Sequence[Prediction], count: int, limit: int | None, *, path: Path
+) -> list[Prediction]:
     """The predictions of records 0, 1, ... in order: exactly one for each of the benchmark's `count` records.
 
     With a `limit`, one for each of the first `limit` records; those of later records are left aside. Raises DataError
@@ -58,12 +61,16 @@ def match_predictions(predictions: Sequence[Prediction], count: int, limit: int 
             raise DataError(f"{path}:{prediction.line}: found index {prediction.index}, expected 0 to {count - 1}")
         if prediction.index in by_index:
             first = by_index[prediction.index].line
-            raise DataError(f"{path}:{prediction.line}: found index {prediction.index} again, expected it once "
-                            f"(first in line {first})")
+            raise DataError(
+                f"{path}:{prediction.line}: found index {prediction.index} again, expected it once "
+                f"(first in line {first})"
+            )
         by_index[prediction.index] = prediction
     needed = count if limit is None else min(limit, count)
     missing = [index for index in range(needed) if index not in by_index]
     if missing:
-        raise DataError(f"{path}: found {needed - len(missing)} of {needed} predictions, expected all "
-                        f"(first missing index {missing[0]})")
+        raise DataError(
+            f"{path}: found {needed - len(missing)} of {needed} predictions, expected all "
+            f"(first missing index {missing[0]})"
+        )
     return [by_index[index] for index in range(needed)]

@@ -7,14 +7,15 @@ A heading that is absent counts as standing at position -1. So blanks behind a n
 JSON spoils the arguments, and a text without "Action:" may still hold a call by accident. All of that is kept: the
 counts of `--rules official` are those of that scorer.
 """
+
 import json
 from dataclasses import dataclass
 from pathlib import Path
 
+from data.formats.outputs import parse_output
+from data.json_records import read_json_list
 from data.tool_calls import ToolCallError
 from data.trajectories import DataError
-from data.json_records import read_json_list
-from data.formats.outputs import parse_output
 from eval.predict.prediction_files import Prediction, match_predictions, read_predictions
 
 REACT = "react"  # format of the predictions of an official file; JSONL files have the formats of output_formats
@@ -31,11 +32,11 @@ def parse_react(text: str) -> tuple[str, object]:
     beyond Python's digit limit) or has no arguments to judge (no JSON, a JSON string).
     """
     behind_name = text.find("Action Input:")
-    name = text[text.find("Action:") + NAME_OFFSET:behind_name]
+    name = text[text.find("Action:") + NAME_OFFSET : behind_name]
     if not name:
         raise ToolCallError("found no tool name between 'Action:' and 'Action Input:', expected one")
     name = name.removesuffix("\n")
-    source = text[behind_name + ARGUMENTS_OFFSET:]
+    source = text[behind_name + ARGUMENTS_OFFSET :]
     try:
         arguments = json.loads(source)
     except (ValueError, RecursionError) as error:
@@ -49,9 +50,10 @@ def parse_react(text: str) -> tuple[str, object]:
 @dataclass(frozen=True, slots=True)
 class PredictedCall:
     """What a prediction calls, or why it calls nothing."""
+
     name: str
     arguments: object  # a dict, or from a ReAct text any JSON value but a string
-    fault: str         # "" or the reason for the results row, beginning with its error category
+    fault: str  # "" or the reason for the results row, beginning with its error category
 
 
 def read_call(prediction: Prediction) -> PredictedCall:

@@ -6,20 +6,21 @@
 The intervals are blind to the pairing of records; the paired test (always shown for prediction files) is not, and so
 finds smaller differences. Of DE and CE, which count errors, the lower rate is the better one.
 """
+
 import argparse
 import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from data.json_records import read_json_lines
 from data.trajectories import DataError
 from eval.benchmark_data import benchmark_of
+from eval.benchmarks import score_predictions
 from eval.command_line import parse_arguments, run_command
 from eval.dialogues.metrics import MAX_TURNS
 from eval.evaluate_rotbench import RULES
-from data.json_records import read_json_lines
 from eval.reports.report import CALL_METRICS, format_comparison, metrics_of, unattainable_rates
-from eval.benchmarks import score_predictions
 
 
 def read_run(run_dir: Path) -> dict:
@@ -42,10 +43,18 @@ def _is_summary(summary: object) -> bool:
         return False
     metrics = metrics_of(summary)
     has_counts = type(summary.get("n")) is int and summary["n"] > 0 and type(summary.get("n_calls", 0)) is int
-    return bool(metrics) and has_counts and all(
-        type(summary.get(metric)) is int and isinstance(summary[f"{metric}_percent"], (int, float))
-        and isinstance(summary[f"{metric}_interval_95"], list) and len(summary[f"{metric}_interval_95"]) == 2
-        and all(isinstance(bound, (int, float)) for bound in summary[f"{metric}_interval_95"]) for metric in metrics)
+    return (
+        bool(metrics)
+        and has_counts
+        and all(
+            type(summary.get(metric)) is int
+            and isinstance(summary[f"{metric}_percent"], (int, float))
+            and isinstance(summary[f"{metric}_interval_95"], list)
+            and len(summary[f"{metric}_interval_95"]) == 2
+            and all(isinstance(bound, (int, float)) for bound in summary[f"{metric}_interval_95"])
+            for metric in metrics
+        )
+    )
 
 
 def read_results(run_dir: Path, run: dict) -> dict[str, dict[int, dict]]:
@@ -56,10 +65,14 @@ def read_results(run_dir: Path, run: dict) -> dict[str, dict[int, dict]]:
         metrics = [metric for metric in metrics_of(summary) if metric not in CALL_METRICS]  # rows have counts of those
         rows: dict[int, dict] = {}
         for line, row in read_json_lines(path, drop_partial_last_line=False)[0]:
-            if type(row.get("index")) is not int or row["index"] in rows or not all(
-                    row.get(metric) in (0, 1) for metric in metrics):
-                raise DataError(f"{path}:{line}: found another row, expected an index once and {', '.join(metrics)}, "
-                                "each 0 or 1")
+            if (
+                type(row.get("index")) is not int
+                or row["index"] in rows
+                or not all(row.get(metric) in (0, 1) for metric in metrics)
+            ):
+                raise DataError(
+                    f"{path}:{line}: found another row, expected an index once and {', '.join(metrics)}, each 0 or 1"
+                )
             rows[row["index"]] = row
         if len(rows) != summary["n"]:
             raise DataError(f"{path}: found {len(rows)} rows, expected {summary['n']} as in summary.json")
@@ -73,8 +86,9 @@ def score_files(answers: Path, predictions: Sequence[Path], rules: str) -> tuple
     name = "tiny-" + name if name == answers.stem and answers.suffix == ".jsonl" else name
     runs, results, notices = [], [], []
     for path in predictions:
-        rows, summary, found = score_predictions(name, answers, path, limit=None, rules=rules, execute_code=False,
-                                                 max_turns=MAX_TURNS)
+        rows, summary, found = score_predictions(
+            name, answers, path, limit=None, rules=rules, execute_code=False, max_turns=MAX_TURNS
+        )
         runs.append({"benchmarks": {name: {**summary, "answers_sha256": ""}}})
         results.append({name: {row["index"]: row for row in rows}})
         notices += found
@@ -91,8 +105,11 @@ def compare(flags: argparse.Namespace, names: Sequence[str]) -> None:
         if flags.mcnemar:
             results = [read_results(run_dir, run) for run_dir, run in zip(flags.runs, runs)]
     for name, run in zip(names, runs):
-        notices += [f"{name}: {benchmark} {line}" for benchmark, summary in run["benchmarks"].items()
-                    for line in unattainable_rates(summary)]
+        notices += [
+            f"{name}: {benchmark} {line}"
+            for benchmark, summary in run["benchmarks"].items()
+            for line in unattainable_rates(summary)
+        ]
     table = format_comparison(names, runs, results)
     for notice in notices:
         print(notice, file=sys.stderr)
@@ -102,8 +119,9 @@ def compare(flags: argparse.Namespace, names: Sequence[str]) -> None:
 def main(arguments: Sequence[str]) -> int:
     """Command line; exit code 0, or 2 after one line on stderr."""
     parser = argparse.ArgumentParser(prog="compare", description="Compare runs; the first is the baseline.")
-    parser.add_argument("runs", type=Path, nargs="+", metavar="RUN",
-                        help="folder with a summary.json; with --answers a prediction file")
+    parser.add_argument(
+        "runs", type=Path, nargs="+", metavar="RUN", help="folder with a summary.json; with --answers a prediction file"
+    )
     parser.add_argument("--names", help="comma-separated column names (default: the folders' or files' names)")
     parser.add_argument("--mcnemar", action="store_true", help="also McNemar's exact test, from the runs' results")
     parser.add_argument("--answers", type=Path, help="a benchmark's own file: score and compare predictions for it")

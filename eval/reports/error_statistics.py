@@ -1,12 +1,13 @@
 """Which errors there are: the paper's Figure 1 over training data, its Table 1 over predictions.
 
     python -m eval.reports.error_statistics --data train.json
-    python -m eval.reports.error_statistics --answers rotbench/First_Turn/clean.json --predictions FILE [--rules official]
-        [--tokenizer MODEL_DIR] [--output DIR]
+    python -m eval.reports.error_statistics --answers rotbench/First_Turn/clean.json --predictions FILE
+        [--rules official] [--tokenizer MODEL_DIR] [--output DIR]
 
 Definitions, and what the paper leaves open: docs/error_statistics.md. A table for people, then one JSON object as the
 last line of stdout; --output writes one row per call or record to DIR/error_statistics.jsonl.
 """
+
 import argparse
 import json
 import re
@@ -16,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from data.error_filter import CATEGORIES, decide_masked_turns
+from data.json_records import write_json_lines
 from data.trajectories import DataError, Trajectory, read_trajectories, tool_parameters
 from eval.benchmark_data import EvalExample, benchmark_of, load_rotbench, load_tiny, load_toolalpaca
 from eval.command_line import parse_arguments, run_command
@@ -23,17 +25,19 @@ from eval.confidence import Z_95, wilson_interval
 from eval.evaluate_rotbench import RULES, evaluate_rotbench
 from eval.evaluate_tiny import evaluate_tiny
 from eval.evaluate_toolalpaca import PRIMARY, evaluate_toolalpaca
-from data.json_records import write_json_lines
-from eval.reports.paper_tables import read_published
-from eval.predict.react_output import PredictedCall, read_call, read_call_predictions
-from eval.reports.report import format_table
 from eval.metrics import SHOWN_CHARACTERS, GoldCall, equal_json, equal_python, equal_strict
+from eval.predict.react_output import PredictedCall, read_call, read_call_predictions
+from eval.reports.paper_tables import read_published
+from eval.reports.report import format_table
 from eval.reports.synonyms import is_synonym
 from model.pretrained_weights import ModelFolderError
 from model.tokenizer import load_tokenizer
 
-KINDS = {"tool": ("First", "Prefix"), "parameter": ("Redundancy", "Missing", "Hallucination"),
-         "content": ("Synonyms", "Others")}  # aspect -> rows of Table 1
+KINDS = {
+    "tool": ("First", "Prefix"),
+    "parameter": ("Redundancy", "Missing", "Hallucination"),
+    "content": ("Synonyms", "Others"),
+}  # aspect -> rows of Table 1
 _NAME_PIECE = re.compile(r"[A-Z]?[a-z]+|[A-Z]+(?![a-z])|[0-9]+|.", re.DOTALL)
 
 
@@ -50,8 +54,16 @@ def classify_turns(trajectories: Sequence[Trajectory]) -> list[dict]:
         for turn in decide_masked_turns(trajectory, "structured"):
             message = trajectory.messages[turn.message_index]
             if message.call is not None or message.fault is not None:
-                rows.append({"id": trajectory.id, "source": trajectory.source, "message_index": turn.message_index,
-                             "category": turn.category, "rule": turn.rule, "matched_text": turn.matched_text})
+                rows.append(
+                    {
+                        "id": trajectory.id,
+                        "source": trajectory.source,
+                        "message_index": turn.message_index,
+                        "category": turn.category,
+                        "rule": turn.rule,
+                        "matched_text": turn.matched_text,
+                    }
+                )
     return rows
 
 
@@ -68,14 +80,22 @@ def summarize_turns(trajectories: Sequence[Trajectory], rows: Sequence[dict]) ->
     per_call = {name: _share(sum(row["category"] == name for row in rows), len(rows)) for name in CATEGORIES}
     per_trajectory = {name: _share(sum(name in each for each in errors), len(errors)) for name in CATEGORIES}
     per_trajectory["all_right"] = _share(sum(not each for each in errors), len(errors))
-    return {"calls": len(rows), "trajectories": len(errors), "by_call": per_call, "by_trajectory": per_trajectory,
-            "trajectories_with_error": _share(sum(bool(each) for each in errors), len(errors))}
+    return {
+        "calls": len(rows),
+        "trajectories": len(errors),
+        "by_call": per_call,
+        "by_trajectory": per_trajectory,
+        "trajectories_with_error": _share(sum(bool(each) for each in errors), len(errors)),
+    }
 
 
 def _share(count: int, n: int) -> dict:
     low, high = wilson_interval(count, n, Z_95)
-    return {"count": count, "percent": round(100 * count / n, 2),
-            "interval_95": [round(100 * low, 2), round(100 * high, 2)]}
+    return {
+        "count": count,
+        "percent": round(100 * count / n, 2),
+        "interval_95": [round(100 * low, 2), round(100 * high, 2)],
+    }
 
 
 def format_turns(summary: dict) -> str:
@@ -86,9 +106,11 @@ def format_turns(summary: dict) -> str:
         table.append([name, str(call["count"]), _rate(call), str(trajectory["count"]), _rate(trajectory)])
     figure = read_published()["figure1"]
     with_error = summary["trajectories_with_error"]
-    return (f"{format_table(table)}\n\n{summary['calls']} calls in {summary['trajectories']} trajectories; with an "
-            f"error: {with_error['count']} trajectories, {_rate(with_error)} %. The paper's other training set "
-            f"(Figure 1, {figure['trajectories']} trajectories): {figure['percent_with_error']} %.")
+    return (
+        f"{format_table(table)}\n\n{summary['calls']} calls in {summary['trajectories']} trajectories; with an "
+        f"error: {with_error['count']} trajectories, {_rate(with_error)} %. The paper's other training set "
+        f"(Figure 1, {figure['trajectories']} trajectories): {figure['percent_with_error']} %."
+    )
 
 
 def _rate(share: dict) -> str:
@@ -106,14 +128,14 @@ class ErrorCase:
     Those have no kinds: "" correct, "unparsable" no call, "rule" wrong by a rule of the scorer although the call agrees
     with an accepted answer (empty arguments on RoTBench).
     """
+
     aspect: str
     kinds: tuple[str, ...]
     detail: str
 
 
 def split_name(name: str) -> list[str]:
-    """The words of a tool name, `getWeather_2` -> get, Weather, _, 2: stand-ins for tokens where no tokenizer is given.
-    """
+    """The words of a tool name, `getWeather_2` -> get, Weather, _, 2: stands in for tokens without a tokenizer."""
     return _NAME_PIECE.findall(name)
 
 
@@ -126,8 +148,13 @@ def name_tokens(tokenizer_path: Path) -> Callable[[str], list[int]]:
     return lambda name: tokenizer.encode_continuation(f" {name}(")
 
 
-def classify_error(call: PredictedCall, example: EvalExample, level: int, split: Callable[[str], Sequence],
-                   values_equal: Callable[[object, object], bool]) -> ErrorCase:
+def classify_error(
+    call: PredictedCall,
+    example: EvalExample,
+    level: int,
+    split: Callable[[str], Sequence],
+    values_equal: Callable[[object, object], bool],
+) -> ErrorCase:
     """The case of one record that the evaluator gave `level` = TS + PI + CF.
 
     Of several accepted answers the nearest counts: the one with most kinds right, that is fewest differing parameters,
@@ -138,8 +165,11 @@ def classify_error(call: PredictedCall, example: EvalExample, level: int, split:
     if call.fault:
         return ErrorCase("unparsable", (), call.fault)
     golds = [answer.calls[0] for answer in example.gold]
-    same_tool = [gold for gold in golds if gold.name == call.name
-                 or call.name == "finish" and gold.name == example.meta.get("finish")]
+    same_tool = [
+        gold
+        for gold in golds
+        if gold.name == call.name or call.name == "finish" and gold.name == example.meta.get("finish")
+    ]
     if level == 0 and not same_tool:
         return _tool_error(call, golds, example, split)
     if level == 0 or not same_tool or not isinstance(call.arguments, dict):
@@ -148,21 +178,29 @@ def classify_error(call: PredictedCall, example: EvalExample, level: int, split:
     if level == 1 and nearest.arguments.keys() != call.arguments.keys():
         return _parameter_error(call.arguments, nearest, example)
     same_keys = [gold for gold in same_tool if gold.arguments.keys() == call.arguments.keys()]
-    wrong = [[key for key, value in call.arguments.items() if key not in gold.wildcards
-              and not values_equal(value, gold.arguments[key])] for gold in same_keys]
+    wrong = [
+        [
+            key
+            for key, value in call.arguments.items()
+            if key not in gold.wildcards and not values_equal(value, gold.arguments[key])
+        ]
+        for gold in same_keys
+    ]
     if level == 2 and wrong and all(wrong):
         index = min(range(len(wrong)), key=lambda i: len(wrong[i]))
         return _content_error(call.arguments, same_keys[index], wrong[index])
     return ErrorCase("rule", (), "the scorer's rule, not the call's difference to an accepted answer")
 
 
-def _tool_error(call: PredictedCall, golds: Sequence[GoldCall], example: EvalExample,
-                split: Callable[[str], Sequence]) -> ErrorCase:
+def _tool_error(
+    call: PredictedCall, golds: Sequence[GoldCall], example: EvalExample, split: Callable[[str], Sequence]
+) -> ErrorCase:
     first = list(split(call.name))[:1]
     is_prefix = any(first == list(split(gold.name))[:1] for gold in golds)
     is_offered = any(tool["function"].get("name") == call.name for tool in example.tools)
-    detail = f"{_show(call.name)}{'' if is_offered else ' (not offered)'}, expected " \
-             + " or ".join(dict.fromkeys(ascii(gold.name) for gold in golds))
+    detail = f"{_show(call.name)}{'' if is_offered else ' (not offered)'}, expected " + " or ".join(
+        dict.fromkeys(ascii(gold.name) for gold in golds)
+    )
     return ErrorCase("tool", ("Prefix" if is_prefix else "First",), detail)
 
 
@@ -173,9 +211,11 @@ def _parameter_error(arguments: dict, gold: GoldCall, example: EvalExample) -> E
         if tool["function"].get("name") == gold.name:
             documented |= tool_parameters(tool["function"])[0].keys()
     surplus = [key for key in arguments if key not in gold.arguments]
-    by_kind = {"Redundancy": [key for key in surplus if key in documented],
-               "Missing": [key for key in gold.arguments if key not in arguments],
-               "Hallucination": [key for key in surplus if key not in documented]}
+    by_kind = {
+        "Redundancy": [key for key in surplus if key in documented],
+        "Missing": [key for key in gold.arguments if key not in arguments],
+        "Hallucination": [key for key in surplus if key not in documented],
+    }
     kinds = tuple(kind for kind, keys in by_kind.items() if keys)
     return ErrorCase("parameter", kinds, "; ".join(f"{kind} {', '.join(map(ascii, by_kind[kind]))}" for kind in kinds))
 
@@ -183,8 +223,11 @@ def _parameter_error(arguments: dict, gold: GoldCall, example: EvalExample) -> E
 def _content_error(arguments: dict, gold: GoldCall, wrong: Sequence[str]) -> ErrorCase:
     are_synonyms = {key: is_synonym(arguments[key], gold.arguments[key]) for key in wrong}
     kinds = tuple(kind for kind, flag in (("Synonyms", True), ("Others", False)) if flag in are_synonyms.values())
-    detail = "; ".join(f"{'Synonyms' if are_synonyms[key] else 'Others'} {key!a}: {_show(arguments[key])}, expected "
-                       f"{_show(gold.arguments[key])}" for key in wrong)
+    detail = "; ".join(
+        f"{'Synonyms' if are_synonyms[key] else 'Others'} {key!a}: {_show(arguments[key])}, expected "
+        f"{_show(gold.arguments[key])}"
+        for key in wrong
+    )
     return ErrorCase("content", kinds, detail)
 
 
@@ -198,8 +241,9 @@ def _show(value: object) -> str:
 # ------------------------------------------------------------------------------------------------ Table 1: whole files
 
 
-def classify_predictions(answers: Path, predictions: Path, limit: int | None, rules: str,
-                         split: Callable[[str], Sequence]) -> tuple[list[dict], list[str]]:
+def classify_predictions(
+    answers: Path, predictions: Path, limit: int | None, rules: str, split: Callable[[str], Sequence]
+) -> tuple[list[dict], list[str]]:
     """One row per record (index, id, aspect, kinds, detail) and notices to show. `rules`: "default", official, fair.
 
     RoTBench, ToolAlpaca and the tiny benchmarks: those whose answers are single calls. Raises DataError, `file:line`.
@@ -227,8 +271,15 @@ def classify_predictions(answers: Path, predictions: Path, limit: int | None, ru
     rows = []
     for example, call, row in zip(examples, calls, scored, strict=True):
         case = classify_error(call, example, row["TS"] + row["PI"] + row["CF"], split, values_equal)
-        rows.append({"index": row["index"], "id": row["id"], "aspect": case.aspect, "kinds": list(case.kinds),
-                     "detail": case.detail})
+        rows.append(
+            {
+                "index": row["index"],
+                "id": row["id"],
+                "aspect": case.aspect,
+                "kinds": list(case.kinds),
+                "detail": case.detail,
+            }
+        )
     return rows, notices
 
 
@@ -242,8 +293,13 @@ def summarize_errors(rows: Sequence[dict]) -> dict:
     summary: dict = {"n": len(rows), "correct": counts[""], "unparsable": counts["unparsable"], "rule": counts["rule"]}
     for aspect, kinds in KINDS.items():
         wrong = [row for row in rows if row["aspect"] == aspect]
-        summary[aspect] = {"records": len(wrong), **{
-            kind: _share(sum(kind in row["kinds"] for row in wrong), len(wrong)) if wrong else None for kind in kinds}}
+        summary[aspect] = {
+            "records": len(wrong),
+            **{
+                kind: _share(sum(kind in row["kinds"] for row in wrong), len(wrong)) if wrong else None
+                for kind in kinds
+            },
+        }
     return summary
 
 
@@ -253,11 +309,21 @@ def format_errors(summary: dict, unit: str) -> str:
     for row in read_published()["table1"]:
         ours = summary[row["aspect"].lower()]
         share = ours[row["error"]]
-        table.append([row["aspect"], row["error"], f"{share['count'] if share else 0} of {ours['records']}",
-                      _rate(share) if share else "-", f"{row['ToolLLaMA']:.2f}", f"{row['NexusRaven']:.2f}"])
-    return (f"{format_table(table)}\n\n{summary['n']} records: {summary['correct']} correct, {summary['unparsable']} "
-            f"without a call, {summary['rule']} wrong by a rule of the scorer alone. First/Prefix by {unit}. "
-            "Published: Table 1, RoTBench clean.")
+        table.append(
+            [
+                row["aspect"],
+                row["error"],
+                f"{share['count'] if share else 0} of {ours['records']}",
+                _rate(share) if share else "-",
+                f"{row['ToolLLaMA']:.2f}",
+                f"{row['NexusRaven']:.2f}",
+            ]
+        )
+    return (
+        f"{format_table(table)}\n\n{summary['n']} records: {summary['correct']} correct, {summary['unparsable']} "
+        f"without a call, {summary['rule']} wrong by a rule of the scorer alone. First/Prefix by {unit}. "
+        "Published: Table 1, RoTBench clean."
+    )
 
 
 # --------------------------------------------------------------------------------------------------------- command line
@@ -265,15 +331,24 @@ def format_errors(summary: dict, unit: str) -> str:
 
 def read_flags(arguments: Sequence[str]) -> argparse.Namespace:
     """The flags; wrong ones end the program with one line and code 2."""
-    parser = argparse.ArgumentParser(prog="error_statistics", description="Figure 1 (--data) or Table 1 (--answers, "
-                                     "--predictions): which errors there are.")
+    parser = argparse.ArgumentParser(
+        prog="error_statistics",
+        description="Figure 1 (--data) or Table 1 (--answers, --predictions): which errors there are.",
+    )
     parser.add_argument("--data", type=Path, help="training data, either form of docs/data_format.md")
     parser.add_argument("--answers", type=Path, help="a benchmark's own file: RoTBench, ToolAlpaca, tiny")
     parser.add_argument("--predictions", type=Path, help="predictions for --answers, as the evaluators take them")
-    parser.add_argument("--rules", choices=("default", *RULES), default="default", help="the evaluator's rules "
-                        "(default: each benchmark's own)")
-    parser.add_argument("--tokenizer", type=Path, help="model folder or tokenizer file: First/Prefix by its tokens "
-                        "(default: by the words of the names)")
+    parser.add_argument(
+        "--rules",
+        choices=("default", *RULES),
+        default="default",
+        help="the evaluator's rules (default: each benchmark's own)",
+    )
+    parser.add_argument(
+        "--tokenizer",
+        type=Path,
+        help="model folder or tokenizer file: First/Prefix by its tokens (default: by the words of the names)",
+    )
     parser.add_argument("--limit", type=int, help="only the first N records (default: all)")
     parser.add_argument("--output", type=Path, help="folder for error_statistics.jsonl (default: none written)")
     flags = parse_arguments(parser, arguments)
@@ -288,7 +363,7 @@ def report_errors(flags: argparse.Namespace) -> None:
     """Do what the flags ask: table and JSON to stdout, notices to stderr, rows to --output. Raises DataError."""
     notices: list[str] = []
     if flags.data is not None:
-        trajectories = read_trajectories(flags.data, unparsable_calls="mask")[:flags.limit]
+        trajectories = read_trajectories(flags.data, unparsable_calls="mask")[: flags.limit]
         rows = classify_turns(trajectories)
         if not rows:
             raise DataError(f"{flags.data}: found no call, expected at least one")

@@ -1,4 +1,5 @@
 """The paper's published numbers (published_results.json) and its Tables 3, 4 and 5 with a run of ours as a row more."""
+
 import json
 from collections.abc import Mapping, Sequence
 from functools import cache
@@ -8,15 +9,16 @@ from eval.confidence import attainable_count
 
 PUBLISHED = Path(__file__).parent / "published_results.json"
 DECIMALS = 2  # digits of the paper's percentages
-TABLES = {"table3": ("Table 3: single-turn", ("toolalpaca", "rotbench-clean", "bfcl-exec")),
-          "table4": ("Table 4: multi-turn", ("tooleyes",)),
-          "table5": ("Table 5: ablation", ("toolalpaca", "rotbench-clean", "tooleyes"))}
+TABLES = {
+    "table3": ("Table 3: single-turn", ("toolalpaca", "rotbench-clean", "bfcl-exec")),
+    "table4": ("Table 4: multi-turn", ("tooleyes",)),
+    "table5": ("Table 5: ablation", ("toolalpaca", "rotbench-clean", "tooleyes")),
+}
 
 
 @cache
 def read_published() -> dict:
-    """published_results.json: `source`, `records` and `metrics` by benchmark, the rows of the tables. Do not change it.
-    """
+    """published_results.json: `source`, `records` and `metrics` by benchmark, the rows of the tables. Read only."""
     return json.loads(PUBLISHED.read_text(encoding="utf-8"))
 
 
@@ -30,8 +32,10 @@ def unattainable_cells() -> list[tuple[str, str, str, float]]:
         for row in published[table]:
             for benchmark in benchmarks:
                 for metric, percent in zip(published["metrics"][benchmark], row[benchmark], strict=True):
-                    if metric in published["shares_of_records"] and attainable_count(
-                            percent, published["records"][benchmark], DECIMALS) is None:
+                    if (
+                        metric in published["shares_of_records"]
+                        and attainable_count(percent, published["records"][benchmark], DECIMALS) is None
+                    ):
                         found.append((table, row["model"], f"{benchmark} {metric}", percent))
     return found
 
@@ -46,8 +50,12 @@ def paper_tables(summaries: Mapping[str, Mapping], name: str) -> list[tuple[str,
     published, odd = read_published(), set(unattainable_cells())
     tables = []
     for key, (title, benchmarks) in TABLES.items():
-        columns = [(benchmark, metric) for benchmark in benchmarks if _has_metrics(summaries, benchmark)
-                   for metric in published["metrics"][benchmark]]
+        columns = [
+            (benchmark, metric)
+            for benchmark in benchmarks
+            if _has_metrics(summaries, benchmark)
+            for metric in published["metrics"][benchmark]
+        ]
         if not columns:
             continue
         rows = [["model", *(f"{benchmark} {metric}" for benchmark, metric in columns)]]
@@ -61,8 +69,9 @@ def paper_tables(summaries: Mapping[str, Mapping], name: str) -> list[tuple[str,
 
 
 def _has_metrics(summaries: Mapping[str, Mapping], benchmark: str) -> bool:
-    return benchmark in summaries and all(f"{metric}_percent" in summaries[benchmark]
-                                          for metric in read_published()["metrics"][benchmark])
+    return benchmark in summaries and all(
+        f"{metric}_percent" in summaries[benchmark] for metric in read_published()["metrics"][benchmark]
+    )
 
 
 def _cell(row: Mapping, benchmark: str, metric: str, table: str, odd: set) -> str:
@@ -74,13 +83,18 @@ def _cell(row: Mapping, benchmark: str, metric: str, table: str, odd: set) -> st
 def _notes(summaries: Mapping[str, Mapping], shown: Sequence[str], has_marks: bool) -> list[str]:
     published = read_published()
     notes = ["Rows but the last: percentages as the paper prints them, other prompts and scorers than ours possible."]
-    notes += [f"{benchmark}: {summaries[benchmark]['n']} of {published['records'][benchmark]} records were run; not "
-              "comparable." for benchmark in shown
-              if summaries[benchmark]["n"] != published["records"][benchmark]]
+    notes += [
+        f"{benchmark}: {summaries[benchmark]['n']} of {published['records'][benchmark]} records were run; not "
+        "comparable."
+        for benchmark in shown
+        if summaries[benchmark]["n"] != published["records"][benchmark]
+    ]
     executors = summaries["tooleyes"].get("executors", {}) if "tooleyes" in shown else {}
     if executors.get("simulated"):
-        notes.append(f"tooleyes: {executors['simulated']} of its {sum(executors.values())} calls were answered by the "
-                     "simulated executor; the paper's models called the real tools.")
+        notes.append(
+            f"tooleyes: {executors['simulated']} of its {sum(executors.values())} calls were answered by the "
+            "simulated executor; the paper's models called the real tools."
+        )
     if "bfcl-exec" in shown:
         notes.append(published["records_note"])
     if has_marks:

@@ -4,6 +4,7 @@
 
 Bars with 95 % Wilson intervals, as PNG and SVG. Needs matplotlib, which nothing else does.
 """
+
 import argparse
 import sys
 from collections.abc import Mapping, Sequence
@@ -26,8 +27,11 @@ def figure4_bars(summaries: Mapping[str, Mapping]) -> dict[str, list[tuple[str, 
 
 def figure5_bars(summaries: Mapping[str, Mapping]) -> list[tuple[str, float, float, float]]:
     """Bars (benchmark, percent, low, high) of the general tasks that were run."""
-    return [_bar(name, summaries[name], metric) for name, metric in GENERAL_TASKS.items()
-            if metric in metrics_of(summaries.get(name, {}))]
+    return [
+        _bar(name, summaries[name], metric)
+        for name, metric in GENERAL_TASKS.items()
+        if metric in metrics_of(summaries.get(name, {}))
+    ]
 
 
 def _bar(label: str, summary: Mapping, metric: str) -> tuple[str, float, float, float]:
@@ -41,8 +45,11 @@ def write_plots(names: Sequence[str], runs: Sequence[Mapping], folder: Path) -> 
     """
     panels4 = {metric: [figure4_bars(run["benchmarks"])[metric] for run in runs] for metric in METRICS}
     panels5 = {"general tasks": [figure5_bars(run["benchmarks"]) for run in runs]}
-    figures = {name: panels for name, panels in (("figure4", panels4), ("figure5", panels5))
-               if any(bars for series in panels.values() for bars in series)}
+    figures = {
+        name: panels
+        for name, panels in (("figure4", panels4), ("figure5", panels5))
+        if any(bars for series in panels.values() for bars in series)
+    }
     if not figures:
         return [], []
     try:
@@ -89,8 +96,9 @@ def main(arguments: Sequence[str]) -> int:
         parser.error(f"--names: found {len(names)} names, expected {len(flags.runs)}, one per run")
 
     def command() -> None:
-        written, notices = write_plots(names, [read_run(run) for run in flags.runs],
-                                       flags.output or flags.runs[-1] / "plots")
+        written, notices = write_plots(
+            names, [read_run(run) for run in flags.runs], flags.output or flags.runs[-1] / "plots"
+        )
         for notice in notices or ([] if written else ["plots: found no benchmark of Figures 4 and 5 in the runs"]):
             print(notice, file=sys.stderr)
         for path in written:

@@ -1,4 +1,5 @@
 """From results rows to figures: summaries with 95 % intervals, report.md, the comparison of several runs."""
+
 from collections.abc import Mapping, Sequence
 
 from data.trajectories import DataError
@@ -9,12 +10,16 @@ METRICS = ("TS", "PI", "CF")
 DIALOGUE_METRICS = ("DE", "CE", "VA")
 CALL_METRICS = ("DE", "CE")  # shares of calls, n_calls of a summary; every other metric is a share of its n records
 SUMMARY_DECIMALS = 2  # digits of the percentages in a summary
-METRICS_NOTE = ("DE, lower is better: share of calls that go against the documents (tool or parameter not "
-                "documented, required parameter missing). CE, lower is better: share of calls that fail otherwise, "
-                "outputs that are no call included. VA: share of dialogues that the model ends with an answer in time.")
-EXECUTOR_NOTE = ("local: a tool of this project did what the document says. simulated: the feedback follows from the "
-                 "document alone and is not that of the real tool, which a machine without its service cannot call. "
-                 "recorded: taken from a file. Shares of errors depend on who answered.")
+METRICS_NOTE = (
+    "DE, lower is better: share of calls that go against the documents (tool or parameter not "
+    "documented, required parameter missing). CE, lower is better: share of calls that fail otherwise, "
+    "outputs that are no call included. VA: share of dialogues that the model ends with an answer in time."
+)
+EXECUTOR_NOTE = (
+    "local: a tool of this project did what the document says. simulated: the feedback follows from the "
+    "document alone and is not that of the real tool, which a machine without its service cannot call. "
+    "recorded: taken from a file. Shares of errors depend on who answered."
+)
 
 
 # ------------------------------------------------------------------------------------------------------------ summaries
@@ -81,26 +86,48 @@ def unattainable_rates(summary: Mapping) -> list[str]:
 
 def format_report(run: Mapping) -> str:
     """report.md of one run, `run` as in summary.json: rates, variants, errors, the paper's tables with this run."""
-    source = f"predictions `{run['predictions']}`" if run["predictions"] else \
-        f"greedy output of `{run['model']}`, prompt format `{run['prompt_format']}`"
+    source = (
+        f"predictions `{run['predictions']}`"
+        if run["predictions"]
+        else f"greedy output of `{run['model']}`, prompt format `{run['prompt_format']}`"
+    )
     benchmarks = run["benchmarks"]
     calls = {name: summary for name, summary in benchmarks.items() if all(key in summary for key in METRICS)}
     dialogues = {name: summary for name, summary in benchmarks.items() if "n_calls" in summary}
     parts = ["# Evaluation", f"Scored: {source}."]
     if calls:
-        parts += [format_table([["benchmark", "n", *(f"{metric} % [95 %]" for metric in METRICS)],
-                                *([name, str(summary["n"]), *(format_rate(summary, metric) for metric in METRICS)]
-                                  for name, summary in calls.items())]),
-                  "TS tool selection, PI parameter identification, CF content filling; brackets: 95 % intervals."]
+        parts += [
+            format_table(
+                [
+                    ["benchmark", "n", *(f"{metric} % [95 %]" for metric in METRICS)],
+                    *(
+                        [name, str(summary["n"]), *(format_rate(summary, metric) for metric in METRICS)]
+                        for name, summary in calls.items()
+                    ),
+                ]
+            ),
+            "TS tool selection, PI parameter identification, CF content filling; brackets: 95 % intervals.",
+        ]
     parts += _dialogue_tables(dialogues)
-    others = [[name, metric + (" (primary)" if summary.get("primary") == metric else ""), str(summary["n"]),
-               format_rate(summary, metric)] for name, summary in benchmarks.items()
-              if name not in calls and name not in dialogues for metric in metrics_of(summary)]
+    others = [
+        [
+            name,
+            metric + (" (primary)" if summary.get("primary") == metric else ""),
+            str(summary["n"]),
+            format_rate(summary, metric),
+        ]
+        for name, summary in benchmarks.items()
+        if name not in calls and name not in dialogues
+        for metric in metrics_of(summary)
+    ]
     if others:
         parts.append(format_table([["benchmark", "metric", "n", "% [95 %]"], *others]))
     parts += _breakdowns(calls)
-    errors = [[name, category, str(count), f"{100 * count / max(summary.get('n_calls', summary['n']), 1):.1f}"]
-              for name, summary in benchmarks.items() for category, count in summary.get("errors", {}).items()]
+    errors = [
+        [name, category, str(count), f"{100 * count / max(summary.get('n_calls', summary['n']), 1):.1f}"]
+        for name, summary in benchmarks.items()
+        for category, count in summary.get("errors", {}).items()
+    ]
     if errors:
         unit = "records" if not dialogues else "calls" if len(dialogues) == len(benchmarks) else "records or calls"
         parts += ["## Errors", format_table([["benchmark", "error", unit, "%"], *errors])]
@@ -119,32 +146,59 @@ def _dialogue_tables(dialogues: Mapping[str, Mapping]) -> list[str]:
     head = ["dialogues", "calls", *(f"{metric} % [95 %]" for metric in DIALOGUE_METRICS)]
     rows = [[name, *_dialogue_cells(summary)] for name, summary in dialogues.items()]
     parts = [format_table([["benchmark", *head], *rows]), METRICS_NOTE]
-    others = [[name, metric, "lower" if is_lower_better(metric) else "higher", str(summary["n"]),
-               format_rate(summary, metric)] for name, summary in dialogues.items()
-              for metric in metrics_of(summary) if metric not in DIALOGUE_METRICS]
+    others = [
+        [
+            name,
+            metric,
+            "lower" if is_lower_better(metric) else "higher",
+            str(summary["n"]),
+            format_rate(summary, metric),
+        ]
+        for name, summary in dialogues.items()
+        for metric in metrics_of(summary)
+        if metric not in DIALOGUE_METRICS
+    ]
     if others:
-        parts += ["## Shares of dialogues",
-                  format_table([["benchmark", "metric", "better", "dialogues", "% [95 %]"], *others])]
+        parts += [
+            "## Shares of dialogues",
+            format_table([["benchmark", "metric", "better", "dialogues", "% [95 %]"], *others]),
+        ]
         if any(row[1] == "answer_right" for row in others):
             parts.append("answer_right: the final answer holds every requested result.")
-    requests = [[name, number, str(part["n"]), format_rate(part, "answer_right")] for name, summary in dialogues.items()
-                for number, part in summary.get("by_requests", {}).items()]
+    requests = [
+        [name, number, str(part["n"]), format_rate(part, "answer_right")]
+        for name, summary in dialogues.items()
+        for number, part in summary.get("by_requests", {}).items()
+    ]
     if requests:
-        parts.append(format_table([["benchmark", "requests in the query", "dialogues", "answer_right % [95 %]"],
-                                   *requests]))
-    scenarios = [[name, scenario, *_dialogue_cells(part)] for name, summary in dialogues.items()
-                 for scenario, part in summary.get("by_scenario", {}).items()]
+        parts.append(
+            format_table([["benchmark", "requests in the query", "dialogues", "answer_right % [95 %]"], *requests])
+        )
+    scenarios = [
+        [name, scenario, *_dialogue_cells(part)]
+        for name, summary in dialogues.items()
+        for scenario, part in summary.get("by_scenario", {}).items()
+    ]
     if scenarios:
         parts += ["## Dialogues by scenario", format_table([["benchmark", "scenario", *head], *scenarios])]
-    ends = [[name, end, str(count), f"{100 * count / summary['n']:.1f}"] for name, summary in dialogues.items()
-            for end, count in summary.get("ends", {}).items()]
+    ends = [
+        [name, end, str(count), f"{100 * count / summary['n']:.1f}"]
+        for name, summary in dialogues.items()
+        for end, count in summary.get("ends", {}).items()
+    ]
     if ends:
         parts += ["## How dialogues ended", format_table([["benchmark", "end", "dialogues", "%"], *ends])]
-    answered = [[name, executor, str(count), f"{100 * count / max(sum(summary['executors'].values()), 1):.1f}"]
-                for name, summary in dialogues.items() for executor, count in summary.get("executors", {}).items()]
+    answered = [
+        [name, executor, str(count), f"{100 * count / max(sum(summary['executors'].values()), 1):.1f}"]
+        for name, summary in dialogues.items()
+        for executor, count in summary.get("executors", {}).items()
+    ]
     if answered:
-        parts += ["## Who answered the calls", format_table([["benchmark", "executor", "calls", "%"], *answered]),
-                  EXECUTOR_NOTE]
+        parts += [
+            "## Who answered the calls",
+            format_table([["benchmark", "executor", "calls", "%"], *answered]),
+            EXECUTOR_NOTE,
+        ]
     return parts
 
 
@@ -156,12 +210,23 @@ def _dialogue_cells(summary: Mapping) -> list[str]:
 def _breakdowns(calls: Mapping[str, Mapping]) -> list[str]:
     """Tables of the other scoring variants, the primary one named, and of the parts of a benchmark."""
     parts = []
-    for title, key in (("Variants of the rules", "variants"), ("By scenario", "by_scenario"),
-                       ("By kind of noise", "by_noise"), ("By API", "by_api")):
-        rows = [[name, part + (" (primary)" if key == "variants" and part == summary.get("primary") else ""),
-                 str(rates["n"]), *(format_rate(rates, metric) for metric in METRICS)]
-                for name, summary in calls.items() for part, rates in summary.get(key, {}).items()
-                if all(metric in metrics_of(rates) for metric in METRICS)]
+    for title, key in (
+        ("Variants of the rules", "variants"),
+        ("By scenario", "by_scenario"),
+        ("By kind of noise", "by_noise"),
+        ("By API", "by_api"),
+    ):
+        rows = [
+            [
+                name,
+                part + (" (primary)" if key == "variants" and part == summary.get("primary") else ""),
+                str(rates["n"]),
+                *(format_rate(rates, metric) for metric in METRICS),
+            ]
+            for name, summary in calls.items()
+            for part, rates in summary.get(key, {}).items()
+            if all(metric in metrics_of(rates) for metric in METRICS)
+        ]
         if rows:
             head = ["benchmark", key.removeprefix("by_").removesuffix("s"), "n", *(f"{m} % [95 %]" for m in METRICS)]
             parts += [f"## {title}", format_table([head, *rows])]
@@ -193,14 +258,16 @@ def format_mcnemar(baseline: Mapping[int, dict], other: Mapping[int, dict], metr
     if not baseline or not other or metric in CALL_METRICS:
         return "-"
     # (good before, good now) of each record
-    pairs = [tuple(bool(rows[index][metric]) != is_lower_better(metric) for rows in (baseline, other))
-             for index in baseline]
+    pairs = [
+        tuple(bool(rows[index][metric]) != is_lower_better(metric) for rows in (baseline, other)) for index in baseline
+    ]
     lost, won = pairs.count((True, False)), pairs.count((False, True))
     return f"p {mcnemar_p_value(lost, won):.2g} ({lost} lost, {won} won)"
 
 
-def format_comparison(names: Sequence[str], runs: Sequence[Mapping],
-                      results: Sequence[Mapping[str, Mapping[int, dict]]] | None = None) -> str:
+def format_comparison(
+    names: Sequence[str], runs: Sequence[Mapping], results: Sequence[Mapping[str, Mapping[int, dict]]] | None = None
+) -> str:
     """Table over benchmarks and metrics, one column per run and one verdict per run after the first.
 
     Only benchmarks that all runs have. `results`, one per run, benchmark -> index -> results row, adds McNemar's test
@@ -210,23 +277,38 @@ def format_comparison(names: Sequence[str], runs: Sequence[Mapping],
     shared = [benchmark for benchmark in baseline if all(benchmark in run["benchmarks"] for run in runs)]
     if not shared:
         raise DataError(f"{', '.join(names)}: found no benchmark that all runs have, expected at least one")
-    table = [["benchmark", "n", "metric", *(f"{name} % [95 %]" for name in names),
-              *(f"{name} vs {names[0]}" for name in names[1:]),
-              *(f"McNemar, {name} vs {names[0]}" for name in names[1:] if results)]]
+    table = [
+        [
+            "benchmark",
+            "n",
+            "metric",
+            *(f"{name} % [95 %]" for name in names),
+            *(f"{name} vs {names[0]}" for name in names[1:]),
+            *(f"McNemar, {name} vs {names[0]}" for name in names[1:] if results),
+        ]
+    ]
     for benchmark in shared:
         summaries = [run["benchmarks"][benchmark] for run in runs]
         for name, summary in zip(names, summaries):
             if (summary["n"], summary["answers_sha256"]) != (summaries[0]["n"], summaries[0]["answers_sha256"]):
-                raise DataError(f"{name}: found other {benchmark} records (n {summary['n']}) than in {names[0]} "
-                                f"(n {summaries[0]['n']}), expected the same ones")
+                raise DataError(
+                    f"{name}: found other {benchmark} records (n {summary['n']}) than in {names[0]} "
+                    f"(n {summaries[0]['n']}), expected the same ones"
+                )
         rows = [_paired_rows(name, benchmark, each, results[0]) for name, each in zip(names, results or [])]
         for metric in metrics_of(summaries[0]):
             if all(metric in metrics_of(summary) for summary in summaries):
                 n = " / ".join(dict.fromkeys(str(denominator_of(summary, metric)) for summary in summaries))
-                table.append([benchmark, n, metric + (", lower is better" if is_lower_better(metric) else ""),
-                              *(format_rate(summary, metric) for summary in summaries),
-                              *(compare_rates(summaries[0], summary, metric) for summary in summaries[1:]),
-                              *(format_mcnemar(rows[0], other, metric) for other in rows[1:])])
+                table.append(
+                    [
+                        benchmark,
+                        n,
+                        metric + (", lower is better" if is_lower_better(metric) else ""),
+                        *(format_rate(summary, metric) for summary in summaries),
+                        *(compare_rates(summaries[0], summary, metric) for summary in summaries[1:]),
+                        *(format_mcnemar(rows[0], other, metric) for other in rows[1:]),
+                    ]
+                )
     return format_table(table)
 
 

@@ -3,6 +3,7 @@
 The paper names the class ("synonymous with standard values") and no rule. Ours is a heuristic on words, written down in
 docs/error_statistics.md; it judges nothing but this statistic, never a score.
 """
+
 import re
 import unicodedata
 from collections.abc import Sequence
@@ -14,23 +15,85 @@ LONGEST = 2000  # characters of a value that are looked at
 
 # One meaning per line: the codes and short forms that tool documents ask for. Words of several letters only where no
 # other meaning is common.
-_EQUIVALENTS = tuple(frozenset(line.split(",")) for line in (
-    "en,eng,eng latn,en us,en gb,english", "de,deu,ger,german,deutsch", "fr,fra,fre,fra latn,french",
-    "es,spa,spa latn,spanish", "it,ita,italian", "pt,por,portuguese", "ru,rus,russian",
-    "zh,zh cn,chi,zho,zho hans,chinese,simplified chinese", "ja,jp,jpn,jpn jpan,japanese", "ko,kor,korean",
-    "ar,ara,arabic", "hi,hin,hindi",
-    "us,usa,united states,united states of america,america", "uk,gb,gbr,united kingdom,great britain,britain",
-    "cn,chn,china", "japan,jp,jpn", "deu,germany,de", "fra,france,fr", "ind,india", "can,canada,ca", "au,aus,australia",
-    "nyc,new york,new york city", "la,los angeles", "sf,san francisco",
-    "usd,us dollar,us dollars,dollar,dollars", "eur,euro,euros", "gbp,pound,pounds,british pound",
-    "jpy,yen,japanese yen", "cny,rmb,yuan,chinese yuan",
-    "celsius,c,metric", "fahrenheit,f,imperial", "km,kilometer,kilometers,kilometre,kilometres",
-    "mi,mile,miles", "kg,kilogram,kilograms", "m,meter,meters,metre,metres",
-    "jan,january", "feb,february", "mar,march", "apr,april", "jun,june", "jul,july", "aug,august", "sep,sept,september",
-    "oct,october", "nov,november", "dec,december",
-    "1,true,yes,on", "0,false,no,off", "asc,ascending", "desc,descending", "max,maximum", "min,minimum"))
-_FUNCTION_WORDS = frozenset(("a", "an", "the", "of", "in", "on", "at", "for", "to", "from", "by", "with", "and", "or",
-                             "is", "are", "about", "please"))
+_EQUIVALENTS = tuple(
+    frozenset(line.split(","))
+    for line in (
+        "en,eng,eng latn,en us,en gb,english",
+        "de,deu,ger,german,deutsch",
+        "fr,fra,fre,fra latn,french",
+        "es,spa,spa latn,spanish",
+        "it,ita,italian",
+        "pt,por,portuguese",
+        "ru,rus,russian",
+        "zh,zh cn,chi,zho,zho hans,chinese,simplified chinese",
+        "ja,jp,jpn,jpn jpan,japanese",
+        "ko,kor,korean",
+        "ar,ara,arabic",
+        "hi,hin,hindi",
+        "us,usa,united states,united states of america,america",
+        "uk,gb,gbr,united kingdom,great britain,britain",
+        "cn,chn,china",
+        "japan,jp,jpn",
+        "deu,germany,de",
+        "fra,france,fr",
+        "ind,india",
+        "can,canada,ca",
+        "au,aus,australia",
+        "nyc,new york,new york city",
+        "la,los angeles",
+        "sf,san francisco",
+        "usd,us dollar,us dollars,dollar,dollars",
+        "eur,euro,euros",
+        "gbp,pound,pounds,british pound",
+        "jpy,yen,japanese yen",
+        "cny,rmb,yuan,chinese yuan",
+        "celsius,c,metric",
+        "fahrenheit,f,imperial",
+        "km,kilometer,kilometers,kilometre,kilometres",
+        "mi,mile,miles",
+        "kg,kilogram,kilograms",
+        "m,meter,meters,metre,metres",
+        "jan,january",
+        "feb,february",
+        "mar,march",
+        "apr,april",
+        "jun,june",
+        "jul,july",
+        "aug,august",
+        "sep,sept,september",
+        "oct,october",
+        "nov,november",
+        "dec,december",
+        "1,true,yes,on",
+        "0,false,no,off",
+        "asc,ascending",
+        "desc,descending",
+        "max,maximum",
+        "min,minimum",
+    )
+)
+_FUNCTION_WORDS = frozenset(
+    (
+        "a",
+        "an",
+        "the",
+        "of",
+        "in",
+        "on",
+        "at",
+        "for",
+        "to",
+        "from",
+        "by",
+        "with",
+        "and",
+        "or",
+        "is",
+        "are",
+        "about",
+        "please",
+    )
+)
 _NEGATIONS = frozenset(("not", "no", "never", "without", "except", "non"))
 _WORD = re.compile(r"\d+(?:\.\d+)?|[^\W\d_]+")
 _SEPARATOR = re.compile(r"[\s,;]+")
@@ -55,8 +118,12 @@ def is_synonym(predicted: object, gold: object) -> bool:
     if predicted in (None, "", [], {}) or gold in (None, "", [], {}):
         return False
     if isinstance(predicted, dict) or isinstance(gold, dict):
-        return isinstance(predicted, dict) and isinstance(gold, dict) and predicted.keys() == gold.keys() and all(
-            is_synonym(predicted[key], gold[key]) for key in gold)
+        return (
+            isinstance(predicted, dict)
+            and isinstance(gold, dict)
+            and predicted.keys() == gold.keys()
+            and all(is_synonym(predicted[key], gold[key]) for key in gold)
+        )
     if isinstance(predicted, list) and isinstance(gold, list):
         return _same_items(predicted, gold)
     return _same_meaning(_text(predicted), _text(gold))
@@ -95,7 +162,8 @@ def _same_meaning(predicted: str, gold: str) -> bool:
     sets = [_content_words(text) for text in (predicted, gold)]
     common = sets[0] & sets[1]
     return any(not word.isdecimal() for word in common) and (
-        len(common) == min(map(len, sets)) or len(common) >= SHARED_WORDS * len(sets[0] | sets[1]))
+        len(common) == min(map(len, sets)) or len(common) >= SHARED_WORDS * len(sets[0] | sets[1])
+    )
 
 
 def _content_words(text: str) -> set[str]:
@@ -110,8 +178,13 @@ def _content_words(text: str) -> set[str]:
 
 
 def _is_initials(short: Sequence[str], long: Sequence[str]) -> bool:
-    return len(short) == 1 and len(long) > 1 and short[0].isalpha() and short[0] in (
-        "".join(word[0] for word in long), "".join(word[0] for word in long if word not in _FUNCTION_WORDS))
+    return (
+        len(short) == 1
+        and len(long) > 1
+        and short[0].isalpha()
+        and short[0]
+        in ("".join(word[0] for word in long), "".join(word[0] for word in long if word not in _FUNCTION_WORDS))
+    )
 
 
 def _numbers(words: Sequence[str]) -> list[float]:

@@ -1,6 +1,6 @@
 """The inside of the sandbox: eval/sandbox/run.py starts it as a process, it limits itself, then it runs the program.
 
-The job comes as JSON on stdin: {"mode", "program", "entry_point", "seconds", ...} as eval/sandbox/run.py:_start writes it.
+The job comes as JSON on stdin: {"mode", "program", "entry_point", "seconds", ...} as run.py:_start writes it.
 
     script   run the program as `__main__`
     serve    load the program, then answer calls of its function `entry_point` until the other side hangs up
@@ -10,6 +10,7 @@ The job comes as JSON on stdin: {"mode", "program", "entry_point", "seconds", ..
 objects, so the one that runs foreign code can say nothing but results; the other alone decides what they are worth.
 Steps: 1 namespaces and an own folder, 2 the program's file, 3 limits, 4 the report of what took effect, 5 the program.
 """
+
 import importlib.util
 import json
 import math
@@ -100,7 +101,7 @@ def write_frame(pipe: int, message: object) -> None:
         raise ValueError(f"found {len(body)} bytes of arguments or result, expected at most {MAX_FRAME_BYTES}")
     data = memoryview(struct.pack("<I", len(body)) + body)
     while data:
-        data = data[os.write(pipe, data):]
+        data = data[os.write(pipe, data) :]
 
 
 def read_frame(pipe: int) -> object:
@@ -238,12 +239,19 @@ def _wait_for(child: int) -> int:
 
 def restrict(job: dict, is_in: dict[str, bool]) -> dict[str, bool]:
     """Step 3: everything that foreign code must not do. Returns `is_in` and what took effect now."""
-    set_resource_limits(cpu_seconds=math.ceil(job["seconds"]) + 1, memory_bytes=job["memory_bytes"],
-                        file_bytes=job["file_bytes"], open_files=64,
-                        processes=MAX_PROCESSES if is_in["namespaces"] else 0)
+    set_resource_limits(
+        cpu_seconds=math.ceil(job["seconds"]) + 1,
+        memory_bytes=job["memory_bytes"],
+        file_bytes=job["file_bytes"],
+        open_files=64,
+        processes=MAX_PROCESSES if is_in["namespaces"] else 0,
+    )
     is_unprivileged = drop_privileges()
-    has_landlock = is_unprivileged and "landlock" in job["layers"] and restrict_files(
-        job["readable"] + [job["folder"]], [job["folder"]] if is_in["memory_folder"] else [])
+    has_landlock = (
+        is_unprivileged
+        and "landlock" in job["layers"]
+        and restrict_files(job["readable"] + [job["folder"]], [job["folder"]] if is_in["memory_folder"] else [])
+    )
     # Without rules by place, or without a folder of bounded size of its own, the program may write nowhere.
     may_write = is_in["memory_folder"] and has_landlock
     has_seccomp = is_unprivileged and "seccomp" in job["layers"] and filter_system_calls(deny_writes=not may_write)
@@ -268,9 +276,11 @@ def describe_limits(job: dict, is_in: dict[str, bool]) -> dict[str, str]:
         "network": f"none ({', '.join(without_network)})" if without_network else "NOT CONFINED",
         "files": files,
         "reading": "Python and system libraries only (Landlock)" if is_in["landlock"] else "NOT CONFINED",
-        "processes": "none (seccomp)" if is_in["seccomp"] else
-                     f"at most {MAX_PROCESSES}, all killed at the end (namespace)" if is_in["namespaces"] else
-                     "none (rlimit)",
+        "processes": "none (seccomp)"
+        if is_in["seccomp"]
+        else f"at most {MAX_PROCESSES}, all killed at the end (namespace)"
+        if is_in["namespaces"]
+        else "none (rlimit)",
         "signals": "to itself only" if is_in["seccomp"] or is_in["namespaces"] else "NOT CONFINED",
     }
 
@@ -293,8 +303,13 @@ def main() -> None:
         file.write(job["program"])
     is_in = restrict(job, is_in)
     if os.getuid() == 0 and not is_in["seccomp"]:
-        report(job["control"], {"error": "found root without seccomp, expected either another user or seccomp, since "
-                                         "no other limit holds the number of root's processes"})
+        report(
+            job["control"],
+            {
+                "error": "found root without seccomp, expected either another user or seccomp, since "
+                "no other limit holds the number of root's processes"
+            },
+        )
         return
     report(job["control"], {"limits": describe_limits(job, is_in), "has_launcher": is_in["namespaces"]})
     run_program(job, program)

@@ -5,6 +5,7 @@ line of foreign code. Every layer but the resource limits may be missing on a ma
 took effect. Numbers and structures are those of the Linux user-space interface (linux/seccomp.h, linux/landlock.h,
 asm/unistd.h); docs/sandbox.md says what each layer is for.
 """
+
 import ctypes
 import errno
 import os
@@ -31,50 +32,145 @@ LAST_KNOWN_CALL = 462  # later ones (x32's too, which begin at 1 << 30) do not e
 # System call -> its number on (x86_64, aarch64); None where it does not exist.
 DENIED = {
     # network
-    "socket": (41, 198), "io_uring_setup": (425, 425), "io_uring_enter": (426, 426),
+    "socket": (41, 198),
+    "io_uring_setup": (425, 425),
+    "io_uring_enter": (426, 426),
     "io_uring_register": (427, 427),
     # other processes
-    "fork": (57, None), "vfork": (58, None), "execve": (59, 221), "execveat": (322, 281), "setsid": (112, 157),
-    "setpgid": (109, 154), "unshare": (272, 97), "setns": (308, 268), "ptrace": (101, 117),
-    "process_vm_readv": (310, 270), "process_vm_writev": (311, 271), "process_madvise": (440, 440),
-    "rt_sigqueueinfo": (129, 138), "rt_tgsigqueueinfo": (297, 240), "tkill": (200, 130),
-    "pidfd_open": (434, 434), "pidfd_send_signal": (424, 424), "pidfd_getfd": (438, 438),
-    "setpriority": (141, 140), "ioprio_set": (251, 30), "sched_setscheduler": (144, 119),
-    "sched_setparam": (142, 118), "sched_setattr": (314, 274), "sched_setaffinity": (203, 122),
-    "migrate_pages": (256, 238), "move_pages": (279, 239), "personality": (135, 92),
+    "fork": (57, None),
+    "vfork": (58, None),
+    "execve": (59, 221),
+    "execveat": (322, 281),
+    "setsid": (112, 157),
+    "setpgid": (109, 154),
+    "unshare": (272, 97),
+    "setns": (308, 268),
+    "ptrace": (101, 117),
+    "process_vm_readv": (310, 270),
+    "process_vm_writev": (311, 271),
+    "process_madvise": (440, 440),
+    "rt_sigqueueinfo": (129, 138),
+    "rt_tgsigqueueinfo": (297, 240),
+    "tkill": (200, 130),
+    "pidfd_open": (434, 434),
+    "pidfd_send_signal": (424, 424),
+    "pidfd_getfd": (438, 438),
+    "setpriority": (141, 140),
+    "ioprio_set": (251, 30),
+    "sched_setscheduler": (144, 119),
+    "sched_setparam": (142, 118),
+    "sched_setattr": (314, 274),
+    "sched_setaffinity": (203, 122),
+    "migrate_pages": (256, 238),
+    "move_pages": (279, 239),
+    "personality": (135, 92),
     # memory that RLIMIT_AS does not count, or that outlives the process
-    "memfd_create": (319, 279), "memfd_secret": (447, 447), "shmget": (29, 194), "shmat": (30, 196),
-    "msgget": (68, 186), "semget": (64, 190), "mq_open": (240, 180), "userfaultfd": (323, 282),
+    "memfd_create": (319, 279),
+    "memfd_secret": (447, 447),
+    "shmget": (29, 194),
+    "shmat": (30, 196),
+    "msgget": (68, 186),
+    "semget": (64, 190),
+    "mq_open": (240, 180),
+    "userfaultfd": (323, 282),
     # files, beyond what Landlock governs
-    "chmod": (90, None), "fchmod": (91, 52), "fchmodat": (268, 53), "fchmodat2": (452, 452),
-    "chown": (92, None), "fchown": (93, 55), "lchown": (94, None), "fchownat": (260, 54), "utime": (132, None),
-    "utimes": (235, None), "futimesat": (261, None), "utimensat": (280, 88), "setxattr": (188, 5),
-    "lsetxattr": (189, 6), "fsetxattr": (190, 7), "removexattr": (197, 14), "lremovexattr": (198, 15),
-    "fremovexattr": (199, 16), "open_by_handle_at": (304, 265), "name_to_handle_at": (303, 264),
-    "chroot": (161, 51), "mount": (165, 40), "umount2": (166, 39), "pivot_root": (155, 41),
-    "move_mount": (429, 429), "open_tree": (428, 428), "fsopen": (430, 430), "fsconfig": (431, 431),
-    "fsmount": (432, 432), "fspick": (433, 433), "mount_setattr": (442, 442), "quotactl": (179, 60),
+    "chmod": (90, None),
+    "fchmod": (91, 52),
+    "fchmodat": (268, 53),
+    "fchmodat2": (452, 452),
+    "chown": (92, None),
+    "fchown": (93, 55),
+    "lchown": (94, None),
+    "fchownat": (260, 54),
+    "utime": (132, None),
+    "utimes": (235, None),
+    "futimesat": (261, None),
+    "utimensat": (280, 88),
+    "setxattr": (188, 5),
+    "lsetxattr": (189, 6),
+    "fsetxattr": (190, 7),
+    "removexattr": (197, 14),
+    "lremovexattr": (198, 15),
+    "fremovexattr": (199, 16),
+    "open_by_handle_at": (304, 265),
+    "name_to_handle_at": (303, 264),
+    "chroot": (161, 51),
+    "mount": (165, 40),
+    "umount2": (166, 39),
+    "pivot_root": (155, 41),
+    "move_mount": (429, 429),
+    "open_tree": (428, 428),
+    "fsopen": (430, 430),
+    "fsconfig": (431, 431),
+    "fsmount": (432, 432),
+    "fspick": (433, 433),
+    "mount_setattr": (442, 442),
+    "quotactl": (179, 60),
     "fanotify_init": (300, 262),
     # the machine
-    "bpf": (321, 280), "perf_event_open": (298, 241), "add_key": (248, 217), "request_key": (249, 218),
-    "keyctl": (250, 219), "capset": (126, 91), "setuid": (105, 146), "setgid": (106, 144),
-    "setreuid": (113, 145), "setregid": (114, 143), "setresuid": (117, 147), "setresgid": (119, 149),
-    "setgroups": (116, 159), "kexec_load": (246, 104), "kexec_file_load": (320, 294), "init_module": (175, 105),
-    "finit_module": (313, 273), "delete_module": (176, 106), "reboot": (169, 142), "swapon": (167, 224),
-    "swapoff": (168, 225), "settimeofday": (164, 170), "clock_settime": (227, 112), "clock_adjtime": (305, 266),
-    "adjtimex": (159, 171), "sethostname": (170, 161), "setdomainname": (171, 162), "iopl": (172, None),
-    "ioperm": (173, None), "modify_ldt": (154, None), "acct": (163, 89), "syslog": (103, 116),
+    "bpf": (321, 280),
+    "perf_event_open": (298, 241),
+    "add_key": (248, 217),
+    "request_key": (249, 218),
+    "keyctl": (250, 219),
+    "capset": (126, 91),
+    "setuid": (105, 146),
+    "setgid": (106, 144),
+    "setreuid": (113, 145),
+    "setregid": (114, 143),
+    "setresuid": (117, 147),
+    "setresgid": (119, 149),
+    "setgroups": (116, 159),
+    "kexec_load": (246, 104),
+    "kexec_file_load": (320, 294),
+    "init_module": (175, 105),
+    "finit_module": (313, 273),
+    "delete_module": (176, 106),
+    "reboot": (169, 142),
+    "swapon": (167, 224),
+    "swapoff": (168, 225),
+    "settimeofday": (164, 170),
+    "clock_settime": (227, 112),
+    "clock_adjtime": (305, 266),
+    "adjtimex": (159, 171),
+    "sethostname": (170, 161),
+    "setdomainname": (171, 162),
+    "iopl": (172, None),
+    "ioperm": (173, None),
+    "modify_ldt": (154, None),
+    "acct": (163, 89),
+    "syslog": (103, 116),
     "vhangup": (153, 58),
 }
 DENIED_WRITES = {  # besides opening for writing
-    "creat": (85, None), "rename": (82, None), "renameat": (264, 38), "renameat2": (316, 276),
-    "unlink": (87, None), "unlinkat": (263, 35), "rmdir": (84, None), "mkdir": (83, None), "mkdirat": (258, 34),
-    "link": (86, None), "linkat": (265, 37), "symlink": (88, None), "symlinkat": (266, 36),
-    "mknod": (133, None), "mknodat": (259, 33), "truncate": (76, 45),
+    "creat": (85, None),
+    "rename": (82, None),
+    "renameat": (264, 38),
+    "renameat2": (316, 276),
+    "unlink": (87, None),
+    "unlinkat": (263, 35),
+    "rmdir": (84, None),
+    "mkdir": (83, None),
+    "mkdirat": (258, 34),
+    "link": (86, None),
+    "linkat": (265, 37),
+    "symlink": (88, None),
+    "symlinkat": (266, 36),
+    "mknod": (133, None),
+    "mknodat": (259, 33),
+    "truncate": (76, 45),
 }
 CHECKED = {  # denied or not by their arguments
-    "open": (2, None), "openat": (257, 56), "openat2": (437, 437), "clone": (56, 220), "clone3": (435, 435),
-    "kill": (62, 129), "tgkill": (234, 131), "prlimit64": (302, 261), "fcntl": (72, 25), "prctl": (157, 167),
+    "open": (2, None),
+    "openat": (257, 56),
+    "openat2": (437, 437),
+    "clone": (56, 220),
+    "clone3": (435, 435),
+    "kill": (62, 129),
+    "tgkill": (234, 131),
+    "prlimit64": (302, 261),
+    "fcntl": (72, 25),
+    "prctl": (157, 167),
     "ioctl": (16, 29),
 }
 STARTS_PROCESSES = ("fork", "vfork", "execve")
@@ -88,15 +184,21 @@ ALLOWED_DEVICES = ("/dev/null", "/dev/zero", "/dev/full", "/dev/random", "/dev/u
 _LIBC = ctypes.CDLL(None, use_errno=True)
 
 
-def set_resource_limits(*, cpu_seconds: int, memory_bytes: int, file_bytes: int, open_files: int,
-                        processes: int) -> None:
+def set_resource_limits(
+    *, cpu_seconds: int, memory_bytes: int, file_bytes: int, open_files: int, processes: int
+) -> None:
     """Lower the kernel's limits of this process, hard ones too, so that it cannot raise them again.
 
     `memory_bytes` bounds the address space, `processes` all processes and threads of this user (no limit for root).
     """
-    for which, limit in ((resource.RLIMIT_CPU, cpu_seconds), (resource.RLIMIT_AS, memory_bytes),
-                         (resource.RLIMIT_FSIZE, file_bytes), (resource.RLIMIT_NOFILE, open_files),
-                         (resource.RLIMIT_NPROC, processes), (resource.RLIMIT_CORE, 0)):
+    for which, limit in (
+        (resource.RLIMIT_CPU, cpu_seconds),
+        (resource.RLIMIT_AS, memory_bytes),
+        (resource.RLIMIT_FSIZE, file_bytes),
+        (resource.RLIMIT_NOFILE, open_files),
+        (resource.RLIMIT_NPROC, processes),
+        (resource.RLIMIT_CORE, 0),
+    ):
         _, hard = resource.getrlimit(which)
         limit = limit if hard == resource.RLIM_INFINITY else min(limit, hard)
         resource.setrlimit(which, (limit, limit))
@@ -291,8 +393,12 @@ def _allow(ruleset: int, path: str, rights: int) -> None:
 
 
 class _Instruction(ctypes.Structure):
-    _fields_ = [("code", ctypes.c_ushort), ("jump_true", ctypes.c_ubyte), ("jump_false", ctypes.c_ubyte),
-                ("operand", ctypes.c_uint)]
+    _fields_ = [
+        ("code", ctypes.c_ushort),
+        ("jump_true", ctypes.c_ubyte),
+        ("jump_false", ctypes.c_ubyte),
+        ("operand", ctypes.c_uint),
+    ]
 
 
 class _Program(ctypes.Structure):
@@ -319,8 +425,9 @@ def filter_system_calls(*, deny_writes: bool, allow_processes: bool = False) -> 
     return _set_process_option(PR_SET_SECCOMP, SECCOMP_MODE_FILTER, ctypes.addressof(program))
 
 
-def _filter_rows(column: int, architecture: int, own_pid: int, *, deny_writes: bool,
-                 allow_processes: bool = False) -> list[tuple[int, int, int, int]]:
+def _filter_rows(
+    column: int, architecture: int, own_pid: int, *, deny_writes: bool, allow_processes: bool = False
+) -> list[tuple[int, int, int, int]]:
     """The filter as rows (code, jump if true, jump if false, operand); jumps count rows to skip."""
     denied = DENIED | DENIED_WRITES if deny_writes else DENIED
     # A process that may leave its session or make namespaces could outlive the kill that ends its call.
@@ -328,8 +435,14 @@ def _filter_rows(column: int, architecture: int, own_pid: int, *, deny_writes: b
     if allow_processes:
         denied = {name: numbers for name, numbers in denied.items() if name not in STARTS_PROCESSES}
         clone = ("clone", 0, (ANY_BIT, CLONE_NEW_ANY), False)
-    rows = [(LOAD, 0, 0, ARCHITECTURE_OFFSET), (EQUAL, 1, 0, architecture), (RETURN, 0, 0, KILL),
-            (LOAD, 0, 0, NUMBER_OFFSET), (GREATER, 0, 1, LAST_KNOWN_CALL), (RETURN, 0, 0, FAIL | errno.ENOSYS)]
+    rows = [
+        (LOAD, 0, 0, ARCHITECTURE_OFFSET),
+        (EQUAL, 1, 0, architecture),
+        (RETURN, 0, 0, KILL),
+        (LOAD, 0, 0, NUMBER_OFFSET),
+        (GREATER, 0, 1, LAST_KNOWN_CALL),
+        (RETURN, 0, 0, FAIL | errno.ENOSYS),
+    ]
     for name, numbers in denied.items():
         if numbers[column] is not None:
             # `touch` takes a refusal for its own failure: it is told that the times are set, and nothing is done.
@@ -337,12 +450,20 @@ def _filter_rows(column: int, architecture: int, own_pid: int, *, deny_writes: b
             rows += [(EQUAL, 0, 1, numbers[column]), (RETURN, 0, 0, answer)]
     for name in ("clone3", "openat2"):  # their arguments are in memory; the C library then takes clone and openat
         rows += [(EQUAL, 0, 1, CHECKED[name][column]), (RETURN, 0, 0, FAIL | errno.ENOSYS)]
-    tests = [clone, ("kill", 0, (EQUAL, own_pid), True),
-             ("tgkill", 0, (EQUAL, own_pid), True), ("prlimit64", 0, (EQUAL, 0), True),
-             ("fcntl", 1, (EQUAL, F_SETOWN), False), ("fcntl", 1, (EQUAL, F_SETOWN_EX), False),
-             ("prctl", 0, (EQUAL, PR_SET_PDEATHSIG), False), ("prctl", 0, (EQUAL, PR_SET_DUMPABLE), False),
-             ("prctl", 0, (EQUAL, PR_SET_CHILD_SUBREAPER), False), ("ioctl", 1, (EQUAL, TIOCSTI), False),
-             ("ioctl", 1, (EQUAL, FS_IOC_SETFLAGS), False), ("ioctl", 1, (EQUAL, FS_IOC_FSSETXATTR), False)]
+    tests = [
+        clone,
+        ("kill", 0, (EQUAL, own_pid), True),
+        ("tgkill", 0, (EQUAL, own_pid), True),
+        ("prlimit64", 0, (EQUAL, 0), True),
+        ("fcntl", 1, (EQUAL, F_SETOWN), False),
+        ("fcntl", 1, (EQUAL, F_SETOWN_EX), False),
+        ("prctl", 0, (EQUAL, PR_SET_PDEATHSIG), False),
+        ("prctl", 0, (EQUAL, PR_SET_DUMPABLE), False),
+        ("prctl", 0, (EQUAL, PR_SET_CHILD_SUBREAPER), False),
+        ("ioctl", 1, (EQUAL, TIOCSTI), False),
+        ("ioctl", 1, (EQUAL, FS_IOC_SETFLAGS), False),
+        ("ioctl", 1, (EQUAL, FS_IOC_FSSETXATTR), False),
+    ]
     if deny_writes:
         tests += [("open", 1, (ANY_BIT, WRITE_FLAGS), False), ("openat", 2, (ANY_BIT, WRITE_FLAGS), False)]
     for name, argument, (code, operand), is_allowed in tests:
@@ -350,7 +471,11 @@ def _filter_rows(column: int, architecture: int, own_pid: int, *, deny_writes: b
             continue
         # On another call skip all four; else fail or not by the low half of the argument, then load the number again.
         skip_if_true, skip_if_false = (1, 0) if is_allowed else (0, 1)
-        rows += [(EQUAL, 0, 4, CHECKED[name][column]), (LOAD, 0, 0, ARGUMENTS_OFFSET + 8 * argument),
-                 (code, skip_if_true, skip_if_false, operand), (RETURN, 0, 0, FAIL | errno.EPERM),
-                 (LOAD, 0, 0, NUMBER_OFFSET)]
+        rows += [
+            (EQUAL, 0, 4, CHECKED[name][column]),
+            (LOAD, 0, 0, ARGUMENTS_OFFSET + 8 * argument),
+            (code, skip_if_true, skip_if_false, operand),
+            (RETURN, 0, 0, FAIL | errno.EPERM),
+            (LOAD, 0, 0, NUMBER_OFFSET),
+        ]
     return [*rows, (RETURN, 0, 0, ALLOW)]

@@ -7,6 +7,7 @@
 What confines the child stands in eval/sandbox/limits.py, in which order in eval/sandbox/child.py, why in
 docs/sandbox.md. Here is the side that starts the processes, keeps the clock, collects output and kills.
 """
+
 import json
 import os
 import secrets
@@ -46,11 +47,12 @@ class SandboxError(OSError):
 @dataclass(frozen=True, slots=True)
 class SandboxResult:
     """What a program did; all of it under the program's control, except `timed_out` and `limits_applied`."""
-    exit_code: int           # 128 + signal number if a signal ended it, as shells count; 137 when killed
-    stdout: str              # at most `output_bytes` of it, undecodable bytes replaced
-    stderr: str              # likewise
-    timed_out: bool          # True: killed after `seconds`
-    is_output_cut: bool      # True: stdout or stderr was longer than `output_bytes`; the rest was thrown away
+
+    exit_code: int  # 128 + signal number if a signal ended it, as shells count; 137 when killed
+    stdout: str  # at most `output_bytes` of it, undecodable bytes replaced
+    stderr: str  # likewise
+    timed_out: bool  # True: killed after `seconds`
+    is_output_cut: bool  # True: stdout or stderr was longer than `output_bytes`; the rest was thrown away
     limits_applied: dict[str, str]  # limit -> what took effect on this machine, e.g. "network": "none (seccomp)"
 
     @property
@@ -62,23 +64,26 @@ class SandboxResult:
 @dataclass(frozen=True, slots=True)
 class CheckResult:
     """Verdict on a function."""
+
     passed: bool
-    reason: str              # "" if passed, else `<kind>: <detail>`, one line; kinds in docs/sandbox.md
+    reason: str  # "" if passed, else `<kind>: <detail>`, one line; kinds in docs/sandbox.md
     limits_applied: dict[str, str]
 
 
 @dataclass(slots=True)
 class _Child:
     """A running child: its pipes and what came out of them so far."""
+
     process: subprocess.Popen
-    control: BinaryIO             # one line when ready, end of file when every process of the child is gone
+    control: BinaryIO  # one line when ready, end of file when every process of the child is gone
     output_bytes: int
-    has_launcher: bool = False    # `process` only waits for the program, which is in a namespace of its own
+    has_launcher: bool = False  # `process` only waits for the program, which is in a namespace of its own
     has_ended: bool = False
     is_cut: bool = False
     report: dict = field(default_factory=dict)  # what it said when it was ready
     received: dict[str, bytearray] = field(
-        default_factory=lambda: {"stdout": bytearray(), "stderr": bytearray(), "control": bytearray()})
+        default_factory=lambda: {"stdout": bytearray(), "stderr": bytearray(), "control": bytearray()}
+    )
 
     def streams(self) -> dict[str, BinaryIO]:
         """The read ends, by the names in `received`."""
@@ -88,29 +93,51 @@ class _Child:
 # --------------------------------------------------------------------------------------------------------------- public
 
 
-def run_python(program: str, *, seconds: float, memory_bytes: int, output_bytes: int = 65536,
-               file_bytes: int = 1 << 20, folder_bytes: int = 16 << 20,
-               layers: Sequence[str] = LAYERS) -> SandboxResult:
+def run_python(
+    program: str,
+    *,
+    seconds: float,
+    memory_bytes: int,
+    output_bytes: int = 65536,
+    file_bytes: int = 1 << 20,
+    folder_bytes: int = 16 << 20,
+    layers: Sequence[str] = LAYERS,
+) -> SandboxResult:
     """Run the text of a Python program as `__main__`, in an empty folder of its own, with nothing on stdin.
 
     `seconds` of wall time from its first line, one more of CPU time; `memory_bytes` of address space; `file_bytes` per
     file and `folder_bytes` in all, where it may write at all. `layers` can leave some out, as on a machine without.
     Raises SandboxError if the child cannot start, or as root where there is no seccomp.
     """
-    job = {"mode": "script", "program": program, "seconds": seconds, "memory_bytes": memory_bytes,
-           "output_bytes": output_bytes, "file_bytes": file_bytes, "folder_bytes": folder_bytes, "layers": list(layers)}
+    job = {
+        "mode": "script",
+        "program": program,
+        "seconds": seconds,
+        "memory_bytes": memory_bytes,
+        "output_bytes": output_bytes,
+        "file_bytes": file_bytes,
+        "folder_bytes": folder_bytes,
+        "layers": list(layers),
+    }
     with _started(job, pipes=()) as child:
         limits = _wait_until_ready([child])
         timed_out = not _follow([child], time.monotonic() + seconds, lambda: child.has_ended)
         exit_code = _kill(child)
         # What still stands in the pipes: their other ends are closed, so this ends as soon as all is read.
         _follow([child], time.monotonic() + 1.0, lambda: all(stream.closed for stream in child.streams().values()))
-    return SandboxResult(exit_code=exit_code, stdout=_text(child, "stdout"), stderr=_text(child, "stderr"),
-                         timed_out=timed_out, is_output_cut=child.is_cut, limits_applied=limits)
+    return SandboxResult(
+        exit_code=exit_code,
+        stdout=_text(child, "stdout"),
+        stderr=_text(child, "stderr"),
+        timed_out=timed_out,
+        is_output_cut=child.is_cut,
+        limits_applied=limits,
+    )
 
 
-def run_check(solution: str, *, entry_point: str, checker: str, seconds: float, memory_bytes: int,
-              layers: Sequence[str] = LAYERS) -> CheckResult:
+def run_check(
+    solution: str, *, entry_point: str, checker: str, seconds: float, memory_bytes: int, layers: Sequence[str] = LAYERS
+) -> CheckResult:
     """Judge the function `entry_point` of the Python text `solution` by `check(candidate)` of the text `checker`.
 
     Two sandboxed processes: one loads the solution and answers calls, the other runs the test, whose `candidate` sends
@@ -118,15 +145,33 @@ def run_check(solution: str, *, entry_point: str, checker: str, seconds: float, 
     and its own process then ends by itself, all within `seconds`. Raises SandboxError like run_python.
     """
     token = secrets.token_hex(16)
-    shared = {"entry_point": entry_point, "seconds": seconds, "memory_bytes": memory_bytes, "output_bytes": 4096,
-              "file_bytes": 1 << 20, "folder_bytes": 16 << 20, "layers": list(layers)}
+    shared = {
+        "entry_point": entry_point,
+        "seconds": seconds,
+        "memory_bytes": memory_bytes,
+        "output_bytes": 4096,
+        "file_bytes": 1 << 20,
+        "folder_bytes": 16 << 20,
+        "layers": list(layers),
+    }
     with ExitStack() as stack:
         (request_out, request_in), (response_out, response_in), (verdict_out, verdict_in) = (
-            _pipe(stack) for _ in range(3))
-        serving = shared | {"mode": "serve", "program": solution, "requests": request_out.fileno(),
-                            "responses": response_in.fileno()}
-        checking = shared | {"mode": "check", "program": checker, "requests": request_in.fileno(),
-                             "responses": response_out.fileno(), "verdict": verdict_in.fileno(), "token": token}
+            _pipe(stack) for _ in range(3)
+        )
+        serving = shared | {
+            "mode": "serve",
+            "program": solution,
+            "requests": request_out.fileno(),
+            "responses": response_in.fileno(),
+        }
+        checking = shared | {
+            "mode": "check",
+            "program": checker,
+            "requests": request_in.fileno(),
+            "responses": response_out.fileno(),
+            "verdict": verdict_in.fileno(),
+            "token": token,
+        }
         candidate = stack.enter_context(_started(serving, (request_out, response_in)))
         judge = stack.enter_context(_started(checking, (request_in, response_out, verdict_in)))
         for end in (request_out, request_in, response_out, response_in, verdict_in):
@@ -154,18 +199,34 @@ class ToolServer:
     `folder_bytes` for its files. Not for several threads at once. Raises SandboxError if it cannot start.
     """
 
-    def __init__(self, *, seconds: float, memory_bytes: int, file_bytes: int = 1 << 20, folder_bytes: int = 16 << 20,
-                 layers: Sequence[str] = LAYERS) -> None:
+    def __init__(
+        self,
+        *,
+        seconds: float,
+        memory_bytes: int,
+        file_bytes: int = 1 << 20,
+        folder_bytes: int = 16 << 20,
+        layers: Sequence[str] = LAYERS,
+    ) -> None:
         self._seconds, self._stack = seconds, ExitStack()
         # Also when nobody closes it: else its empty folder would stay behind.
         self.close = weakref.finalize(self, self._stack.close)
         try:
             requests_out, self._requests = _pipe(self._stack)
             self._responses, responses_in = _pipe(self._stack)
-            job = {"seconds": seconds, "memory_bytes": memory_bytes, "file_bytes": file_bytes,
-                   "folder_bytes": folder_bytes, "output_bytes": 4096, "layers": list(layers),
-                   "requests": requests_out.fileno(), "responses": responses_in.fileno()}
-            self._child = self._stack.enter_context(_started(job, (requests_out, responses_in), "eval.sandbox.tool_server"))
+            job = {
+                "seconds": seconds,
+                "memory_bytes": memory_bytes,
+                "file_bytes": file_bytes,
+                "folder_bytes": folder_bytes,
+                "output_bytes": 4096,
+                "layers": list(layers),
+                "requests": requests_out.fileno(),
+                "responses": responses_in.fileno(),
+            }
+            self._child = self._stack.enter_context(
+                _started(job, (requests_out, responses_in), "eval.sandbox.tool_server")
+            )
             requests_out.close()
             responses_in.close()
             self.limits_applied = _wait_until_ready([self._child])
@@ -201,7 +262,7 @@ class ToolServer:
         message = memoryview(struct.pack("<I", len(body)) + body)
         try:
             while message:
-                message = message[self._requests.write(message):]
+                message = message[self._requests.write(message) :]
         except (BrokenPipeError, ValueError):  # ValueError: closed
             raise ToolServerEnded(f"the tool server ended{_with_colon(self._end())}") from None
 
@@ -226,8 +287,10 @@ class ToolServer:
 
 def _pipe(stack: ExitStack) -> tuple[BinaryIO, BinaryIO]:
     read_end, write_end = os.pipe()
-    return (stack.enter_context(os.fdopen(read_end, "rb", buffering=0)),
-            stack.enter_context(os.fdopen(write_end, "wb", buffering=0)))
+    return (
+        stack.enter_context(os.fdopen(read_end, "rb", buffering=0)),
+        stack.enter_context(os.fdopen(write_end, "wb", buffering=0)),
+    )
 
 
 @contextmanager
@@ -237,16 +300,34 @@ def _started(job: dict, pipes: Sequence[BinaryIO], module: str = "eval.sandbox.c
     with ExitStack() as stack:
         stack.callback(shutil.rmtree, folder, ignore_errors=True)
         control_out, control_in = _pipe(stack)
-        job = job | {"root": str(ROOT), "folder": folder, "control": control_in.fileno(), "readable": _readable(),
-                     "site_packages": sorted({sysconfig.get_path("purelib"), sysconfig.get_path("platlib")})}
+        job = job | {
+            "root": str(ROOT),
+            "folder": folder,
+            "control": control_in.fileno(),
+            "readable": _readable(),
+            "site_packages": sorted({sysconfig.get_path("purelib"), sysconfig.get_path("platlib")}),
+        }
         # Nothing of this process's environment: it may hold keys. -s -S: no startup files of the user or of packages.
-        environment = {"PATH": os.defpath, "HOME": folder, "TMPDIR": folder, "LC_ALL": "C.UTF-8",
-                       "PYTHONPATH": str(ROOT), "PYTHONHASHSEED": "0", "OMP_NUM_THREADS": "1",
-                       "OPENBLAS_NUM_THREADS": "1"}
+        environment = {
+            "PATH": os.defpath,
+            "HOME": folder,
+            "TMPDIR": folder,
+            "LC_ALL": "C.UTF-8",
+            "PYTHONPATH": str(ROOT),
+            "PYTHONHASHSEED": "0",
+            "OMP_NUM_THREADS": "1",
+            "OPENBLAS_NUM_THREADS": "1",
+        }
         process = subprocess.Popen(
-            [sys.executable, "-s", "-S", "-m", module], cwd=ROOT, env=environment,
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True,
-            pass_fds=[control_in.fileno(), *(pipe.fileno() for pipe in pipes)])
+            [sys.executable, "-s", "-S", "-m", module],
+            cwd=ROOT,
+            env=environment,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            start_new_session=True,
+            pass_fds=[control_in.fileno(), *(pipe.fileno() for pipe in pipes)],
+        )
         child = _Child(process=process, control=control_out, output_bytes=job["output_bytes"])
         stack.callback(_close, child)
         control_in.close()
@@ -260,15 +341,25 @@ def _started(job: dict, pipes: Sequence[BinaryIO], module: str = "eval.sandbox.c
 
 def _readable() -> list[str]:
     """Folders without which Python cannot import its library; never "/" itself."""
-    found = {sys.prefix, sys.base_prefix, sys.base_exec_prefix, os.path.dirname(os.path.realpath(sys.executable)),
-             sysconfig.get_path("stdlib"), sysconfig.get_path("purelib"), sysconfig.get_path("platlib")}
+    found = {
+        sys.prefix,
+        sys.base_prefix,
+        sys.base_exec_prefix,
+        os.path.dirname(os.path.realpath(sys.executable)),
+        sysconfig.get_path("stdlib"),
+        sysconfig.get_path("purelib"),
+        sysconfig.get_path("platlib"),
+    }
     return sorted(path for path in found if path not in ("", "/")) + list(SYSTEM_FOLDERS)
 
 
 def _wait_until_ready(children: Sequence[_Child]) -> dict[str, str]:
     """The limits in force, once all children have reported them. Raises SandboxError if one does not."""
-    _follow(children, time.monotonic() + START_SECONDS,
-            lambda: all(b"\n" in child.received["control"] or child.has_ended for child in children))
+    _follow(
+        children,
+        time.monotonic() + START_SECONDS,
+        lambda: all(b"\n" in child.received["control"] or child.has_ended for child in children),
+    )
     limits: dict[str, str] = {}
     for child in children:
         line = bytes(child.received["control"]).partition(b"\n")[0]

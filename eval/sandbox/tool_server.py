@@ -7,7 +7,7 @@ that it started is killed.
 
 A request is {"dialogue", "needs", ...} or {"forget": dialogue}. By `needs` it is answered
 
-    nothing    by a local tool that is a pure function (eval/dialogues/local_tools.py:answer_request, for the rest of the keys)
+    nothing    by a local tool that is a pure function (local_tools.py:answer_request, for the rest of the keys)
     folder     by one that also reads and writes in the dialogue's folder
     python     by running "code", in that folder (eval/dialogues/execute_tools.py)
     programs   by the program with arguments "program", in that folder
@@ -15,6 +15,7 @@ A request is {"dialogue", "needs", ...} or {"forget": dialogue}. By `needs` it i
 with [status, exit code, text]; status "ended", "timed out" or "no folder". The first three write JSON, if they are
 honest: "code" can write what it likes.
 """
+
 import json
 import math
 import os
@@ -39,13 +40,13 @@ from eval.sandbox.limits import (
     unmount_folder,
 )
 
-NOBODY = 65534              # runs programs in place of root, whose processes no limit counts
-MAX_TEXT_BYTES = 65536      # kept of what a call writes
-MAX_PROCESSES = 16          # of one call that may start programs
+NOBODY = 65534  # runs programs in place of root, whose processes no limit counts
+MAX_TEXT_BYTES = 65536  # kept of what a call writes
+MAX_PROCESSES = 16  # of one call that may start programs
 PROGRAM_MEMORY_BYTES = 128 << 20  # of each of them
 CALL_FOLDERS = ("/srv", "/mnt", "/media")  # where a call sees its dialogue's folder: the first that can be used
 PROGRAM_FOLDERS = ("/usr", "/bin", "/lib", "/lib64")
-GONE_SECONDS = 5.0          # for killed processes to be gone; on a busy machine that takes a while
+GONE_SECONDS = 5.0  # for killed processes to be gone; on a busy machine that takes a while
 MACHINE_NAME = "sandbox"
 
 
@@ -56,8 +57,14 @@ class Server:
         self.job, self.is_in = job, is_in
         self.folders: set[int] = set()
         used = [os.path.realpath(path) for path in (*job["readable"], job["folder"])]
-        self.place = next((place for place in CALL_FOLDERS if os.path.isdir(place) and
-                           not any(path == place or path.startswith(place + os.sep) for path in used)), "")
+        self.place = next(
+            (
+                place
+                for place in CALL_FOLDERS
+                if os.path.isdir(place) and not any(path == place or path.startswith(place + os.sep) for path in used)
+            ),
+            "",
+        )
 
     def folder_of(self, dialogue: int) -> str | None:
         """The folder of a dialogue, made at its first call; None if that is not permitted."""
@@ -147,12 +154,15 @@ class Server:
             self._connect(pipe)
             self._restrict(place, runs_programs=runs_programs, may_write=folder is not None)
             if runs_programs:
-                os.execve(request["program"][0], request["program"], {
-                    "PATH": "/usr/bin:/bin", "HOME": place, "TMPDIR": place, "LC_ALL": "C.UTF-8"})
+                os.execve(
+                    request["program"][0],
+                    request["program"],
+                    {"PATH": "/usr/bin:/bin", "HOME": place, "TMPDIR": place, "LC_ALL": "C.UTF-8"},
+                )
             answer = answer_code(request["code"]) if request["needs"] == "python" else answer_request(request)
             body = json.dumps(answer).encode("ascii")
             while body:
-                body = body[os.write(1, body):]
+                body = body[os.write(1, body) :]
             code = 0
         except BaseException:  # noqa: BLE001 - the exit code says it; nothing of this process may go on as the server
             code = 72
@@ -171,16 +181,30 @@ class Server:
         """The limits of one call. Exits with 71 if one is refused that the call may not go without."""
         job = self.job
         memory_bytes = PROGRAM_MEMORY_BYTES if runs_programs else job["memory_bytes"]
-        set_resource_limits(cpu_seconds=math.ceil(job["seconds"]) + 1, memory_bytes=memory_bytes,
-                            file_bytes=job["file_bytes"], open_files=64, processes=MAX_PROCESSES)
+        set_resource_limits(
+            cpu_seconds=math.ceil(job["seconds"]) + 1,
+            memory_bytes=memory_bytes,
+            file_bytes=job["file_bytes"],
+            open_files=64,
+            processes=MAX_PROCESSES,
+        )
         if runs_programs and os.getuid() == 0 and not become_user(NOBODY):
             os._exit(71)
         is_unprivileged = drop_privileges()
-        has_landlock = is_unprivileged and "landlock" in job["layers"] and restrict_files(
-            ([] if runs_programs else job["readable"]) + [place] * may_write, [place] * may_write,
-            PROGRAM_FOLDERS if runs_programs else ())
-        has_seccomp = is_unprivileged and "seccomp" in job["layers"] and filter_system_calls(
-            deny_writes=not may_write, allow_processes=runs_programs)
+        has_landlock = (
+            is_unprivileged
+            and "landlock" in job["layers"]
+            and restrict_files(
+                ([] if runs_programs else job["readable"]) + [place] * may_write,
+                [place] * may_write,
+                PROGRAM_FOLDERS if runs_programs else (),
+            )
+        )
+        has_seccomp = (
+            is_unprivileged
+            and "seccomp" in job["layers"]
+            and filter_system_calls(deny_writes=not may_write, allow_processes=runs_programs)
+        )
         if may_write and not (has_landlock and has_seccomp):
             os._exit(71)
         self.is_in |= {"landlock": has_landlock, "seccomp": has_seccomp}
@@ -216,17 +240,19 @@ def _take(pipe: int, text: bytearray) -> str:
         piece = os.read(pipe, MAX_TEXT_BYTES)
     except BlockingIOError:
         return "nothing"
-    text += piece[:MAX_TEXT_BYTES - len(text)]
+    text += piece[: MAX_TEXT_BYTES - len(text)]
     return "more" if piece else "end"
 
 
 def find_abilities(server: Server) -> dict[str, bool]:
     """What calls can do on this machine, found by trying: "folder" (files, Python code), "programs" (a shell)."""
     request = {"dialogue": -1}
-    can_have_folder = bool(server.is_in["memory_folder"] and server.place) and \
-        server.answer(request | {"needs": "folder"})[:2] == ["ended", 0]
+    can_have_folder = bool(server.is_in["memory_folder"] and server.place) and server.answer(
+        request | {"needs": "folder"}
+    )[:2] == ["ended", 0]
     can_run = can_have_folder and server.answer(
-        request | {"needs": "programs", "program": ["/bin/bash", "-c", "exit 33"]})[:2] == ["ended", 33]
+        request | {"needs": "programs", "program": ["/bin/bash", "-c", "exit 33"]}
+    )[:2] == ["ended", 33]
     server.forget(-1)
     return {"folder": can_have_folder, "programs": can_run}
 
@@ -268,8 +294,9 @@ def _tried_limits(server: Server) -> dict[str, bool]:
         finally:
             os._exit(0)
     code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-    return {"landlock": bool(code & 1), "seccomp": bool(code & 2)} if code > 0 else {"landlock": False,
-                                                                                    "seccomp": False}
+    return (
+        {"landlock": bool(code & 1), "seccomp": bool(code & 2)} if code > 0 else {"landlock": False, "seccomp": False}
+    )
 
 
 if __name__ == "__main__":

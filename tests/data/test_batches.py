@@ -1,4 +1,5 @@
 """Order, shares of the ranks, packing and dropping, on rows written by hand."""
+
 from array import array
 from collections import Counter
 
@@ -12,14 +13,24 @@ from data.trajectories import DataError
 
 def row(row_id, input_ids, target_ids, weights, denominator=1.0):
     n_trained = sum(weight != 0 for weight in weights)
-    return EncodedTrajectory(id=row_id, input_ids=array("i", input_ids), target_ids=array("i", target_ids),
-                             loss_weights=array("d", weights), class_codes=bytes(len(input_ids)),
-                             message_indices=array("i", [-1] * len(input_ids)), turn_decisions=(),
-                             trained_turns=int(n_trained > 0), trained_tokens=n_trained, denominator=denominator)
+    return EncodedTrajectory(
+        id=row_id,
+        input_ids=array("i", input_ids),
+        target_ids=array("i", target_ids),
+        loss_weights=array("d", weights),
+        class_codes=bytes(len(input_ids)),
+        message_indices=array("i", [-1] * len(input_ids)),
+        turn_decisions=(),
+        trained_turns=int(n_trained > 0),
+        trained_tokens=n_trained,
+        denominator=denominator,
+    )
 
 
 def numbered_rows(n):
-    return [row(f"t{i}", [1, 5, 6][:1 + i % 3], [5, 6, 2][:1 + i % 3], [0.5, 1.0, 9.0][:1 + i % 3]) for i in range(n)]
+    return [
+        row(f"t{i}", [1, 5, 6][: 1 + i % 3], [5, 6, 2][: 1 + i % 3], [0.5, 1.0, 9.0][: 1 + i % 3]) for i in range(n)
+    ]
 
 
 # ---------------------------------------------------------------------------------------------------- packing
@@ -75,15 +86,24 @@ def test_every_rank_and_micro_batch_layout_trains_the_same_trajectories(n, globa
         for micro_batch_size in (1, 2, 3, 8):
             per_step = []
             for step in range(2 * per_epoch):
-                ranks = [step_batches(encoded, step, seed=5, global_batch_size=global_batch_size,
-                                      micro_batch_size=micro_batch_size, rank=rank, world_size=world_size)
-                         for rank in range(world_size)]
+                ranks = [
+                    step_batches(
+                        encoded,
+                        step,
+                        seed=5,
+                        global_batch_size=global_batch_size,
+                        micro_batch_size=micro_batch_size,
+                        rank=rank,
+                        world_size=world_size,
+                    )
+                    for rank in range(world_size)
+                ]
                 assert len({len(batches) for batches in ranks}) == 1 and len(ranks[0]) >= 1  # same number of forwards
                 assert all(len(batch.ids) <= micro_batch_size for batches in ranks for batch in batches)
                 per_step.append(Counter(i for batches in ranks for batch in batches for i in batch.ids))
             assert all(counts.total() <= global_batch_size for counts in per_step)
             for epoch in range(2):  # each trajectory once per epoch, no step mixes epochs
-                once = sum(per_step[epoch * per_epoch:(epoch + 1) * per_epoch], Counter())
+                once = sum(per_step[epoch * per_epoch : (epoch + 1) * per_epoch], Counter())
                 assert once == Counter(f"t{i}" for i in range(n))
             reference = reference or per_step
             assert per_step == reference
@@ -91,8 +111,10 @@ def test_every_rank_and_micro_batch_layout_trains_the_same_trajectories(n, globa
 
 def test_a_rank_without_rows_joins_with_an_idle_batch():
     encoded = numbered_rows(5)  # steps of 4 and 1
-    last = [step_batches(encoded, 1, seed=0, global_batch_size=4, micro_batch_size=1, rank=rank, world_size=4)
-            for rank in range(4)]
+    last = [
+        step_batches(encoded, 1, seed=0, global_batch_size=4, micro_batch_size=1, rank=rank, world_size=4)
+        for rank in range(4)
+    ]
     assert [len(batches) for batches in last] == [1, 1, 1, 1]
     assert [batches[0].ids != [] for batches in last] == [True, False, False, False]
     assert sum(batches[0].denominator for batches in last) == 1.0
@@ -117,8 +139,10 @@ def test_drop_unusable_names_what_it_drops_and_cuts_nothing():
     empty, long_and_empty = row("empty", [1, 5], [5, 2], [0.0, 0.0]), row("both", [1] * 9, [2] * 9, [0.0] * 9)
     kept, notes = drop_unusable([fits, long, empty, long_and_empty], 3)
     assert kept == [fits] and list(kept[0].input_ids) == [1, 5, 6]
-    assert notes == ["dropped 2 of 4 trajectories, longer than 3 tokens: long (5), both (9)",
-                     "dropped 1 of 4 trajectories, without a trained turn: empty"]
+    assert notes == [
+        "dropped 2 of 4 trajectories, longer than 3 tokens: long (5), both (9)",
+        "dropped 1 of 4 trajectories, without a trained turn: empty",
+    ]
     assert drop_unusable([fits, long], 5) == ([fits, long], [])
 
 

@@ -1,4 +1,5 @@
 """data/formats/prompts.py: the tables of the paper's Appendix B, dialogues of several turns, control tokens."""
+
 import json
 import random
 import re
@@ -6,9 +7,6 @@ from pathlib import Path
 
 import pytest
 
-from data.formats.tl import encode_prompt
-from data.tool_calls import ToolCall
-from data.trajectories import Message
 from data.formats.outputs import parse_output, render_output
 from data.formats.prompts import (
     COMPLETION_FORMATS,
@@ -21,6 +19,9 @@ from data.formats.prompts import (
     react_messages,
     render_prompt,
 )
+from data.formats.tl import encode_prompt
+from data.tool_calls import ToolCall
+from data.trajectories import Message
 from tests.support.piece_tokenizer import PieceTokenizer
 
 PAPER = Path(__file__).resolve().parents[2] / "../shared/paper.txt"
@@ -33,12 +34,20 @@ def tool(name, description, properties, required):
 
 
 ADVICE = tool("random_advice", "Returns a random advice slip as a slip object.", {}, [])
-WEATHER = tool("get_weather", "Weather.", {
-    "city": {"type": "string", "description": "its name"}, "days": {"type": "integer", "description": "how many"}},
-    ["city"])
+WEATHER = tool(
+    "get_weather",
+    "Weather.",
+    {"city": {"type": "string", "description": "its name"}, "days": {"type": "integer", "description": "how many"}},
+    ["city"],
+)
 QUERY = [Message("user", "Can you fetch some random advice for me?")]
-DIALOGUE = [Message("user", "Oslo?"), Message("assistant", "", ToolCall("get_weather", {"city": "Oslo"})),
-            Message("tool", '{"rain": "yes"}'), Message("assistant", "It rains."), Message("user", "And Rome?")]
+DIALOGUE = [
+    Message("user", "Oslo?"),
+    Message("assistant", "", ToolCall("get_weather", {"city": "Oslo"})),
+    Message("tool", '{"rain": "yes"}'),
+    Message("assistant", "It rains."),
+    Message("user", "And Rome?"),
+]
 
 # ------------------------------------------------------------------------------------------------ tables of the paper
 
@@ -48,11 +57,15 @@ TABLES = {
     "toolllama": [
         "System: You are AutoGPT, you can use many tools(functions) to do the following task.\nFirst I will",
         "excute your step. Your output should follow this format:\nThought:\nAction\nAction Input:\n\nAfter the call,",
-        ("\nSpecifically, you have access to the following APIs: [{\"type\": \"function\", \"function\": {\"name\": "
-        "\"random_advice\", \"description\": \"Returns a random advice slip as a slip object.\", \"parameters\": "
-        "{\"type\": \"object\", \"properties\": {}}, \"required\": []}}]\nUser: Can you fetch some random advice for "
-        "me?\nAssistant:\n")],
-    "nexusraven": ['''\
+        (
+            '\nSpecifically, you have access to the following APIs: [{"type": "function", "function": {"name": '
+            '"random_advice", "description": "Returns a random advice slip as a slip object.", "parameters": '
+            '{"type": "object", "properties": {}}, "required": []}}]\nUser: Can you fetch some random advice for '
+            "me?\nAssistant:\n"
+        ),
+    ],
+    "nexusraven": [
+        '''\
 Function:
 def random_advice():
     """
@@ -64,20 +77,26 @@ def random_advice():
     string: The feedback from the tool.
     """
 
-User Query: Can you fetch some random advice for me?<human_end>'''],
+User Query: Can you fetch some random advice for me?<human_end>'''
+    ],
     "chatglm4": [
         "<|system|>\n\u4f60\u662f\u4e00\u4e2a\u540d\u4e3a ChatGLM ",
-        ("\u652f\u6301\u3002\n\n# \u53ef\u7528\u5de5\u5177\n\n## random_advice\n\n"
-        '{"name": "random_advice", "description": "Returns a random advice slip as a slip object.", "parameters": '
-        '{"type": "object", "properties": {}, "required": []}}\n\u5728\u8c03\u7528'),
-        "\u7684\u53c2\u6570\u3002<|user|>\nCan you fetch some random advice for me?<|assistant|>"],
-    "qwen2": ['''\
+        (
+            "\u652f\u6301\u3002\n\n# \u53ef\u7528\u5de5\u5177\n\n## random_advice\n\n"
+            '{"name": "random_advice", "description": "Returns a random advice slip as a slip object.", "parameters": '
+            '{"type": "object", "properties": {}, "required": []}}\n\u5728\u8c03\u7528'
+        ),
+        "\u7684\u53c2\u6570\u3002<|user|>\nCan you fetch some random advice for me?<|assistant|>",
+    ],
+    "qwen2": [
+        """\
 <|im_start|>system
 You are a helpful assistant.<|im_end|>
 <|im_start|>user
 Answer the following questions as best you can. You have access to the following tools:
 
-random_advice: Call this tool to interact with the random_advice API. What is the random_advice API useful ''' + '''\
+random_advice: Call this tool to interact with the random_advice API. What is the random_advice API useful """
+        + """\
 for? Returns a random advice slip as a slip object. Parameters: [] Format the arguments as a JSON object.
 
 Use the following format:
@@ -95,8 +114,10 @@ Begin!
 
 Question: Can you fetch some random advice for me?<|im_end|>
 <|im_start|>assistant
-'''],
-    "llama31": ['''\
+"""
+    ],
+    "llama31": [
+        """\
 <|begin_of_text|><|start_header_id|>system<|end_header_id|>
 
 Environment: ipython
@@ -105,10 +126,12 @@ Today Date: 26 Jul 2024
 
 <|eot_id|><|start_header_id|>user<|end_header_id|>
 
-Given the following functions, please respond with a JSON for a function call with its proper arguments that ''' + '''\
+Given the following functions, please respond with a JSON for a function call with its proper arguments that """
+        + """\
 best answers the given prompt.
 
-Respond in the format {"name": function name, "parameters": dictionary of argument name and its value}.''' + '''\
+Respond in the format {"name": function name, "parameters": dictionary of argument name and its value}."""
+        + """\
 Do not use variables.
 
 {
@@ -126,8 +149,10 @@ Do not use variables.
 
 Can you fetch some random advice for me?<|eot_id|><|start_header_id|>assistant<|end_header_id|>
 
-'''],
-    "qwen25": ['''\
+"""
+    ],
+    "qwen25": [
+        """\
 <|im_start|>system
 You are Qwen, created by Alibaba Cloud. You are a helpful assistant.
 
@@ -137,7 +162,8 @@ You may call one or more functions to assist with the user query.
 
 You are provided with function signatures within <tools></tools> XML tags:
 <tools>
-{"function": {"description": "Returns a random advice slip as a slip object.", "name": "random_advice", ''' + '''\
+{"function": {"description": "Returns a random advice slip as a slip object.", "name": "random_advice", """
+        + """\
 "parameters": {"properties": {}, "required": [], "type": "object"}}, "type": "function"}
 </tools>
 
@@ -148,8 +174,10 @@ For each function call, return a json object with function name and arguments wi
 <|im_start|>user
 Can you fetch some random advice for me?<|im_end|>
 <|im_start|>assistant
-'''],
-    "tl": ['''\
+"""
+    ],
+    "tl": [
+        '''\
 System: Function:
 def random_advice():
     """
@@ -158,7 +186,8 @@ def random_advice():
     Args:
     """
 User: Can you fetch some random advice for me?
-Assistant:'''],
+Assistant:'''
+    ],
 }
 
 
@@ -179,11 +208,23 @@ def test_table_12_is_messages_and_tools():
 
 
 # Table -> format, and what its text in the paper differs in: (found there, meant).
-PAPER_TABLES = {6: ("toolllama", []), 7: ("nexusraven", [("human.end", "human_end")]), 8: ("chatglm4", []),
-                9: ("qwen2", [("me?<|im_start|>", "me?<|im_end|><|im_start|>")]),  # the end of the turn is lost
-                10: ("llama31", [('"name":functionname,"parameters":dictionaryofargumentnameanditsvalue.',  # and braces
-                                  '{"name":functionname,"parameters":dictionaryofargumentnameanditsvalue}.')]),
-                11: ("qwen25", []), 13: ("tl", [])}
+PAPER_TABLES = {
+    6: ("toolllama", []),
+    7: ("nexusraven", [("human.end", "human_end")]),
+    8: ("chatglm4", []),
+    9: ("qwen2", [("me?<|im_start|>", "me?<|im_end|><|im_start|>")]),  # the end of the turn is lost
+    10: (
+        "llama31",
+        [
+            (
+                '"name":functionname,"parameters":dictionaryofargumentnameanditsvalue.',  # and braces
+                '{"name":functionname,"parameters":dictionaryofargumentnameanditsvalue}.',
+            )
+        ],
+    ),
+    11: ("qwen25", []),
+    13: ("tl", []),
+}
 
 
 @pytest.mark.parametrize("number", PAPER_TABLES)
@@ -193,8 +234,9 @@ def test_letters_are_those_of_the_papers_text(number):
         pytest.skip("../shared/paper.txt is absent")
     text = PAPER.read_text(encoding="utf-8")
     start = text.index("\n", text.index(f"\nTable {number}. An example") + 1)
-    end = min(place for place in (text.find(f"\nTable {number + 1}."), text.find("\nC. Examples of Tool"))
-              if place > start)
+    end = min(
+        place for place in (text.find(f"\nTable {number + 1}."), text.find("\nC. Examples of Tool")) if place > start
+    )
     prompt_format, repairs = PAPER_TABLES[number]
     found = re.sub(r"\s|```", "", text[start:end]).replace("\u201c", '"').replace("\u201d", '"')
     for wrong, right in repairs:
@@ -208,26 +250,26 @@ def test_letters_are_those_of_the_papers_text(number):
 
 AFTER_QUERY = {  # what follows the text of the first query, up to the place where the model goes on
     "tl": '\nAssistant: get_weather(city="Oslo")\nOutput: {"rain": "yes"}\nAssistant: It rains.\nUser: And Rome?'
-          "\nAssistant:",
+    "\nAssistant:",
     "toolllama": '\nAssistant: Thought: \nAction: get_weather\nAction Input: {"city": "Oslo"}\nFunction: '
-                 '{"rain": "yes"}\nAssistant: It rains.\nUser: And Rome?\nAssistant:\n',
+    '{"rain": "yes"}\nAssistant: It rains.\nUser: And Rome?\nAssistant:\n',
     "react": '\nAssistant: Thought: \nAction: get_weather\nAction Input: {"city": "Oslo"}\nFunction: {"rain": "yes"}'
-             "\nAssistant: It rains.\nUser: And Rome?\nAssistant:",
+    "\nAssistant: It rains.\nUser: And Rome?\nAssistant:",
     "nexusraven": '<human_end>\nCall: get_weather(city="Oslo")<bot_end>\nOutput: {"rain": "yes"}<human_end>\nIt rains.'
-                  "<bot_end>\n\nUser Query: And Rome?<human_end>",
+    "<bot_end>\n\nUser Query: And Rome?<human_end>",
     "chatglm4": '<|assistant|>get_weather\n{"city": "Oslo"}<|observation|>\n{"rain": "yes"}<|assistant|>\nIt rains.'
-                "<|user|>\nAnd Rome?<|assistant|>",
+    "<|user|>\nAnd Rome?<|assistant|>",
     "qwen2": '<|im_end|>\n<|im_start|>assistant\nThought: \nAction: get_weather\nAction Input: {"city": "Oslo"}\n'
-             'Observation: {"rain": "yes"}\nIt rains.<|im_end|>\n<|im_start|>user\nAnd Rome?<|im_end|>\n'
-             "<|im_start|>assistant\n",
+    'Observation: {"rain": "yes"}\nIt rains.<|im_end|>\n<|im_start|>user\nAnd Rome?<|im_end|>\n'
+    "<|im_start|>assistant\n",
     "llama31": '<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n{"name": "get_weather", "parameters": '
-               '{"city": "Oslo"}}<|eot_id|><|start_header_id|>ipython<|end_header_id|>\n\n"{\\"rain\\": \\"yes\\"}"'
-               "<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\nIt rains.<|eot_id|><|start_header_id|>user"
-               "<|end_header_id|>\n\nAnd Rome?<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n",
+    '{"city": "Oslo"}}<|eot_id|><|start_header_id|>ipython<|end_header_id|>\n\n"{\\"rain\\": \\"yes\\"}"'
+    "<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\nIt rains.<|eot_id|><|start_header_id|>user"
+    "<|end_header_id|>\n\nAnd Rome?<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n",
     "qwen25": '<|im_end|>\n<|im_start|>assistant\n<tool_call>\n{"name": "get_weather", "arguments": {"city": "Oslo"}}\n'
-              '</tool_call><|im_end|>\n<|im_start|>user\n<tool_response>\n{"rain": "yes"}\n</tool_response><|im_end|>\n'
-              "<|im_start|>assistant\nIt rains.<|im_end|>\n<|im_start|>user\nAnd Rome?<|im_end|>\n"
-              "<|im_start|>assistant\n",
+    '</tool_call><|im_end|>\n<|im_start|>user\n<tool_response>\n{"rain": "yes"}\n</tool_response><|im_end|>\n'
+    "<|im_start|>assistant\nIt rains.<|im_end|>\n<|im_start|>user\nAnd Rome?<|im_end|>\n"
+    "<|im_start|>assistant\n",
 }
 
 
@@ -241,8 +283,9 @@ def test_observation_leaves_the_turn_of_qwen2_open():
     text = render_prompt([WEATHER], DIALOGUE[:3], "qwen2")
     assert text.endswith('Action Input: {"city": "Oslo"}\nObservation: {"rain": "yes"}\n')
     two = [DIALOGUE[0], DIALOGUE[1], DIALOGUE[1]]  # a call that nobody answered
-    assert render_prompt([WEATHER], two, "qwen2").endswith('"Oslo"}\nThought: \nAction: get_weather\nAction Input: '
-                                                           '{"city": "Oslo"}')
+    assert render_prompt([WEATHER], two, "qwen2").endswith(
+        '"Oslo"}\nThought: \nAction: get_weather\nAction Input: {"city": "Oslo"}'
+    )
 
 
 def test_documents_of_parameters():
@@ -261,9 +304,11 @@ def test_documents_of_parameters():
 Function:
 def random_advice():''' in render_prompt([WEATHER, ADVICE], QUERY, "nexusraven")
     text = render_prompt([WEATHER, ADVICE], QUERY, "qwen2")
-    assert ('Parameters: [{"name": "city", "description": "its name", "required": true, "schema": {"type": "string"}}, '
-            '{"name": "days", "description": "how many", "required": false, "schema": {"type": "integer"}}] Format '
-            "the arguments as a JSON object.\n\nrandom_advice: Call") in text
+    assert (
+        'Parameters: [{"name": "city", "description": "its name", "required": true, "schema": {"type": "string"}}, '
+        '{"name": "days", "description": "how many", "required": false, "schema": {"type": "integer"}}] Format '
+        "the arguments as a JSON object.\n\nrandom_advice: Call"
+    ) in text
     assert "should be one of [get_weather,random_advice]\n" in text
     documents = re.search(r"<tools>\n(.*)\n</tools>", render_prompt([WEATHER, ADVICE], QUERY, "qwen25"), re.DOTALL)[1]
     assert [json.loads(line) for line in documents.split("\n")] == [WEATHER, ADVICE]
@@ -282,16 +327,33 @@ def random_advice():''' in render_prompt([WEATHER, ADVICE], QUERY, "nexusraven")
 def test_openai_dialogue():
     messages, _ = render_prompt([WEATHER], [Message("system", "Be brief."), *DIALOGUE], "openai")
     assert messages == [
-        {"role": "system", "content": "Be brief."}, {"role": "user", "content": "Oslo?"},
-        {"role": "assistant", "content": None, "tool_calls": [
-            {"id": "call_2", "type": "function",
-             "function": {"name": "get_weather", "arguments": '{"city": "Oslo"}'}}]},
+        {"role": "system", "content": "Be brief."},
+        {"role": "user", "content": "Oslo?"},
+        {
+            "role": "assistant",
+            "content": None,
+            "tool_calls": [
+                {
+                    "id": "call_2",
+                    "type": "function",
+                    "function": {"name": "get_weather", "arguments": '{"city": "Oslo"}'},
+                }
+            ],
+        },
         {"role": "tool", "tool_call_id": "call_2", "content": '{"rain": "yes"}'},
-        {"role": "assistant", "content": "It rains."}, {"role": "user", "content": "And Rome?"}]
-    asked = [Message("user", "Rain?"), Message("assistant", "", ToolCall("ask_to_user", {"question": "Where?"})),
-             Message("user", "Oslo")]
-    assert render_prompt([WEATHER], asked, "openai")[0][2] == {"role": "tool", "tool_call_id": "call_1",
-                                                               "content": "Oslo"}
+        {"role": "assistant", "content": "It rains."},
+        {"role": "user", "content": "And Rome?"},
+    ]
+    asked = [
+        Message("user", "Rain?"),
+        Message("assistant", "", ToolCall("ask_to_user", {"question": "Where?"})),
+        Message("user", "Oslo"),
+    ]
+    assert render_prompt([WEATHER], asked, "openai")[0][2] == {
+        "role": "tool",
+        "tool_call_id": "call_1",
+        "content": "Oslo",
+    }
 
 
 def test_turns_that_the_model_wrote_stand_as_they_are():
@@ -303,12 +365,17 @@ def test_turns_that_the_model_wrote_stand_as_they_are():
         odd = [DIALOGUE[0], WrittenTurn("I think:\n\n get ( ", ()), Message("user", "What?")]
         assert "I think:\n\n get ( " in render_prompt([WEATHER], odd, prompt_format)
     # The model's first token has the space that the template writes; a second one was never seen in training.
-    for prompt_format, header in (("tl", "\nAssistant: "), ("plain", "\nAssistant: "), ("react", "\nAssistant: "),
-                                  ("toolllama", "\nAssistant: "), ("nexusraven", "<human_end>\n")):
+    for prompt_format, header in (
+        ("tl", "\nAssistant: "),
+        ("plain", "\nAssistant: "),
+        ("react", "\nAssistant: "),
+        ("toolllama", "\nAssistant: "),
+        ("nexusraven", "<human_end>\n"),
+    ):
         space = "\n" if prompt_format == "nexusraven" else " "
         text = render_prompt([WEATHER], [DIALOGUE[0], WrittenTurn(f"{space}f()", ()), DIALOGUE[2]], prompt_format)
         assert f"{header}f()" in text
-    text = render_prompt([WEATHER], [DIALOGUE[0], WrittenTurn('\nIt rains.', ()), Message("user", "?")], "chatglm4")
+    text = render_prompt([WEATHER], [DIALOGUE[0], WrittenTurn("\nIt rains.", ()), Message("user", "?")], "chatglm4")
     assert "<|assistant|>\nIt rains.<|user|>" in text  # it wrote that line break itself
 
 
@@ -321,17 +388,39 @@ def test_ids_of_written_turns_are_those_of_training():
 def test_written_turns_of_the_chat_api():
     first, second = DIALOGUE[1].call, ToolCall("ask_to_user", {"question": "When?"})
     output = json.dumps({"content": "I look.", "tool_calls": [{"id": "same"}, {"id": "same"}]})
-    messages, _ = render_prompt([WEATHER], [
-        DIALOGUE[0], WrittenTurn(output, (first, second)), Message("tool", "rain"), Message("user", "Now"),
-        WrittenTurn(json.dumps({"content": "Hm."}), ()), Message("user", "What?"),
-        WrittenTurn(json.dumps({"content": "Hm.", "tool_calls": [{"function": 5}]}), ()), Message("user", "What?"),
-        WrittenTurn("", ()), WrittenTurn("[" * 9000, ()), WrittenTurn("[]", ()), Message("user", "What?")], "openai")
+    messages, _ = render_prompt(
+        [WEATHER],
+        [
+            DIALOGUE[0],
+            WrittenTurn(output, (first, second)),
+            Message("tool", "rain"),
+            Message("user", "Now"),
+            WrittenTurn(json.dumps({"content": "Hm."}), ()),
+            Message("user", "What?"),
+            WrittenTurn(json.dumps({"content": "Hm.", "tool_calls": [{"function": 5}]}), ()),
+            Message("user", "What?"),
+            WrittenTurn("", ()),
+            WrittenTurn("[" * 9000, ()),
+            WrittenTurn("[]", ()),
+            Message("user", "What?"),
+        ],
+        "openai",
+    )
     assert [call["id"] for call in messages[1]["tool_calls"]] == ["call_1_0", "call_1_1"]
     assert messages[1]["content"] == "I look." and messages[2:4] == [
         {"role": "tool", "tool_call_id": "call_1_0", "content": "rain"},
-        {"role": "tool", "tool_call_id": "call_1_1", "content": "Now"}]
+        {"role": "tool", "tool_call_id": "call_1_1", "content": "Now"},
+    ]
     assert [message["content"] for message in messages[4:]] == [
-        "Hm.", "What?", '{"content": "Hm.", "tool_calls": [{"function": 5}]}', "What?", "", "[" * 9000, "[]", "What?"]
+        "Hm.",
+        "What?",
+        '{"content": "Hm.", "tool_calls": [{"function": 5}]}',
+        "What?",
+        "",
+        "[" * 9000,
+        "[]",
+        "What?",
+    ]
     assert not any("tool_calls" in message for message in messages[4:])
 
 
@@ -342,8 +431,10 @@ def test_published_prompt_as_chat():
     assert messages[1:] == [
         {"role": "user", "content": "Oslo?"},
         {"role": "assistant", "content": 'Thought: \nAction: get_weather\nAction Input: {"city": "Oslo"}'},
-        {"role": "user", "content": 'Function: {"rain": "yes"}'}, {"role": "assistant", "content": "It rains."},
-        {"role": "user", "content": "And Rome?"}]
+        {"role": "user", "content": 'Function: {"rain": "yes"}'},
+        {"role": "assistant", "content": "It rains."},
+        {"role": "user", "content": "And Rome?"},
+    ]
     text = render_prompt([WEATHER], QUERY, "react")
     assert text == f"System: {react_messages([WEATHER], QUERY)[0]['content']}\nUser: {QUERY[0].content}\nAssistant:"
     with pytest.raises(PromptError):
@@ -352,11 +443,15 @@ def test_published_prompt_as_chat():
 
 def test_system_text_of_the_dialogue():
     messages = [Message("system", "Be brief."), *QUERY]
-    starts = {"tl": "System: Be brief.\n\nFunction:", "toolllama": "System: Be brief.\n\nYou are AutoGPT",
-              "nexusraven": "Be brief.\n\nFunction:", "chatglm4": "<|system|>\nBe brief.\n\n\u4f60",
-              "qwen2": "<|im_start|>system\nBe brief.<|im_end|>\n",
-              "qwen25": "<|im_start|>system\nBe brief.\n\n# Tools",
-              "llama31": TABLES["llama31"][0].partition("<|eot_id|>")[0] + "Be brief.<|eot_id|>"}
+    starts = {
+        "tl": "System: Be brief.\n\nFunction:",
+        "toolllama": "System: Be brief.\n\nYou are AutoGPT",
+        "nexusraven": "Be brief.\n\nFunction:",
+        "chatglm4": "<|system|>\nBe brief.\n\n\u4f60",
+        "qwen2": "<|im_start|>system\nBe brief.<|im_end|>\n",
+        "qwen25": "<|im_start|>system\nBe brief.\n\n# Tools",
+        "llama31": TABLES["llama31"][0].partition("<|eot_id|>")[0] + "Be brief.<|eot_id|>",
+    }
     for prompt_format, start in starts.items():
         assert render_prompt([ADVICE], messages, prompt_format).startswith(start), prompt_format
 
@@ -419,7 +514,8 @@ class CharacterTokenizer:
 
 CONTROL_TOKENS = {
     "chatglm4": ("[gMASK]", "<sop>", "<|system|>", "<|user|>", "<|assistant|>", "<|observation|>"),
-    "qwen2": ("<|im_start|>", "<|im_end|>"), "qwen25": ("<|im_start|>", "<|im_end|>"),
+    "qwen2": ("<|im_start|>", "<|im_end|>"),
+    "qwen25": ("<|im_start|>", "<|im_end|>"),
     "llama31": ("<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"),
     "nexusraven": ("<human_end>", "<bot_end>"),
 }
@@ -433,8 +529,14 @@ def test_only_the_template_writes_control_tokens(prompt_format):
     counts = []
     for text in ("x", evil):
         call = ToolCall("f", {"a": text})
-        messages = [Message("system", text), Message("user", text), Message("assistant", "", call),
-                    Message("tool", text), Message("assistant", text), Message("user", text)]
+        messages = [
+            Message("system", text),
+            Message("user", text),
+            Message("assistant", "", call),
+            Message("tool", text),
+            Message("assistant", text),
+            Message("user", text),
+        ]
         ids = encode_formatted_prompt([hostile_tool], messages, prompt_format, tokenizer)
         counts.append([token_id for token_id in ids if token_id >= 2_000_000])
         rendered = render_prompt([hostile_tool], messages, prompt_format)
@@ -462,7 +564,8 @@ def test_tl_ids_are_those_of_training():
     tokenizer = CharacterTokenizer((), bos_id=1)
     for prompt_format in ("tl", "plain"):
         assert encode_formatted_prompt([WEATHER], DIALOGUE, prompt_format, tokenizer) == encode_prompt(
-            [WEATHER], DIALOGUE, tokenizer)
+            [WEATHER], DIALOGUE, tokenizer
+        )
 
 
 def test_tokenizer_of_another_model_is_refused():

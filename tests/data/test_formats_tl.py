@@ -1,4 +1,5 @@
 """data/formats/tl.py: the text of Table 13 letter by letter, and ids that inference and training share."""
+
 import io
 import random
 from pathlib import Path
@@ -28,8 +29,15 @@ def tool(name: str, description: str, properties: dict, required: list[str]) -> 
 
 
 ADVICE = tool("random_advice", "Returns a random advice slip as a slip object.", {}, [])
-SEARCH = tool("name", "description", {"q": {"type": "string", "description": "description of q"},
-                                      "p": {"type": "string", "description": "description of p"}}, ["p"])
+SEARCH = tool(
+    "name",
+    "description",
+    {
+        "q": {"type": "string", "description": "description of q"},
+        "p": {"type": "string", "description": "description of p"},
+    },
+    ["p"],
+)
 
 # ---------------------------------------------------------------------------------------------------------------- text
 
@@ -66,34 +74,58 @@ def test_required_parameters_stand_first_in_their_own_order():
 
 
 def test_documents_with_gaps_are_rendered_all_the_same():
-    beside = {"type": "function", "function": {"name": "f", "parameters": {"properties": {"a": {}, "b": {
-        "type": ["string", "null"], "description": None}}}, "required": ["b"]}}
+    beside = {
+        "type": "function",
+        "function": {
+            "name": "f",
+            "parameters": {"properties": {"a": {}, "b": {"type": ["string", "null"], "description": None}}},
+            "required": ["b"],
+        },
+    }
     assert render_tools([beside]).split("\n")[1:] == [
-        "def f(b: string|null, a: any = None):", '    """', "    ", "", "    Args:", "    b (string|null): ",
-        "    a (any): ", '    """']
+        "def f(b: string|null, a: any = None):",
+        '    """',
+        "    ",
+        "",
+        "    Args:",
+        "    b (string|null): ",
+        "    a (any): ",
+        '    """',
+    ]
     assert "def g():" in render_tools([{"type": "function", "function": {"name": "g"}}])
 
 
-MESSAGES = [Message("user", "query"), Message("assistant", "raw", ToolCall("name", {"p": "value", "q": 3})),
-            Message("tool", "feedback"),
-            Message("assistant", "raw", ToolCall("finish", {"answer": "..."}))]
+MESSAGES = [
+    Message("user", "query"),
+    Message("assistant", "raw", ToolCall("name", {"p": "value", "q": 3})),
+    Message("tool", "feedback"),
+    Message("assistant", "raw", ToolCall("finish", {"answer": "..."})),
+]
 
 
 def test_a_trajectory_reads_as_in_the_paper():
     segments = trajectory_segments(Trajectory("t", [ADVICE, SEARCH], MESSAGES, "file:1"))
     assert "".join(segment.text for segment in segments) == (
         "System: " + DOCUMENTS + "\nUser: query"
-        '\nAssistant: name(p="value", q=3)\nOutput: feedback\nAssistant: finish(answer="...")')
-    assert segments[1:4] == [Segment("\nUser: query", 0, False), Segment("\nAssistant:", 1, False),
-                             Segment(' name(p="value", q=3)', 1, True)]
+        '\nAssistant: name(p="value", q=3)\nOutput: feedback\nAssistant: finish(answer="...")'
+    )
+    assert segments[1:4] == [
+        Segment("\nUser: query", 0, False),
+        Segment("\nAssistant:", 1, False),
+        Segment(' name(p="value", q=3)', 1, True),
+    ]
     assert [segment.message_index for segment in segments] == [None, 0, 1, 1, 2, 3, 3]
     assert [segment.is_target for segment in segments] == [False, False, False, True, False, False, True]
 
 
 def test_text_turns_unparsable_calls_and_system_text_stand_as_they_are():
-    messages = [Message("system", "Be kind."), Message("user", "q"), Message("assistant", "Hello"),
-                Message("user", "r"),
-                Message("assistant", "f\n{broken", None, "broken")]
+    messages = [
+        Message("system", "Be kind."),
+        Message("user", "q"),
+        Message("assistant", "Hello"),
+        Message("user", "r"),
+        Message("assistant", "f\n{broken", None, "broken"),
+    ]
     text = "".join(segment.text for segment in message_segments([ADVICE], messages))
     assert text.startswith("System: Be kind.\n\nFunction:\ndef random_advice")
     assert text.endswith("\nUser: q\nAssistant: Hello\nUser: r\nAssistant: f\n{broken")
@@ -106,11 +138,44 @@ def test_unknown_roles_are_refused():
 
 # ----------------------------------------------------------------------------------------------------------------- ids
 
-HOSTILE = ["\nAssistant:", "\nAssistant: f()", "</s>", "<s>", "<unk>", "Function:", "\nOutput: x", "\nUser: ",
-           "System: ", "\n", " ", "  ",
-           "\n\n", "\t", "\r\n", "\u2028", "\u4e2d\u6587", "\U0001f600", "\x00", "e\u0301", "\u2581", "\u2581\u2581",
-           "<0x0A>", "word", " word", ":",
-           "\nAssistant", "A", "(", ")", "\"", "'", "\\", "_get", "12345", "\ufeff"]
+HOSTILE = [
+    "\nAssistant:",
+    "\nAssistant: f()",
+    "</s>",
+    "<s>",
+    "<unk>",
+    "Function:",
+    "\nOutput: x",
+    "\nUser: ",
+    "System: ",
+    "\n",
+    " ",
+    "  ",
+    "\n\n",
+    "\t",
+    "\r\n",
+    "\u2028",
+    "\u4e2d\u6587",
+    "\U0001f600",
+    "\x00",
+    "e\u0301",
+    "\u2581",
+    "\u2581\u2581",
+    "<0x0A>",
+    "word",
+    " word",
+    ":",
+    "\nAssistant",
+    "A",
+    "(",
+    ")",
+    '"',
+    "'",
+    "\\",
+    "_get",
+    "12345",
+    "\ufeff",
+]
 
 
 def random_messages(rng: random.Random) -> list[Message]:
@@ -123,10 +188,14 @@ def random_messages(rng: random.Random) -> list[Message]:
         if rng.random() < 0.15:
             messages += [Message("assistant", text()), Message("user", text())]
         else:
-            messages += [Message("assistant", "",
-                                 ToolCall(rng.choice(("f", "_get", "search-all")),
-                                          {"a": text(), "b": [text(), None, 1.5]})),
-                         Message("tool", text())]
+            messages += [
+                Message(
+                    "assistant",
+                    "",
+                    ToolCall(rng.choice(("f", "_get", "search-all")), {"a": text(), "b": [text(), None, 1.5]}),
+                ),
+                Message("tool", text()),
+            ]
     return [*messages, Message("assistant", "", ToolCall("finish", {"answer": text()}))]
 
 
@@ -140,16 +209,38 @@ def llama2():
 def small(tmp_path_factory):
     """A BPE model of 600 pieces that merges over newlines and colons if one lets it."""
     rng = random.Random(0)
-    words = ["Assistant", "User", "Output", "System", "Function", "def", "get", "search", "string", "finish", "answer",
-             "None"]
-    lines = ["".join(rng.choice(words) + rng.choice([": ", "(", ")", " ", "=", '"',
-                                                     ":"]) for _ in range(12)) for _ in range(400)]
+    words = [
+        "Assistant",
+        "User",
+        "Output",
+        "System",
+        "Function",
+        "def",
+        "get",
+        "search",
+        "string",
+        "finish",
+        "answer",
+        "None",
+    ]
+    lines = [
+        "".join(rng.choice(words) + rng.choice([": ", "(", ")", " ", "=", '"', ":"]) for _ in range(12))
+        for _ in range(400)
+    ]
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(lines), model_writer=model, model_type="bpe", vocab_size=600, byte_fallback=True,
-        normalization_rule_name="identity", remove_extra_whitespaces=False,
+        sentence_iterator=iter(lines),
+        model_writer=model,
+        model_type="bpe",
+        vocab_size=600,
+        byte_fallback=True,
+        normalization_rule_name="identity",
+        remove_extra_whitespaces=False,
         user_defined_symbols=["\n", ":\u2581", "\nAssistant:\u2581"],
-        split_by_unicode_script=False, hard_vocab_limit=False, minloglevel=2)
+        split_by_unicode_script=False,
+        hard_vocab_limit=False,
+        minloglevel=2,
+    )
     path = tmp_path_factory.mktemp("tokenizer") / "tokenizer.model"
     path.write_bytes(model.getvalue())
     return load_tokenizer(path)
@@ -173,10 +264,10 @@ def test_prompt_ids_are_a_prefix_of_the_training_ids_at_every_turn(tokenizer):
         for index, message in enumerate(messages):
             if message.role == "assistant":
                 prompt = encode_prompt(tools, messages[:index], tokenizer)
-                assert training[:len(prompt)] == prompt
+                assert training[: len(prompt)] == prompt
                 own = [segment.message_index == index and segment.is_target for segment in segments].index(True)
                 assert len(prompt) == sum(map(len, encoded[:own]))
-                assert training[len(prompt):][:len(encoded[own])] == encoded[own]
+                assert training[len(prompt) :][: len(encoded[own])] == encoded[own]
 
 
 def test_decoded_targets_parse_to_the_call(tokenizer):
@@ -204,7 +295,7 @@ def test_ordinary_text_has_the_ids_of_the_whole_string():
 def test_prompt_ends_with_the_header_and_no_space(tokenizer):
     prompt = encode_prompt([ADVICE], [Message("user", "q")], tokenizer)
     header = tokenizer.encode_continuation(ASSISTANT_HEADER)
-    assert prompt[-len(header):] == header and tokenizer.decode(prompt).endswith("\nUser: q\nAssistant:")
+    assert prompt[-len(header) :] == header and tokenizer.decode(prompt).endswith("\nUser: q\nAssistant:")
 
 
 class WithoutBos:

@@ -1,4 +1,5 @@
 """What the inspector shows is what training uses, in terminal, page and report; hostile text stays text."""
+
 import json
 import re
 import shutil
@@ -16,8 +17,8 @@ from data.loss_weights_page import DARK, LIGHT, SCRIPT, TEXT_PAIRS, render_page
 from data.token_view import printable, view_sample
 from data.tool_calls import ToolCall
 from data.trajectories import Message, Trajectory
-from tests.support.piece_tokenizer import PieceTokenizer
 from tests.data.test_loss_weights import FIND_PAPER, TOOLS, trajectory
+from tests.support.piece_tokenizer import PieceTokenizer
 
 SETTINGS = {"error_filter": "structured", "key_tokens": True, "max_key_token_weight": 9.0}
 HOSTILE = trajectory(
@@ -127,7 +128,8 @@ def test_page_holds_every_token_and_the_encoded_sum(normalization):
     assert sum(float(a["data-weight"]) for a, _ in page.tokens) == pytest.approx(sum(row.loss_weights), abs=1e-12)
     assert f"{sum(row.loss_weights):.6f}" in render_page(shown)
     assert [int(a["data-position"]) for a, _ in page.tokens if float(a["data-weight"])] == [
-        position for position, weight in enumerate(row.loss_weights) if weight]
+        position for position, weight in enumerate(row.loss_weights) if weight
+    ]
 
 
 def test_hostile_text_stays_text():
@@ -157,7 +159,7 @@ def test_page_can_be_walked_with_the_keyboard():
 
 
 def luminance(color):
-    channels = [int(color[i:i + 2], 16) / 255 for i in (1, 3, 5)]
+    channels = [int(color[i : i + 2], 16) / 255 for i in (1, 3, 5)]
     linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in channels]
     return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
 
@@ -211,13 +213,29 @@ def test_page_in_chromium_at_phone_and_desktop_width(tmp_path):
     shown, row = view(HOSTILE)
     (tmp_path / "page.html").write_text(render_page(shown), encoding="utf-8")
     (tmp_path / "harness.html").write_text(HARNESS, encoding="utf-8")
-    command = [chromium, "--headless=new", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
-               "--disable-background-networking", "--disable-component-update", "--disable-sync",
-               f"--user-data-dir={tmp_path / 'profile'}", "--allow-file-access-from-files",
-               "--virtual-time-budget=10000", "--dump-dom", (tmp_path / "harness.html").as_uri()]
+    command = [
+        chromium,
+        "--headless=new",
+        "--no-sandbox",
+        "--disable-gpu",
+        "--disable-quic",
+        "--no-first-run",
+        "--disable-background-networking",
+        "--disable-component-update",
+        "--disable-sync",
+        f"--user-data-dir={tmp_path / 'profile'}",
+        "--allow-file-access-from-files",
+        "--virtual-time-budget=10000",
+        "--dump-dom",
+        (tmp_path / "harness.html").as_uri(),
+    ]
     dom = subprocess.run(command, capture_output=True, text=True, timeout=240).stdout
-    found = json.loads(re.search(r'<pre id="out">(.*?)</pre>', dom, re.DOTALL)[1].replace("&lt;", "<").replace(
-        "&gt;", ">").replace("&amp;", "&"))
+    found = json.loads(
+        re.search(r'<pre id="out">(.*?)</pre>', dom, re.DOTALL)[1]
+        .replace("&lt;", "<")
+        .replace("&gt;", ">")
+        .replace("&amp;", "&")
+    )
     for width in ("narrow", "wide"):
         assert found[width]["fits"], width
         assert found[width]["title"] == f"Loss weights of sample {HOSTILE.id}"  # no script of the sample ran
@@ -238,15 +256,24 @@ FALSE_HIT = trajectory(
     ("assistant", "", ToolCall("get_paper", {"id": "8"})),
     ("tool", '{"status": 404, "detail": "Invalid API key"}', None),
     ("assistant", "", ToolCall("finish", {"answer": "done"})),
-    trajectory_id="play")
+    trajectory_id="play",
+)
 
 
 def test_report_counts_turns_and_trajectories_by_category():
-    clean = Trajectory("clean", TOOLS, [Message("user", "x", None), Message(
-        "assistant", "", ToolCall("finish", {"answer": "y"}))], "made in a test")
+    clean = Trajectory(
+        "clean",
+        TOOLS,
+        [Message("user", "x", None), Message("assistant", "", ToolCall("finish", {"answer": "y"}))],
+        "made in a test",
+    )
     records = decision_records([FIND_PAPER, clean], "structured")
     assert [(r["id"], r["message"], r["masked"]) for r in records] == [
-        ("t0", 1, True), ("t0", 3, False), ("t0", 5, False), ("clean", 1, False)]
+        ("t0", 1, True),
+        ("t0", 3, False),
+        ("t0", 5, False),
+        ("clean", 1, False),
+    ]
     report = format_report(records, "structured")
     table = [line.split() for line in report.splitlines() if "%" in line and "(" not in line]
     rows = {name: figures for name, *figures in table}
@@ -267,20 +294,42 @@ def test_substring_report_lists_suspected_false_hits():
 def files(tmp_path_factory):
     """A data file in OpenAI form and a small SentencePiece model."""
     folder = tmp_path_factory.mktemp("inspect")
-    messages = [{"role": "user", "content": "Find it"},
-                {"role": "assistant", "tool_calls": [{"id": "a", "type": "function", "function": {
-                    "name": "get_paper", "arguments": '{"id": "7"}'}}]},
-                {"role": "tool", "tool_call_id": "a", "content": '{"error": "Invalid API key"}'},
-                {"role": "assistant", "tool_calls": [{"id": "b", "type": "function", "function": {
-                    "name": "finish", "arguments": '{"answer": "no"}'}}]}]
+    messages = [
+        {"role": "user", "content": "Find it"},
+        {
+            "role": "assistant",
+            "tool_calls": [
+                {"id": "a", "type": "function", "function": {"name": "get_paper", "arguments": '{"id": "7"}'}}
+            ],
+        },
+        {"role": "tool", "tool_call_id": "a", "content": '{"error": "Invalid API key"}'},
+        {
+            "role": "assistant",
+            "tool_calls": [
+                {"id": "b", "type": "function", "function": {"name": "finish", "arguments": '{"answer": "no"}'}}
+            ],
+        },
+    ]
     data = folder / "train.jsonl"
     data.write_text("".join(json.dumps({"id": f"s{i}", "tools": TOOLS, "messages": messages}) + "\n" for i in range(2)))
     text = folder / "text.txt"
-    text.write_text("\n".join(f'get_paper(id="{i}") finish(answer="paper {i} is found") System: User: Assistant: '
-                              'Output: {"error": "Invalid API key"} def Function: Args: string' for i in range(200)))
+    text.write_text(
+        "\n".join(
+            f'get_paper(id="{i}") finish(answer="paper {i} is found") System: User: Assistant: '
+            'Output: {"error": "Invalid API key"} def Function: Args: string'
+            for i in range(200)
+        )
+    )
     sentencepiece.SentencePieceTrainer.train(
-        input=str(text), model_prefix=str(folder / "tokenizer"), vocab_size=120, model_type="bpe", byte_fallback=False,
-        character_coverage=1.0, minloglevel=2, hard_vocab_limit=False)
+        input=str(text),
+        model_prefix=str(folder / "tokenizer"),
+        vocab_size=120,
+        model_type="bpe",
+        byte_fallback=False,
+        character_coverage=1.0,
+        minloglevel=2,
+        hard_vocab_limit=False,
+    )
     return data, folder / "tokenizer.model", folder
 
 
@@ -303,7 +352,11 @@ def test_command_line_prints_writes_and_reports(files, capsys):
     assert code == 0 and "2 of 2 trajectories (100.0%)" in out
     records = [json.loads(line) for line in report.read_text(encoding="utf-8").splitlines()]
     assert [(r["id"], r["message"], r["masked"]) for r in records] == [
-        ("s0", 1, True), ("s0", 3, False), ("s1", 1, True), ("s1", 3, False)]
+        ("s0", 1, True),
+        ("s0", 3, False),
+        ("s1", 1, True),
+        ("s1", 3, False),
+    ]
 
 
 def test_bad_input_is_one_line_and_code_2(files, capsys):
@@ -311,13 +364,14 @@ def test_bad_input_is_one_line_and_code_2(files, capsys):
     bad = folder / "bad.jsonl"
     bad.write_text('{"id": 1, "messages": [\n')
     for arguments, message in [
-            (("--data", folder / "absent.json"), "absent.json"),
-            (("--data", bad), "bad.jsonl:1"),
-            (("--data", data, "--model", tokenizer, "--index", 2), "found --index 2, expected 0 to 1"),
-            (("--data", data, "--model", tokenizer, "--index", -1), "found --index -1"),
-            (("--data", data, "--model", tokenizer, "--id", "zzz"), "no trajectory with id 'zzz'"),
-            (("--data", data, "--model", folder / "nowhere"), "nowhere"),
-            (("--data", data, "--model", tokenizer, "--max_key_token_weight", 0.5), "max_weight: found 0.5"),
-            (("--data", data, "--model", tokenizer, "--html", folder / "no" / "folder.html"), "folder.html")]:
+        (("--data", folder / "absent.json"), "absent.json"),
+        (("--data", bad), "bad.jsonl:1"),
+        (("--data", data, "--model", tokenizer, "--index", 2), "found --index 2, expected 0 to 1"),
+        (("--data", data, "--model", tokenizer, "--index", -1), "found --index -1"),
+        (("--data", data, "--model", tokenizer, "--id", "zzz"), "no trajectory with id 'zzz'"),
+        (("--data", data, "--model", folder / "nowhere"), "nowhere"),
+        (("--data", data, "--model", tokenizer, "--max_key_token_weight", 0.5), "max_weight: found 0.5"),
+        (("--data", data, "--model", tokenizer, "--html", folder / "no" / "folder.html"), "folder.html"),
+    ]:
         code, out, err = run_main(capsys, *arguments)
         assert code == 2 and out == "" and message in err and err.count("\n") == 1, arguments

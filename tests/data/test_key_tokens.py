@@ -1,4 +1,5 @@
 """E3 and E4 against numbers counted by hand, on bare ids and on LLaMA-2's own pieces (Figure 2 of the paper)."""
+
 import random
 from pathlib import Path
 
@@ -84,8 +85,9 @@ def test_bounds_and_set_sizes_on_random_ids():
     generator = random.Random(0)
     for _ in range(500):
         call = [generator.randrange(4) for _ in range(generator.randrange(1, 12))]
-        others = [[generator.randrange(4) for _ in range(generator.randrange(1, 8))]
-                  for _ in range(generator.randrange(5))]
+        others = [
+            [generator.randrange(4) for _ in range(generator.randrange(1, 8))] for _ in range(generator.randrange(5))
+        ]
         w_max = generator.choice([1.0, 2.5, 9.0])
         keys, weights = find_key_tokens(call, others), key_token_weights(call, others, w_max)
         assert keys[0] == 0 and len(keys) <= 1 + len(others) and max(keys) < len(call)
@@ -93,9 +95,10 @@ def test_bounds_and_set_sizes_on_random_ids():
         assert len({weights[i] for i in keys}) == 1  # one weight for all key tokens of a call
         assert all(weights[i] == 1.0 for i in range(len(call)) if i not in keys)
         for position in keys[1:]:  # brute force: some other name agrees before the position and differs there
-            assert any(other[:position] == call[:position] and len(other) > position
-                       and other[position] != call[position]
-                       for other in others)
+            assert any(
+                other[:position] == call[:position] and len(other) > position and other[position] != call[position]
+                for other in others
+            )
 
 
 # ---------------------------------------------------------------------------------------------------- LLaMA-2's pieces
@@ -106,12 +109,13 @@ def llama2():
     if not LLAMA2.exists():
         pytest.skip("LLaMA-2's tokenizer.model is not at ../shared/fixtures/llama2-tokenizer")
     from model.tokenizer import load_tokenizer
+
     return load_tokenizer(LLAMA2)
 
 
 def weigh(tokenizer, call_text, offered_names, w_max=9.0):
     call_ids = without_leading_blanks(tokenizer.encode_continuation(" " + call_text), tokenizer)
-    others = encode_other_names(call_text[:call_text.index("(")], offered_names, tokenizer)
+    others = encode_other_names(call_text[: call_text.index("(")], offered_names, tokenizer)
     return [tokenizer.piece(i).strip() for i in call_ids], key_token_weights(call_ids, others, w_max)
 
 

@@ -1,4 +1,5 @@
 """Targets, weights and classes of one row, counted by hand with a tokenizer small enough to follow."""
+
 import random
 
 import pytest
@@ -12,8 +13,18 @@ from tests.support.random_trajectories import random_trajectory
 
 
 def tool(name, parameter):
-    return {"type": "function", "function": {"name": name, "description": "d", "parameters": {
-        "type": "object", "properties": {parameter: {"type": "string", "description": "d"}}, "required": [parameter]}}}
+    return {
+        "type": "function",
+        "function": {
+            "name": name,
+            "description": "d",
+            "parameters": {
+                "type": "object",
+                "properties": {parameter: {"type": "string", "description": "d"}},
+                "required": [parameter],
+            },
+        },
+    }
 
 
 TOOLS = [tool("get_paper", "id"), tool("get_paper_details", "id"), tool("finish", "answer")]
@@ -92,8 +103,10 @@ def test_masked_turn_stays_in_the_context_word_for_word():
     assert ' get_paper(id="7")\nOutput: {"error": "Invalid API key"}\nAssistant: get_paper_details(' in text
 
 
-@pytest.mark.parametrize("normalization,first,second,denominator", [
-    ("sum", 4.5, 7.0, 0.0), ("token_mean", 4.5, 7.0, 34.0), ("turn_mean", 4.5 / 19, 7 / 15, 2.0)])
+@pytest.mark.parametrize(
+    "normalization,first,second,denominator",
+    [("sum", 4.5, 7.0, 0.0), ("token_mean", 4.5, 7.0, 34.0), ("turn_mean", 4.5 / 19, 7 / 15, 2.0)],
+)
 def test_normalisations_by_hand(normalization, first, second, denominator):
     row = encode(FIND_PAPER, loss_normalization=normalization)
     runs = trained_runs(row)
@@ -123,11 +136,17 @@ def test_plain_text_weighs_one_and_ends_with_eos():
 
 def test_a_name_offered_twice_or_called_itself_adds_no_key_token():
     # ` get|_|paper|()`: the bracket is merged, so the ids of `get_paper(` alone would look like another name
-    call = trajectory(("user", "x", None), ("assistant", "", ToolCall("get_paper", {})),
-                      tools=[{"type": "function", "function": {"name": "get_paper"}}] * 2)
+    call = trajectory(
+        ("user", "x", None),
+        ("assistant", "", ToolCall("get_paper", {})),
+        tools=[{"type": "function", "function": {"name": "get_paper"}}] * 2,
+    )
     assert [weights for _, weights in trained_runs(encode(call))] == [[3, 1, 1, 1, 1]]  # |K| = 1, |NK| = 3, EOS
-    beside_longer = trajectory(("user", "x", None), ("assistant", "", ToolCall("get_paper", {})), tools=[
-        *call.tools, {"type": "function", "function": {"name": "get_paper_details"}}])
+    beside_longer = trajectory(
+        ("user", "x", None),
+        ("assistant", "", ToolCall("get_paper", {})),
+        tools=[*call.tools, {"type": "function", "function": {"name": "get_paper_details"}}],
+    )
     assert encode(beside_longer).token_classes[-5:] == ["key", "normal", "normal", "key", "eos"]
 
 

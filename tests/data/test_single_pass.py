@@ -2,6 +2,7 @@
 
 The oracle is the released way (every prefix again, only the last turn trained), scored with torch's own cross-entropy.
 """
+
 import random
 from pathlib import Path
 
@@ -19,9 +20,21 @@ from tests.support.piece_tokenizer import PieceTokenizer
 from tests.support.random_trajectories import random_trajectory
 
 VOCAB_SIZE = 300
-CONFIG = ModelConfig(vocab_size=VOCAB_SIZE, dim=16, n_layers=2, n_heads=2, n_kv_heads=1, head_dim=8, ffn_dim=24,
-                     norm_eps=1e-5, rope_theta=1e4, rope_scaling=None, tie_embeddings=False, qkv_bias=False,
-                     max_positions=4096)
+CONFIG = ModelConfig(
+    vocab_size=VOCAB_SIZE,
+    dim=16,
+    n_layers=2,
+    n_heads=2,
+    n_kv_heads=1,
+    head_dim=8,
+    ffn_dim=24,
+    norm_eps=1e-5,
+    rope_theta=1e4,
+    rope_scaling=None,
+    tie_embeddings=False,
+    qkv_bias=False,
+    max_positions=4096,
+)
 SETTINGS = {"error_filter": "structured", "key_tokens": True, "max_key_token_weight": 9.0}
 
 
@@ -37,8 +50,9 @@ def small_model(dtype):
 
 def token_losses(model, batch):
     """Cross-entropy of every position of a packed row, (T,)."""
-    logits_TV = model(batch.input_ids_T[None], position_ids_BT=batch.position_ids_T[None],
-                      segment_lengths=batch.segment_lengths)[0]
+    logits_TV = model(
+        batch.input_ids_T[None], position_ids_BT=batch.position_ids_T[None], segment_lengths=batch.segment_lengths
+    )[0]
     return nn.functional.cross_entropy(logits_TV, batch.target_ids_T, reduction="none")
 
 
@@ -71,12 +85,16 @@ def test_single_pass_equals_per_turn_expansion_on_50_random_trajectories(dtype, 
     compared = 0
     while compared < 50:
         sample = random_trajectory(generator, f"r{compared}")
-        singles = [pack([encode_trajectory(sample, tokenizer, **SETTINGS, loss_normalization=name)])
-                   for name in LOSS_NORMALIZATIONS]
+        singles = [
+            pack([encode_trajectory(sample, tokenizer, **SETTINGS, loss_normalization=name)])
+            for name in LOSS_NORMALIZATIONS
+        ]
         if singles[0].trained_turns == 0:
             continue
-        expanded = [[pack([row]) for row in expand_per_turn(sample, tokenizer, **SETTINGS, loss_normalization=name)]
-                    for name in LOSS_NORMALIZATIONS]
+        expanded = [
+            [pack([row]) for row in expand_per_turn(sample, tokenizer, **SETTINGS, loss_normalization=name)]
+            for name in LOSS_NORMALIZATIONS
+        ]
         single_losses_T = token_losses(model, singles[0])  # ids are the same under every normalisation
         turn_losses = [token_losses(model, row) for row in expanded[0]]
         for single, rows in zip(singles, expanded):
@@ -86,8 +104,11 @@ def test_single_pass_equals_per_turn_expansion_on_50_random_trajectories(dtype, 
             single_loss = weighted_sum(single_losses_T, single) / divisor
             turns_loss = sum(weighted_sum(losses_T, row) for losses_T, row in zip(turn_losses, rows)) / divisor
             assert_same(single_loss, turns_loss, tolerance)
-            assert_same(flat_gradient(single_loss, model, retain_graph=True),
-                        flat_gradient(turns_loss, model, retain_graph=True), tolerance)
+            assert_same(
+                flat_gradient(single_loss, model, retain_graph=True),
+                flat_gradient(turns_loss, model, retain_graph=True),
+                tolerance,
+            )
         compared += 1
 
 
@@ -148,12 +169,23 @@ def test_gradient_of_a_step_depends_on_neither_micro_batches_nor_ranks(normaliza
     for world_size, micro_batch_size in [(1, 8), (1, 1), (2, 1), (2, 3), (4, 1), (4, 2)]:
         losses = []
         for step in range(2):
-            batches = [batch for rank in range(world_size)
-                       for batch in step_batches(encoded, step, seed=1, global_batch_size=7,
-                                                 micro_batch_size=micro_batch_size, rank=rank, world_size=world_size)]
+            batches = [
+                batch
+                for rank in range(world_size)
+                for batch in step_batches(
+                    encoded,
+                    step,
+                    seed=1,
+                    global_batch_size=7,
+                    micro_batch_size=micro_batch_size,
+                    rank=rank,
+                    world_size=world_size,
+                )
+            ]
             divisor = sum(batch.denominator for batch in batches) or 1.0  # global, known before backward
-            gradient = sum(flat_gradient(weighted_sum(token_losses(model, batch), batch) / divisor, model)
-                           for batch in batches)
+            gradient = sum(
+                flat_gradient(weighted_sum(token_losses(model, batch), batch) / divisor, model) for batch in batches
+            )
             losses.append(gradient)
         reference = reference or losses
         for found, expected in zip(losses, reference):

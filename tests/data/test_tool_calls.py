@@ -1,4 +1,5 @@
 """data/tool_calls.py: round trip on random JSON values, Python's own parser as oracle, hostile text."""
+
 import ast
 import json
 import random
@@ -10,14 +11,91 @@ import pytest
 
 from data.tool_calls import MAX_NESTING, ToolCall, ToolCallError, parse_tool_call, parse_value, render_tool_call
 
-NASTY = ["", " ", "'", '"', "\\", "\\n", "\n", "\r\n", "\t", "\x00", "\x1f", "\x7f", "\x85", "\u2028", "\u2029",
-         "\ufeff", "\ud800", "\udfff", "\U0001f600", "\u00e9", "e\u0301", "\u4e2d", ")", "(", "[", "]", "{", "}", ",",
-         "=", ":", "#", "/", "//", "it's", 'say "hi"', "f(a=1)", "**", "*a", "None", "true", "\\u0041", "</s>",
-         "\nAssistant:", "'''", '"""', "{x}", "%s", "a,b=c)", "\\\n", "\\'"]
+NASTY = [
+    "",
+    " ",
+    "'",
+    '"',
+    "\\",
+    "\\n",
+    "\n",
+    "\r\n",
+    "\t",
+    "\x00",
+    "\x1f",
+    "\x7f",
+    "\x85",
+    "\u2028",
+    "\u2029",
+    "\ufeff",
+    "\ud800",
+    "\udfff",
+    "\U0001f600",
+    "\u00e9",
+    "e\u0301",
+    "\u4e2d",
+    ")",
+    "(",
+    "[",
+    "]",
+    "{",
+    "}",
+    ",",
+    "=",
+    ":",
+    "#",
+    "/",
+    "//",
+    "it's",
+    'say "hi"',
+    "f(a=1)",
+    "**",
+    "*a",
+    "None",
+    "true",
+    "\\u0041",
+    "</s>",
+    "\nAssistant:",
+    "'''",
+    '"""',
+    "{x}",
+    "%s",
+    "a,b=c)",
+    "\\\n",
+    "\\'",
+]
 NAMES = ["f", "get_news", "preferred-routes_search_get", "a.b.c", "x/y:z", "class", "\u691c\u7d22", "1st", "f*", "#x"]
-PARAMETERS = ["a", "from", "class", "None", "true", "code:", "1st", "with space", "", "a=b", "'", '"', "**kw",
-              "*args", "a,b", "\u00e9", "x-y", "\n", "\ud800", "(", "]", "{}", "lambda", "\ufb01", "q.r", "$filter",
-              "@type", "a\\b", "#"]
+PARAMETERS = [
+    "a",
+    "from",
+    "class",
+    "None",
+    "true",
+    "code:",
+    "1st",
+    "with space",
+    "",
+    "a=b",
+    "'",
+    '"',
+    "**kw",
+    "*args",
+    "a,b",
+    "\u00e9",
+    "x-y",
+    "\n",
+    "\ud800",
+    "(",
+    "]",
+    "{}",
+    "lambda",
+    "\ufb01",
+    "q.r",
+    "$filter",
+    "@type",
+    "a\\b",
+    "#",
+]
 
 
 def short_id(value: object) -> str:
@@ -49,9 +127,16 @@ def random_value(rng: random.Random, depth: int) -> object:
         return [random_value(rng, depth - 1) for _ in range(rng.randrange(4))]
     if kind == 9:
         return {random_string(rng): random_value(rng, depth - 1) for _ in range(rng.randrange(4))}
-    return (None, True, False, rng.randrange(-10, 10), rng.choice((10 ** 40, -(10 ** 400), 2 ** 63)),
-            rng.choice((0.0, -0.0, 1.0, 1e300, 5e-324, 0.1, -2.5e-7, 1e16, 123456789.125)),
-            random_string(rng), random_string(rng))[kind]
+    return (
+        None,
+        True,
+        False,
+        rng.randrange(-10, 10),
+        rng.choice((10**40, -(10**400), 2**63)),
+        rng.choice((0.0, -0.0, 1.0, 1e300, 5e-324, 0.1, -2.5e-7, 1e16, 123456789.125)),
+        random_string(rng),
+        random_string(rng),
+    )[kind]
 
 
 # -------------------------------------------------------------------------------------------------------- round trip
@@ -76,20 +161,37 @@ def test_strict_equality_of_this_file_tells_types_apart():
 def test_rendered_form_is_the_one_of_the_paper():
     assert render_tool_call(ToolCall("random_advice", {})) == "random_advice()"
     assert render_tool_call(ToolCall("name", {"p": "value", "q": 3})) == 'name(p="value", q=3)'
-    call = ToolCall("f", {"a": [1, 2.0, None], "b": {"k": True}, "c": "it's \"x\"\n\u00e9"})
+    call = ToolCall("f", {"a": [1, 2.0, None], "b": {"k": True}, "c": 'it\'s "x"\n\u00e9'})
     assert render_tool_call(call) == 'f(a=[1, 2.0, null], b={"k": true}, c="it\'s \\"x\\"\\n\u00e9")'
     assert render_tool_call(ToolCall("f", {"a": 1, "odd key": 2, "b": 3})) == 'f(a=1, **{"odd key": 2}, b=3)'
 
 
-@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf"), {1: 2}, {"a": {None: 1}}, (1, 2), b"x",
-                                   {1}, 1j, object(), 10 ** 5000, [float("nan")]], ids=short_id)
+@pytest.mark.parametrize(
+    "value",
+    [
+        float("nan"),
+        float("inf"),
+        -float("inf"),
+        {1: 2},
+        {"a": {None: 1}},
+        (1, 2),
+        b"x",
+        {1},
+        1j,
+        object(),
+        10**5000,
+        [float("nan")],
+    ],
+    ids=short_id,
+)
 def test_values_that_json_lacks_are_refused(value):
     with pytest.raises(ToolCallError):
         render_tool_call(ToolCall("f", {"a": value}))
 
 
-@pytest.mark.parametrize("name", ["", "a b", "f(", "a\nb", "a=b", "a,b", "'f'", "\ud800", "f\x00", None, 3],
-                         ids=short_id)
+@pytest.mark.parametrize(
+    "name", ["", "a b", "f(", "a\nb", "a=b", "a,b", "'f'", "\ud800", "f\x00", None, 3], ids=short_id
+)
 def test_names_outside_the_grammar_are_refused(name):
     with pytest.raises(ToolCallError):
         render_tool_call(ToolCall(name, {}))
@@ -120,42 +222,147 @@ def test_deepest_value_that_renders_also_parses(key):
 # ----------------------------------------------------------------------------------------------------------- reading
 
 
-@pytest.mark.parametrize(("text", "arguments"), [
-    ("f()", {}), (" f ( ) \n", {}), ("f(a=1,)", {"a": 1}), ("f(\n  a = 1 ,\n  b = 'x'\n)", {"a": 1, "b": "x"}),
-    ("f(a=true, b=True, c=false, d=False, e=null, g=None)",
-     {"a": True, "b": True, "c": False, "d": False, "e": None, "g": None}),
-    ("f(a=-1, b=+2, c=-1.5e-3, d=1., e=.5, g=1E5, h=-0.0, i=0)",
-     {"a": -1, "b": 2, "c": -0.0015, "d": 1.0, "e": 0.5, "g": 1e5, "h": -0.0, "i": 0}),
-    ("f(a='it\\'s', b=\"it's\", c='a)b(c,d=e')", {"a": "it's", "b": "it's", "c": "a)b(c,d=e"}),
-    ("f(a=\"\\ud83d\\ude00\", b='\\/', c='\\d', d='\\x41\\101', e='\\N{BULLET}', g='\\ud800')",
-     {"a": "\U0001f600", "b": "/", "c": "\\d", "d": "AA", "e": "\u2022", "g": "\ud800"}),
-    ("f(a='raw\nbreak\x00\u2028', b='mixed\\n\n')", {"a": "raw\nbreak\x00\u2028", "b": "mixed\n\n"}),
-    ("f(a=[1, [2, {'k': (3, 4)}],], b=(), c=(1,), d=(1), e=[[]], g={})",
-     {"a": [1, [2, {"k": [3, 4]}]], "b": [], "c": [1], "d": 1, "e": [[]], "g": {}}),
-    ("f(**{'odd key': 1, 'b': 2}, c=3, **{})", {"odd key": 1, "b": 2, "c": 3}),
-    ("f(from='x', class=1, code:='y', if=None)", {"from": "x", "class": 1, "code:": "y", "if": None}),
-])
+@pytest.mark.parametrize(
+    ("text", "arguments"),
+    [
+        ("f()", {}),
+        (" f ( ) \n", {}),
+        ("f(a=1,)", {"a": 1}),
+        ("f(\n  a = 1 ,\n  b = 'x'\n)", {"a": 1, "b": "x"}),
+        (
+            "f(a=true, b=True, c=false, d=False, e=null, g=None)",
+            {"a": True, "b": True, "c": False, "d": False, "e": None, "g": None},
+        ),
+        (
+            "f(a=-1, b=+2, c=-1.5e-3, d=1., e=.5, g=1E5, h=-0.0, i=0)",
+            {"a": -1, "b": 2, "c": -0.0015, "d": 1.0, "e": 0.5, "g": 1e5, "h": -0.0, "i": 0},
+        ),
+        ("f(a='it\\'s', b=\"it's\", c='a)b(c,d=e')", {"a": "it's", "b": "it's", "c": "a)b(c,d=e"}),
+        (
+            "f(a=\"\\ud83d\\ude00\", b='\\/', c='\\d', d='\\x41\\101', e='\\N{BULLET}', g='\\ud800')",
+            {"a": "\U0001f600", "b": "/", "c": "\\d", "d": "AA", "e": "\u2022", "g": "\ud800"},
+        ),
+        ("f(a='raw\nbreak\x00\u2028', b='mixed\\n\n')", {"a": "raw\nbreak\x00\u2028", "b": "mixed\n\n"}),
+        (
+            "f(a=[1, [2, {'k': (3, 4)}],], b=(), c=(1,), d=(1), e=[[]], g={})",
+            {"a": [1, [2, {"k": [3, 4]}]], "b": [], "c": [1], "d": 1, "e": [[]], "g": {}},
+        ),
+        ("f(**{'odd key': 1, 'b': 2}, c=3, **{})", {"odd key": 1, "b": 2, "c": 3}),
+        ("f(from='x', class=1, code:='y', if=None)", {"from": "x", "class": 1, "code:": "y", "if": None}),
+    ],
+)
 def test_accepted_forms(text, arguments):
     call = parse_tool_call(text)
     assert call.name == "f" and strictly_equal(call.arguments, arguments)
 
 
-@pytest.mark.parametrize("text", [
-    "", "   ", "f", "f(", "f(a", "f(a=", "f(a=1", "f)", "()", "(a=1)", "f(a=1))", "f(a=1) ok", "f(a=1) f(b=2)",
-    "f(a=1)g(b=2)", "f(a=1);", "I call f(a=1)", "'f'(a=1)", "f[0](a=1)", "f('x')", "f(1)", "f(x)", "f(a=1, 2)",
-    "f(a=1, a=1)", "f(a=1, **{'a': 2})", "f(*[1])", "f(**[1])", "f(**1)", "f(**'x')", "f(***{})", "f(,)",
-    "f(a=1,,b=2)", "f(a=,b=1)", "f(a 1)", "f(a=1 b=2)", "f(=1)", "f(a==1)", "f(a:=)", "f('a'=1)", "f(a='x' 'y')",
-    "f(a='x''y')", "f(a=\"\"\"x\"\"\")", "f(a='''x''')", "f(a=f'x')", "f(a=r'x')", "f(a=b'x')", "f(a=u'x')", "f(a=x)",
-    "f(a=g())", "f(a=x.y)", "f(a=[x for x in y])", "f(a=[1 for x in y])", "f(a=lambda: 1)", "f(a=1+2)", "f(a=--1)",
-    "f(a=- 1)", "f(a=not 1)", "f(a=1 if 1 else 2)", "f(a={1, 2})", "f(a={'x'})", "f(a={1: 2})", "f(a={x: 2})",
-    "f(a={'x': 1, 'x': 2})", "f(a={**{}})", "f(a={{}})", "f(a={{'x': 1}: 2})", "f(a={[1]: 2})", "f(a=[1, *[2]])",
-    "f(a=[1,,2])", "f(a=[,])", "f(a=[1)", "f(a=(1])", "f(a={'x':})", "f(a={'x' 1})", "f(a=1j)", "f(a=0x10)",
-    "f(a=1_000)", "f(a=007)", "f(a=1e)", "f(a=.)", "f(a=...)", "f(a=1e999)", "f(a=nan)", "f(a=NaN)", "f(a=Infinity)",
-    "f(a=-inf)", "f(a=TRUE)", "f(a=trueish)", "f(a='x)", "f(a=\"x')", "f(a='\\')", "f(a='\\x4')", "f(a='\\u12')",
-    "f(a='\\N{NO SUCH}')", "f(a=`x`)", "f(a=1) # done", "f(a=1)\x00", "\x00f()", "\ud800()", "f(\ud800=1)",
-    "{\"name\": \"f\"}",
-    "__import__('os').system('x')",
-], ids=short_id)
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "   ",
+        "f",
+        "f(",
+        "f(a",
+        "f(a=",
+        "f(a=1",
+        "f)",
+        "()",
+        "(a=1)",
+        "f(a=1))",
+        "f(a=1) ok",
+        "f(a=1) f(b=2)",
+        "f(a=1)g(b=2)",
+        "f(a=1);",
+        "I call f(a=1)",
+        "'f'(a=1)",
+        "f[0](a=1)",
+        "f('x')",
+        "f(1)",
+        "f(x)",
+        "f(a=1, 2)",
+        "f(a=1, a=1)",
+        "f(a=1, **{'a': 2})",
+        "f(*[1])",
+        "f(**[1])",
+        "f(**1)",
+        "f(**'x')",
+        "f(***{})",
+        "f(,)",
+        "f(a=1,,b=2)",
+        "f(a=,b=1)",
+        "f(a 1)",
+        "f(a=1 b=2)",
+        "f(=1)",
+        "f(a==1)",
+        "f(a:=)",
+        "f('a'=1)",
+        "f(a='x' 'y')",
+        "f(a='x''y')",
+        'f(a="""x""")',
+        "f(a='''x''')",
+        "f(a=f'x')",
+        "f(a=r'x')",
+        "f(a=b'x')",
+        "f(a=u'x')",
+        "f(a=x)",
+        "f(a=g())",
+        "f(a=x.y)",
+        "f(a=[x for x in y])",
+        "f(a=[1 for x in y])",
+        "f(a=lambda: 1)",
+        "f(a=1+2)",
+        "f(a=--1)",
+        "f(a=- 1)",
+        "f(a=not 1)",
+        "f(a=1 if 1 else 2)",
+        "f(a={1, 2})",
+        "f(a={'x'})",
+        "f(a={1: 2})",
+        "f(a={x: 2})",
+        "f(a={'x': 1, 'x': 2})",
+        "f(a={**{}})",
+        "f(a={{}})",
+        "f(a={{'x': 1}: 2})",
+        "f(a={[1]: 2})",
+        "f(a=[1, *[2]])",
+        "f(a=[1,,2])",
+        "f(a=[,])",
+        "f(a=[1)",
+        "f(a=(1])",
+        "f(a={'x':})",
+        "f(a={'x' 1})",
+        "f(a=1j)",
+        "f(a=0x10)",
+        "f(a=1_000)",
+        "f(a=007)",
+        "f(a=1e)",
+        "f(a=.)",
+        "f(a=...)",
+        "f(a=1e999)",
+        "f(a=nan)",
+        "f(a=NaN)",
+        "f(a=Infinity)",
+        "f(a=-inf)",
+        "f(a=TRUE)",
+        "f(a=trueish)",
+        "f(a='x)",
+        "f(a=\"x')",
+        "f(a='\\')",
+        "f(a='\\x4')",
+        "f(a='\\u12')",
+        "f(a='\\N{NO SUCH}')",
+        "f(a=`x`)",
+        "f(a=1) # done",
+        "f(a=1)\x00",
+        "\x00f()",
+        "\ud800()",
+        "f(\ud800=1)",
+        '{"name": "f"}',
+        "__import__('os').system('x')",
+    ],
+    ids=short_id,
+)
 def test_everything_else_is_a_tool_call_error_with_a_one_line_ascii_reason(text):
     with pytest.raises(ToolCallError) as raised:
         parse_tool_call(text)
@@ -203,15 +410,25 @@ def as_json_types(value: object) -> object:
 
 def test_mutated_calls_read_as_python_reads_them_or_not_at_all():
     rng = random.Random(2)
-    pieces = [*"()[]{},='\"\\:*-+.0123eEx \n\tnrtu", "True", "None", "a=", "b='x'", "[1, 2]", "{'k': 1}", "\\x41",
-              "\\u0041", "1.5"]
+    pieces = [
+        *"()[]{},='\"\\:*-+.0123eEx \n\tnrtu",
+        "True",
+        "None",
+        "a=",
+        "b='x'",
+        "[1, 2]",
+        "{'k': 1}",
+        "\\x41",
+        "\\u0041",
+        "1.5",
+    ]
     originals = ("f(a=1, b='x')", 'g(a="it\'s", b=[1, 2.5, {"k": None}], c=-3)', "h(a='\\n\\\\', b=(1, 2))", "f()")
     agreed = 0
     for _ in range(20_000):
         text = list(rng.choice(originals))
         for _ in range(rng.randrange(4)):
             place = rng.randrange(len(text) + 1)
-            text[place:place + rng.randrange(3)] = rng.choice(pieces)
+            text[place : place + rng.randrange(3)] = rng.choice(pieces)
         text = "".join(text)
         expected = python_reading(text)
         try:
@@ -238,18 +455,36 @@ def test_rendered_values_are_json():
 MEGABYTE = 1_000_000  # characters
 
 
-@pytest.mark.parametrize("text", [
-    "f(a=" + "[" * 100_000, "f(a=" + "[" * 100_000 + "]" * 100_000 + ")", "f(a=" + '{"a":' * 100_000,
-    "f(a=" + "(" * 100_000,
-    "f(a=" + "-" * MEGABYTE + "1)", "f(a=" + "1" * MEGABYTE + ")", "f(a=1" + "0" * MEGABYTE + ".0)",
-    "f(a=1e" + "9" * MEGABYTE + ")",
-    'f(a="' + "\\" * MEGABYTE, 'f(a="' + "x" * MEGABYTE, "f(a='" + '"' * MEGABYTE, "f" * MEGABYTE,
-    "f(" + " " * MEGABYTE,
-    "f(" + "a" * MEGABYTE, "," * MEGABYTE, " " * MEGABYTE, "f(a=" + "true" * 250_000, "f(" * 300_000, "f()" * 300_000,
-    "'" * MEGABYTE,
-    "f(a=[" + "," * MEGABYTE, "f(" + "**{}," * 50_000 + "x", "f(a=" + "\\N{" * 300_000 + ")",
-    "f(a='" + "\\N{" * 300_000 + "')",
-], ids=short_id)
+@pytest.mark.parametrize(
+    "text",
+    [
+        "f(a=" + "[" * 100_000,
+        "f(a=" + "[" * 100_000 + "]" * 100_000 + ")",
+        "f(a=" + '{"a":' * 100_000,
+        "f(a=" + "(" * 100_000,
+        "f(a=" + "-" * MEGABYTE + "1)",
+        "f(a=" + "1" * MEGABYTE + ")",
+        "f(a=1" + "0" * MEGABYTE + ".0)",
+        "f(a=1e" + "9" * MEGABYTE + ")",
+        'f(a="' + "\\" * MEGABYTE,
+        'f(a="' + "x" * MEGABYTE,
+        "f(a='" + '"' * MEGABYTE,
+        "f" * MEGABYTE,
+        "f(" + " " * MEGABYTE,
+        "f(" + "a" * MEGABYTE,
+        "," * MEGABYTE,
+        " " * MEGABYTE,
+        "f(a=" + "true" * 250_000,
+        "f(" * 300_000,
+        "f()" * 300_000,
+        "'" * MEGABYTE,
+        "f(a=[" + "," * MEGABYTE,
+        "f(" + "**{}," * 50_000 + "x",
+        "f(a=" + "\\N{" * 300_000 + ")",
+        "f(a='" + "\\N{" * 300_000 + "')",
+    ],
+    ids=short_id,
+)
 def test_hostile_megabytes_end_in_an_error_within_seconds(text):
     start = time.process_time()
     with pytest.raises(ToolCallError):
@@ -257,12 +492,17 @@ def test_hostile_megabytes_end_in_an_error_within_seconds(text):
     assert time.process_time() - start < 5
 
 
-@pytest.mark.parametrize("make", [
-    lambda n: ("f(a=\"" + "x" * n + "\")", "x" * n), lambda n: ("f(a=\"" + "\\n" * n + "\")", "\n" * n),
-    lambda n: ("f(a=\"" + "\\u0000" * n + "\")", "\x00" * n), lambda n: ("f(a=[" + "1, " * n + "])", [1] * n),
-    lambda n: ("f(a=" + json.dumps({str(i): 1 for i in range(n)}) + ")", {str(i): 1 for i in range(n)}),
-    lambda n: ("f(a=" + " " * n + "1)", 1),
-])
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda n: ('f(a="' + "x" * n + '")', "x" * n),
+        lambda n: ('f(a="' + "\\n" * n + '")', "\n" * n),
+        lambda n: ('f(a="' + "\\u0000" * n + '")', "\x00" * n),
+        lambda n: ("f(a=[" + "1, " * n + "])", [1] * n),
+        lambda n: ("f(a=" + json.dumps({str(i): 1 for i in range(n)}) + ")", {str(i): 1 for i in range(n)}),
+        lambda n: ("f(a=" + " " * n + "1)", 1),
+    ],
+)
 def test_reading_time_grows_with_the_length_not_its_square(make):
     def seconds(n: int) -> float:
         text, value = make(n)

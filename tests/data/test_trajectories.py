@@ -1,4 +1,5 @@
 """data/trajectories.py: both forms read alike, and every malformed thing ends in one DataError with file and line."""
+
 import copy
 import json
 import time
@@ -10,32 +11,69 @@ from data.tool_calls import ToolCall
 from data.trajectories import DataError, Message, Trajectory, normalize_tools, read_trajectories, tool_parameters
 
 TOOLS = [
-    {"type": "function", "function": {
-        "name": "find_book", "description": "Finds a book.",
-        "parameters": {"type": "object", "properties": {"title": {"type": "string", "description": "its title"},
-                                                        "year": {"type": "integer", "description": "of print"}},
-                       "required": ["title"]}}},
-    {"type": "function", "function": {
-        "name": "finish", "description": "Ends.",
-        "parameters": {"type": "object", "properties": {"answer": {"type": "string", "description": "the answer"}},
-                       "required": ["answer"]}}},
+    {
+        "type": "function",
+        "function": {
+            "name": "find_book",
+            "description": "Finds a book.",
+            "parameters": {
+                "type": "object",
+                "properties": {
+                    "title": {"type": "string", "description": "its title"},
+                    "year": {"type": "integer", "description": "of print"},
+                },
+                "required": ["title"],
+            },
+        },
+    },
+    {
+        "type": "function",
+        "function": {
+            "name": "finish",
+            "description": "Ends.",
+            "parameters": {
+                "type": "object",
+                "properties": {"answer": {"type": "string", "description": "the answer"}},
+                "required": ["answer"],
+            },
+        },
+    },
 ]
-AUTHORS = {"id": "s1", "conversations": [
-    {"role": "system", "content": json.dumps(TOOLS)},
-    {"role": "user", "content": "Find Ulysses."},
-    {"role": "assistant", "content": 'find_book\n{"title": "Ulysses", "year": 1922}'},
-    {"role": "function", "content": '{"found": true}'},
-    {"role": "assistant", "content": 'finish\n{\n  "answer": "It\\nexists."\n}'},
-]}
-OPENAI = {"id": "s1", "tools": TOOLS, "messages": [
-    {"role": "user", "content": "Find Ulysses."},
-    {"role": "assistant", "content": None, "tool_calls": [
-        {"id": "c1", "type": "function",
-         "function": {"name": "find_book", "arguments": '{"title": "Ulysses", "year": 1922}'}}]},
-    {"role": "tool", "tool_call_id": "c1", "content": '{"found": true}'},
-    {"role": "assistant", "tool_calls": [
-        {"id": "c2", "type": "function", "function": {"name": "finish", "arguments": {"answer": "It\nexists."}}}]},
-]}
+AUTHORS = {
+    "id": "s1",
+    "conversations": [
+        {"role": "system", "content": json.dumps(TOOLS)},
+        {"role": "user", "content": "Find Ulysses."},
+        {"role": "assistant", "content": 'find_book\n{"title": "Ulysses", "year": 1922}'},
+        {"role": "function", "content": '{"found": true}'},
+        {"role": "assistant", "content": 'finish\n{\n  "answer": "It\\nexists."\n}'},
+    ],
+}
+OPENAI = {
+    "id": "s1",
+    "tools": TOOLS,
+    "messages": [
+        {"role": "user", "content": "Find Ulysses."},
+        {
+            "role": "assistant",
+            "content": None,
+            "tool_calls": [
+                {
+                    "id": "c1",
+                    "type": "function",
+                    "function": {"name": "find_book", "arguments": '{"title": "Ulysses", "year": 1922}'},
+                }
+            ],
+        },
+        {"role": "tool", "tool_call_id": "c1", "content": '{"found": true}'},
+        {
+            "role": "assistant",
+            "tool_calls": [
+                {"id": "c2", "type": "function", "function": {"name": "finish", "arguments": {"answer": "It\nexists."}}}
+            ],
+        },
+    ],
+}
 CALLS = [ToolCall("find_book", {"title": "Ulysses", "year": 1922}), ToolCall("finish", {"answer": "It\nexists."})]
 
 
@@ -74,8 +112,8 @@ def fault_of(path: Path) -> str:
 
 
 def test_both_forms_give_the_same_trajectory(tmp_path):
-    authors, = read_trajectories(write(tmp_path, [AUTHORS], "a.json"))
-    openai, = read_trajectories(write(tmp_path, json.dumps(OPENAI) + "\n", "b.jsonl"))
+    (authors,) = read_trajectories(write(tmp_path, [AUTHORS], "a.json"))
+    (openai,) = read_trajectories(write(tmp_path, json.dumps(OPENAI) + "\n", "b.jsonl"))
     for trajectory in (authors, openai):
         assert trajectory.id == "s1" and trajectory.tools == TOOLS
         assert [message.role for message in trajectory.messages] == ["user", "assistant", "tool", "assistant"]
@@ -87,15 +125,18 @@ def test_both_forms_give_the_same_trajectory(tmp_path):
 
 def test_forms_and_containers_are_independent(tmp_path):
     lines = "\n\n  " + json.dumps(AUTHORS) + "\r\n" + json.dumps(changed(AUTHORS, "id", "s2")) + "\n"
-    assert [(t.id, t.source[-2:]) for t in read_trajectories(write(tmp_path, lines, "a.jsonl"))] == [("s1", ":3"),
-                                                                                                     ("s2", ":4")]
+    assert [(t.id, t.source[-2:]) for t in read_trajectories(write(tmp_path, lines, "a.jsonl"))] == [
+        ("s1", ":3"),
+        ("s2", ":4"),
+    ]
     assert read_trajectories(write(tmp_path, [OPENAI], "o.json"))[0].messages[1].call == CALLS[0]
 
 
 def test_bom_pretty_printing_and_line_separators_inside_strings(tmp_path):
     odd = changed(AUTHORS, "conversations", 1, "content", "a\u2028b\u0085c")
-    path = write(tmp_path, b"\xef\xbb\xbf" + json.dumps([odd, AUTHORS | {"id": 7}], indent=2,
-                                                        ensure_ascii=False).encode())
+    path = write(
+        tmp_path, b"\xef\xbb\xbf" + json.dumps([odd, AUTHORS | {"id": 7}], indent=2, ensure_ascii=False).encode()
+    )
     first, second = read_trajectories(path)
     assert first.messages[0].content == "a\u2028b\u0085c" and second.id == "7"
     assert path.read_text("utf-8").split("\n")[int(second.source.rsplit(":", 1)[1]) - 1].strip() == "{"
@@ -109,8 +150,9 @@ def test_missing_ids_get_the_index(tmp_path):
 
 
 def test_from_and_value_are_read_too(tmp_path):
-    record = {"conversations": [{"from": entry["role"],
-                                 "value": entry["content"]} for entry in AUTHORS["conversations"]]}
+    record = {
+        "conversations": [{"from": entry["role"], "value": entry["content"]} for entry in AUTHORS["conversations"]]
+    }
     assert read_trajectories(write(tmp_path, [record]))[0].messages[1].call == CALLS[0]
 
 
@@ -119,7 +161,7 @@ def test_required_beside_parameters_moves_inside_and_bare_functions_are_wrapped(
     beside = {**function, "required": function["parameters"].pop("required")}
     assert normalize_tools([beside, {"type": "function", "function": beside}], "x") == [TOOLS[0], TOOLS[0]]
     assert "required" in beside  # the input is untouched
-    bare, = normalize_tools([{"name": "f"}], "x")
+    (bare,) = normalize_tools([{"name": "f"}], "x")
     assert bare["function"]["parameters"] == {"type": "object", "properties": {}, "required": []}
     assert tool_parameters(beside) == (function["parameters"]["properties"], ["title"])
     assert tool_parameters({"name": "f", "parameters": None}) == ({}, [])
@@ -133,22 +175,34 @@ def test_parallel_calls_become_turns_with_their_own_feedback(tmp_path):
     def call(identity: str, title: str) -> dict:
         return {"id": identity, "function": {"name": "find_book", "arguments": json.dumps({"title": title})}}
 
-    messages = [{"role": "developer", "content": "Be kind."}, {"role": "user", "content": "Both."},
-                {"role": "assistant", "content": "I look.", "tool_calls": [call("a", "A"), call("b", "B")]},
-                {"role": "tool", "tool_call_id": "b", "content": "no B"},
-                {"role": "tool", "tool_call_id": "a", "content": [{"type": "text", "text": "has "}, {"text": "A"}]},
-                {"role": "assistant", "content": "A exists."}, {"role": "user", "content": "And C, D?"},
-                {"role": "assistant", "tool_calls": [call("a", "C"), call("b", "D")]}]
-    trajectory, = read_trajectories(write(tmp_path, json.dumps({"tools": TOOLS, "messages": messages})))
+    messages = [
+        {"role": "developer", "content": "Be kind."},
+        {"role": "user", "content": "Both."},
+        {"role": "assistant", "content": "I look.", "tool_calls": [call("a", "A"), call("b", "B")]},
+        {"role": "tool", "tool_call_id": "b", "content": "no B"},
+        {"role": "tool", "tool_call_id": "a", "content": [{"type": "text", "text": "has "}, {"text": "A"}]},
+        {"role": "assistant", "content": "A exists."},
+        {"role": "user", "content": "And C, D?"},
+        {"role": "assistant", "tool_calls": [call("a", "C"), call("b", "D")]},
+    ]
+    (trajectory,) = read_trajectories(write(tmp_path, json.dumps({"tools": TOOLS, "messages": messages})))
     assert [(m.role, m.call.arguments["title"] if m.call else m.content) for m in trajectory.messages] == [
-        ("system", "Be kind."), ("user", "Both."), ("assistant", "A"), ("tool", "has A"), ("assistant", "B"),
+        ("system", "Be kind."),
+        ("user", "Both."),
+        ("assistant", "A"),
+        ("tool", "has A"),
+        ("assistant", "B"),
         ("tool", "no B"),
-        ("assistant", "A exists."), ("user", "And C, D?"), ("assistant", "C"), ("assistant", "D")]
+        ("assistant", "A exists."),
+        ("user", "And C, D?"),
+        ("assistant", "C"),
+        ("assistant", "D"),
+    ]
     for message in messages[2]["tool_calls"], messages[3:5]:  # without ids: in order
         for entry in message:
             entry.pop("id", entry.pop("tool_call_id", None))
     messages[4]["content"] = "second"
-    trajectory, = read_trajectories(write(tmp_path, json.dumps({"tools": TOOLS, "messages": messages})))
+    (trajectory,) = read_trajectories(write(tmp_path, json.dumps({"tools": TOOLS, "messages": messages})))
     assert [m.content for m in trajectory.messages[3:6:2]] == ["no B", "second"]
 
 
@@ -161,13 +215,30 @@ def test_openai_calls_without_arguments(tmp_path, arguments):
 # ---------------------------------------------------------------------------------------------- calls that do not parse
 
 
-@pytest.mark.parametrize("content", [
-    "", "hello", "find_book", "find_book\n", "find_book\nno json", "find_book\n[1]", 'find_book\n"x"',
-    "find_book\n{} {}",
-    'find_book\n{"title": ', "two words\n{}", "\n{}", 'f\n{"a": NaN}', 'f\n{"a": Infinity}', 'f\n{"a": 1, "a": 2}',
-    "f(\n{}",
-    'f\n{"a": ' + "[" * 100_000, 'f\n{"a": ' + "[" * 300 + "]" * 300 + "}", 'f\n{"a": ' + "9" * 5000 + "}"],
-    ids=lambda text: ascii(text)[:30])
+@pytest.mark.parametrize(
+    "content",
+    [
+        "",
+        "hello",
+        "find_book",
+        "find_book\n",
+        "find_book\nno json",
+        "find_book\n[1]",
+        'find_book\n"x"',
+        "find_book\n{} {}",
+        'find_book\n{"title": ',
+        "two words\n{}",
+        "\n{}",
+        'f\n{"a": NaN}',
+        'f\n{"a": Infinity}',
+        'f\n{"a": 1, "a": 2}',
+        "f(\n{}",
+        'f\n{"a": ' + "[" * 100_000,
+        'f\n{"a": ' + "[" * 300 + "]" * 300 + "}",
+        'f\n{"a": ' + "9" * 5000 + "}",
+    ],
+    ids=lambda text: ascii(text)[:30],
+)
 def test_calls_that_do_not_parse_are_an_error_or_masked(tmp_path, content):
     records = [AUTHORS, changed(AUTHORS, "conversations", 2, "content", content) | {"id": "s2"}]
     path = write(tmp_path, json.dumps(records, indent=1))
@@ -177,8 +248,12 @@ def test_calls_that_do_not_parse_are_an_error_or_masked(tmp_path, content):
 
 
 def test_openai_calls_that_do_not_parse(tmp_path):
-    for function in ({"name": "find_book", "arguments": "{'title': 1}"}, {"name": "a b", "arguments": "{}"},
-                     {"name": None, "arguments": "{}"}, {"name": "f", "arguments": [1]}):
+    for function in (
+        {"name": "find_book", "arguments": "{'title': 1}"},
+        {"name": "a b", "arguments": "{}"},
+        {"name": None, "arguments": "{}"},
+        {"name": "f", "arguments": [1]},
+    ):
         path = write(tmp_path, json.dumps(changed(OPENAI, "messages", 1, "tool_calls", 0, "function", function)))
         assert ":1: messages[1]: tool_calls[0]: " in fault_of(path)
         message = read_trajectories(path, unparsable_calls="mask")[0].messages[1]
@@ -194,18 +269,40 @@ def test_unknown_way_to_treat_them_is_a_value_error(tmp_path):
 # ----------------------------------------------------------------------------------------------------- malformed files
 
 
-@pytest.mark.parametrize(("content", "line", "words"), [
-    ("", 1, "empty file"), (" \n\n ", 1, "empty file"), ("[]", 1, "empty list"), ("\n[\n]\n", 3, "empty list"),
-    ("hello", 1, "'h'"), ("\n\n42", 3, "'4'"), ('"x"', 1, "'\"'"), ("null", 1, "'n'"), ("[1]", 1, "a number"),
-    ("[null]", 1, "null"),
-    ("[[]]", 1, "a list"), ("{}", 1, "the keys []"), ('{"a": 1}', 1, "the keys ['a']"), ("{", 1, "the end"),
-    ("[{", 1, "the end"),
-    ('{"messages": [],}', 1, "column"), ('{"messages": []}', 1, "an empty list"), ('{"messages": 3}', 1, "a number"),
-    ('{"conversations": null}', 1, "null"), ('{"a": 1, "a": 2}', 1, "'a' twice"), ('{"a": NaN}', 1, "NaN"),
-    ("[" * 100_000, 1, "deep"),
-    ('{"a": ' + "[" * 100_000, 1, "deep"), ('{"a": ' + "9" * 5000 + "}", 1, "digits"), ("{\n}\n{}\n", 1, "the end"),
-    ('{"messages": 1} {}', 1, "one object per line"), (b"[\n\n\xff]", 3, "0xff"), ("\x00", 1, "'\\x00'"),
-], ids=lambda value: ascii(value)[:30])
+@pytest.mark.parametrize(
+    ("content", "line", "words"),
+    [
+        ("", 1, "empty file"),
+        (" \n\n ", 1, "empty file"),
+        ("[]", 1, "empty list"),
+        ("\n[\n]\n", 3, "empty list"),
+        ("hello", 1, "'h'"),
+        ("\n\n42", 3, "'4'"),
+        ('"x"', 1, "'\"'"),
+        ("null", 1, "'n'"),
+        ("[1]", 1, "a number"),
+        ("[null]", 1, "null"),
+        ("[[]]", 1, "a list"),
+        ("{}", 1, "the keys []"),
+        ('{"a": 1}', 1, "the keys ['a']"),
+        ("{", 1, "the end"),
+        ("[{", 1, "the end"),
+        ('{"messages": [],}', 1, "column"),
+        ('{"messages": []}', 1, "an empty list"),
+        ('{"messages": 3}', 1, "a number"),
+        ('{"conversations": null}', 1, "null"),
+        ('{"a": 1, "a": 2}', 1, "'a' twice"),
+        ('{"a": NaN}', 1, "NaN"),
+        ("[" * 100_000, 1, "deep"),
+        ('{"a": ' + "[" * 100_000, 1, "deep"),
+        ('{"a": ' + "9" * 5000 + "}", 1, "digits"),
+        ("{\n}\n{}\n", 1, "the end"),
+        ('{"messages": 1} {}', 1, "one object per line"),
+        (b"[\n\n\xff]", 3, "0xff"),
+        ("\x00", 1, "'\\x00'"),
+    ],
+    ids=lambda value: ascii(value)[:30],
+)
 def test_files_that_are_no_records(tmp_path, content, line, words):
     message = fault_of(write(tmp_path, content))
     assert message.startswith(f"{tmp_path / 'file.json'}:{line}: ") and words in message
@@ -213,11 +310,15 @@ def test_files_that_are_no_records(tmp_path, content, line, words):
 
 def test_lists_with_a_fault_between_or_behind_the_records(tmp_path):
     one = json.dumps(AUTHORS)
-    for content, line, words in ((f"[{one}\n{one}]", 2, "',' or ']'"), (f"[{one},\n]", 2, "JSON"),
-                                 (f"[{one},", 1, "JSON"),
-                                 (f"[{one}", 1, "',' or ']'"), (f"[{one}]\n\n x", 3, "after the list"),
-                                 (f"[{one},\n{one[:-1]},\n", 3, "column 1 in the record that begins at line 2"),
-                                 (f"[\n{one},\n\n{one[:50]}", 4, "column")):
+    for content, line, words in (
+        (f"[{one}\n{one}]", 2, "',' or ']'"),
+        (f"[{one},\n]", 2, "JSON"),
+        (f"[{one},", 1, "JSON"),
+        (f"[{one}", 1, "',' or ']'"),
+        (f"[{one}]\n\n x", 3, "after the list"),
+        (f"[{one},\n{one[:-1]},\n", 3, "column 1 in the record that begins at line 2"),
+        (f"[\n{one},\n\n{one[:50]}", 4, "column"),
+    ):
         message = fault_of(write(tmp_path, content))
         assert f".json:{line}: " in message and words in message, message
 
@@ -227,66 +328,93 @@ def test_missing_file_and_folder(tmp_path):
     fault_of(tmp_path)
 
 
-@pytest.mark.parametrize(("steps", "words"), [
-    (("id", None), "id: found null"), (("id", True), "id: found a boolean"), (("id", [1]), "id: found a list"),
-    (("conversations", 0, "x"), "conversations[0]: found a string"), (("conversations", 0, ...), "'user' first"),
-    (("conversations", 0, "role", "System"), "role 'System'"), (("conversations", 1, "role", "human"), "role 'human'"),
-    (("conversations", 1, "role", ...), "role None"), (("conversations", 1, "role", 3), "role 3"),
-    (("conversations", 3, "role", "tool"), "role 'tool', expected one of assistant, function, system, user"),
-    (("conversations", 1, ...), "'assistant' after system"), (("conversations", 2, ...), "'function' after user"),
-    (("conversations", 3, ...), "'assistant' after assistant"),
-    (("conversations", 3, "role", "system"), "'system' after"),
-    (("conversations", 3, "role", "assistant"), "'assistant' after assistant"),
-    (("conversations", 1, "content", None), "null as text"),
-    (("conversations", 3, "content", {"a": 1}), "an object as text"),
-    (("conversations", 1, "content", "\ud800"), "lone surrogate"),
-    (("conversations", 0, "content", "You are kind."), "not JSON"),
-    (("conversations", 0, "content", "{}"), "expected a list of tools"),
-    (("conversations", 0, "content", None), "expected a list of tools"),
-    (("conversations", 0, "content", "[" * 100_000), "too deep"),
-    (("conversations", 0, "content", [3]), "tools[0]: found a number"),
-    (("conversations", 0, "content", [{}]), "found no name"),
-    (("conversations", 0, "content", [{"name": " "}]), "expected a tool with a name"),
-    (("conversations", 0, "content", [{"type": "function", "function": {"description": "d"}}]), "found no name"),
-    (("conversations", 0, "content", [{"name": "f", "parameters": []}]), "parameters: found a list"),
-    (("conversations", 0, "content", [{"name": "f", "parameters": {"properties": []}}]), "properties: found a list"),
-    (("conversations", 0, "content", [{"name": "f", "parameters": {"properties": {"a": "string"}}}]),
-     "'a': found a string"),
-    (("conversations", 0, "content", [{"name": "f", "required": "a"}]), "required: found 'a'"),
-    (("conversations", 0, "content", [{"name": "f", "required": ["a"]}]), "one of the documented parameters"),
-    (("conversations", 0, "content", [{"name": "f", "description": 3}]), "description: found a number"),
-    (("conversations", ["x"]), "conversations[0]"),
-], ids=lambda value: ascii(value)[:40])
+@pytest.mark.parametrize(
+    ("steps", "words"),
+    [
+        (("id", None), "id: found null"),
+        (("id", True), "id: found a boolean"),
+        (("id", [1]), "id: found a list"),
+        (("conversations", 0, "x"), "conversations[0]: found a string"),
+        (("conversations", 0, ...), "'user' first"),
+        (("conversations", 0, "role", "System"), "role 'System'"),
+        (("conversations", 1, "role", "human"), "role 'human'"),
+        (("conversations", 1, "role", ...), "role None"),
+        (("conversations", 1, "role", 3), "role 3"),
+        (("conversations", 3, "role", "tool"), "role 'tool', expected one of assistant, function, system, user"),
+        (("conversations", 1, ...), "'assistant' after system"),
+        (("conversations", 2, ...), "'function' after user"),
+        (("conversations", 3, ...), "'assistant' after assistant"),
+        (("conversations", 3, "role", "system"), "'system' after"),
+        (("conversations", 3, "role", "assistant"), "'assistant' after assistant"),
+        (("conversations", 1, "content", None), "null as text"),
+        (("conversations", 3, "content", {"a": 1}), "an object as text"),
+        (("conversations", 1, "content", "\ud800"), "lone surrogate"),
+        (("conversations", 0, "content", "You are kind."), "not JSON"),
+        (("conversations", 0, "content", "{}"), "expected a list of tools"),
+        (("conversations", 0, "content", None), "expected a list of tools"),
+        (("conversations", 0, "content", "[" * 100_000), "too deep"),
+        (("conversations", 0, "content", [3]), "tools[0]: found a number"),
+        (("conversations", 0, "content", [{}]), "found no name"),
+        (("conversations", 0, "content", [{"name": " "}]), "expected a tool with a name"),
+        (("conversations", 0, "content", [{"type": "function", "function": {"description": "d"}}]), "found no name"),
+        (("conversations", 0, "content", [{"name": "f", "parameters": []}]), "parameters: found a list"),
+        (
+            ("conversations", 0, "content", [{"name": "f", "parameters": {"properties": []}}]),
+            "properties: found a list",
+        ),
+        (
+            ("conversations", 0, "content", [{"name": "f", "parameters": {"properties": {"a": "string"}}}]),
+            "'a': found a string",
+        ),
+        (("conversations", 0, "content", [{"name": "f", "required": "a"}]), "required: found 'a'"),
+        (("conversations", 0, "content", [{"name": "f", "required": ["a"]}]), "one of the documented parameters"),
+        (("conversations", 0, "content", [{"name": "f", "description": 3}]), "description: found a number"),
+        (("conversations", ["x"]), "conversations[0]"),
+    ],
+    ids=lambda value: ascii(value)[:40],
+)
 def test_authors_records_with_a_fault_are_located(tmp_path, steps, words):
-    records = [AUTHORS, changed(AUTHORS, *steps) if steps[0] == "id" else changed(AUTHORS, *steps) | {"id": "s2"},
-               AUTHORS | {"id": 3}]
+    records = [
+        AUTHORS,
+        changed(AUTHORS, *steps) if steps[0] == "id" else changed(AUTHORS, *steps) | {"id": "s2"},
+        AUTHORS | {"id": 3},
+    ]
     path = write(tmp_path, "[" + ",\n\n".join(json.dumps(record) for record in records) + "]")
     message = fault_of(path)
     assert message.startswith(f"{path}:3: ") and words in message
 
 
-@pytest.mark.parametrize(("steps", "words"), [
-    (("tools", {}), "tools: found an object"), (("tools", [{}]), "tools[0]: found no name"),
-    (("messages", 0, 3), "messages[0]: found a number"),
-    (("messages", 0, "role", "function"), "role 'function'"),
-    (("messages", 0, "role", "tool"), "'tool' after the start"),
-    (("messages", 0, ...), "'assistant' after the start"), (("messages", 1, ...), "'tool' after user"),
-    (("messages", 2, "role", "system"), "'system' after"), (("messages", 2, "content", None), "null as text"),
-    (("messages", 2, "content", [{"type": "image_url"}]), "a list as text"),
-    (("messages", 1, "tool_calls", ...), "neither text nor tool_calls"),
-    (("messages", 1, "tool_calls", []), "neither text nor tool_calls"),
-    (("messages", 1, "tool_calls", 3), "tool_calls: found a number"),
-    (("messages", 1, "tool_calls", 0, 3), "tool_calls[0]: found 3"),
-    (("messages", 1, "tool_calls", 0, {"function": {}}), "tool_calls[0]"),
-    (("messages", 2, "tool_call_id", "zz"), "tool_call_id 'zz'"),
-    (("messages", 3, {"role": "tool", "tool_call_id": "c1", "content": "x"}), "'c1' again"),
-    (("messages", 3, {"role": "tool", "content": "x"}), "more than there are calls"),
-    (("messages", 1, {"role": "assistant", "content": "text"}), "'tool' after assistant text"),
-    (("messages", [{"role": "user", "content": "x"}]), "no assistant message"),
-    (("messages", 1, "tool_calls", [{"id": 1, "function": {"name": "f"}}] * 2), "id 1 again"),
-    (("messages", 1, "tool_calls", [{"id": i, "function": {"name": "f"}} for i in ("c1", "d")]),
-     "no tool message for call 1"),
-], ids=lambda value: ascii(value)[:40])
+@pytest.mark.parametrize(
+    ("steps", "words"),
+    [
+        (("tools", {}), "tools: found an object"),
+        (("tools", [{}]), "tools[0]: found no name"),
+        (("messages", 0, 3), "messages[0]: found a number"),
+        (("messages", 0, "role", "function"), "role 'function'"),
+        (("messages", 0, "role", "tool"), "'tool' after the start"),
+        (("messages", 0, ...), "'assistant' after the start"),
+        (("messages", 1, ...), "'tool' after user"),
+        (("messages", 2, "role", "system"), "'system' after"),
+        (("messages", 2, "content", None), "null as text"),
+        (("messages", 2, "content", [{"type": "image_url"}]), "a list as text"),
+        (("messages", 1, "tool_calls", ...), "neither text nor tool_calls"),
+        (("messages", 1, "tool_calls", []), "neither text nor tool_calls"),
+        (("messages", 1, "tool_calls", 3), "tool_calls: found a number"),
+        (("messages", 1, "tool_calls", 0, 3), "tool_calls[0]: found 3"),
+        (("messages", 1, "tool_calls", 0, {"function": {}}), "tool_calls[0]"),
+        (("messages", 2, "tool_call_id", "zz"), "tool_call_id 'zz'"),
+        (("messages", 3, {"role": "tool", "tool_call_id": "c1", "content": "x"}), "'c1' again"),
+        (("messages", 3, {"role": "tool", "content": "x"}), "more than there are calls"),
+        (("messages", 1, {"role": "assistant", "content": "text"}), "'tool' after assistant text"),
+        (("messages", [{"role": "user", "content": "x"}]), "no assistant message"),
+        (("messages", 1, "tool_calls", [{"id": 1, "function": {"name": "f"}}] * 2), "id 1 again"),
+        (
+            ("messages", 1, "tool_calls", [{"id": i, "function": {"name": "f"}} for i in ("c1", "d")]),
+            "no tool message for call 1",
+        ),
+    ],
+    ids=lambda value: ascii(value)[:40],
+)
 def test_openai_records_with_a_fault_are_located(tmp_path, steps, words):
     path = write(tmp_path, json.dumps(OPENAI) + "\n\n" + json.dumps(changed(OPENAI, *steps) | {"id": 2}) + "\n")
     message = fault_of(path)
@@ -312,7 +440,7 @@ def test_all_records_have_the_form_of_the_first(tmp_path):
 
 
 def test_trajectories_are_values(tmp_path):
-    first, = read_trajectories(write(tmp_path, [AUTHORS]))
+    (first,) = read_trajectories(write(tmp_path, [AUTHORS]))
     assert first == Trajectory(first.id, first.tools, first.messages, first.source)
     with pytest.raises(AttributeError):
         first.id = "x"

@@ -1,10 +1,12 @@
 """Loaders of RoTBench and ToolAlpaca on records made here, and on the published files where they are at hand."""
+
 import json
 from collections import Counter
 from pathlib import Path
 
 import pytest
 
+from data.json_records import read_json_list
 from data.tool_calls import ToolCall
 from data.trajectories import DataError
 from eval.benchmark_data import (
@@ -16,12 +18,12 @@ from eval.benchmark_data import (
     load_rotbench,
     load_toolalpaca,
 )
-from data.json_records import read_json_list
 from tests.support.rotbench_records import react, rotbench_record, toolalpaca_record
 
 REAL = Path(__file__).resolve().parents[3] / "shared/data/benchmarks"
-needs_real_files = pytest.mark.skipif(not REAL.is_dir(), reason="needs the published benchmarks in "
-                                      "../shared/data/benchmarks")
+needs_real_files = pytest.mark.skipif(
+    not REAL.is_dir(), reason="needs the published benchmarks in ../shared/data/benchmarks"
+)
 
 
 def write(path: Path, records: object, indent: int | None = 1) -> Path:
@@ -41,13 +43,22 @@ def test_json_list_gives_the_line_where_each_item_begins(tmp_path):
         assert read_json_list(path) == []
 
 
-@pytest.mark.parametrize("text, expected", [
-    ("", ":1: found '', expected a JSON list"), ('{"a": 1}', ":1: found '{\"a\": 1}', expected a JSON list"),
-    ("[1,\n2,\n]", ":3: found no valid JSON"), ("[1\n 2]", ":2: found '2]', expected ',' or"), ("[1,", ":1: found no"),
-    ("[1", ":1: found '', expected ','"), ("[1] x", ":1: found '] x'"), ("[NaN]", "NaN is not JSON"),
-    ("[\n\n" + "[" * 9999, ":3: found no valid JSON (nested"), ('["\n"]', ":1: found no valid JSON"),
-    ("[\n" + "9" * 5000 + "]", ":2: found no valid"),
-])
+@pytest.mark.parametrize(
+    "text, expected",
+    [
+        ("", ":1: found '', expected a JSON list"),
+        ('{"a": 1}', ":1: found '{\"a\": 1}', expected a JSON list"),
+        ("[1,\n2,\n]", ":3: found no valid JSON"),
+        ("[1\n 2]", ":2: found '2]', expected ',' or"),
+        ("[1,", ":1: found no"),
+        ("[1", ":1: found '', expected ','"),
+        ("[1] x", ":1: found '] x'"),
+        ("[NaN]", "NaN is not JSON"),
+        ("[\n\n" + "[" * 9999, ":3: found no valid JSON (nested"),
+        ('["\n"]', ":1: found no valid JSON"),
+        ("[\n" + "9" * 5000 + "]", ":2: found no valid"),
+    ],
+)
 def test_malformed_lists_name_the_line(tmp_path, text, expected):
     path = tmp_path / "list.json"
     path.write_text(text)
@@ -58,8 +69,11 @@ def test_malformed_lists_name_the_line(tmp_path, text, expected):
 
 def test_unreadable_lists_are_named(tmp_path):
     (tmp_path / "latin.json").write_bytes(b'["\xe9"]')
-    for path, expected in ((tmp_path, "Is a directory"), (tmp_path / "none", "No such file"),
-                           (tmp_path / "latin.json", "found byte 0xe9 at 2, expected UTF-8")):
+    for path, expected in (
+        (tmp_path, "Is a directory"),
+        (tmp_path / "none", "No such file"),
+        (tmp_path / "latin.json", "found byte 0xe9 at 2, expected UTF-8"),
+    ):
         with pytest.raises(DataError, match=expected):
             read_json_list(path)
 
@@ -96,9 +110,14 @@ def test_halves_of_the_noise_files(tmp_path):
 
 
 def test_later_turn_keeps_calls_feedback_and_what_is_no_call(tmp_path):
-    turns = [("assistant", react("get_weather", {"city": "Oslo"})), ("function", "missing 1 required argument"),
-             ("assistant", "I do not know."), ("function", "?"),
-             ("assistant", "Thought:\nAction: get_news\nAction Input: [1]"), ("function", "??")]
+    turns = [
+        ("assistant", react("get_weather", {"city": "Oslo"})),
+        ("function", "missing 1 required argument"),
+        ("assistant", "I do not know."),
+        ("function", "?"),
+        ("assistant", "Thought:\nAction: get_news\nAction Input: [1]"),
+        ("function", "??"),
+    ]
     path = write(tmp_path / "clean.json", [rotbench_record([react("finish", {"answer": "Rain."})], turns=turns)])
     (example,) = load_rotbench(path)
     assert [message.role for message in example.messages] == ["user", *["assistant", "tool"] * 3]
@@ -115,17 +134,30 @@ def without(record, *keys):
 GOOD = rotbench_record([react("get_news", {})])
 
 
-@pytest.mark.parametrize("record, expected", [
-    (7, "found int, expected an object"), (without(GOOD, "conversations"), "found nothing as 'conversations'"),
-    ({**GOOD, "conversations": []}, "found 0 conversations"), (without(GOOD, "scenario"), "nothing as 'scenario'"),
-    ({**GOOD, "id": 5}, "found int as 'id'"), (rotbench_record([]), "found no accepted answer"),
-    (rotbench_record([{}]), "found dict as accepted answer"), (rotbench_record(["finish"]), "accepted answer: "),
-    (rotbench_record([react("other", {})]), "expected a call of one of the record's tools"),
-    (rotbench_record([react("get_news", [])]), "expected a call of one of the record's tools"),
-    ({**GOOD, "conversations": [{"from": "system", "value": "-"}, *GOOD["conversations"][1:]]}, "found no JSON list"),
-    ({**GOOD, "conversations": [{"from": "system", "value": "[1]"}, *GOOD["conversations"][1:]]}, "tools[0]: found"),
-    (rotbench_record([react("get_news", {})], turns=[("robot", "x")]), "found role 'robot'"),
-])
+@pytest.mark.parametrize(
+    "record, expected",
+    [
+        (7, "found int, expected an object"),
+        (without(GOOD, "conversations"), "found nothing as 'conversations'"),
+        ({**GOOD, "conversations": []}, "found 0 conversations"),
+        (without(GOOD, "scenario"), "nothing as 'scenario'"),
+        ({**GOOD, "id": 5}, "found int as 'id'"),
+        (rotbench_record([]), "found no accepted answer"),
+        (rotbench_record([{}]), "found dict as accepted answer"),
+        (rotbench_record(["finish"]), "accepted answer: "),
+        (rotbench_record([react("other", {})]), "expected a call of one of the record's tools"),
+        (rotbench_record([react("get_news", [])]), "expected a call of one of the record's tools"),
+        (
+            {**GOOD, "conversations": [{"from": "system", "value": "-"}, *GOOD["conversations"][1:]]},
+            "found no JSON list",
+        ),
+        (
+            {**GOOD, "conversations": [{"from": "system", "value": "[1]"}, *GOOD["conversations"][1:]]},
+            "tools[0]: found",
+        ),
+        (rotbench_record([react("get_news", {})], turns=[("robot", "x")]), "found role 'robot'"),
+    ],
+)
 def test_malformed_rotbench_records_name_file_and_line(tmp_path, record, expected):
     path = tmp_path / "clean.json"
     path.write_text(f"[{json.dumps(GOOD)},\n{json.dumps(record)}]")
@@ -141,14 +173,25 @@ def test_toolalpaca_record(tmp_path):
     path = write(tmp_path / "eval_real.json", [toolalpaca_record(), toolalpaca_record(name="Second")])
     examples = load_toolalpaca(path)
     assert [(example.index, example.id) for example in examples] == [
-        (0, "Rates/0"), (1, "Rates/1"), (2, "Rates/2"), (3, "Second/0"), (4, "Second/1"), (5, "Second/2")]
+        (0, "Rates/0"),
+        (1, "Rates/1"),
+        (2, "Rates/2"),
+        (3, "Second/0"),
+        (4, "Second/1"),
+        (5, "Second/2"),
+    ]
     tools = {tool["function"]["name"]: tool["function"] for tool in examples[0].tools}
     assert list(tools) == ["latest_get", "list_get", "ask_to_user", "finish"]  # `components` is prose, no tool
     assert tools["latest_get"]["description"] == "Get rates." and tools["list_get"]["description"] == ""
     assert tools["latest_get"]["parameters"] == {
-        "type": "object", "required": ["key", "base"], "properties": {
-            "key": {"type": "string", "description": "Your key."}, "base": {"type": "string", "description": ""},
-            "days": {"type": "integer", "description": "How many. At most 5."}}}
+        "type": "object",
+        "required": ["key", "base"],
+        "properties": {
+            "key": {"type": "string", "description": "Your key."},
+            "base": {"type": "string", "description": ""},
+            "days": {"type": "integer", "description": "How many. At most 5."},
+        },
+    }
     assert examples[0].messages[0].content == "Rates of the euro?"
     (gold,) = examples[0].gold[0].calls
     assert (gold.name, gold.arguments) == ("latest_get", {"key": "MASKED_API_KEY", "base": "EUR", "days": 2})
@@ -158,15 +201,20 @@ def test_toolalpaca_record(tmp_path):
     assert examples[2].gold[0].calls[0].name == "secret_get" and not examples[2].meta["is_documented"]
 
 
-@pytest.mark.parametrize("change, expected", [
-    ({"Golden_Answers": []}, "found 0 Golden_Answers for 3 Instructions"), ({"Name": 3}, "found int as 'Name'"),
-    ({"Instructions": [1, 2, 3]}, "instruction 0: found int"), ({"Authentication": None}, "found NoneType"),
-    ({"Golden_Answers": [[], [], []]}, "instruction 0: found no gold call"),
-    ({"Golden_Answers": [[{"Action": "x", "Action_Input": "{"}]] * 3}, "found Action_Input '{', expected a JSON"),
-    ({"Function_Description": {"f": "no such part"}}, "'f': found no 'Parameters: '"),
-    ({"Function_Description": {"f": 'Parameters: {"a": "whatever"}'}}, "found 'whatever' for 'a'"),
-    ({"Function_Description": {"f": "Parameters: [1]"}}, "found no 'Parameters: ' with a JSON object"),
-])
+@pytest.mark.parametrize(
+    "change, expected",
+    [
+        ({"Golden_Answers": []}, "found 0 Golden_Answers for 3 Instructions"),
+        ({"Name": 3}, "found int as 'Name'"),
+        ({"Instructions": [1, 2, 3]}, "instruction 0: found int"),
+        ({"Authentication": None}, "found NoneType"),
+        ({"Golden_Answers": [[], [], []]}, "instruction 0: found no gold call"),
+        ({"Golden_Answers": [[{"Action": "x", "Action_Input": "{"}]] * 3}, "found Action_Input '{', expected a JSON"),
+        ({"Function_Description": {"f": "no such part"}}, "'f': found no 'Parameters: '"),
+        ({"Function_Description": {"f": 'Parameters: {"a": "whatever"}'}}, "found 'whatever' for 'a'"),
+        ({"Function_Description": {"f": "Parameters: [1]"}}, "found no 'Parameters: ' with a JSON object"),
+    ],
+)
 def test_malformed_toolalpaca_records_name_file_and_line(tmp_path, change, expected):
     path = tmp_path / "eval.json"
     path.write_text(f"[{json.dumps(toolalpaca_record())},\n{json.dumps({**toolalpaca_record(), **change})}]")

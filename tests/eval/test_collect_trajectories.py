@@ -1,4 +1,5 @@
 """eval.collect_trajectories: the file by hand, resuming, sampling, forms of queries, flags; run_sft.py reads it."""
+
 import contextlib
 import io
 import json
@@ -10,16 +11,16 @@ import time
 
 import pytest
 
-from eval.collect_trajectories import authors_records, is_toolbox, main, read_queries
-from toolbox.world import build_toolbox, special_tools
 from data.trajectories import DataError, Message, read_trajectories
-from eval.predict import endpoint as endpoint_module
-from eval.dialogues.play import FORMAT_REMINDER
 from eval.benchmark_data import load_tiny_multi
+from eval.collect_trajectories import authors_records, is_toolbox, main, read_queries
 from eval.dialogues.journal import DialogueTask, RecordedDialogue
+from eval.dialogues.play import FORMAT_REMINDER
+from eval.predict import endpoint as endpoint_module
 from tests.eval.test_endpoint import Server
 from tests.eval.test_run_eval_dialogues import TOOLEYES, gold_script, needs_tooleyes
 from tests.support.tiny_run import ROOT, run_here
+from toolbox.world import build_toolbox, special_tools
 
 TINY_DATA = ROOT / "assets" / "tiny_data"
 
@@ -37,28 +38,57 @@ def run(output, **flags):
 
 def words(output, **flags):
     values = {"queries": TINY_DATA / "test_multi.jsonl", "output": output, "max_new_tokens": 24, **flags}
-    return [part for name, value in values.items()
-            for part in ([f"--{name}"] if value is True else [f"--{name}", str(value)])]
+    return [
+        part
+        for name, value in values.items()
+        for part in ([f"--{name}"] if value is True else [f"--{name}", str(value)])
+    ]
 
 
 # --------------------------------------------------------------------------------------------------- records by hand
 
 
 def turn(*calls, output="", fault=""):
-    return {"output": output, "fault": fault, "calls": [
-        {"name": name, "arguments": arguments, "feedback": feedback, "executor": "local" if feedback else ""}
-        for name, arguments, feedback in calls]}
+    return {
+        "output": output,
+        "fault": fault,
+        "calls": [
+            {"name": name, "arguments": arguments, "feedback": feedback, "executor": "local" if feedback else ""}
+            for name, arguments, feedback in calls
+        ],
+    }
 
 
-TOOLS = [{"type": "function", "function": {"name": "find", "description": "finds", "parameters": {
-    "type": "object", "properties": {"q": {"type": "string", "description": "what"}}, "required": ["q"]}}}]
-TASKS = [DialogueTask(index, name, TOOLS, [Message("user", f"find {name}")], "", {})
-         for index, name in enumerate(("a", "b", "a", "c", "d"))]
+TOOLS = [
+    {
+        "type": "function",
+        "function": {
+            "name": "find",
+            "description": "finds",
+            "parameters": {
+                "type": "object",
+                "properties": {"q": {"type": "string", "description": "what"}},
+                "required": ["q"],
+            },
+        },
+    }
+]
+TASKS = [
+    DialogueTask(index, name, TOOLS, [Message("user", f"find {name}")], "", {})
+    for index, name in enumerate(("a", "b", "a", "c", "d"))
+]
 DIALOGUES = [
-    RecordedDialogue(0, [turn(("find", {}, "find() missing 1 required positional argument: 'q'")),
-                         turn(output="well", fault="found 'well'"),
-                         turn(("find", {"q": "1"}, "one \ud800"), ("find", {"q": "2"}, "two")),
-                         turn(("finish", {"answer": "one, two"}, None))], "finish", format="tl"),
+    RecordedDialogue(
+        0,
+        [
+            turn(("find", {}, "find() missing 1 required positional argument: 'q'")),
+            turn(output="well", fault="found 'well'"),
+            turn(("find", {"q": "1"}, "one \ud800"), ("find", {"q": "2"}, "two")),
+            turn(("finish", {"answer": "one, two"}, None)),
+        ],
+        "finish",
+        format="tl",
+    ),
     RecordedDialogue(1, [turn(("find", {"q": "b"}, "b"))] * 9, "max_turns", format="tl"),
     RecordedDialogue(2, [turn(("finish", {"answer": "at once"}, None))], "finish", format="tl"),
     RecordedDialogue(3, [turn(output="x", fault="f")] * 9, "max_turns", format="tl"),
@@ -74,17 +104,26 @@ def said(*contents):
 
 
 FIRST = (("u", "find a"), ("a", "find\n{}"), ("f", "find() missing 1 required positional argument: 'q'"))
-LAST = (("a", 'find\n{"q": "1"}'), ("f", "one \ufffd"), ("a", 'find\n{"q": "2"}'), ("f", "two"),
-        ("a", 'finish\n{"answer": "one, two"}'))
+LAST = (
+    ("a", 'find\n{"q": "1"}'),
+    ("f", "one \ufffd"),
+    ("a", 'find\n{"q": "2"}'),
+    ("f", "two"),
+    ("a", 'finish\n{"answer": "one, two"}'),
+)
 
 
 def test_records_and_counts_by_hand():
     written = authors_records(TASKS, DIALOGUES, keeps_unfinished=False, keeps_unparsable=False)
     assert written.records == [
         {"id": "a", "conversations": said(*FIRST, *LAST)},
-        {"id": "a (2)", "conversations": said(("u", "find a"), ("a", 'finish\n{"answer": "at once"}'))}]
-    assert written.counts == {"turns that are no call": 10, "dialogues without finish (max_turns)": 2,
-                              "dialogues without finish (prompt_too_long)": 1}
+        {"id": "a (2)", "conversations": said(("u", "find a"), ("a", 'finish\n{"answer": "at once"}'))},
+    ]
+    assert written.counts == {
+        "turns that are no call": 10,
+        "dialogues without finish (max_turns)": 2,
+        "dialogues without finish (prompt_too_long)": 1,
+    }
 
 
 def test_unfinished_and_unparsable_are_kept_where_asked(tmp_path):
@@ -113,6 +152,7 @@ def clumsy_script(tasks):
             wrong = task.meta["calls"][0]["name"] + '(bogus="x")'
             return 200, {"choices": [{"text": ("", "no_such_tool()", "I cannot say.", wrong)[task.index % 4]}]}, {}
         return gold(number, path, body)
+
     return script
 
 
@@ -191,12 +231,21 @@ def test_killed_process_gives_the_same_bytes(collected, tmp_path):
     """SIGKILL three times between two requests, each time after some more of them."""
     script = clumsy_script(load_tiny_multi(TINY_DATA / "test_multi.jsonl"))
     server = Server(lambda number, path, body: (time.sleep(0.02), script(number, path, body))[1])
-    line = [sys.executable, "-m", "eval.collect_trajectories", *words(
-        tmp_path / "raw.json", endpoint=server.url, model="m", limit=12, endpoint_concurrency=2)]
+    line = [
+        sys.executable,
+        "-m",
+        "eval.collect_trajectories",
+        *words(tmp_path / "raw.json", endpoint=server.url, model="m", limit=12, endpoint_concurrency=2),
+    ]
     for more in (3, 5, 8):
         wanted = len(server.requests) + more
-        process = subprocess.Popen(line, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"},
-                                   stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        process = subprocess.Popen(
+            line,
+            cwd=ROOT,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
         deadline = time.monotonic() + 120
         while len(server.requests) < wanted and process.poll() is None and time.monotonic() < deadline:
             time.sleep(0.002)
@@ -210,8 +259,14 @@ def test_killed_process_gives_the_same_bytes(collected, tmp_path):
 
 
 def test_model_as_teacher_draws_by_its_seed(tmp_path):
-    flags = {"model": ROOT / "assets/tiny_model", "prompt_format": "plain", "limit": 6, "temperature": 1.7,
-             "max_turns": 4, "unfinished": "keep"}
+    flags = {
+        "model": ROOT / "assets/tiny_model",
+        "prompt_format": "plain",
+        "limit": 6,
+        "temperature": 1.7,
+        "max_turns": 4,
+        "unfinished": "keep",
+    }
     for name, more in (("a", {}), ("b", {"batch_size": 1}), ("c", {"seed": 1})):
         code, _, err = run(tmp_path / name, **flags, **more)
         assert code == 0, err
@@ -231,9 +286,20 @@ def test_forms_of_queries(tmp_path):
     assert [(task.id, task.tools) for task in train] == [(record.id, record.tools) for record in records]
     assert all([message.role for message in task.messages] == ["user"] and task.tool_set == "toolbox" for task in train)
     openai = tmp_path / "openai.jsonl"
-    openai.write_text(json.dumps({"id": "x", "tools": TOOLS, "messages": [
-        {"role": "system", "content": "be brief"}, {"role": "user", "content": "find it"},
-        {"role": "assistant", "content": "no"}]}) + "\n")
+    openai.write_text(
+        json.dumps(
+            {
+                "id": "x",
+                "tools": TOOLS,
+                "messages": [
+                    {"role": "system", "content": "be brief"},
+                    {"role": "user", "content": "find it"},
+                    {"role": "assistant", "content": "no"},
+                ],
+            }
+        )
+        + "\n"
+    )
     (task,) = read_queries(openai)
     assert [message.content for message in task.messages] == ["be brief", "find it"] and task.tool_set == ""
     bare = tmp_path / "bare.jsonl"
@@ -260,32 +326,47 @@ def test_toolbox_is_known_by_its_documents():
 # --------------------------------------------------------------------------------------------------------- bad input
 
 
-@pytest.mark.parametrize("flags, expected", [
-    ({"queries": "none.jsonl"}, "none.jsonl: found No such file"),
-    ({"model": "no/such"}, "no/such"),
-    ({"max_turns": 10}, "--max_turns: found 10, expected 1 to 9"),
-    ({"temperature": -1}, "--temperature: found -1.0, expected 0 to 100"),
-    ({"instability_rate": 0.6, "call_failure_rate": 0.6}, "--instability_rate: found more than 1"),
-    ({"tool_executor": "recorded"}, "--recorded_calls: found None with --tool_executor recorded"),
-    ({"prompt_format": "openai"}, "--prompt_format: found openai without --endpoint"),
-    ({"endpoint": "localhost"}, "--endpoint: found 'localhost', expected the base of an API"),
-    ({"nonsense": 1}, "--nonsense"),
-    ({"model": ROOT / "assets/tiny_model", "max_new_tokens": 1024}, "--max_new_tokens: found 1024, expected less than"),
-    ({"model": ROOT / "assets/tiny_model", "prompt_format": "qwen25", "limit": 1}, "found no token <|im_start|>"),
-])
+@pytest.mark.parametrize(
+    "flags, expected",
+    [
+        ({"queries": "none.jsonl"}, "none.jsonl: found No such file"),
+        ({"model": "no/such"}, "no/such"),
+        ({"max_turns": 10}, "--max_turns: found 10, expected 1 to 9"),
+        ({"temperature": -1}, "--temperature: found -1.0, expected 0 to 100"),
+        ({"instability_rate": 0.6, "call_failure_rate": 0.6}, "--instability_rate: found more than 1"),
+        ({"tool_executor": "recorded"}, "--recorded_calls: found None with --tool_executor recorded"),
+        ({"prompt_format": "openai"}, "--prompt_format: found openai without --endpoint"),
+        ({"endpoint": "localhost"}, "--endpoint: found 'localhost', expected the base of an API"),
+        ({"nonsense": 1}, "--nonsense"),
+        (
+            {"model": ROOT / "assets/tiny_model", "max_new_tokens": 1024},
+            "--max_new_tokens: found 1024, expected less than",
+        ),
+        ({"model": ROOT / "assets/tiny_model", "prompt_format": "qwen25", "limit": 1}, "found no token <|im_start|>"),
+    ],
+)
 def test_bad_flags_are_one_line_and_code_2(tmp_path, flags, expected):
     code, _, err = run(tmp_path / "raw.json", **flags)
     assert code == 2 and err.count("\n") == 1 and expected in err, err
 
 
-@pytest.mark.parametrize("text, expected", [
-    ("", "found no record"), ("[]", "found no record"), ("[3]", "found no record"), ("{", ":1: found no valid JSON"),
-    ('{"tools": []}', ":1: found nothing as 'messages', expected list"),
-    ('{"messages": [{"role": "user", "content": "x"}]}', ":1: found nothing as 'tools', expected list"),
-    ('{"tools": [], "messages": [{"role": "tool", "content": "x"}]}', ":1: found role 'tool', expected system or user"),
-    ('{"tools": [], "messages": [{"role": "system", "content": "x"}]}', ":1: found no message of the user"),
-    ('{"tools": [3], "messages": [{"role": "user", "content": "x"}]}', ":1: tools[0]: found a number"),
-])
+@pytest.mark.parametrize(
+    "text, expected",
+    [
+        ("", "found no record"),
+        ("[]", "found no record"),
+        ("[3]", "found no record"),
+        ("{", ":1: found no valid JSON"),
+        ('{"tools": []}', ":1: found nothing as 'messages', expected list"),
+        ('{"messages": [{"role": "user", "content": "x"}]}', ":1: found nothing as 'tools', expected list"),
+        (
+            '{"tools": [], "messages": [{"role": "tool", "content": "x"}]}',
+            ":1: found role 'tool', expected system or user",
+        ),
+        ('{"tools": [], "messages": [{"role": "system", "content": "x"}]}', ":1: found no message of the user"),
+        ('{"tools": [3], "messages": [{"role": "user", "content": "x"}]}', ":1: tools[0]: found a number"),
+    ],
+)
 def test_bad_query_files_are_one_line_and_code_2(tmp_path, text, expected):
     (tmp_path / "queries").write_text(text)
     code, _, err = run(tmp_path / "raw.json", queries=tmp_path / "queries", model=ROOT / "assets/tiny_model")

@@ -1,4 +1,5 @@
 """Wilson interval against worked numbers, the equation it solves, and exact coverage; McNemar; attainable shares."""
+
 import itertools
 import math
 
@@ -17,8 +18,12 @@ def test_worked_numbers():
 
 def test_published_example():
     # Newcombe 1998, table I, method 3 (score without continuity correction).
-    for successes, n, low, high in ((81, 263, 0.2553, 0.3662), (15, 148, 0.0624, 0.1605), (0, 20, 0.0, 0.1611),
-                                    (1, 29, 0.0061, 0.1718)):
+    for successes, n, low, high in (
+        (81, 263, 0.2553, 0.3662),
+        (15, 148, 0.0624, 0.1605),
+        (0, 20, 0.0, 0.1611),
+        (1, 29, 0.0061, 0.1718),
+    ):
         assert wilson_interval(successes, n, Z_95) == pytest.approx((low, high), abs=5e-5)
 
 
@@ -49,8 +54,12 @@ def test_ends_are_exact_for_every_n():
 def test_coverage_is_near_95_percent():
     n = 60
     intervals = [wilson_interval(k, n, Z_95) for k in range(n + 1)]
-    coverage = [sum(math.comb(n, k) * p ** k * (1 - p) ** (n - k) for k in range(n + 1)
-                    if intervals[k][0] <= p <= intervals[k][1]) for p in (i / 100 for i in range(5, 96))]
+    coverage = [
+        sum(
+            math.comb(n, k) * p**k * (1 - p) ** (n - k) for k in range(n + 1) if intervals[k][0] <= p <= intervals[k][1]
+        )
+        for p in (i / 100 for i in range(5, 96))
+    ]
     assert sum(coverage) / len(coverage) == pytest.approx(0.95, abs=0.006)
     assert min(coverage) > 0.90
 
@@ -114,10 +123,10 @@ def test_attainable_worked_numbers():
 @pytest.mark.parametrize("n, decimals", [(7, 1), (105, 2), (240, 2), (382, 2)])
 def test_attainable_are_exactly_the_printed_shares(n, decimals):
     printed = {f"{100 * k / n:.{decimals}f}": k for k in range(n + 1)}
-    units = 100 * 10 ** decimals
+    units = 100 * 10**decimals
     halves = {units * k // n + up for k in range(n + 1) if 2 * units * k % n == 0 and units * k % n for up in (0, 1)}
     for step in range(units + 1):
-        text = f"{step / 10 ** decimals:.{decimals}f}"
+        text = f"{step / 10**decimals:.{decimals}f}"
         assert step in halves or attainable_count(float(text), n, decimals) == printed.get(text)
 
 

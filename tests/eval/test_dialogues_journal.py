@@ -1,4 +1,5 @@
 """eval/dialogues/journal.py: journals of killed runs, files put together, malformed lines, a process that is killed."""
+
 import json
 import os
 import random
@@ -61,26 +62,33 @@ def test_dialogues_are_read(tmp_path):
             match_dialogues(dialogues, count, None, path=path)
 
 
-@pytest.mark.parametrize(("bad", "text"), [
-    ({"index": True}, "found index True, expected the record's number"), ({"index": "0"}, "found index '0'"),
-    ({"index": None}, "found index nothing"), ({"turns": {}}, "found dict as 'turns'"),
-    ({"turns": [[]]}, "turn 1: found list, expected an object"), ({"turns": [TURN, {**TURN, "output": 5}]},
-                                                                 "turn 2: found int as 'output'"),
-    ({"turns": [{**TURN, "calls": None}]}, "turn 1: found other 'calls'"),
-    ({"turns": [{**TURN, "calls": [{**CALL, "arguments": []}]}]}, "found other 'calls'"),
-    ({"turns": [{**TURN, "calls": [{**CALL, "name": None}]}]}, "found other 'calls'"),
-    ({"turns": [{**TURN, "calls": [{**CALL, "feedback": None}]}]}, "found other 'calls'"),
-    ({"turns": [{**LAST, "calls": [{**END, "feedback": "x"}]}]}, "found other 'calls'"),
-    ({"turns": [{**TURN, "calls": [{**CALL, "executor": "root"}]}]}, "local, simulated, recorded, user or empty"),
-    ({"turns": [{**TURN, "calls": [{**CALL, "executor": ["local"]}]}]}, "found other 'calls'"),
-    ({"turns": [{**TURN, "fault": "both"}]}, "found 1 calls and the fault 'both'"),
-    ({"turns": [{**FAULTY, "fault": ""}]}, "found 0 calls and the fault ''"),
-    ({"turns": [{**FAULTY, "fault": 3}]}, "found int as 'fault'"),
-    ({"end": "gave up"}, "found end 'gave up', expected one of finish, max_turns"),
-    ({"end": None}, "found end nothing"),
-    ({"format": "xml"}, "found format 'xml', expected one of tl"), ({"format": []}, "found format list"),
-    ({"error": 7}, "found int as 'error'"), ({"index": 0}, "found index 0 again, expected it once .first in line 1"),
-])
+@pytest.mark.parametrize(
+    ("bad", "text"),
+    [
+        ({"index": True}, "found index True, expected the record's number"),
+        ({"index": "0"}, "found index '0'"),
+        ({"index": None}, "found index nothing"),
+        ({"turns": {}}, "found dict as 'turns'"),
+        ({"turns": [[]]}, "turn 1: found list, expected an object"),
+        ({"turns": [TURN, {**TURN, "output": 5}]}, "turn 2: found int as 'output'"),
+        ({"turns": [{**TURN, "calls": None}]}, "turn 1: found other 'calls'"),
+        ({"turns": [{**TURN, "calls": [{**CALL, "arguments": []}]}]}, "found other 'calls'"),
+        ({"turns": [{**TURN, "calls": [{**CALL, "name": None}]}]}, "found other 'calls'"),
+        ({"turns": [{**TURN, "calls": [{**CALL, "feedback": None}]}]}, "found other 'calls'"),
+        ({"turns": [{**LAST, "calls": [{**END, "feedback": "x"}]}]}, "found other 'calls'"),
+        ({"turns": [{**TURN, "calls": [{**CALL, "executor": "root"}]}]}, "local, simulated, recorded, user or empty"),
+        ({"turns": [{**TURN, "calls": [{**CALL, "executor": ["local"]}]}]}, "found other 'calls'"),
+        ({"turns": [{**TURN, "fault": "both"}]}, "found 1 calls and the fault 'both'"),
+        ({"turns": [{**FAULTY, "fault": ""}]}, "found 0 calls and the fault ''"),
+        ({"turns": [{**FAULTY, "fault": 3}]}, "found int as 'fault'"),
+        ({"end": "gave up"}, "found end 'gave up', expected one of finish, max_turns"),
+        ({"end": None}, "found end nothing"),
+        ({"format": "xml"}, "found format 'xml', expected one of tl"),
+        ({"format": []}, "found format list"),
+        ({"error": 7}, "found int as 'error'"),
+        ({"index": 0}, "found index 0 again, expected it once .first in line 1"),
+    ],
+)
 def test_malformed_dialogues_name_file_and_line(tmp_path, bad, text):
     path = write(tmp_path / "p.jsonl", row(0), {**row(1), **bad})
     with pytest.raises(DataError, match=text) as found:
@@ -121,14 +129,19 @@ def test_kills_while_journals_are_put_together(tmp_path):
     assert read_dialogues(path)[0][0].index == 1 and list(read_journals(path)[0]) == [0]
 
 
-@pytest.mark.parametrize(("rows", "text"), [
-    ([line(0, 1), line(0, 1, FAULTY)], ":2: found a second, different record of this turn of index 0"),
-    ([end(0), end(0, "max_turns")], ":2: found a second, different record"),
-    ([line(0, 1), line(0, 3)], "found turn 3 of index 0 in its journals, expected turn 2 before it"),
-    ([line(0, 0)], ":1: found turn 0, expected an integer from 1"), ([line(0, "1")], "found turn '1'"),
-    ([{"index": 0, "turn": 1}], "found nothing as 'output'"), ([{"turn": 1}], "found index nothing"),
-    ([{"index": 0, "end": 5}], "found end 5"),
-])
+@pytest.mark.parametrize(
+    ("rows", "text"),
+    [
+        ([line(0, 1), line(0, 1, FAULTY)], ":2: found a second, different record of this turn of index 0"),
+        ([end(0), end(0, "max_turns")], ":2: found a second, different record"),
+        ([line(0, 1), line(0, 3)], "found turn 3 of index 0 in its journals, expected turn 2 before it"),
+        ([line(0, 0)], ":1: found turn 0, expected an integer from 1"),
+        ([line(0, "1")], "found turn '1'"),
+        ([{"index": 0, "turn": 1}], "found nothing as 'output'"),
+        ([{"turn": 1}], "found index nothing"),
+        ([{"index": 0, "end": 5}], "found end 5"),
+    ],
+)
 def test_journals_that_cannot_be_continued(tmp_path, rows, text):
     write(journal_file(tmp_path / "p.jsonl", 0), *rows)
     with pytest.raises(DataError, match=text):
@@ -138,8 +151,10 @@ def test_journals_that_cannot_be_continued(tmp_path, rows, text):
 def test_threads_append_whole_lines(tmp_path):
     path = tmp_path / "folder" / "p.jsonl"
     with DialogueJournal(path, rank=2, recorded={}) as journal:
-        threads = [threading.Thread(target=lambda index=index: [journal.add_turn(index, turn, TURN)
-                                                               for turn in range(1, 40)]) for index in range(8)]
+        threads = [
+            threading.Thread(target=lambda index=index: [journal.add_turn(index, turn, TURN) for turn in range(1, 40)])
+            for index in range(8)
+        ]
         for thread in threads:
             thread.start()
         for thread in threads:

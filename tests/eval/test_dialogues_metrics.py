@@ -1,11 +1,11 @@
 """eval/dialogues/metrics.py: 20 dialogues counted by hand, what a valid answer is, the interval of shares of calls."""
+
 import math
 import random
 from pathlib import Path
 
 import pytest
 
-from eval.dialogues.play import format_reminder
 from eval.benchmark_data import load_tiny_multi
 from eval.confidence import Z_95, wilson_interval
 from eval.dialogues.journal import RecordedDialogue
@@ -17,6 +17,7 @@ from eval.dialogues.metrics import (
     score_dialogue,
     score_dialogues,
 )
+from eval.dialogues.play import format_reminder
 from eval.dialogues.tools import ToolResult, make_executor
 from tests.support.dialogue_doubles import FINISH, TOOLS, call, play, task
 
@@ -24,8 +25,10 @@ ROOT = Path(__file__).resolve().parents[2]
 # Feedback by the called city: the words of the paper's Table 14 and of ToolEyes' executor.
 FEEDBACK = {
     "down": "HTTPSConnectionPool(host='x', port=443): Max retries exceeded with url: /",
-    "bad": '{"error": "Response error."}', "other": "get_weather() got an unexpected keyword argument 'city'",
-    "Oslo": '{"film": "The Comedy of Errors", "error": null}'}
+    "bad": '{"error": "Response error."}',
+    "other": "get_weather() got an unexpected keyword argument 'city'",
+    "Oslo": '{"film": "The Comedy of Errors", "error": null}',
+}
 OK, BAD, DOWN, OTHER = (call("get_weather", city=city) for city in ("Oslo", "bad", "down", "other"))
 NO_TOOL, NO_TOOL_BAD = call("get_climate", city="Oslo"), call("get_climate", city="bad")
 NO_PARAMETER, MISSING, BOTH = call("get_weather", city="Oslo", days=3), call("get_weather"), call("get_weather", days=3)
@@ -49,9 +52,9 @@ BY_HAND = [
     ([OK, call("finish")], 1, 0, 0, 0),
     ([OK, call("finish", answer=" ")], 1, 0, 0, 0),
     ([OK, call("finish", answer="I am sorry, I cannot handle the task.")], 1, 0, 0, 0),
-    ([NO_TOOL_BAD, FINISH], 1, 1, 0, 1),       # "Response error.", but the documents speak first
-    ([OTHER, FINISH], 1, 1, 0, 1),             # documented, but the tool knows no such parameter
-    ([BOTH, BAD, FINISH], 2, 1, 1, 1),         # two faults of one call are one error
+    ([NO_TOOL_BAD, FINISH], 1, 1, 0, 1),  # "Response error.", but the documents speak first
+    ([OTHER, FINISH], 1, 1, 0, 1),  # documented, but the tool knows no such parameter
+    ([BOTH, BAD, FINISH], 2, 1, 1, 1),  # two faults of one call are one error
     ([OK, call("Finish", final_answer="x")], 1, 0, 0, 1),
 ]
 
@@ -76,8 +79,14 @@ def test_twenty_dialogues_counted_by_hand(by_hand):
     assert (summary["n"], summary["n_calls"], summary["DE"], summary["CE"], summary["VA"]) == (20, 47, 13, 15, 14)
     assert (summary["DE_percent"], summary["CE_percent"], summary["VA_percent"]) == (27.66, 31.91, 70.0)
     assert (summary["DE_dialogues"], summary["CE_dialogues"]) == (7, 5)
-    assert summary["errors"] == {"tool_hallucination": 9, "parameter_hallucination": 3, "parameter_missing": 1,
-                                 "tool_call_failure": 2, "tool_instability": 3, "unparsable": 10}
+    assert summary["errors"] == {
+        "tool_hallucination": 9,
+        "parameter_hallucination": 3,
+        "parameter_missing": 1,
+        "tool_call_failure": 2,
+        "tool_instability": 3,
+        "unparsable": 10,
+    }
     assert summary["executors"] == {"simulated": 37}  # all but the ten outputs that are no call
     assert summary["ends"] == {"finish": 17, "max_turns": 3}
     assert summary["no_answer"] == {"empty answer": 2, "give-up": 1, "no finish: max_turns": 3}
@@ -91,34 +100,60 @@ def test_twenty_dialogues_counted_by_hand(by_hand):
 
 def test_official_finish_and_questions_are_no_attempted_calls(by_hand):
     for name in ("finish", "FINISH", "ask_to_user", "Ask_To_User"):
-        turn = {"output": "", "fault": "", "calls": [{"name": name, "arguments": {"no": 1}, "feedback": None,
-                                                       "executor": ""}]}
+        turn = {
+            "output": "",
+            "fault": "",
+            "calls": [{"name": name, "arguments": {"no": 1}, "feedback": None, "executor": ""}],
+        }
         assert call_categories(RecordedDialogue(0, [turn], "max_turns"), TOOLS) == []
 
 
-@pytest.mark.parametrize(("arguments", "reason"), [
-    ({"answer": "x"}, ""), ({"answer": 0}, ""), ({"answer": False}, ""), ({"answer": ["x"]}, ""),
-    ({"final_answer": "x", "return_type": "give_answer"}, ""), ({"answer": "I can handle the task"}, ""),
-    ({"answer": "The hall cannot be booked"}, ""),
-    ({}, "empty answer"), ({"answer": ""}, "empty answer"), ({"answer": "\n\t "}, "empty answer"),
-    ({"answer": None}, "empty answer"), ({"answer": []}, "empty answer"), ({"answer": {}}, "empty answer"),
-    ({"Answer": "x"}, "empty answer"), ({"text": "x"}, "empty answer"),
-    ({"answer": "I cannot handle the task."}, "give-up"), ({"answer": "i CANNOT\nhandle  the task"}, "give-up"),
-    ({"answer": "I can not handle the task due to too long context."}, "give-up"),
-    ({"answer": "We can\u2019t handle the task"}, "give-up"), ({"answer": "Unable to handle the task"}, "give-up"),
-    ({"answer": "x", "return_type": "give_up_and_restart"}, "give-up"),
-])
+@pytest.mark.parametrize(
+    ("arguments", "reason"),
+    [
+        ({"answer": "x"}, ""),
+        ({"answer": 0}, ""),
+        ({"answer": False}, ""),
+        ({"answer": ["x"]}, ""),
+        ({"final_answer": "x", "return_type": "give_answer"}, ""),
+        ({"answer": "I can handle the task"}, ""),
+        ({"answer": "The hall cannot be booked"}, ""),
+        ({}, "empty answer"),
+        ({"answer": ""}, "empty answer"),
+        ({"answer": "\n\t "}, "empty answer"),
+        ({"answer": None}, "empty answer"),
+        ({"answer": []}, "empty answer"),
+        ({"answer": {}}, "empty answer"),
+        ({"Answer": "x"}, "empty answer"),
+        ({"text": "x"}, "empty answer"),
+        ({"answer": "I cannot handle the task."}, "give-up"),
+        ({"answer": "i CANNOT\nhandle  the task"}, "give-up"),
+        ({"answer": "I can not handle the task due to too long context."}, "give-up"),
+        ({"answer": "We can\u2019t handle the task"}, "give-up"),
+        ({"answer": "Unable to handle the task"}, "give-up"),
+        ({"answer": "x", "return_type": "give_up_and_restart"}, "give-up"),
+    ],
+)
 def test_valid_answers(arguments, reason):
-    turn = {"output": "", "fault": "", "calls": [{"name": "finish", "arguments": arguments, "feedback": None,
-                                                  "executor": ""}]}
+    turn = {
+        "output": "",
+        "fault": "",
+        "calls": [{"name": "finish", "arguments": arguments, "feedback": None, "executor": ""}],
+    }
     assert answer_fault(RecordedDialogue(0, [turn], "finish"), 9) == reason
 
 
 def test_valid_answers_come_in_time_and_by_finish():
-    news = {"output": "", "fault": "", "calls": [{"name": "get_news", "arguments": {}, "feedback": "x",
-                                                  "executor": "local"}]}
-    end = {"output": "", "fault": "", "calls": [{"name": "finish", "arguments": {"answer": "x"}, "feedback": None,
-                                                 "executor": ""}]}
+    news = {
+        "output": "",
+        "fault": "",
+        "calls": [{"name": "get_news", "arguments": {}, "feedback": "x", "executor": "local"}],
+    }
+    end = {
+        "output": "",
+        "fault": "",
+        "calls": [{"name": "finish", "arguments": {"answer": "x"}, "feedback": None, "executor": ""}],
+    }
     assert answer_fault(RecordedDialogue(0, [news] * 8 + [end], "finish"), 9) == ""
     assert answer_fault(RecordedDialogue(0, [news] * 9 + [end], "finish"), 9) == "finish in turn 10 of at most 9"
     assert answer_fault(RecordedDialogue(0, [news], "finish"), 9).startswith("no finish")
@@ -153,14 +188,18 @@ def test_rows_add_up(by_hand):
 def test_the_pages_dialogue(tmp_path):
     """docs/multi_turn.md: the table is run as it stands there, and its sums are what it says."""
     page = (ROOT / "docs/multi_turn.md").read_text(encoding="ascii").partition("## One dialogue, counted")[2]
-    cells = [[cell.strip().strip("`") for cell in line.strip("|").split(" | ")] for line in page.splitlines()
-             if line.startswith("| ") and not line.startswith("| turn")]
+    cells = [
+        [cell.strip().strip("`") for cell in line.strip("|").split(" | ")]
+        for line in page.splitlines()
+        if line.startswith("| ") and not line.startswith("| turn")
+    ]
     *turns, sums = cells
     task = load_tiny_multi(ROOT / "assets/tiny_data/test_multi.jsonl")[37]
     assert task.messages[0].content in page and len(turns) == 9
     with make_executor("auto") as execute:
-        dialogues, _, _ = play(tmp_path / "p.jsonl", [task], lambda dialogue, turn, _: turns[turn - 1][1],
-                               execute=execute)
+        dialogues, _, _ = play(
+            tmp_path / "p.jsonl", [task], lambda dialogue, turn, _: turns[turn - 1][1], execute=execute
+        )
     for turn, (_, output, told, category, attempted, de, ce) in zip(dialogues[0].turns, turns, strict=True):
         assert turn["output"] == output and (category == "-") == (attempted == "0")
         if turn["fault"]:
@@ -189,7 +228,7 @@ def test_interval_worked_by_hand():
     assert clustered_interval([2, 2, 0, 0], [2, 2, 2, 2], Z_95) == wilson_interval(2, 4, Z_95)
     # x = (3, 1), m = (3, 5): p = 1/2; (3 - 1.5)^2 + (1 - 2.5)^2 = 4.5; p (1 - p) M = 2; D = 2.25; M / D = 32/9.
     low, high = clustered_interval([3, 1], [3, 5], Z_95)
-    n, z2 = 32 / 9, Z_95 ** 2
+    n, z2 = 32 / 9, Z_95**2
     half = Z_95 * math.sqrt(0.25 / n + z2 / (4 * n * n)) / (1 + z2 / n)
     assert low == pytest.approx(0.5 - half, rel=1e-12) and high == pytest.approx(0.5 + half, rel=1e-12)
 

@@ -1,4 +1,5 @@
 """eval/dialogues/play.py: the loop of a dialogue, batches, resumption at every point, the endpoint, all of ToolEyes."""
+
 import itertools
 import json
 import os
@@ -11,9 +12,12 @@ from types import SimpleNamespace
 import pytest
 
 from data.error_filter import classify_feedback
+from data.formats.outputs import OUTPUT_FORMATS, STOP_STRINGS, render_output
+from data.formats.prompts import COMPLETION_FORMATS, render_prompt
 from data.tool_calls import ToolCall
 from data.trajectories import DataError, Message
-from eval.predict import endpoint as endpoint_module
+from eval.dialogues.journal import DialogueJournal, journal_file, journal_files, read_dialogues, read_journals
+from eval.dialogues.metrics import score_dialogues
 from eval.dialogues.play import (
     MAX_TURNS,
     USER_REPLY,
@@ -23,15 +27,13 @@ from eval.dialogues.play import (
     run_dialogues_with_model,
     turn_generator,
 )
-from eval.dialogues.journal import DialogueJournal, journal_file, journal_files, read_dialogues, read_journals
-from eval.dialogues.metrics import score_dialogues
-from eval.predict.endpoint import EndpointError
-from data.formats.outputs import OUTPUT_FORMATS, STOP_STRINGS, render_output
-from data.formats.prompts import COMPLETION_FORMATS, render_prompt
 from eval.dialogues.tools import MAX_FEEDBACK_CHARACTERS, ToolResult, make_executor
+from eval.predict import endpoint as endpoint_module
+from eval.predict.endpoint import EndpointError
 from eval.tooleyes_data import load_tooleyes
 from model.pretrained_weights import load_pretrained
 from model.tokenizer import load_tokenizer
+from tests.eval.test_endpoint import Server
 from tests.support.dialogue_doubles import (
     FINISH,
     TOOLS,
@@ -44,7 +46,6 @@ from tests.support.dialogue_doubles import (
     play,
     task,
 )
-from tests.eval.test_endpoint import Server
 from tests.support.tiny_run import tiny_model
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -64,10 +65,17 @@ def one(tmp_path, *outputs, **settings):
 def test_two_turns(tmp_path):
     dialogue, decoder = one(tmp_path, " " + WEATHER, FINISH)
     assert dialogue.end == "finish" and [turn["output"] for turn in dialogue.turns] == [" " + WEATHER, FINISH]
-    assert dialogue.turns[0]["calls"] == [{"name": "get_weather", "arguments": {"city": "Oslo"},
-                                           "feedback": '{"result": "get_weather 0"}', "executor": "simulated"}]
-    assert dialogue.turns[1]["calls"] == [{"name": "finish", "arguments": {"answer": "It rains."}, "feedback": None,
-                                           "executor": ""}]
+    assert dialogue.turns[0]["calls"] == [
+        {
+            "name": "get_weather",
+            "arguments": {"city": "Oslo"},
+            "feedback": '{"result": "get_weather 0"}',
+            "executor": "simulated",
+        }
+    ]
+    assert dialogue.turns[1]["calls"] == [
+        {"name": "finish", "arguments": {"answer": "It rains."}, "feedback": None, "executor": ""}
+    ]
     first, second = (prompt for _, _, prompt in decoder.prompts)
     assert first == render_prompt(TOOLS, [Message("user", "Weather in Oslo?")], "tl")
     assert second == f'{first} {WEATHER}\nOutput: {{"result": "get_weather 0"}}\nAssistant:'
@@ -75,11 +83,16 @@ def test_two_turns(tmp_path):
     assert row["index"] == 0 and row["format"] == "tl" and row["end"] == "finish" and row["error"] == ""
 
 
-@pytest.mark.parametrize(("outputs", "end", "turns", "is_valid"), [
-    ([NEWS] * 8 + [FINISH], "finish", 9, 1),          # a ninth-turn finish counts
-    ([NEWS] * 9 + [FINISH], "max_turns", 9, 0),       # a tenth turn does not exist
-    ([FINISH], "finish", 1, 1), (["no call"] * 8 + [FINISH], "finish", 9, 1), (["no call"] * 9, "max_turns", 9, 0),
-])
+@pytest.mark.parametrize(
+    ("outputs", "end", "turns", "is_valid"),
+    [
+        ([NEWS] * 8 + [FINISH], "finish", 9, 1),  # a ninth-turn finish counts
+        ([NEWS] * 9 + [FINISH], "max_turns", 9, 0),  # a tenth turn does not exist
+        ([FINISH], "finish", 1, 1),
+        (["no call"] * 8 + [FINISH], "finish", 9, 1),
+        (["no call"] * 9, "max_turns", 9, 0),
+    ],
+)
 def test_nine_turns_are_the_limit(tmp_path, outputs, end, turns, is_valid):
     dialogue, decoder = one(tmp_path, *outputs)
     assert (dialogue.end, len(dialogue.turns), decoder.n_asked) == (end, turns, turns)
@@ -116,8 +129,13 @@ def test_reminder_reads_as_unparsable(prompt_format):
 @pytest.mark.parametrize("prompt_format", [name for name in COMPLETION_FORMATS if name not in ("tl", "plain")])
 def test_own_words_stand_in_later_prompts(tmp_path, prompt_format):
     """The thought too, letter by letter; the prompt of a later turn begins with the one before it."""
-    words = {"toolllama": "Thought: look.\n", "qwen2": "Thought: look.\n", "react": " Thought: look.\n",
-             "nexusraven": "\n", "qwen25": "I look.\n"}.get(prompt_format, "")
+    words = {
+        "toolllama": "Thought: look.\n",
+        "qwen2": "Thought: look.\n",
+        "react": " Thought: look.\n",
+        "nexusraven": "\n",
+        "qwen25": "I look.\n",
+    }.get(prompt_format, "")
     output = words + render_output([ToolCall("get_weather", {"city": "Oslo"})], prompt_format).removeprefix("Thought: ")
     end = call("finish", prompt_format, answer="x")
     _, decoder = one(tmp_path, output, "no call", end, prompt_format=prompt_format)
@@ -130,8 +148,13 @@ def test_own_words_stand_in_later_prompts(tmp_path, prompt_format):
 
 
 def test_several_calls_of_one_output(tmp_path):
-    calls = [ToolCall("get_weather", {"city": "Oslo"}), ToolCall("ask_to_user", {"question": "And?"}),
-             ToolCall("get_weather", {"city": "Oslo"}), ToolCall("finish", {"answer": "x"}), ToolCall("get_news", {})]
+    calls = [
+        ToolCall("get_weather", {"city": "Oslo"}),
+        ToolCall("ask_to_user", {"question": "And?"}),
+        ToolCall("get_weather", {"city": "Oslo"}),
+        ToolCall("finish", {"answer": "x"}),
+        ToolCall("get_news", {}),
+    ]
     asked = []
 
     def execute(request):
@@ -141,19 +164,31 @@ def test_several_calls_of_one_output(tmp_path):
     dialogue, _ = one(tmp_path, render_output(calls, "qwen25"), prompt_format="qwen25", execute=execute)
     assert asked == [("get_weather", 0, 0, "toolbox"), ("get_weather", 1, 0, "toolbox")]
     assert [entry["name"] for entry in dialogue.turns[0]["calls"]] == [
-        "get_weather", "ask_to_user", "get_weather", "finish"]  # what follows finish is never run
+        "get_weather",
+        "ask_to_user",
+        "get_weather",
+        "finish",
+    ]  # what follows finish is never run
     assert dialogue.end == "finish" and len(dialogue.turns) == 1
-    _, decoder = one(tmp_path / "b", render_output(calls[:3], "qwen25"), render_output(calls[3:4], "qwen25"),
-                     prompt_format="qwen25")
+    _, decoder = one(
+        tmp_path / "b", render_output(calls[:3], "qwen25"), render_output(calls[3:4], "qwen25"), prompt_format="qwen25"
+    )
     responses = decoder.prompts[1][2].partition("</tool_call><|im_end|>")[2]
     assert responses.index("get_weather 0") < responses.index(USER_REPLY) < responses.index("get_weather 1")
 
 
 def test_attempts_of_equal_calls_are_counted(tmp_path):
-    dialogue, _ = one(tmp_path, call("get_weather", city="Oslo", unit="C"), NEWS,
-                      call("get_weather", unit="C", city="Oslo"), WEATHER, FINISH)
+    dialogue, _ = one(
+        tmp_path,
+        call("get_weather", city="Oslo", unit="C"),
+        NEWS,
+        call("get_weather", unit="C", city="Oslo"),
+        WEATHER,
+        FINISH,
+    )
     assert [turn["calls"][0]["feedback"] for turn in dialogue.turns[:4]] == [
-        f'{{"result": "{name}"}}' for name in ("get_weather 0", "get_news 0", "get_weather 1", "get_weather 0")]
+        f'{{"result": "{name}"}}' for name in ("get_weather 0", "get_news 0", "get_weather 1", "get_weather 0")
+    ]
 
 
 def test_long_feedback_is_cut(tmp_path):
@@ -179,8 +214,18 @@ def test_prompts_that_no_longer_fit(tmp_path):
 def wandering(dialogue, turn, prompt):
     """A policy whose outputs depend on the whole prompt: calls, faults, questions, several ends."""
     rng = random.Random(f"{dialogue} {turn} {prompt}")
-    return rng.choice([WEATHER, NEWS, call("get_weather", city="Rome", unit="C"), "nonsense \u2603", "get_weather()",
-                       call("ask_to_user", question="Where?"), call("no_tool"), FINISH])
+    return rng.choice(
+        [
+            WEATHER,
+            NEWS,
+            call("get_weather", city="Rome", unit="C"),
+            "nonsense \u2603",
+            "get_weather()",
+            call("ask_to_user", question="Where?"),
+            call("no_tool"),
+            FINISH,
+        ]
+    )
 
 
 def test_batches_and_order_do_not_matter(tmp_path):
@@ -214,8 +259,9 @@ def test_resumed_from_any_byte_of_the_journal(tmp_path):
     tasks = [task(index, f"Query {index}?") for index in range(5)]
     journal, whole = journal_of(tmp_path, tasks)
     rng = random.Random(2)
-    for number, length in enumerate([0, 1, len(journal) - 1, len(journal),
-                                     *(rng.randrange(len(journal)) for _ in range(40))]):
+    for number, length in enumerate(
+        [0, 1, len(journal) - 1, len(journal), *(rng.randrange(len(journal)) for _ in range(40))]
+    ):
         path = tmp_path / str(number) / "p.jsonl"
         path.parent.mkdir()
         journal_file(path, 0).write_bytes(journal[:length])
@@ -234,8 +280,11 @@ def test_resumed_from_any_byte_of_the_journal(tmp_path):
         last = journal[:length].rpartition(b"\n")[2]
         if length == len(journal) - 1 and b'"calls"' in last:
             continue
-        n_all = sum(entry["executor"] == "simulated" for line in map(json.loads, journal.splitlines())
-                    for entry in line.get("calls", []))
+        n_all = sum(
+            entry["executor"] == "simulated"
+            for line in map(json.loads, journal.splitlines())
+            for entry in line.get("calls", [])
+        )
         assert len(asked) == n_all - n_recorded  # no tool is called twice for a recorded turn
 
 
@@ -245,8 +294,16 @@ def test_killed_over_and_over_with_other_ranks(tmp_path):
     path = tmp_path / "p.jsonl"
     for number, (rank, world_size) in enumerate([(0, 1), (1, 2), (0, 2), (0, 1), (1, 2)]):
         with pytest.raises(KeyboardInterrupt):
-            play(path, tasks, wandering, stop_after=5 + 4 * number, rank=rank, world_size=world_size, seed=number,
-                 batch_size=number + 1)
+            play(
+                path,
+                tasks,
+                wandering,
+                stop_after=5 + 4 * number,
+                rank=rank,
+                world_size=world_size,
+                seed=number,
+                batch_size=number + 1,
+            )
     assert not path.exists() and len(journal_files(path)) >= 1
     play(path, tasks, wandering)
     assert path.read_bytes() == whole
@@ -258,10 +315,22 @@ def test_ranks_split_the_dialogues_and_turns_have_generators_of_their_own(tmp_pa
     for rank in range(3):
         decoder = ScriptedDecoder(follow(NEWS, FINISH), CharacterTokenizer(), n_rows=2)
         with DialogueJournal(tmp_path / "p.jsonl", rank=rank, recorded={}) as journal:
-            run_dialogues_with_model(tasks, SimpleNamespace(config=SimpleNamespace(max_positions=99_999)),
-                                     decoder.tokenizer, execute=answer_right, prompt_format="tl", max_turns=9,
-                                     max_new_tokens=10, batch_size=2, journal=journal, temperature=0.7, seed=5,
-                                     rank=rank, world_size=3, decoder=decoder)
+            run_dialogues_with_model(
+                tasks,
+                SimpleNamespace(config=SimpleNamespace(max_positions=99_999)),
+                decoder.tokenizer,
+                execute=answer_right,
+                prompt_format="tl",
+                max_turns=9,
+                max_new_tokens=10,
+                batch_size=2,
+                journal=journal,
+                temperature=0.7,
+                seed=5,
+                rank=rank,
+                world_size=3,
+                decoder=decoder,
+            )
         played.append(sorted({dialogue for dialogue, _, _ in decoder.prompts}))
         seeds += [generator.initial_seed() for generator in decoder.generators]
         assert seeds[-1] == turn_generator(5, *decoder.prompts[-1][:2]).initial_seed()
@@ -298,6 +367,7 @@ def test_another_model_is_noticed_on_resumption(tmp_path):
 
 def test_local_tools_find_their_files_again(tmp_path):
     """A resumed dialogue repeats its local calls, for what they leave behind; the recorded feedback stands."""
+
     class Disk:
         def __init__(self):
             self.files, self.forgotten = {}, []
@@ -347,9 +417,19 @@ def test_model_of_ours(tmp_path, temperature):
                     raise KeyboardInterrupt
 
             journal.add_turn = add_turn
-            run_dialogues_with_model(missing, model, CharacterTokenizer(), execute=Counted(), prompt_format="tl",
-                                     max_turns=9, max_new_tokens=8, batch_size=batch_size, journal=journal,
-                                     temperature=temperature, seed=3)
+            run_dialogues_with_model(
+                missing,
+                model,
+                CharacterTokenizer(),
+                execute=Counted(),
+                prompt_format="tl",
+                max_turns=9,
+                max_new_tokens=8,
+                batch_size=batch_size,
+                journal=journal,
+                temperature=temperature,
+                seed=3,
+            )
 
         complete_dialogues(path, tasks, run, prompt_format="tl", rank=0)
         return path.read_bytes()
@@ -385,8 +465,16 @@ def serve(monkeypatch):
 
 def ask_server(path, tasks, endpoint, prompt_format, *, execute=answer_right, temperature=0.0):
     def run(missing, journal):
-        run_dialogues_with_endpoint(missing, endpoint, execute=execute, prompt_format=prompt_format, max_turns=9,
-                                    max_new_tokens=50, journal=journal, temperature=temperature)
+        run_dialogues_with_endpoint(
+            missing,
+            endpoint,
+            execute=execute,
+            prompt_format=prompt_format,
+            max_turns=9,
+            max_new_tokens=50,
+            journal=journal,
+            temperature=temperature,
+        )
 
     complete_dialogues(path, tasks, run, prompt_format=prompt_format, rank=0)
     return read_dialogues(path)[0]
@@ -397,16 +485,24 @@ def message(**fields):
 
 
 def native(*calls, content=None, identity="x"):
-    return message(content=content, tool_calls=[
-        {"id": identity, "type": "function", "function": {"name": name, "arguments": arguments}}
-        for name, arguments in calls])
+    return message(
+        content=content,
+        tool_calls=[
+            {"id": identity, "type": "function", "function": {"name": name, "arguments": arguments}}
+            for name, arguments in calls
+        ],
+    )
 
 
 def test_native_calls_over_turns(serve, tmp_path):
     """Every call gets its own id and its own feedback, also where the server gives all calls the same id."""
-    answers = [native(("get_weather", '{"city": "Oslo"}'), ("ask_to_user", '{"question": "And?"}'), content="I look."),
-               message(content="It rains."), native(("get_news", "{broken"), content=""), native(("get_news", "")),
-               native(("finish", '{"answer": "x"}'))]
+    answers = [
+        native(("get_weather", '{"city": "Oslo"}'), ("ask_to_user", '{"question": "And?"}'), content="I look."),
+        message(content="It rains."),
+        native(("get_news", "{broken"), content=""),
+        native(("get_news", "")),
+        native(("finish", '{"answer": "x"}')),
+    ]
     server = serve(lambda number, path, body: answers[number])
     dialogue = ask_server(tmp_path / "p.jsonl", [task()], server.endpoint(), "openai", temperature=0.5)[0]
     assert dialogue.end == "finish" and [bool(turn["fault"]) for turn in dialogue.turns] == [0, 1, 1, 0, 0]
@@ -414,24 +510,43 @@ def test_native_calls_over_turns(serve, tmp_path):
     assert path == "/v1/chat/completions" and body["tools"] == TOOLS and body["temperature"] == 0.5
     assert body["messages"] == [
         {"role": "user", "content": "Weather in Oslo?"},
-        {"role": "assistant", "content": "I look.", "tool_calls": [
-            {"id": "call_1_0", "type": "function",
-             "function": {"name": "get_weather", "arguments": '{"city": "Oslo"}'}},
-            {"id": "call_1_1", "type": "function",
-             "function": {"name": "ask_to_user", "arguments": '{"question": "And?"}'}}]},
+        {
+            "role": "assistant",
+            "content": "I look.",
+            "tool_calls": [
+                {
+                    "id": "call_1_0",
+                    "type": "function",
+                    "function": {"name": "get_weather", "arguments": '{"city": "Oslo"}'},
+                },
+                {
+                    "id": "call_1_1",
+                    "type": "function",
+                    "function": {"name": "ask_to_user", "arguments": '{"question": "And?"}'},
+                },
+            ],
+        },
         {"role": "tool", "tool_call_id": "call_1_0", "content": '{"result": "get_weather 0"}'},
         {"role": "tool", "tool_call_id": "call_1_1", "content": USER_REPLY},
-        {"role": "assistant", "content": "It rains."}, {"role": "user", "content": format_reminder("openai")},
+        {"role": "assistant", "content": "It rains."},
+        {"role": "user", "content": format_reminder("openai")},
         {"role": "assistant", "content": dialogue.turns[2]["output"]},
         {"role": "user", "content": format_reminder("openai")},
-        {"role": "assistant", "content": None, "tool_calls": [
-            {"id": "call_8_0", "type": "function", "function": {"name": "get_news", "arguments": "{}"}}]},
-        {"role": "tool", "tool_call_id": "call_8_0", "content": '{"result": "get_news 0"}'}]
+        {
+            "role": "assistant",
+            "content": None,
+            "tool_calls": [{"id": "call_8_0", "type": "function", "function": {"name": "get_news", "arguments": "{}"}}],
+        },
+        {"role": "tool", "tool_call_id": "call_8_0", "content": '{"result": "get_news 0"}'},
+    ]
 
 
 def test_published_prompt_by_chat(serve, tmp_path):
-    outputs = ["Thought: look\nAction: get_weather\nAction Input: {'city': 'Oslo'}", "rain",
-               'Action: finish\nAction Input: {"answer": "x']
+    outputs = [
+        "Thought: look\nAction: get_weather\nAction Input: {'city': 'Oslo'}",
+        "rain",
+        'Action: finish\nAction Input: {"answer": "x',
+    ]
     server = serve(lambda number, path, body: message(content=outputs[number]))
     dialogue = ask_server(tmp_path / "p.jsonl", [task()], server.endpoint(), "react")[0]
     assert dialogue.end == "finish" and dialogue.turns[2]["calls"][0]["arguments"] == {"answer": "x"}
@@ -439,12 +554,18 @@ def test_published_prompt_by_chat(serve, tmp_path):
     assert path == "/v1/chat/completions" and "tools" not in body and "stop" not in body
     assert [each["role"] for each in body["messages"]] == ["system", "user", "assistant", "user", "assistant", "user"]
     assert [each["content"] for each in body["messages"][1:]] == [
-        "Weather in Oslo?", outputs[0], 'Function: {"result": "get_weather 0"}', outputs[1], format_reminder("react")]
+        "Weather in Oslo?",
+        outputs[0],
+        'Function: {"result": "get_weather 0"}',
+        outputs[1],
+        format_reminder("react"),
+    ]
 
 
 @pytest.mark.parametrize("prompt_format", ["tl", "qwen2", "llama31", "qwen25"])
 def test_completions_are_what_a_model_of_ours_gets(serve, tmp_path, prompt_format):
     """The same policy behind a server and behind a decoder: the same prompts, the same file but for the order."""
+
     def policy(dialogue, turn, prompt):
         name, arguments = [("get_weather", {"city": "Oslo"}), ("get_news", {}), ("finish", {"answer": "x"})][turn - 1]
         return call(name, prompt_format, **arguments)
@@ -514,11 +635,18 @@ def test_nothing_but_refusals_stops_the_run(serve, tmp_path):
     assert len(server.requests) < 14 and not journal_file(tmp_path / "p.jsonl", 0).read_bytes()
 
 
-@pytest.mark.parametrize("content", [
-    b'{"choices": [{"text": 5}]}', b'{"choices": [{"text": null}]}', b'{"choices": [{}]}',
-    b'{"choices": [{"message": []}]}', b'{"choices": [{"message": {"content": 7, "tool_calls": 8}}]}',
-    b'{"choices": [{"message": {"tool_calls": ' + b"[" * 900 + b"]" * 900 + b"}}]}",
-    b'{"choices": [{"message": {"content": "\\ud800", "tool_calls": null}, "text": "\\ud800"}]}'])
+@pytest.mark.parametrize(
+    "content",
+    [
+        b'{"choices": [{"text": 5}]}',
+        b'{"choices": [{"text": null}]}',
+        b'{"choices": [{}]}',
+        b'{"choices": [{"message": []}]}',
+        b'{"choices": [{"message": {"content": 7, "tool_calls": 8}}]}',
+        b'{"choices": [{"message": {"tool_calls": ' + b"[" * 900 + b"]" * 900 + b"}}]}",
+        b'{"choices": [{"message": {"content": "\\ud800", "tool_calls": null}, "text": "\\ud800"}]}',
+    ],
+)
 def test_hostile_answers(serve, tmp_path, content):
     for prompt_format in ("tl", "openai", "react"):
         server = serve(lambda *_: (200, content, {}))
@@ -556,9 +684,21 @@ def test_all_of_tooleyes(tmp_path):
     rows, summary = score_dialogues(dialogues, tasks)
     assert summary["n"] == 382 and sum(part["n"] for part in summary["by_scenario"].values()) == 382
     assert {name: part["n"] for name, part in summary["by_scenario"].items()} == {
-        "TG": 58, "DU": 49, "RS": 56, "PL": 70, "IR": 54, "AM": 45, "FT": 50}
-    assert set(summary["errors"]) >= {"tool_hallucination", "parameter_hallucination", "parameter_missing",
-                                      "tool_call_failure", "tool_instability"}
+        "TG": 58,
+        "DU": 49,
+        "RS": 56,
+        "PL": 70,
+        "IR": 54,
+        "AM": 45,
+        "FT": 50,
+    }
+    assert set(summary["errors"]) >= {
+        "tool_hallucination",
+        "parameter_hallucination",
+        "parameter_missing",
+        "tool_call_failure",
+        "tool_instability",
+    }
     assert list(summary["executors"]) == ["simulated"] and 0 < summary["VA"] < 382
     assert summary["executors"]["simulated"] == summary["n_calls"] == sum(row["calls"] for row in rows)
 
@@ -581,8 +721,13 @@ def test_all_of_tooleyes_killed_five_times(tmp_path, player):
 
             journal.add_turn = add_turn
             with make_executor("simulated", seed=1, instability_rate=0.05, failure_rate=0.05) as execute:
-                settings = {"execute": execute, "max_turns": 9, "max_new_tokens": 16, "batch_size": batch_size,
-                            "journal": journal}
+                settings = {
+                    "execute": execute,
+                    "max_turns": 9,
+                    "max_new_tokens": 16,
+                    "batch_size": batch_size,
+                    "journal": journal,
+                }
                 if player == "scripted":
                     tokenizer = CharacterTokenizer()
                     decoder = ScriptedDecoder(tooleyes_policy, tokenizer, n_rows=batch_size, seed=batch_size)
@@ -590,8 +735,9 @@ def test_all_of_tooleyes_killed_five_times(tmp_path, player):
                     run_dialogues_with_model(missing, model, tokenizer, prompt_format="tl", decoder=decoder, **settings)
                 else:
                     folder = ROOT / "assets/tiny_model"
-                    run_dialogues_with_model(missing, load_pretrained(folder), load_tokenizer(folder),
-                                             prompt_format="plain", **settings)
+                    run_dialogues_with_model(
+                        missing, load_pretrained(folder), load_tokenizer(folder), prompt_format="plain", **settings
+                    )
 
         complete_dialogues(path, tasks, run, prompt_format="tl" if player == "scripted" else "plain", rank=0)
 

@@ -1,5 +1,6 @@
 """Tool runtime: our own tools by hand-worked values, the words of every fault, and that the error filter reads each
 feedback as what it was meant to be - over all 95 tool sets of ToolEyes where they are there."""
+
 import inspect
 import json
 import math
@@ -14,7 +15,6 @@ import pytest
 
 from data.error_filter import classify_feedback
 from data.tool_calls import ToolCall, parse_tool_call
-from toolbox.world import draw_trajectories, execute
 from data.trajectories import DataError
 from eval.dialogues.local_tools import (
     _PLAIN_TOOLS,
@@ -27,7 +27,6 @@ from eval.dialogues.local_tools import (
     city_photo,
     shell_result,
 )
-from eval.sandbox.run import ToolServer
 from eval.dialogues.simulated_tools import check_types, draw_result
 from eval.dialogues.tools import (
     CALL_FAILURE,
@@ -42,6 +41,8 @@ from eval.dialogues.tools import (
     _settle,
     make_executor,
 )
+from eval.sandbox.run import ToolServer
+from toolbox.world import draw_trajectories, execute
 
 TOOLEYES = Path(__file__).resolve().parents[3] / "shared" / "data" / "benchmarks" / "tooleyes"
 needs_tooleyes = pytest.mark.skipif(not TOOLEYES.is_dir(), reason="needs ToolEyes' documents in ../shared")
@@ -49,35 +50,58 @@ needs_tooleyes = pytest.mark.skipif(not TOOLEYES.is_dir(), reason="needs ToolEye
 
 def document(name, required=(), optional=(), kind="string", description="A tool."):
     properties = {parameter: {"type": kind, "description": parameter} for parameter in (*required, *optional)}
-    return {"type": "function", "function": {"name": name, "description": description, "parameters": {
-        "type": "object", "properties": properties, "required": list(required)}}}
+    return {
+        "type": "function",
+        "function": {
+            "name": name,
+            "description": description,
+            "parameters": {"type": "object", "properties": properties, "required": list(required)},
+        },
+    }
 
 
 # The documents of the local tools, their names, parameters and required ones as in ToolEyes; the texts are ours.
 DOCUMENTS = {
-    "Random/Random": [document("get_random_number", optional=("min", "max", "cnt")),
-                      document("get_uuid", optional=("cnt",)),
-                      document("generate_string", optional=("len", "cnt")),
-                      document("generate_password", optional=("len", "cnt")),
-                      document("generate_placeholder_text", optional=("cnt",))],
+    "Random/Random": [
+        document("get_random_number", optional=("min", "max", "cnt")),
+        document("get_uuid", optional=("cnt",)),
+        document("generate_string", optional=("len", "cnt")),
+        document("generate_password", optional=("len", "cnt")),
+        document("generate_placeholder_text", optional=("cnt",)),
+    ],
     "File/file_operation": [document("write_file", ("text",), ("file_path",)), document("read_file", ("file_path",))],
-    "Execute/Execute": [document("execute_pycode", ("code:",)),
-                        document("execute_bash_code", ("commands",),
-                                 ("strip_newlines", "return_err_outputpersistent=False", "persistent"))],
-    "Calculator/Calculator": [document("calculator", ("input_query",)),
-                              document("newton_calculator", ("operation", "expression"))],
-    "Finance/Technical_Indicators": [document("get_all_technical_indicators_available"),
-                                     document("get_technical_indicator_description", ("indicator_symbol",))],
-    "Stock/Stock": [document("get_today_date"), document("add_date", ("date", "days")),
-                    document("get_daily_prices", ("symbol", "date"), ("key",))],
+    "Execute/Execute": [
+        document("execute_pycode", ("code:",)),
+        document(
+            "execute_bash_code", ("commands",), ("strip_newlines", "return_err_outputpersistent=False", "persistent")
+        ),
+    ],
+    "Calculator/Calculator": [
+        document("calculator", ("input_query",)),
+        document("newton_calculator", ("operation", "expression")),
+    ],
+    "Finance/Technical_Indicators": [
+        document("get_all_technical_indicators_available"),
+        document("get_technical_indicator_description", ("indicator_symbol",)),
+    ],
+    "Stock/Stock": [
+        document("get_today_date"),
+        document("add_date", ("date", "days")),
+        document("get_daily_prices", ("symbol", "date"), ("key",)),
+    ],
     "Calendar/Calendar": [document("current_date")],
     "Travel/Hotels_Statistical_Data": [document("city_photo", ("city_iata",), ("photo_size",))],
 }
 
 
 def request(tool_set, name, arguments=None, *, dialogue=0, attempt=0, tools=None):
-    return ToolRequest(dialogue=dialogue, tool_set=tool_set, tools=tools or DOCUMENTS[tool_set],
-                       call=ToolCall(name, arguments or {}), attempt=attempt)
+    return ToolRequest(
+        dialogue=dialogue,
+        tool_set=tool_set,
+        tools=tools or DOCUMENTS[tool_set],
+        call=ToolCall(name, arguments or {}),
+        attempt=attempt,
+    )
 
 
 def read_as(asked, feedback):
@@ -101,20 +125,55 @@ def can(tools):
 # ------------------------------------------------------------------------------------------------- tools by hand values
 
 
-@pytest.mark.parametrize(("expression", "value"), [
-    ("37 * 65 / 24", 2405 / 24), ("400/1400", 2 / 7), ("107-20", 87), ("250 + 75 / 3", 275), ("2^3^2", 512),
-    ("-2^2", -4),
-    ("2*-3", -6), ("2^-1", 0.5), ("(1+2)*(3+4)", 21), ("10-4-3", 3), ("24/4/3", 2),
-    ("1.5e3 + .5", 1500.5),
-    ("2**10 =", 1024), ("9^30", 9**30), ("0.1+0.2", 0.1 + 0.2), ("+3--4", 7), ("6/3", 2), ("((((5))))", 5),
-    ("8 \u00f7 4 \u00d7 3", 6), ("-(2+3)^2", -25),
-])
+@pytest.mark.parametrize(
+    ("expression", "value"),
+    [
+        ("37 * 65 / 24", 2405 / 24),
+        ("400/1400", 2 / 7),
+        ("107-20", 87),
+        ("250 + 75 / 3", 275),
+        ("2^3^2", 512),
+        ("-2^2", -4),
+        ("2*-3", -6),
+        ("2^-1", 0.5),
+        ("(1+2)*(3+4)", 21),
+        ("10-4-3", 3),
+        ("24/4/3", 2),
+        ("1.5e3 + .5", 1500.5),
+        ("2**10 =", 1024),
+        ("9^30", 9**30),
+        ("0.1+0.2", 0.1 + 0.2),
+        ("+3--4", 7),
+        ("6/3", 2),
+        ("((((5))))", 5),
+        ("8 \u00f7 4 \u00d7 3", 6),
+        ("-(2+3)^2", -25),
+    ],
+)
 def test_calculator(expression, value):
     assert calculator(expression) == value and type(calculator(expression)) is type(value)
 
 
-@pytest.mark.parametrize("expression", ["abc", "", "2 +", "(1", "1)", "2 3", "sin(1)", "9^9^9^9", "(-8)^0.5", "1e999",
-                                        "(" * 5000, "-" * 5000, "__import__('os')", "1" * 5000, "2^^3"])
+@pytest.mark.parametrize(
+    "expression",
+    [
+        "abc",
+        "",
+        "2 +",
+        "(1",
+        "1)",
+        "2 3",
+        "sin(1)",
+        "9^9^9^9",
+        "(-8)^0.5",
+        "1e999",
+        "(" * 5000,
+        "-" * 5000,
+        "__import__('os')",
+        "1" * 5000,
+        "2^^3",
+    ],
+)
 def test_calculator_refuses(expression):
     with pytest.raises((ToolError, OverflowError)):
         calculator(expression)
@@ -125,20 +184,31 @@ def test_calculator_divides_by_zero_in_pythons_words():
         calculator("1/(2-2)")
 
 
-@pytest.mark.parametrize(("start", "days", "end"), [
-    ("2024-02-28", "2", "2024-03-01"), ("2023-02-28", 1, "2023-03-01"), ("2024-01-01", "-1", "2023-12-31"),
-    ("2024-12-20", 12.0, "2025-01-01"), (" 2024-12-31 ", "366", "2026-01-01"),
-])
+@pytest.mark.parametrize(
+    ("start", "days", "end"),
+    [
+        ("2024-02-28", "2", "2024-03-01"),
+        ("2023-02-28", 1, "2023-03-01"),
+        ("2024-01-01", "-1", "2023-12-31"),
+        ("2024-12-20", 12.0, "2025-01-01"),
+        (" 2024-12-31 ", "366", "2026-01-01"),
+    ],
+)
 def test_add_date(start, days, end):
     assert add_date(start, days) == end
 
 
-@pytest.mark.parametrize(("start", "days", "words"), [
-    ("2024-02-30", "1", "does not match format '%Y-%m-%d'"), ("20240230", "1", "does not match"),
-    ("2024-01-01", "two", "unsupported type for timedelta days component: str"),
-    ("2024-01-01", None, "unsupported type for timedelta days component: NoneType"),
-    ("9999-12-31", 1, "date value out of range"), ("2024-01-01", 10**9, "days must be between"),
-])
+@pytest.mark.parametrize(
+    ("start", "days", "words"),
+    [
+        ("2024-02-30", "1", "does not match format '%Y-%m-%d'"),
+        ("20240230", "1", "does not match"),
+        ("2024-01-01", "two", "unsupported type for timedelta days component: str"),
+        ("2024-01-01", None, "unsupported type for timedelta days component: NoneType"),
+        ("9999-12-31", 1, "date value out of range"),
+        ("2024-01-01", 10**9, "days must be between"),
+    ],
+)
 def test_add_date_refuses(start, days, words):
     with pytest.raises(ToolError, match=re.escape(words)):
         add_date(start, days)
@@ -181,32 +251,45 @@ def test_random_tools_are_seeded_by_tool_arguments_and_attempt(tools):
     assert first != result_of(tools, "get_random_number", asked | {"max": 10**9 + 1})
 
 
-@pytest.mark.parametrize(("name", "arguments", "words"), [
-    ("generate_password", {"len": "5"}, "len must be between 6 and 65535"),
-    ("generate_string", {"len": 70000}, "len must be between 1 and 65535"),
-    ("generate_string", {"len": 60000, "cnt": 2}, "len times cnt"),
-    ("get_uuid", {"cnt": 0}, "cnt must be between 1 and 1000"), ("get_uuid", {"cnt": "x"}, "invalid literal for int()"),
-    ("get_uuid", {"cnt": True}, "invalid literal for int()"), ("get_uuid", {"cnt": "1e400"}, "invalid literal"),
-    ("get_random_number", {"min": 5, "max": 1}, "min must not be greater than max"),
-])
+@pytest.mark.parametrize(
+    ("name", "arguments", "words"),
+    [
+        ("generate_password", {"len": "5"}, "len must be between 6 and 65535"),
+        ("generate_string", {"len": 70000}, "len must be between 1 and 65535"),
+        ("generate_string", {"len": 60000, "cnt": 2}, "len times cnt"),
+        ("get_uuid", {"cnt": 0}, "cnt must be between 1 and 1000"),
+        ("get_uuid", {"cnt": "x"}, "invalid literal for int()"),
+        ("get_uuid", {"cnt": True}, "invalid literal for int()"),
+        ("get_uuid", {"cnt": "1e400"}, "invalid literal"),
+        ("get_random_number", {"min": 5, "max": 1}, "min must not be greater than max"),
+    ],
+)
 def test_random_tools_refuse(tools, name, arguments, words):
     asked = request("Random/Random", name, arguments)
     feedback = tools(asked).feedback
     assert words in feedback and read_as(asked, feedback) == "tool_call_failure"
 
 
-@pytest.mark.parametrize(("tool_set", "name", "arguments", "feedback"), [
-    ("Stock/Stock", "get_today_date", {}, f'"{TODAY}"'), ("Calendar/Calendar", "current_date", {}, f'"{TODAY}"'),
-    ("Stock/Stock", "add_date", {"date": TODAY, "days": "12"}, '"2025-01-01"'),
-    ("Stock/Stock", "add_date", {"date": TODAY, "days": "x"}, "unsupported type for timedelta days component: str"),
-    ("Calculator/Calculator", "calculator", {"input_query": "107 - 20"}, "87"),
-    ("Calculator/Calculator", "calculator", {"input_query": "1/0"}, "division by zero"),
-    ("Finance/Technical_Indicators", "get_technical_indicator_description", {"indicator_symbol": "nope"}, "'NOPE'"),
-    ("Finance/Technical_Indicators", "get_technical_indicator_description", {"indicator_symbol": ""}, "''"),
-    ("Finance/Technical_Indicators", "get_technical_indicator_description", {"indicator_symbol": "sma"},
-     json.dumps(INDICATORS["SMA"])),
-    ("Finance/Technical_Indicators", "get_all_technical_indicators_available", {}, json.dumps(list(INDICATORS))),
-])
+@pytest.mark.parametrize(
+    ("tool_set", "name", "arguments", "feedback"),
+    [
+        ("Stock/Stock", "get_today_date", {}, f'"{TODAY}"'),
+        ("Calendar/Calendar", "current_date", {}, f'"{TODAY}"'),
+        ("Stock/Stock", "add_date", {"date": TODAY, "days": "12"}, '"2025-01-01"'),
+        ("Stock/Stock", "add_date", {"date": TODAY, "days": "x"}, "unsupported type for timedelta days component: str"),
+        ("Calculator/Calculator", "calculator", {"input_query": "107 - 20"}, "87"),
+        ("Calculator/Calculator", "calculator", {"input_query": "1/0"}, "division by zero"),
+        ("Finance/Technical_Indicators", "get_technical_indicator_description", {"indicator_symbol": "nope"}, "'NOPE'"),
+        ("Finance/Technical_Indicators", "get_technical_indicator_description", {"indicator_symbol": ""}, "''"),
+        (
+            "Finance/Technical_Indicators",
+            "get_technical_indicator_description",
+            {"indicator_symbol": "sma"},
+            json.dumps(INDICATORS["SMA"]),
+        ),
+        ("Finance/Technical_Indicators", "get_all_technical_indicators_available", {}, json.dumps(list(INDICATORS))),
+    ],
+)
 def test_feedback_of_local_tools(tools, tool_set, name, arguments, feedback):
     answer = tools(request(tool_set, name, arguments))
     assert (answer.feedback, answer.executor) == (feedback, "local")
@@ -231,10 +314,12 @@ def test_files_persist_within_a_dialogue_and_nowhere_else(tools, can):
     if not can["folder"]:
         pytest.skip("the sandbox of this machine gives no folder")
     assert run_file(tools, "write_file", 10, text="hello", file_path="a.txt") == (
-        '"File written successfully to a.txt."', "all_right")
+        '"File written successfully to a.txt."',
+        "all_right",
+    )
     assert run_file(tools, "read_file", 10, file_path="a.txt") == ('"hello"', "all_right")
     assert run_file(tools, "read_file", 10, file_path="./x/../a.txt") == ('"hello"', "all_right")
-    missing = '"Error: [Errno 2] No such file or directory: \'a.txt\'"'
+    missing = "\"Error: [Errno 2] No such file or directory: 'a.txt'\""
     for other in (11, 12):  # on the other server and on the same one
         assert run_file(tools, "read_file", other, file_path="a.txt") == (missing, "tool_call_failure")
     tools.forget(10)
@@ -245,25 +330,37 @@ def test_files_persist_within_a_dialogue_and_nowhere_else(tools, can):
     tools.forget(10)
 
 
-@pytest.mark.parametrize(("code", "feedback"), [
-    ("(123 + 234) / 23 * 19", '"294.9130434782609\\n"'), ("for i in range(3):\n    print(i)", '"0\\n1\\n2\\n"'),
-    ("x = 2\nx + 1", '"3\\n"'), ("print('a')\n'b'", '"a\\n\'b\'\\n"'), ("x = 1", '""'), ("", '""'),
-    ("import math\ndef f(n):\n    return n * f(n - 1) if n else 1\nf(5), math.factorial(5)", '"(120, 120)\\n"'),
-    ("1/0", "division by zero"), ("undefined", "name 'undefined' is not defined"), ("exit()", '""'),
-    ("print(1)\nexit(3)", '"1\\n"'), ("raise KeyError('x')", "'x'"), ("raise ValueError", f"{REASON}ValueError"),
-    ("f(", f"{REASON}'(' was never closed (<unknown>, line 1)"),
-    ("def f(a): pass\nf()", CALL_FAILURE),  # Python's words would read as a missing parameter of the tool
-    ("execute_pycode", CALL_FAILURE), ("raise OSError('connection error')", CALL_FAILURE),
-    ("print('{\"error\": 1}')", json.dumps({"result": '"{\\"error\\": 1}\\n"'})),
-    ("'Max retries exceeded'", json.dumps({"result": '"\'Max retries exceeded\'\\n"'})),
-])
+@pytest.mark.parametrize(
+    ("code", "feedback"),
+    [
+        ("(123 + 234) / 23 * 19", '"294.9130434782609\\n"'),
+        ("for i in range(3):\n    print(i)", '"0\\n1\\n2\\n"'),
+        ("x = 2\nx + 1", '"3\\n"'),
+        ("print('a')\n'b'", "\"a\\n'b'\\n\""),
+        ("x = 1", '""'),
+        ("", '""'),
+        ("import math\ndef f(n):\n    return n * f(n - 1) if n else 1\nf(5), math.factorial(5)", '"(120, 120)\\n"'),
+        ("1/0", "division by zero"),
+        ("undefined", "name 'undefined' is not defined"),
+        ("exit()", '""'),
+        ("print(1)\nexit(3)", '"1\\n"'),
+        ("raise KeyError('x')", "'x'"),
+        ("raise ValueError", f"{REASON}ValueError"),
+        ("f(", f"{REASON}'(' was never closed (<unknown>, line 1)"),
+        ("def f(a): pass\nf()", CALL_FAILURE),  # Python's words would read as a missing parameter of the tool
+        ("execute_pycode", CALL_FAILURE),
+        ("raise OSError('connection error')", CALL_FAILURE),
+        ("print('{\"error\": 1}')", json.dumps({"result": '"{\\"error\\": 1}\\n"'})),
+        ("'Max retries exceeded'", json.dumps({"result": "\"'Max retries exceeded'\\n\""})),
+    ],
+)
 def test_python_code(tools, can, code, feedback):
     if not can["folder"]:
         pytest.skip("the sandbox of this machine gives no folder")
     asked = request("Execute/Execute", "execute_pycode", {"code:": code})
     answer = tools(asked)
     assert (answer.feedback, answer.executor) == (feedback, "local")
-    is_right = feedback.startswith(('"', "{\"result"))
+    is_right = feedback.startswith(('"', '{"result'))
     assert read_as(asked, feedback) == ("all_right" if is_right else "tool_call_failure")
 
 
@@ -309,15 +406,18 @@ def test_code_runs_only_if_that_was_asked_for():
 MANY = [document("f", ("a", "b", "c"), ("d",)), document("g", ("a",))]
 
 
-@pytest.mark.parametrize(("name", "arguments", "category", "feedback"), [
-    ("h", {}, "tool_hallucination", "cannot import name 'h' from 'Set.Name.tool' (Set/Name/tool.py)"),
-    ("g", {"a": 1, "q": 2}, "parameter_hallucination", "g() got an unexpected keyword argument 'q'"),
-    ("g", {"q": 2}, "parameter_hallucination", "g() got an unexpected keyword argument 'q'"),  # Python's order
-    ("g", {}, "parameter_missing", "g() missing 1 required positional argument: 'a'"),
-    ("f", {"a": 1}, "parameter_missing", "f() missing 2 required positional arguments: 'b' and 'c'"),
-    ("f", {"d": 1}, "parameter_missing", "f() missing 3 required positional arguments: 'a', 'b', and 'c'"),
-    ("g", {"a": ["x"]}, "tool_call_failure", "Parameter type error: a must be string, not list"),
-])
+@pytest.mark.parametrize(
+    ("name", "arguments", "category", "feedback"),
+    [
+        ("h", {}, "tool_hallucination", "cannot import name 'h' from 'Set.Name.tool' (Set/Name/tool.py)"),
+        ("g", {"a": 1, "q": 2}, "parameter_hallucination", "g() got an unexpected keyword argument 'q'"),
+        ("g", {"q": 2}, "parameter_hallucination", "g() got an unexpected keyword argument 'q'"),  # Python's order
+        ("g", {}, "parameter_missing", "g() missing 1 required positional argument: 'a'"),
+        ("f", {"a": 1}, "parameter_missing", "f() missing 2 required positional arguments: 'b' and 'c'"),
+        ("f", {"d": 1}, "parameter_missing", "f() missing 3 required positional arguments: 'a', 'b', and 'c'"),
+        ("g", {"a": ["x"]}, "tool_call_failure", "Parameter type error: a must be string, not list"),
+    ],
+)
 @pytest.mark.parametrize("kind", ["auto", "local", "simulated"])
 def test_words_of_the_document_check(kind, name, arguments, category, feedback):
     asked = request("Set/Name", name, arguments, tools=MANY)
@@ -343,14 +443,32 @@ def test_missing_arguments_are_told_in_pythons_own_words():
             assert executor(request("Set/Name", "f", arguments, tools=MANY)).feedback == words
 
 
-@pytest.mark.parametrize(("kind", "value", "is_right"), [
-    ("string", "x", True), ("string", 5, True), ("string", None, True), ("string", {}, False), ("integer", 5, True),
-    ("integer", 5.0, True), ("integer", 5.5, False), ("integer", True, False), ("integer", "5", False),
-    ("number", 5, True), ("number", 5.5, True), ("number", False, False), ("boolean", True, True),
-    ("boolean", 1, False),
-    ("array", [1], True), ("array", "1", False), ("object", {}, True), ("object", [], False), ("any", [], True),
-    (["string", "null"], [], True), (None, 5, True),
-])
+@pytest.mark.parametrize(
+    ("kind", "value", "is_right"),
+    [
+        ("string", "x", True),
+        ("string", 5, True),
+        ("string", None, True),
+        ("string", {}, False),
+        ("integer", 5, True),
+        ("integer", 5.0, True),
+        ("integer", 5.5, False),
+        ("integer", True, False),
+        ("integer", "5", False),
+        ("number", 5, True),
+        ("number", 5.5, True),
+        ("number", False, False),
+        ("boolean", True, True),
+        ("boolean", 1, False),
+        ("array", [1], True),
+        ("array", "1", False),
+        ("object", {}, True),
+        ("object", [], False),
+        ("any", [], True),
+        (["string", "null"], [], True),
+        (None, 5, True),
+    ],
+)
 def test_documented_types(kind, value, is_right):
     assert (check_types({"p": {"type": kind}}, {"p": value}) == "") == is_right
 
@@ -415,8 +533,10 @@ def test_feedback_reads_as_it_was_meant_for_our_documents():
 def tooleyes_sets():
     library = TOOLEYES / "Tool_Library"
     for path in sorted(library.rglob("config_gpt4.json")):
-        yield path.parent.relative_to(library).as_posix(), [
-            {"type": "function", "function": function} for function in json.loads(path.read_text(encoding="utf-8"))]
+        yield (
+            path.parent.relative_to(library).as_posix(),
+            [{"type": "function", "function": function} for function in json.loads(path.read_text(encoding="utf-8"))],
+        )
 
 
 @needs_tooleyes
@@ -433,33 +553,44 @@ def test_feedback_reads_as_it_was_meant_for_all_tool_sets_of_tooleyes():
     assert count == 758
 
 
-@pytest.mark.skipif(not (TOOLEYES / "tool_scan.json").exists(),
-                    reason="no scan of ToolEyes' tools beside the repository")
+@pytest.mark.skipif(
+    not (TOOLEYES / "tool_scan.json").exists(), reason="no scan of ToolEyes' tools beside the repository"
+)
 def test_local_tools_are_those_that_run_without_network_and_take_the_documented_parameters():
     scan = json.loads((TOOLEYES / "tool_scan.json").read_text(encoding="utf-8"))
-    assert set(LOCAL_TOOLS) == {(tool_set, name) for tool_set, functions in scan.items()
-                                for name, facts in functions.items() if facts.get("offline")}
+    assert set(LOCAL_TOOLS) == {
+        (tool_set, name)
+        for tool_set, functions in scan.items()
+        for name, facts in functions.items()
+        if facts.get("offline")
+    }
     documents = dict(tooleyes_sets())
     functions = _PLAIN_TOOLS | _RANDOM_TOOLS
     for tool_set, name in LOCAL_TOOLS:
-        theirs = next(tool["function"]["parameters"] for tool in documents[tool_set] if
-                      tool["function"]["name"] == name)
+        theirs = next(
+            tool["function"]["parameters"] for tool in documents[tool_set] if tool["function"]["name"] == name
+        )
         ours = next(tool["function"]["parameters"] for tool in DOCUMENTS[tool_set] if tool["function"]["name"] == name)
         assert (list(theirs["properties"]), theirs["required"]) == (list(ours["properties"]), ours["required"])
         if name in functions:
-            parameters = {key: value for key, value in inspect.signature(functions[name]).parameters.items()
-                          if key != "rng"}
+            parameters = {
+                key: value for key, value in inspect.signature(functions[name]).parameters.items() if key != "rng"
+            }
             assert list(parameters) == list(theirs["properties"])
             assert [key for key, value in parameters.items() if value.default is value.empty] == theirs["required"]
 
 
-RIGHT_ARGUMENTS = {"calculator": {"input_query": "1+1"}, "add_date": {"date": "2024-01-01", "days": "1"},
-                   "get_technical_indicator_description": {"indicator_symbol": "RSI"},
-                   "city_photo": {"city_iata": "LON", "photo_size": "(100, 100)"}, "read_file": {"file_path": "a"},
-                   "write_file": {"text": "Error: connection error", "file_path": "a"},
-                   "generate_password": {"len": "10", "cnt": "2"}, "execute_bash_code": {
-                       "commands": "echo '{\"error\": \"connection error\"}'"},
-                   "execute_pycode": {"code:": "'Error: timed out'"}}
+RIGHT_ARGUMENTS = {
+    "calculator": {"input_query": "1+1"},
+    "add_date": {"date": "2024-01-01", "days": "1"},
+    "get_technical_indicator_description": {"indicator_symbol": "RSI"},
+    "city_photo": {"city_iata": "LON", "photo_size": "(100, 100)"},
+    "read_file": {"file_path": "a"},
+    "write_file": {"text": "Error: connection error", "file_path": "a"},
+    "generate_password": {"len": "10", "cnt": "2"},
+    "execute_bash_code": {"commands": 'echo \'{"error": "connection error"}\''},
+    "execute_pycode": {"code:": "'Error: timed out'"},
+}
 
 
 def test_feedback_of_local_tools_reads_as_it_was_meant(tools, can):
@@ -477,11 +608,30 @@ def test_feedback_of_local_tools_reads_as_it_was_meant(tools, can):
     tools.forget(30)
 
 
-HOSTILE_TEXTS = ["", "x" * 10000, '"' * 5000, "\\" * 9000, '{"error": "x"}', "Error", "[" * 3000, "\ud800", "\x00",
-                 "Traceback (most recent call last)", "name 'g' is not defined", "'x'", '{"error": {"a": ' + "1" * 9000,
-                 '"' + '\\"' * 4000, "timed out", '{"message": "Invalid API call"}', "null", "Response error",
-                 "g() missing 1 required positional argument: 'a'", "\u00e4" * 9000,
-                 "output format does not match the specified format", "not supported" * 1000]
+HOSTILE_TEXTS = [
+    "",
+    "x" * 10000,
+    '"' * 5000,
+    "\\" * 9000,
+    '{"error": "x"}',
+    "Error",
+    "[" * 3000,
+    "\ud800",
+    "\x00",
+    "Traceback (most recent call last)",
+    "name 'g' is not defined",
+    "'x'",
+    '{"error": {"a": ' + "1" * 9000,
+    '"' + '\\"' * 4000,
+    "timed out",
+    '{"message": "Invalid API call"}',
+    "null",
+    "Response error",
+    "g() missing 1 required positional argument: 'a'",
+    "\u00e4" * 9000,
+    "output format does not match the specified format",
+    "not supported" * 1000,
+]
 
 
 @pytest.mark.parametrize("text", HOSTILE_TEXTS, ids=lambda text: ascii(text[:20]))
@@ -501,8 +651,9 @@ def test_toolbox_world_answers_as_in_this_process(tools):
     with the first argument left out."""
     categories = set()
     for record in draw_trajectories(5, 30):
-        documents = [{"type": "function", "function": function}
-                     for function in json.loads(record["conversations"][0]["content"])]
+        documents = [
+            {"type": "function", "function": function} for function in json.loads(record["conversations"][0]["content"])
+        ]
         attempts: Counter = Counter()
         for message in record["conversations"][2:]:
             if message["role"] != "assistant":
@@ -518,8 +669,14 @@ def test_toolbox_world_answers_as_in_this_process(tools):
                 assert answer.executor == "local"
                 assert answer.feedback == execute(documents, name, given, attempt)
                 categories.add(read_as(asked, answer.feedback))
-    assert categories == {"all_right", "tool_hallucination", "parameter_hallucination", "parameter_missing",
-                          "tool_call_failure", "tool_instability"}
+    assert categories == {
+        "all_right",
+        "tool_hallucination",
+        "parameter_hallucination",
+        "parameter_missing",
+        "tool_call_failure",
+        "tool_instability",
+    }
 
 
 # ----------------------------------------------------------------------------------------------------------- simulated
@@ -583,10 +740,14 @@ def record_file(tmp_path, *rows):
 
 def test_recorded_calls_are_replayed_by_rule(tmp_path):
     row = {"name": "g", "arguments": {"a": 1}}
-    path = record_file(tmp_path, row | {"feedback": "any set"}, row | {"tool_set": "Set/Name", "feedback": "first"},
-                       row | {"tool_set": "Set/Name", "feedback": "second"},
-                       row | {"tool_set": "Set/Name", "dialogue": 5, "attempt": 1, "feedback": "of dialogue 5"},
-                       {"name": "f", "arguments": {"b": [1], "a": 2}, "feedback": "Error: word for word \ud800"})
+    path = record_file(
+        tmp_path,
+        row | {"feedback": "any set"},
+        row | {"tool_set": "Set/Name", "feedback": "first"},
+        row | {"tool_set": "Set/Name", "feedback": "second"},
+        row | {"tool_set": "Set/Name", "dialogue": 5, "attempt": 1, "feedback": "of dialogue 5"},
+        {"name": "f", "arguments": {"b": [1], "a": 2}, "feedback": "Error: word for word \ud800"},
+    )
 
     def ask(**flags):
         return executor(request("Set/Name", "g", {"a": 1}, tools=MANY, **flags)).feedback
@@ -604,16 +765,23 @@ def test_recorded_calls_are_replayed_by_rule(tmp_path):
         assert executor(request("Set/Name", "g", {}, tools=MANY)).feedback.startswith("g() missing 1 required")
 
 
-@pytest.mark.parametrize(("text", "found"), [
-    ("{", "1: found no valid JSON"), ("[]", "1: found list"), ('{"arguments": {}, "feedback": ""}', "as 'name'"),
-    ('{"name": "f", "arguments": [], "feedback": ""}', "1: found list as 'arguments', expected a dict"),
-    ('{"name": "f", "arguments": {}}', "1: found NoneType as 'feedback', expected the feedback as text"),
-    ('{"name": "f", "arguments": {}, "feedback": "", "attempt": -1}', "1: found -1 as 'attempt'"),
-    ('{"name": "f", "arguments": {}, "feedback": "", "dialogue": true}', "1: found True as 'dialogue'"),
-    ('{"name": "f", "arguments": {}, "feedback": "", "tool_set": 3}', "1: found int as 'tool_set'"),
-    ("\n".join(json.dumps({"name": "f", "arguments": {}, "feedback": text, "attempt": 0}) for text in "xxy"),
-     "3: found another feedback"),
-])
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [
+        ("{", "1: found no valid JSON"),
+        ("[]", "1: found list"),
+        ('{"arguments": {}, "feedback": ""}', "as 'name'"),
+        ('{"name": "f", "arguments": [], "feedback": ""}', "1: found list as 'arguments', expected a dict"),
+        ('{"name": "f", "arguments": {}}', "1: found NoneType as 'feedback', expected the feedback as text"),
+        ('{"name": "f", "arguments": {}, "feedback": "", "attempt": -1}', "1: found -1 as 'attempt'"),
+        ('{"name": "f", "arguments": {}, "feedback": "", "dialogue": true}', "1: found True as 'dialogue'"),
+        ('{"name": "f", "arguments": {}, "feedback": "", "tool_set": 3}', "1: found int as 'tool_set'"),
+        (
+            "\n".join(json.dumps({"name": "f", "arguments": {}, "feedback": text, "attempt": 0}) for text in "xxy"),
+            "3: found another feedback",
+        ),
+    ],
+)
 def test_malformed_recordings_are_one_line(tmp_path, text, found):
     path = tmp_path / "calls.jsonl"
     path.write_text(text + "\n")
@@ -626,8 +794,11 @@ def test_malformed_recordings_are_one_line(tmp_path, text, found):
 
 def test_any_executors_calls_can_be_recorded_and_replayed(tmp_path):
     path = tmp_path / "deep" / "calls.jsonl"
-    asked = [request("Set/Name", "g", {"a": str(n)}, tools=MANY, dialogue=n, attempt=attempt)
-             for n in range(20) for attempt in (0, 1)]
+    asked = [
+        request("Set/Name", "g", {"a": str(n)}, tools=MANY, dialogue=n, attempt=attempt)
+        for n in range(20)
+        for attempt in (0, 1)
+    ]
     asked.append(request("Set/Name", "g", {"a": "1", "q": None}, tools=MANY))
     settings = {"seed": 1, "instability_rate": 0.4, "failure_rate": 0.2}
     with RecordingExecutor(make_executor("simulated", **settings), path) as executor:
@@ -647,12 +818,18 @@ def test_any_executors_calls_can_be_recorded_and_replayed(tmp_path):
 # -------------------------------------------------------------------------------------------- settings, threads, repair
 
 
-@pytest.mark.parametrize(("kind", "settings", "words"), [
-    ("both", {}, "expected one of auto, local, simulated, recorded"), ("auto", {"failure_rate": 1.5}, "from 0 to 1"),
-    ("auto", {"instability_rate": -0.1}, "from 0 to 1"), ("auto", {"instability_rate": math.nan}, "from 0 to 1"),
-    ("auto", {"instability_rate": 0.6, "failure_rate": 0.5}, "at most 1"), ("recorded", {}, "expected a file"),
-    ("auto", {"recorded_file": Path("x")}, "expected a file exactly with"),
-])
+@pytest.mark.parametrize(
+    ("kind", "settings", "words"),
+    [
+        ("both", {}, "expected one of auto, local, simulated, recorded"),
+        ("auto", {"failure_rate": 1.5}, "from 0 to 1"),
+        ("auto", {"instability_rate": -0.1}, "from 0 to 1"),
+        ("auto", {"instability_rate": math.nan}, "from 0 to 1"),
+        ("auto", {"instability_rate": 0.6, "failure_rate": 0.5}, "at most 1"),
+        ("recorded", {}, "expected a file"),
+        ("auto", {"recorded_file": Path("x")}, "expected a file exactly with"),
+    ],
+)
 def test_settings_that_cannot_be(kind, settings, words):
     with pytest.raises(ValueError, match=words):
         make_executor(kind, **settings)
@@ -677,7 +854,8 @@ def test_many_threads_get_what_one_gets(tools, can):
     assert together == alone and not tools.notices
     if can["folder"]:  # whichever thread wrote it
         assert [run_file(tools, "read_file", 40 + n, file_path="output.txt")[0] for n in range(6)] == [
-            json.dumps(str(n)) for n in range(6)]
+            json.dumps(str(n)) for n in range(6)
+        ]
 
 
 def test_a_server_outlives_the_thread_that_started_it_and_serves_every_call():
@@ -709,16 +887,21 @@ def test_a_server_that_is_killed_is_replaced_and_lost_files_are_told(can):
         assert "No such file" in executor(asked).feedback  # told once; from then on the folder is empty
 
 
-@pytest.mark.parametrize("layers", [(), ("seccomp",), ("landlock", "seccomp"), ("namespaces", "seccomp")],
-                         ids=lambda layers: "+".join(layers) or "none")
+@pytest.mark.parametrize(
+    "layers",
+    [(), ("seccomp",), ("landlock", "seccomp"), ("namespaces", "seccomp")],
+    ids=lambda layers: "+".join(layers) or "none",
+)
 def test_where_a_machine_permits_less_only_pure_tools_are_local(layers):
     machine = socket.gethostname()
     local = LocalTools(execute_code=True, today=TODAY, seconds=10.0, servers=1, layers=layers)
     with ToolExecutor("auto", local=local, recording={}, seed=0, instability_rate=0.0, failure_rate=0.0) as executor:
         assert result_of(executor, "get_uuid") and executor.limits_applied
-        for tool_set, name, arguments in (("File/file_operation", "read_file", {"file_path": "/etc/passwd"}),
-                                          ("Execute/Execute", "execute_pycode", {"code:": "1"}),
-                                          ("Execute/Execute", "execute_bash_code", {"commands": "true"})):
+        for tool_set, name, arguments in (
+            ("File/file_operation", "read_file", {"file_path": "/etc/passwd"}),
+            ("Execute/Execute", "execute_pycode", {"code:": "1"}),
+            ("Execute/Execute", "execute_bash_code", {"commands": "true"}),
+        ):
             assert executor(request(tool_set, name, arguments)).executor == "simulated"
         assert any("can give no folder" in notice for notice in executor.notices)
     assert socket.gethostname() == machine  # a server without namespaces of its own once renamed the machine

@@ -1,4 +1,5 @@
-"""eval/predict/endpoint.py against a scripted server on 127.0.0.1: answers in all formats, faults that pass and that stay."""
+"""eval/predict/endpoint.py against a scripted server on 127.0.0.1: answers in all formats, faults."""
+
 import json
 import threading
 import time
@@ -6,17 +7,25 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
-from data.tool_calls import ToolCall
-from data.trajectories import Message
-from eval.predict import endpoint as endpoint_module
-from eval.predict.endpoint import Endpoint, EndpointError, ask, ask_record, ask_records, check_url
-from eval.general_tasks import ChoiceQuestion
 from data.formats.outputs import STOP_STRINGS, parse_output, render_output
 from data.formats.prompts import COMPLETION_FORMATS, completion_text
+from data.tool_calls import ToolCall
+from data.trajectories import Message
+from eval.general_tasks import ChoiceQuestion
+from eval.predict import endpoint as endpoint_module
+from eval.predict.endpoint import Endpoint, EndpointError, ask, ask_record, ask_records, check_url
 from eval.queries import ChoiceQuery, Query
 
-TOOLS = [{"type": "function", "function": {"name": "search", "description": "finds", "parameters": {
-    "type": "object", "properties": {"q": {"type": "string"}}, "required": ["q"]}}}]
+TOOLS = [
+    {
+        "type": "function",
+        "function": {
+            "name": "search",
+            "description": "finds",
+            "parameters": {"type": "object", "properties": {"q": {"type": "string"}}, "required": ["q"]},
+        },
+    }
+]
 CALL = ToolCall("search", {"q": "caf\u00e9"})
 KEY = "sk-secret-123"
 
@@ -50,8 +59,17 @@ class Server:
         threading.Thread(target=self.http.serve_forever, args=(0.01,), daemon=True).start()
 
     def endpoint(self, **changes):
-        return Endpoint(**{"url": self.url, "model": "m", "api_key": KEY, "timeout_seconds": 5.0, "attempts": 4,
-                           "concurrency": 4, **changes})
+        return Endpoint(
+            **{
+                "url": self.url,
+                "model": "m",
+                "api_key": KEY,
+                "timeout_seconds": 5.0,
+                "attempts": 4,
+                "concurrency": 4,
+                **changes,
+            }
+        )
 
 
 @pytest.fixture
@@ -78,8 +96,13 @@ def query(index=0, content="find \u00e9"):
 
 
 def ask_one(server, prompt_format, asked=None, stop_texts=None, **changes):
-    return ask_record(server.endpoint(**changes), asked or query(), prompt_format=prompt_format, max_new_tokens=9,
-                      stop_texts=STOP_STRINGS[prompt_format] if stop_texts is None else stop_texts)
+    return ask_record(
+        server.endpoint(**changes),
+        asked or query(),
+        prompt_format=prompt_format,
+        max_new_tokens=9,
+        stop_texts=STOP_STRINGS[prompt_format] if stop_texts is None else stop_texts,
+    )
 
 
 # -------------------------------------------------------------------------------------------------------------- formats
@@ -94,13 +117,24 @@ def test_completion_formats(serve, prompt_format):
     assert row["stop"] == "end" and parse_output(row["output"], prompt_format) == [CALL]
     path, body, headers = server.requests[0]
     assert path == "/v1/completions" and headers["Authorization"] == f"Bearer {KEY}"
-    assert body == {"model": "m", "prompt": completion_text(TOOLS, query().messages, prompt_format), "max_tokens": 9,
-                    "temperature": 0, **({"stop": list(stops)} if stops else {})}
+    assert body == {
+        "model": "m",
+        "prompt": completion_text(TOOLS, query().messages, prompt_format),
+        "max_tokens": 9,
+        "temperature": 0,
+        **({"stop": list(stops)} if stops else {}),
+    }
 
 
 def test_openai_is_asked_by_chat_with_native_tool_calls(serve):
-    message = {"role": "assistant", "content": None, "refusal": None, "tool_calls": [
-        {"id": "x", "type": "function", "function": {"name": "search", "arguments": '{"q": "caf\\u00e9"}'}}]}
+    message = {
+        "role": "assistant",
+        "content": None,
+        "refusal": None,
+        "tool_calls": [
+            {"id": "x", "type": "function", "function": {"name": "search", "arguments": '{"q": "caf\\u00e9"}'}}
+        ],
+    }
     server = serve(lambda *_: (200, {"choices": [{"message": message, "finish_reason": "tool_calls"}]}, {}))
     row = ask_one(server, "openai")
     assert parse_output(row["output"], "openai") == [CALL] and row["stop"] == "end"
@@ -132,8 +166,11 @@ def test_text_queries_and_their_stops(serve):
 
 
 def test_choices_by_log_probability_with_fewer_shots_where_needed(serve):
-    asked = ChoiceQuery(7, ChoiceQuestion(7, "law", "Q?", ("a", "b", "c", "d"), "B"),
-                        [ChoiceQuestion(i, "law", f"shot {i}", ("a", "b", "c", "d"), "A") for i in range(5)])
+    asked = ChoiceQuery(
+        7,
+        ChoiceQuestion(7, "law", "Q?", ("a", "b", "c", "d"), "B"),
+        [ChoiceQuestion(i, "law", f"shot {i}", ("a", "b", "c", "d"), "A") for i in range(5)],
+    )
     top = {" A": -2.0, "C": -0.5, " B": -1.0, "<0x0A>": -0.1, "AB": -0.2}
 
     def script(number, path, body):
@@ -152,13 +189,16 @@ def test_choices_by_log_probability_with_fewer_shots_where_needed(serve):
 # --------------------------------------------------------------------------------------------------------------- faults
 
 
-@pytest.mark.parametrize("faults", [
-    [(429, {"error": {"message": "slow down"}}, {"Retry-After": "0"})],
-    [(500, b"<html>oops", {}), (503, b"", {}), (408, b"", {})],
-    [(200, b"<html>a proxy's page", {}), (200, b"[]", {}), (200, {"choices": []}, {})],
-    [(200, b"{\"choices\": ", {}), (200, b"", {}), (200, b"[" * 100_000, {})],
-    [(200, b"{}", {"Content-Length": "999"})],  # the connection ends before the body does
-])
+@pytest.mark.parametrize(
+    "faults",
+    [
+        [(429, {"error": {"message": "slow down"}}, {"Retry-After": "0"})],
+        [(500, b"<html>oops", {}), (503, b"", {}), (408, b"", {})],
+        [(200, b"<html>a proxy's page", {}), (200, b"[]", {}), (200, {"choices": []}, {})],
+        [(200, b'{"choices": ', {}), (200, b"", {}), (200, b"[" * 100_000, {})],
+        [(200, b"{}", {"Content-Length": "999"})],  # the connection ends before the body does
+    ],
+)
 def test_faults_that_pass_are_tried_again(serve, faults):
     server = serve(lambda number, *_: faults[number] if number < len(faults) else completion("ok"))
     assert ask_one(server, "tl", timeout_seconds=0.5)["output"] == "ok"
@@ -222,10 +262,19 @@ def test_too_long_answer_is_refused(serve, monkeypatch):
         ask(server.endpoint(), "/completions", {})
 
 
-@pytest.mark.parametrize("choice", [
-    {}, {"text": None}, {"text": 3}, {"message": {}}, {"message": []}, {"message": {"content": ["x"], "tool_calls": 1}},
-    {"message": {"tool_calls": [None, {"function": 3}]}}, {"logprobs": [], "text": "x"},
-])
+@pytest.mark.parametrize(
+    "choice",
+    [
+        {},
+        {"text": None},
+        {"text": 3},
+        {"message": {}},
+        {"message": []},
+        {"message": {"content": ["x"], "tool_calls": 1}},
+        {"message": {"tool_calls": [None, {"function": 3}]}},
+        {"logprobs": [], "text": "x"},
+    ],
+)
 def test_odd_choices_are_rows_not_crashes(serve, choice):
     server = serve(lambda *_: (200, {"choices": [choice]}, {}))
     asked = ChoiceQuery(0, ChoiceQuestion(0, "law", "Q?", ("a", "b", "c", "d"), "B"), [])
@@ -283,8 +332,20 @@ def test_requests_run_side_by_side(serve):
     assert len(list(rows_of(serve(script), 8, concurrency=4))) == 8
 
 
-@pytest.mark.parametrize("url", ["", "localhost:8000", "file:///etc/passwd", "ftp://h/v1", "http://", "http://h:x/v1",
-                                 "http://h/v1?key=1", "http://h\n/v1", "http://[::1/v1"])
+@pytest.mark.parametrize(
+    "url",
+    [
+        "",
+        "localhost:8000",
+        "file:///etc/passwd",
+        "ftp://h/v1",
+        "http://",
+        "http://h:x/v1",
+        "http://h/v1?key=1",
+        "http://h\n/v1",
+        "http://[::1/v1",
+    ],
+)
 def test_urls_that_are_none(url):
     with pytest.raises(ValueError, match="expected the base of an API"):
         check_url(url)

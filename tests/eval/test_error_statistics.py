@@ -1,4 +1,5 @@
 """Error statistics: Figure 1 on hand-made trajectories, Table 1 case by case, the rule for synonyms, command line."""
+
 import json
 import random
 from pathlib import Path
@@ -32,8 +33,16 @@ RIGHT = [GOLD, react("get_weather", {"city": "None"})]
 
 def trajectory(trajectory_id, *calls):
     """`calls`: (name, arguments, feedback); one tool search(query), query required."""
-    tools = [{"type": "function", "function": {"name": "search", "description": "", "parameters": {
-        "type": "object", "properties": {"query": {"type": "string"}}, "required": ["query"]}}}]
+    tools = [
+        {
+            "type": "function",
+            "function": {
+                "name": "search",
+                "description": "",
+                "parameters": {"type": "object", "properties": {"query": {"type": "string"}}, "required": ["query"]},
+            },
+        }
+    ]
     messages = [Message("user", "Hello")]
     for name, arguments, feedback in calls:
         messages += [Message("assistant", "", call=ToolCall(name, arguments)), Message("tool", feedback)]
@@ -42,9 +51,11 @@ def trajectory(trajectory_id, *calls):
 
 def test_figure_1_worked_numbers():
     good = ("search", {"query": "a"}, "sunny")
-    trajectories = [trajectory("good", good, good),
-                    trajectory("two faults", good, ("find", {}, "x"), ("find", {}, "x"), ("search", {}, "x")),
-                    trajectory("one", ("search", {"query": "a"}, "Max retries exceeded"), good)]
+    trajectories = [
+        trajectory("good", good, good),
+        trajectory("two faults", good, ("find", {}, "x"), ("find", {}, "x"), ("search", {}, "x")),
+        trajectory("one", ("search", {"query": "a"}, "Max retries exceeded"), good),
+    ]
     rows = classify_turns(trajectories)
     summary = summarize_turns(trajectories, rows)
     counts = {key: share["count"] for key, share in summary["by_call"].items() if share["count"]}
@@ -75,19 +86,26 @@ def classify(tmp_path, texts, *, record=None, rules="default", split=split_name)
 
 
 # The accepted answers: get_weather(city=Oslo, unit=metric) and get_weather(city=<anything>); unit is documented.
-@pytest.mark.parametrize("text, aspect, kinds", [
-    (GOLD, "", []), (react("get_weather", {"city": "Rome"}), "", []),
-    (react("get_news", {"a": 1}), "tool", ["Prefix"]),  # shares `get`
-    (react("getWeather", {"a": 1}), "tool", ["Prefix"]), (react("weather", {"a": 1}), "tool", ["First"]),
-    (react("", {"a": 1}), "tool", ["First"]), ("no call", "unparsable", []),
-    (react("get_weather", {"city": "Oslo", "unit": "metric", "day": 1}), "parameter", ["Hallucination"]),
-    (react("get_weather", {"unit": "metric"}), "parameter", ["Missing"]),
-    (react("get_weather", {"unit": "metric", "day": 1}), "parameter", ["Missing", "Hallucination"]),
-    (react("get_weather", {"city": "oslo, Norway", "unit": "metric"}), "content", ["Synonyms"]),
-    (react("get_weather", {"city": "Rome", "unit": "metric"}), "content", ["Others"]),
-    (react("get_weather", {"city": "Rome", "unit": "Celsius"}), "content", ["Synonyms", "Others"]),
-    (react("get_weather", {}), "rule", []), (react("get_weather", [1]), "rule", []),
-])
+@pytest.mark.parametrize(
+    "text, aspect, kinds",
+    [
+        (GOLD, "", []),
+        (react("get_weather", {"city": "Rome"}), "", []),
+        (react("get_news", {"a": 1}), "tool", ["Prefix"]),  # shares `get`
+        (react("getWeather", {"a": 1}), "tool", ["Prefix"]),
+        (react("weather", {"a": 1}), "tool", ["First"]),
+        (react("", {"a": 1}), "tool", ["First"]),
+        ("no call", "unparsable", []),
+        (react("get_weather", {"city": "Oslo", "unit": "metric", "day": 1}), "parameter", ["Hallucination"]),
+        (react("get_weather", {"unit": "metric"}), "parameter", ["Missing"]),
+        (react("get_weather", {"unit": "metric", "day": 1}), "parameter", ["Missing", "Hallucination"]),
+        (react("get_weather", {"city": "oslo, Norway", "unit": "metric"}), "content", ["Synonyms"]),
+        (react("get_weather", {"city": "Rome", "unit": "metric"}), "content", ["Others"]),
+        (react("get_weather", {"city": "Rome", "unit": "Celsius"}), "content", ["Synonyms", "Others"]),
+        (react("get_weather", {}), "rule", []),
+        (react("get_weather", [1]), "rule", []),
+    ],
+)
 def test_cases_of_one_record(tmp_path, text, aspect, kinds):
     row = classify(tmp_path, [text])[0]
     assert (row["aspect"], row["kinds"]) == (aspect, kinds)
@@ -101,8 +119,9 @@ def test_redundancy_is_documented_but_not_in_the_answer(tmp_path):
 
 
 def test_nearest_answer_and_wildcards(tmp_path):
-    record = rotbench_record([react("get_weather", {"city": "a", "unit": "b"}),
-                              react("get_weather", {"city": "None", "unit": "metric"})])
+    record = rotbench_record(
+        [react("get_weather", {"city": "a", "unit": "b"}), react("get_weather", {"city": "None", "unit": "metric"})]
+    )
     row = classify(tmp_path, [react("get_weather", {"city": "x", "unit": "Metric"})], record=record)[0]
     assert row["kinds"] == ["Synonyms"]  # of the second answer only the unit differs, its city is free
 
@@ -115,13 +134,24 @@ def test_renamed_finish_and_fair_rules(tmp_path):
 
 
 def test_table_1_adds_up(tmp_path):
-    texts = [GOLD, react("weather", {"a": 1}), react("get_news", {"a": 1}), react("get_oslo", {"a": 1}), "no call",
-             react("get_weather", {"unit": "metric", "day": 1}), react("get_weather", {"unit": "metric"}),
-             react("get_weather", {"city": "Rome", "unit": "Celsius"}), react("get_weather", {})]
+    texts = [
+        GOLD,
+        react("weather", {"a": 1}),
+        react("get_news", {"a": 1}),
+        react("get_oslo", {"a": 1}),
+        "no call",
+        react("get_weather", {"unit": "metric", "day": 1}),
+        react("get_weather", {"unit": "metric"}),
+        react("get_weather", {"city": "Rome", "unit": "Celsius"}),
+        react("get_weather", {}),
+    ]
     summary = summarize_errors(classify(tmp_path, texts))
     assert (summary["n"], summary["correct"], summary["unparsable"], summary["rule"]) == (9, 1, 1, 1)
     assert {aspect: summary[aspect]["records"] for aspect in ("tool", "parameter", "content")} == {
-        "tool": 3, "parameter": 2, "content": 1}
+        "tool": 3,
+        "parameter": 2,
+        "content": 1,
+    }
     assert (summary["tool"]["First"]["percent"], summary["tool"]["Prefix"]["percent"]) == (33.33, 66.67)
     # One record is both missing and hallucinated: 100 % and 50 %.
     assert [summary["parameter"][kind]["count"] for kind in ("Redundancy", "Missing", "Hallucination")] == [0, 2, 1]
@@ -131,8 +161,9 @@ def test_table_1_adds_up(tmp_path):
 def test_published_percentages_are_shares_of_the_errors_of_table_3():
     """What the definitions rest on: parameter errors are TS - PI of Table 3, content errors PI - CF, of 105."""
     published = read_published()
-    table3 = {row["model"]: [round(105 * percent / 100) for percent in row["rotbench-clean"]]
-              for row in published["table3"]}
+    table3 = {
+        row["model"]: [round(105 * percent / 100) for percent in row["rotbench-clean"]] for row in published["table3"]
+    }
     for column, model in (("ToolLLaMA", "ToolLLaMA-2"), ("NexusRaven", "NexusRaven-2")):
         TS, PI, CF = table3[model]
         for aspect, n in (("Parameter", TS - PI), ("Content", PI - CF)):
@@ -162,7 +193,7 @@ def test_toolalpaca_and_hostile_text(tmp_path):
     assert [row["kinds"] for row in rows] == [["Synonyms", "Others"], [], []]
     record = rotbench_record(RIGHT)
     deep = 'Action: get_weather\nAction Input: {"city": ' + "[" * 900 + "]" * 900 + ', "unit": "metric"}'
-    huge = react("get_weather", {"city": "x1 " * 400_000, "unit": 10 ** 4000})
+    huge = react("get_weather", {"city": "x1 " * 400_000, "unit": 10**4000})
     rows = classify(tmp_path, [deep, huge, react("\ud800" * 9, [])], record=record)
     assert [row["aspect"] for row in rows[:2]] == ["content", "content"]
 
@@ -172,8 +203,9 @@ def test_gold_of_the_published_set_has_no_errors_but_the_scorers_rule(tmp_path):
     answers = REAL / "rotbench/First_Turn/clean.json"
     predictions = tmp_path / "gold.json"
     records = json.loads(answers.read_text())
-    predictions.write_text(json.dumps([{"conversations": [{"value": record["conversations"][-1]["value"][0]}]}
-                                       for record in records]))
+    predictions.write_text(
+        json.dumps([{"conversations": [{"value": record["conversations"][-1]["value"][0]}]} for record in records])
+    )
     summary = summarize_errors(classify_predictions(answers, predictions, None, "default", split_name)[0])
     assert (summary["correct"], summary["rule"], summary["unparsable"]) == (97, 8, 0)
     assert len(load_rotbench(answers)) == 105
@@ -182,24 +214,58 @@ def test_gold_of_the_published_set_has_no_errors_but_the_scorers_rule(tmp_path):
 # ------------------------------------------------------------------------------------------------------------ synonyms
 
 
-@pytest.mark.parametrize("predicted, gold", [
-    ("2024", 2024), (" Oslo", "oslo"), ("true", True),                            # rule 1
-    (["b", "A"], ["a", "b"]), (["Paris", "Rome"], "Paris, Rome"), ({"a": "X"}, {"a": "x"}),  # 2
-    ("2024/05/01", "2024-05-01"), ("marina_bay", "Marina Bay"), ("\uff21\uff22", "ab"),    # 3
-    ("Japanese", "jpn_Jpan"), ("US", "United States"), ("January", "jan"), ("WHO", "World Health Organization"),  # 4
-    ("Paris", "Paris, France"), ("career growth", "growth of a career"), ("top 5 movies", "5 top movie"),  # 6
-    ("big red fox", "red fox hunts"), ("Paris", "Paris capital city France"), ("movie", "movies"),
-])
+@pytest.mark.parametrize(
+    "predicted, gold",
+    [
+        ("2024", 2024),
+        (" Oslo", "oslo"),
+        ("true", True),  # rule 1
+        (["b", "A"], ["a", "b"]),
+        (["Paris", "Rome"], "Paris, Rome"),
+        ({"a": "X"}, {"a": "x"}),  # 2
+        ("2024/05/01", "2024-05-01"),
+        ("marina_bay", "Marina Bay"),
+        ("\uff21\uff22", "ab"),  # 3
+        ("Japanese", "jpn_Jpan"),
+        ("US", "United States"),
+        ("January", "jan"),
+        ("WHO", "World Health Organization"),  # 4
+        ("Paris", "Paris, France"),
+        ("career growth", "growth of a career"),
+        ("top 5 movies", "5 top movie"),  # 6
+        ("big red fox", "red fox hunts"),
+        ("Paris", "Paris capital city France"),
+        ("movie", "movies"),
+    ],
+)
 def test_synonyms(predicted, gold):
     assert is_synonym(predicted, gold) and is_synonym(gold, predicted)
 
 
-@pytest.mark.parametrize("predicted, gold", [
-    ("dog", "cat"), (3, 4), (True, False), (None, "x"), ("", "x"), ([], ["x"]), ("3", "4"), ("...", "x"),
-    (["a"], ["a", "b"]), (["a", "a"], ["a", "b"]), ({"a": 1}, {"b": 1}), ({"a": 1}, "a 1"),
-    ("top 5 movies", "top 10 movies"), ("with sugar", "without sugar"), ("2024-05-01", "2024-05-02"),
-    ("www.reddit.com", "www.amazon.com"), ("the of", "the in"), ("dogs chase mice", "cats chase birds"), ("5", "5 6"),
-])
+@pytest.mark.parametrize(
+    "predicted, gold",
+    [
+        ("dog", "cat"),
+        (3, 4),
+        (True, False),
+        (None, "x"),
+        ("", "x"),
+        ([], ["x"]),
+        ("3", "4"),
+        ("...", "x"),
+        (["a"], ["a", "b"]),
+        (["a", "a"], ["a", "b"]),
+        ({"a": 1}, {"b": 1}),
+        ({"a": 1}, "a 1"),
+        ("top 5 movies", "top 10 movies"),
+        ("with sugar", "without sugar"),
+        ("2024-05-01", "2024-05-02"),
+        ("www.reddit.com", "www.amazon.com"),
+        ("the of", "the in"),
+        ("dogs chase mice", "cats chase birds"),
+        ("5", "5 6"),
+    ],
+)
 def test_no_synonyms(predicted, gold):
     assert not is_synonym(predicted, gold) and not is_synonym(gold, predicted)
 
@@ -216,10 +282,15 @@ def test_synonyms_of_anything_never_raise_and_are_symmetric():
 # -------------------------------------------------------------------------------------------------------- command line
 
 
-@pytest.mark.parametrize("flags, expected", [
-    ([], "found neither or both"), (["--data", "a", "--answers", "b"], "found neither or both"),
-    (["--answers", "b"], "found neither or both"), (["--data", "a", "--limit", "0"], "--limit: found 0"),
-])
+@pytest.mark.parametrize(
+    "flags, expected",
+    [
+        ([], "found neither or both"),
+        (["--data", "a", "--answers", "b"], "found neither or both"),
+        (["--answers", "b"], "found neither or both"),
+        (["--data", "a", "--limit", "0"], "--limit: found 0"),
+    ],
+)
 def test_wrong_flags(capsys, flags, expected):
     with pytest.raises(SystemExit) as stop:
         main(flags)
@@ -228,10 +299,14 @@ def test_wrong_flags(capsys, flags, expected):
 
 def test_bad_files_are_one_line(tmp_path, capsys):
     (tmp_path / "other.json").write_text("[]")
-    for flags, expected in ((["--data", str(tmp_path / "none")], "none"),
-                            (["--answers", str(tmp_path / "other.json"), "--predictions", "p"], "single calls"),
-                            (["--answers", str(TINY_DATA / "test_seen.jsonl"), "--predictions", "p", "--tokenizer",
-                              str(tmp_path)], "no tokenizer")):
+    for flags, expected in (
+        (["--data", str(tmp_path / "none")], "none"),
+        (["--answers", str(tmp_path / "other.json"), "--predictions", "p"], "single calls"),
+        (
+            ["--answers", str(TINY_DATA / "test_seen.jsonl"), "--predictions", "p", "--tokenizer", str(tmp_path)],
+            "no tokenizer",
+        ),
+    ):
         assert main(flags) == 2
         captured = capsys.readouterr()
         assert expected in captured.err and captured.err.count("\n") == 1 and not captured.out

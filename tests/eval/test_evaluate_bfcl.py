@@ -1,4 +1,5 @@
 """BFCL's executable categories: functions by hand, the loader, each variant, execution, ceilings of the real set."""
+
 import json
 import math
 import random
@@ -7,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from data.formats.outputs import parse_output, render_output
 from data.tool_calls import ToolCall, render_tool_call
 from data.trajectories import DataError
 from eval.bfcl_data import CATEGORIES, load_bfcl
@@ -24,7 +26,6 @@ from eval.evaluate_bfcl import (
     score_bfcl_calls,
     summarize_bfcl,
 )
-from data.formats.outputs import parse_output, render_output
 from eval.predict.prediction_files import Prediction
 from eval.reports.report import METRICS
 
@@ -34,10 +35,15 @@ RIGHT, VALUES, TOOL, WRONG = (1, 1, 1), (1, 1, 0), (1, 0, 0), (0, 0, 0)
 
 
 def document(name, required=(), **types):
-    properties = {key: {"type": kind} if isinstance(kind, str) else {"type": kind[0], "items": {"type": kind[1]}}
-                  for key, kind in types.items()}
-    return {"name": name, "description": f"Does {name}.",
-            "parameters": {"type": "dict", "properties": properties, "required": [*(required or types)]}}
+    properties = {
+        key: {"type": kind} if isinstance(kind, str) else {"type": kind[0], "items": {"type": kind[1]}}
+        for key, kind in types.items()
+    }
+    return {
+        "name": name,
+        "description": f"Does {name}.",
+        "parameters": {"type": "dict", "properties": properties, "required": [*(required or types)]},
+    }
 
 
 DENSITY = document("calculate_density", mass="float", volume="float")
@@ -47,16 +53,24 @@ CITY = document("get_city", ("zip",), zip="string", point=("tuple", "float"))
 
 
 def record(category, calls, documents, number=0):
-    return {"id": f"exec_{category}_{number}", "question": [[{"role": "user", "content": "Please."}]],
-            "function": documents, "execution_result_type": ["exact_match"] * len(calls), "ground_truth": calls}
+    return {
+        "id": f"exec_{category}_{number}",
+        "question": [[{"role": "user", "content": "Please."}]],
+        "function": documents,
+        "execution_result_type": ["exact_match"] * len(calls),
+        "ground_truth": calls,
+    }
 
 
 def small_set():
-    return {"simple": [record("simple", ["calculate_density(mass=50, volume=1/4)"], [DENSITY])],
-            "multiple": [record("multiple", ["get_city(zip='08540', point=(1, -2.5))"], [CITY, MEAN])],
-            "parallel": [record("parallel", ["math_gcd(a=12, b=18)", "math_gcd(a=7, b=21)"], [GCD])],
-            "parallel_multiple": [record("parallel_multiple", ["calculate_mean([1, 2, 6])", "math_gcd(a=4, b=6)"],
-                                         [MEAN, GCD])]}
+    return {
+        "simple": [record("simple", ["calculate_density(mass=50, volume=1/4)"], [DENSITY])],
+        "multiple": [record("multiple", ["get_city(zip='08540', point=(1, -2.5))"], [CITY, MEAN])],
+        "parallel": [record("parallel", ["math_gcd(a=12, b=18)", "math_gcd(a=7, b=21)"], [GCD])],
+        "parallel_multiple": [
+            record("parallel_multiple", ["calculate_mean([1, 2, 6])", "math_gcd(a=4, b=6)"], [MEAN, GCD])
+        ],
+    }
 
 
 def write(folder, records):
@@ -87,10 +101,29 @@ CASES = [  # worked by hand
     ("calculate_electrostatic_potential_energy", {"charge": 5.0, "voltage": 10.0}, 50.0),
     ("calculate_final_velocity", {"initial_velocity": 5, "acceleration": 2, "time": 10}, 25),
     ("calculate_future_value", {"present_value": 100, "interest_rate": 0.5, "periods": 2}, 225.0),
-    ("calculate_investment_value", {"initial_investment": 100, "annual_contribution": 50, "years": 2,
-                                    "annual_return": 0.5, "inflation_rate": [0.0, 0.25]}, 280.0),  # 200; 350 / 1.25
-    ("calculate_investment_value", {"initial_investment": 100, "annual_contribution": 50, "years": 2, "annual_return":
-                                    0.5, "inflation_rate": [0.0, 0.25], "adjust_for_inflation": False}, 350.0),
+    (
+        "calculate_investment_value",
+        {
+            "initial_investment": 100,
+            "annual_contribution": 50,
+            "years": 2,
+            "annual_return": 0.5,
+            "inflation_rate": [0.0, 0.25],
+        },
+        280.0,
+    ),  # 200; 350 / 1.25
+    (
+        "calculate_investment_value",
+        {
+            "initial_investment": 100,
+            "annual_contribution": 50,
+            "years": 2,
+            "annual_return": 0.5,
+            "inflation_rate": [0.0, 0.25],
+            "adjust_for_inflation": False,
+        },
+        350.0,
+    ),
     ("calculate_mean", {"numbers": [1, 2, 6]}, 3.0),
     ("calculate_permutations", {"n": 5, "k": 2}, 20),
     ("calculate_standard_deviation", {"numbers": [2, 4, 4, 4, 5, 5, 7, 9]}, 2.0),
@@ -111,21 +144,34 @@ CASES = [  # worked by hand
     ("math_gcd", {"a": 450, "b": 300}, 150),
     ("math_lcm", {"a": 24, "b": 18}, 72),
     ("maxPoints", {"points": [[1, 1], [2, 2], [3, 4], [5, 5]]}, 3),
-    ("maxPoints", {"points": [[1, 1], [1, 1], [0, 5], [7, 0]]}, 3), ("maxPoints", {"points": []}, 0),
+    ("maxPoints", {"points": [[1, 1], [1, 1], [0, 5], [7, 0]]}, 3),
+    ("maxPoints", {"points": []}, 0),
     ("mortgage_calculator", {"loan_amount": 1200, "interest_rate": 0, "loan_period": 1}, 100.0),
     ("mortgage_calculator", {"loan_amount": 350000, "interest_rate": 0.035, "loan_period": 30}, 1571.66),
-    ("calculate_nutritional_needs", {"weight": 100, "height": 160, "age": 21, "gender": "male", "activity_level": 1,
-                                     "goal": "lose"},
-     {"kilocalories": 1780.0, "protein_grams": 133.5, "fat_grams": 59.333333, "carbohydrate_grams": 178.0}),
+    (
+        "calculate_nutritional_needs",
+        {"weight": 100, "height": 160, "age": 21, "gender": "male", "activity_level": 1, "goal": "lose"},
+        {"kilocalories": 1780.0, "protein_grams": 133.5, "fat_grams": 59.333333, "carbohydrate_grams": 178.0},
+    ),
     ("order_food", {"item": ["a", "b"], "quantity": [10, 7], "price": [5, 0.5]}, 53.5),
     ("polygon_area", {"vertices": [[0, 0], [4, 0], [4, 3], [0, 3]]}, 12.0),
     ("polygon_area", {"vertices": [[1, 2], [3, 4], [1, 3]]}, 1.0),
     ("quadratic_roots", {"a": 1, "b": -3, "c": 2}, [2.0, 1.0]),
     ("quadratic_roots", {"a": 1, "b": 2, "c": 5}, ["(-1+2j)", "(-1-2j)"]),
-    ("sort_array", {"array": [3, 1, 2]}, [1, 2, 3]), ("sort_array", {"array": [3, 1], "reverse": True}, [3, 1]),
-    ("book_room", {"room_type": "king", "check_in_date": "1", "check_out_date": "2", "customer_id": "3"},
-     {"room_type": "king", "price": 0.0, "check_in_date": "1", "check_out_date": "2", "customer_id": "3",
-      "discount_code": None}),
+    ("sort_array", {"array": [3, 1, 2]}, [1, 2, 3]),
+    ("sort_array", {"array": [3, 1], "reverse": True}, [3, 1]),
+    (
+        "book_room",
+        {"room_type": "king", "check_in_date": "1", "check_out_date": "2", "customer_id": "3"},
+        {
+            "room_type": "king",
+            "price": 0.0,
+            "check_in_date": "1",
+            "check_out_date": "2",
+            "customer_id": "3",
+            "discount_code": None,
+        },
+    ),
 ]
 
 
@@ -143,22 +189,31 @@ def test_every_function_has_a_case_and_binomials_sum_to_one():
     assert total == pytest.approx(1.0)
 
 
-@pytest.mark.parametrize("name, arguments, fault", [
-    ("get_weather_data", {}, "NameError: no function"), ("answer_calls", {}, "NameError"),
-    ("math_gcd", {}, "TypeError"), ("math_gcd", {"a": 1, "b": 2, "c": 3}, "TypeError"),
-    ("math_gcd", {"a": 1.5, "b": 2}, "expected a whole number"),
-    ("math_gcd", {"a": True, "b": 2}, "expected a whole number"), ("math_factorial", {"n": "7"}, "whole number"),
-    ("calculate_density", {"mass": 1, "volume": 0}, "ZeroDivisionError"), ("calculate_mean", {"numbers": []}, "Zero"),
-    ("math_factorial", {"n": 2000}, "Error"), ("get_fibonacci_sequence", {"n": 900}, "characters of result"),
-    ("get_fibonacci_sequence", {"n": 0}, "at least 1"), ("get_prime_factors", {"number": 0}, "positive"),
-    ("estimate_derivative", {"function": "lambda x: __import__('os').abort()", "x": 1}, "expected arithmetic"),
-    ("estimate_derivative", {"function": "lambda x: (lambda: x)()", "x": 1}, "expected arithmetic"),
-    ("estimate_derivative", {"function": "lambda x: x.real", "x": 1}, "expected arithmetic"),
-    ("estimate_derivative", {"function": "x**2", "x": 1}, "found no lambda"),
-    ("estimate_derivative", {"function": "lambda x: x", "x": "1"}, "found text"),
-    ("estimate_derivative", {"function": "lambda x:", "x": 1}, "SyntaxError"),
-    ("order_food", {"item": ["a"], "quantity": [1, 2], "price": [1, 2]}, "ValueError"),
-])
+@pytest.mark.parametrize(
+    "name, arguments, fault",
+    [
+        ("get_weather_data", {}, "NameError: no function"),
+        ("answer_calls", {}, "NameError"),
+        ("math_gcd", {}, "TypeError"),
+        ("math_gcd", {"a": 1, "b": 2, "c": 3}, "TypeError"),
+        ("math_gcd", {"a": 1.5, "b": 2}, "expected a whole number"),
+        ("math_gcd", {"a": True, "b": 2}, "expected a whole number"),
+        ("math_factorial", {"n": "7"}, "whole number"),
+        ("calculate_density", {"mass": 1, "volume": 0}, "ZeroDivisionError"),
+        ("calculate_mean", {"numbers": []}, "Zero"),
+        ("math_factorial", {"n": 2000}, "Error"),
+        ("get_fibonacci_sequence", {"n": 900}, "characters of result"),
+        ("get_fibonacci_sequence", {"n": 0}, "at least 1"),
+        ("get_prime_factors", {"number": 0}, "positive"),
+        ("estimate_derivative", {"function": "lambda x: __import__('os').abort()", "x": 1}, "expected arithmetic"),
+        ("estimate_derivative", {"function": "lambda x: (lambda: x)()", "x": 1}, "expected arithmetic"),
+        ("estimate_derivative", {"function": "lambda x: x.real", "x": 1}, "expected arithmetic"),
+        ("estimate_derivative", {"function": "x**2", "x": 1}, "found no lambda"),
+        ("estimate_derivative", {"function": "lambda x: x", "x": "1"}, "found text"),
+        ("estimate_derivative", {"function": "lambda x:", "x": 1}, "SyntaxError"),
+        ("order_food", {"item": ["a"], "quantity": [1, 2], "price": [1, 2]}, "ValueError"),
+    ],
+)
 def test_calls_without_a_result(name, arguments, fault):
     answer = json.loads(answer_call(name, arguments))
     assert list(answer) == ["fault"] and fault in answer["fault"] and len(answer["fault"]) <= 200
@@ -175,7 +230,9 @@ def test_records_of_the_four_files(answers):
     parameters = density.tools[0]["function"]["parameters"]
     assert parameters["type"] == "object" and parameters["properties"]["mass"] == {"type": "number"}
     assert city.tools[0]["function"]["parameters"]["properties"]["point"] == {
-        "type": "array", "items": {"type": "number"}}
+        "type": "array",
+        "items": {"type": "number"},
+    }
     assert density.meta["documents"] == [DENSITY]
     # 1/4 is worked out; the gold answer is typed as documented, the call as written is not
     assert repr(density.gold[0].calls[0].arguments) == "{'mass': 50.0, 'volume': 0.25}"
@@ -186,11 +243,31 @@ def test_records_of_the_four_files(answers):
     assert [is_offline(example) for example in examples] == [True, False, True, True]
 
 
-@pytest.mark.parametrize("call", [
-    "get(", "math_gcd", "other(a=1)", "math_gcd(1, 2, 3)", "math_gcd(1, a=2)", "math_gcd(**{'a': 1})",
-    "a.math_gcd(a=1)", "math_gcd(a=b)", "math_gcd(a=1/0)", "math_gcd(a='x'*9)", "math_gcd(a=2**9)",
-    "math_gcd(a={1})", "math_gcd(a=1j)",
-    "math_gcd(a=b'')", "math_gcd(a={1: 2})", "(" * 500, "\0", 7, None, "math_gcd(a=1); math_gcd(a=2)"])
+@pytest.mark.parametrize(
+    "call",
+    [
+        "get(",
+        "math_gcd",
+        "other(a=1)",
+        "math_gcd(1, 2, 3)",
+        "math_gcd(1, a=2)",
+        "math_gcd(**{'a': 1})",
+        "a.math_gcd(a=1)",
+        "math_gcd(a=b)",
+        "math_gcd(a=1/0)",
+        "math_gcd(a='x'*9)",
+        "math_gcd(a=2**9)",
+        "math_gcd(a={1})",
+        "math_gcd(a=1j)",
+        "math_gcd(a=b'')",
+        "math_gcd(a={1: 2})",
+        "(" * 500,
+        "\0",
+        7,
+        None,
+        "math_gcd(a=1); math_gcd(a=2)",
+    ],
+)
 def test_gold_that_is_no_call_names_file_and_line(answers, call):
     records = small_set()
     records["parallel"] = [records["parallel"][0], record("parallel", [call], [GCD])]
@@ -201,8 +278,15 @@ def test_gold_that_is_no_call_names_file_and_line(answers, call):
 
 
 def test_malformed_records_name_file_and_line(answers):
-    for change in ({"ground_truth": []}, {"function": DENSITY}, {"function": [{}]}, {"question": []},
-                   {"question": [[{"role": "system", "content": ""}]]}, {"id": 3}, {"execution_result_type": ""}):
+    for change in (
+        {"ground_truth": []},
+        {"function": DENSITY},
+        {"function": [{}]},
+        {"question": []},
+        {"question": [[{"role": "system", "content": ""}]]},
+        {"id": 3},
+        {"execution_result_type": ""},
+    ):
         records = small_set()
         records["simple"][0] |= change
         with pytest.raises(DataError, match="BFCL_v3_exec_simple.json:1: "):
@@ -216,22 +300,47 @@ def test_malformed_records_name_file_and_line(answers):
 # --------------------------------------------------------------------------------------------------------------- values
 
 
-@pytest.mark.parametrize("predicted, gold, schema, as_values, by_types", [
-    (5, 5.0, "float", 1, 1), (5.0, 5.0, "float", 1, 1), (5, 5, "integer", 1, 1), (5.0, 5, "integer", 0, 0),
-    (True, 1, "integer", 0, 0), (1, True, "boolean", 0, 0), (True, True, "boolean", 1, 1), (True, 1.0, "float", 0, 0),
-    (0.5, 0.5, "integer", 1, 1),                              # the document is wrong, the gold value's type counts
-    ("New York", "new-york", "string", 1, 1), ("'a'", '"A"', "string", 1, 1), ("-6.5", "65", "string", 1, 1),
-    ("a", "b", "string", 0, 0), (5, "5", "string", 0, 0), ("5", 5, "integer", 0, 0), (None, "a", "string", 0, 0),
-    ([1, 2], [1, 2], ("array", "integer"), 1, 1), ([2, 1], [1, 2], ("array", "integer"), 0, 0),
-    ([1], [1, 2], ("array", "integer"), 0, 0), ([1.0, 2.0], [1, 2], ("array", "integer"), 1, 0),
-    ([1.0, 2], [1, 2], ("array", "float"), 1, 1), ([0.1, 10], [0.1, 10], ("array", "float"), 1, 0),
-    ([0.1, 10.0], [0.1, 10], ("array", "float"), 1, 1), ([1, 2], [1, 2.5], ("tuple", "float"), 0, 0),
-    (["A b"], ["ab"], ("array", "string"), 1, 1), ([[1, 2]], [[1, 2]], ("array", "array"), 1, 1),
-    ([[1, 2.0]], [[1, 2]], ("array", "array"), 1, 1), ([[1, 2]], [[1, 2]], ("array", "integer"), 1, 1),
-    ([True], [1], ("array", "integer"), 0, 0), (1, [1], ("array", "integer"), 0, 0), ([], [], ("array", "float"), 1, 1),
-    ({"a": 1}, {"a": 1}, "dict", 1, 1), ({"a": 1}, {"b": 1}, "dict", 0, 0), ("deluxe", "deluxe", "dict", 1, 1),
-    ("Deluxe", "deluxe", "dict", 1, 0), ([1], "a", ("array", "integer"), 0, 0),
-])
+@pytest.mark.parametrize(
+    "predicted, gold, schema, as_values, by_types",
+    [
+        (5, 5.0, "float", 1, 1),
+        (5.0, 5.0, "float", 1, 1),
+        (5, 5, "integer", 1, 1),
+        (5.0, 5, "integer", 0, 0),
+        (True, 1, "integer", 0, 0),
+        (1, True, "boolean", 0, 0),
+        (True, True, "boolean", 1, 1),
+        (True, 1.0, "float", 0, 0),
+        (0.5, 0.5, "integer", 1, 1),  # the document is wrong, the gold value's type counts
+        ("New York", "new-york", "string", 1, 1),
+        ("'a'", '"A"', "string", 1, 1),
+        ("-6.5", "65", "string", 1, 1),
+        ("a", "b", "string", 0, 0),
+        (5, "5", "string", 0, 0),
+        ("5", 5, "integer", 0, 0),
+        (None, "a", "string", 0, 0),
+        ([1, 2], [1, 2], ("array", "integer"), 1, 1),
+        ([2, 1], [1, 2], ("array", "integer"), 0, 0),
+        ([1], [1, 2], ("array", "integer"), 0, 0),
+        ([1.0, 2.0], [1, 2], ("array", "integer"), 1, 0),
+        ([1.0, 2], [1, 2], ("array", "float"), 1, 1),
+        ([0.1, 10], [0.1, 10], ("array", "float"), 1, 0),
+        ([0.1, 10.0], [0.1, 10], ("array", "float"), 1, 1),
+        ([1, 2], [1, 2.5], ("tuple", "float"), 0, 0),
+        (["A b"], ["ab"], ("array", "string"), 1, 1),
+        ([[1, 2]], [[1, 2]], ("array", "array"), 1, 1),
+        ([[1, 2.0]], [[1, 2]], ("array", "array"), 1, 1),
+        ([[1, 2]], [[1, 2]], ("array", "integer"), 1, 1),
+        ([True], [1], ("array", "integer"), 0, 0),
+        (1, [1], ("array", "integer"), 0, 0),
+        ([], [], ("array", "float"), 1, 1),
+        ({"a": 1}, {"a": 1}, "dict", 1, 1),
+        ({"a": 1}, {"b": 1}, "dict", 0, 0),
+        ("deluxe", "deluxe", "dict", 1, 1),
+        ("Deluxe", "deluxe", "dict", 1, 0),
+        ([1], "a", ("array", "integer"), 0, 0),
+    ],
+)
 def test_equality_of_values(predicted, gold, schema, as_values, by_types):
     schema = {"type": schema} if isinstance(schema, str) else {"type": schema[0], "items": {"type": schema[1]}}
     assert equal_values(predicted, gold) == as_values
@@ -241,23 +350,32 @@ def test_equality_of_values(predicted, gold, schema, as_values, by_types):
 # ------------------------------------------------------------------------------------------------------------- variants
 
 
-@pytest.mark.parametrize("index, output, expected", [  # in the order of VARIANTS
-    (0, "calculate_density(mass=50, volume=0.25)", [RIGHT] * 4),
-    (0, "calculate_density(volume=0.25, mass=50.0)", [RIGHT] * 4),
-    (0, "calculate_density(mass=51, volume=0.25)", [VALUES] * 4),
-    (0, "calculate_density(mass=50)", [TOOL] * 4),
-    (0, "calculate_density(mass=50, volume=0.25, unit='kg')", [TOOL] * 4),
-    (0, "density(mass=50, volume=0.25)", [WRONG] * 4), (0, "no call", [WRONG] * 4), (0, "", [WRONG] * 4),
-    (0, "calculate_density(mass=50, volume=0.25); calculate_density(mass=1, volume=1)", [WRONG, WRONG, RIGHT, RIGHT]),
-    (2, "math_gcd(a=7, b=21); math_gcd(a=12, b=18)", [RIGHT, RIGHT, VALUES, RIGHT]),  # in the other order
-    (2, "math_gcd(a=12, b=18); math_gcd(a=12, b=18)", [VALUES, VALUES, RIGHT, RIGHT]),  # the same one twice
-    (2, "math_gcd(a=12, b=18); math_gcd(a=7)", [TOOL, TOOL, RIGHT, RIGHT]),
-    (2, "math_gcd(a=12, b=18)", [WRONG, WRONG, RIGHT, RIGHT]),
-    (2, "math_gcd(a=7, b=21)", [WRONG, WRONG, VALUES, RIGHT]),
-    (2, "math_gcd(a=12.0, b=18); math_gcd(a=7, b=21)", [VALUES] * 4),
-    (3, "math_gcd(a=4, b=6); calculate_mean(numbers=[1.0, 2, 6])", [RIGHT, RIGHT, WRONG, RIGHT]),
-    (3, "math_gcd(a=4, b=6); math_gcd(a=4, b=6)", [WRONG, WRONG, WRONG, RIGHT]),
-])
+@pytest.mark.parametrize(
+    "index, output, expected",
+    [  # in the order of VARIANTS
+        (0, "calculate_density(mass=50, volume=0.25)", [RIGHT] * 4),
+        (0, "calculate_density(volume=0.25, mass=50.0)", [RIGHT] * 4),
+        (0, "calculate_density(mass=51, volume=0.25)", [VALUES] * 4),
+        (0, "calculate_density(mass=50)", [TOOL] * 4),
+        (0, "calculate_density(mass=50, volume=0.25, unit='kg')", [TOOL] * 4),
+        (0, "density(mass=50, volume=0.25)", [WRONG] * 4),
+        (0, "no call", [WRONG] * 4),
+        (0, "", [WRONG] * 4),
+        (
+            0,
+            "calculate_density(mass=50, volume=0.25); calculate_density(mass=1, volume=1)",
+            [WRONG, WRONG, RIGHT, RIGHT],
+        ),
+        (2, "math_gcd(a=7, b=21); math_gcd(a=12, b=18)", [RIGHT, RIGHT, VALUES, RIGHT]),  # in the other order
+        (2, "math_gcd(a=12, b=18); math_gcd(a=12, b=18)", [VALUES, VALUES, RIGHT, RIGHT]),  # the same one twice
+        (2, "math_gcd(a=12, b=18); math_gcd(a=7)", [TOOL, TOOL, RIGHT, RIGHT]),
+        (2, "math_gcd(a=12, b=18)", [WRONG, WRONG, RIGHT, RIGHT]),
+        (2, "math_gcd(a=7, b=21)", [WRONG, WRONG, VALUES, RIGHT]),
+        (2, "math_gcd(a=12.0, b=18); math_gcd(a=7, b=21)", [VALUES] * 4),
+        (3, "math_gcd(a=4, b=6); calculate_mean(numbers=[1.0, 2, 6])", [RIGHT, RIGHT, WRONG, RIGHT]),
+        (3, "math_gcd(a=4, b=6); math_gcd(a=4, b=6)", [WRONG, WRONG, WRONG, RIGHT]),
+    ],
+)
 def test_variants_of_one_record(answers, index, output, expected):
     example = load_bfcl(answers)[index]
     predicted = read_calls(predict([output])[0])
@@ -293,8 +411,12 @@ def test_results_match_in_any_order_each_once():
 
 def test_a_call_without_end_costs_only_itself(monkeypatch):
     monkeypatch.setattr("eval.evaluate_bfcl.SECONDS", 2.0)
-    calls = [ToolCall("math_gcd", {"a": 4, "b": 6}), ToolCall("math_factorial", {"n": 10**9}),
-             ToolCall("nothing", {}), ToolCall("sort_array", {"array": ["\ud800'\"\\", "\n\0"]})]
+    calls = [
+        ToolCall("math_gcd", {"a": 4, "b": 6}),
+        ToolCall("math_factorial", {"n": 10**9}),
+        ToolCall("nothing", {}),
+        ToolCall("sort_array", {"array": ["\ud800'\"\\", "\n\0"]}),
+    ]
     answers, limits = run_calls(calls)
     assert answers[0] == {"result": 2} and "fault" in answers[1] and "NameError" in answers[2]["fault"]
     assert answers[3] == {"result": ["\n\0", "\ud800'\"\\"]}
@@ -309,10 +431,17 @@ def evaluate(capsys, answers, predictions, *flags):
 
 def test_files_in_rows_and_summary_out(answers, tmp_path, capsys):
     predictions = tmp_path / "p.jsonl"
-    outputs = ["calculate_density(mass=100, volume=0.5)", "get_city(zip='0', point=[1, -2.5])",
-               "math_gcd(b=12, a=18.0); math_gcd(a=7, b=21)", "calculate_mean(numbers=[3])"]
-    predictions.write_text("".join(json.dumps({"index": i, "output": text, "format": "nexusraven"}) + "\n"
-                                   for i, text in enumerate(outputs)))
+    outputs = [
+        "calculate_density(mass=100, volume=0.5)",
+        "get_city(zip='0', point=[1, -2.5])",
+        "math_gcd(b=12, a=18.0); math_gcd(a=7, b=21)",
+        "calculate_mean(numbers=[3])",
+    ]
+    predictions.write_text(
+        "".join(
+            json.dumps({"index": i, "output": text, "format": "nexusraven"}) + "\n" for i, text in enumerate(outputs)
+        )
+    )
     code, out, err = evaluate(capsys, answers, predictions, "--execute_code", "--output", str(tmp_path / "out"))
     summary = json.loads(out.splitlines()[-1])
     assert code == 0 and err == f"{answers}: found 4 records, the published set has 240\n"
@@ -353,7 +482,7 @@ def check_mutations(answers, count):
         for _ in range(draw.choice((1, 1, 2))):
             place, other = sorted((draw.randrange(len(text) + 1), draw.randrange(len(text) + 1)))
             insert = draw.choice(("", chr(draw.randrange(0x110000)), '"', "[", "(", "1", ";", text[place:other] * 3))
-            text = text[:place] + insert + text[draw.choice((place, min(place + 1, other), other)):]
+            text = text[:place] + insert + text[draw.choice((place, min(place + 1, other), other)) :]
         predicted = read_calls(predict([text])[0])
         if predicted.fault:
             continue
@@ -378,10 +507,18 @@ def test_100_000_random_mutations(answers):
 
 
 def test_hostile_texts_are_wrong_not_a_crash(answers):
-    hostile = ["[" * 100_000, "x" * 1_000_000, "\x00\x1b[31m", "\ud800()", "null", "7",
-               "math_gcd(a=" + "9" * 5000 + ")",
-               'math_gcd(a="' + "x" * 1_000_000 + '", b=1); math_gcd(a=1, b=1)', "math_gcd(a=1, b=1); " * 65,
-               "math_gcd(a=" + "[" * 150 + "]" * 150 + ", b={}); math_gcd(a=1e300, b=null)"]
+    hostile = [
+        "[" * 100_000,
+        "x" * 1_000_000,
+        "\x00\x1b[31m",
+        "\ud800()",
+        "null",
+        "7",
+        "math_gcd(a=" + "9" * 5000 + ")",
+        'math_gcd(a="' + "x" * 1_000_000 + '", b=1); math_gcd(a=1, b=1)',
+        "math_gcd(a=1, b=1); " * 65,
+        "math_gcd(a=" + "[" * 150 + "]" * 150 + ", b={}); math_gcd(a=1e300, b=null)",
+    ]
     examples = load_bfcl(answers)[2:3] * len(hostile)
     rows, _ = summarize_bfcl(examples, predict(hostile), "fair", execute_code=False)
     assert not any(row["CF"] for row in rows) and all(row["reason"] and len(json.dumps(row)) < 1000 for row in rows)
@@ -391,7 +528,7 @@ def test_hostile_texts_are_wrong_not_a_crash(answers):
 
 
 def test_10_000_predictions_in_less_than_3_seconds_of_processor_time(answers):
-    examples = (load_bfcl(answers) * 2500)
+    examples = load_bfcl(answers) * 2500
     predictions = predict([render_output(example.meta["calls"], "nexusraven") for example in examples[:4]] * 2500)
     start = time.process_time()
     summarize_bfcl(examples, predictions, "fair", execute_code=False)

@@ -1,4 +1,5 @@
 """GSM8K: the two ways to read an answer, the prompt, files with `file:line` errors, the real set's own solutions."""
+
 import json
 import random
 import re
@@ -44,8 +45,10 @@ def write(path, rows):
 
 @pytest.fixture
 def files(tmp_path):
-    return (write(tmp_path / "test.jsonl", [{"question": f"Q{i}?", "answer": text} for i, text in enumerate(ANSWERS)]),
-            write(tmp_path / "p.jsonl", [{"index": i, "output": row[0]} for i, row in enumerate(OUTPUTS)]))
+    return (
+        write(tmp_path / "test.jsonl", [{"question": f"Q{i}?", "answer": text} for i, text in enumerate(ANSWERS)]),
+        write(tmp_path / "p.jsonl", [{"index": i, "output": row[0]} for i, row in enumerate(OUTPUTS)]),
+    )
 
 
 def evaluate(capsys, answers, predictions, *flags):
@@ -54,14 +57,28 @@ def evaluate(capsys, answers, predictions, *flags):
     return code, captured.out, captured.err
 
 
-@pytest.mark.parametrize(("text", "marked", "last"), [
-    ("#### 18", "18", "18"), ("#### $18", None, "18"), ("####18", None, "18"),
-    ("#### 1,000,000.", "1000000.", "1000000"), ("7 #### 1 #### 2", "1", "2"), ("#### -3", "-3", "-3"),
-    ("10-3", None, "3"), ("is -3", None, "-3"),
-    ("x=.5", None, "0.5"), ("3.50 dollars", None, "3.5"), ("none", None, None), ("#### ,", "", None),
-    ("5 apples\nQuestion: 6?", None, "5"), ("Question: 6?", None, "6"), ("1/2", None, "2"), ("2. ", None, "2"),
-    ("\u0663", None, None),
-])
+@pytest.mark.parametrize(
+    ("text", "marked", "last"),
+    [
+        ("#### 18", "18", "18"),
+        ("#### $18", None, "18"),
+        ("####18", None, "18"),
+        ("#### 1,000,000.", "1000000.", "1000000"),
+        ("7 #### 1 #### 2", "1", "2"),
+        ("#### -3", "-3", "-3"),
+        ("10-3", None, "3"),
+        ("is -3", None, "-3"),
+        ("x=.5", None, "0.5"),
+        ("3.50 dollars", None, "3.5"),
+        ("none", None, None),
+        ("#### ,", "", None),
+        ("5 apples\nQuestion: 6?", None, "5"),
+        ("Question: 6?", None, "6"),
+        ("1/2", None, "2"),
+        ("2. ", None, "2"),
+        ("\u0663", None, None),
+    ],
+)
 def test_extraction(text, marked, last):
     assert extract_marked(text) == marked
     found = extract_last_number(text)
@@ -77,8 +94,12 @@ def test_known_score(files, tmp_path, capsys):
     code, out, err = evaluate(capsys, *files, "--output", str(tmp_path / "scored"))
     assert code == 0 and err == f"{files[0]}: found 5 records, the published set has 1319\n"
     summary = json.loads(out.splitlines()[-1])
-    assert {key: summary[key] for key in ("n", "exact_match", "last_number", "primary")} == \
-        {"n": 5, "exact_match": 1, "last_number": 4, "primary": "exact_match"}
+    assert {key: summary[key] for key in ("n", "exact_match", "last_number", "primary")} == {
+        "n": 5,
+        "exact_match": 1,
+        "last_number": 4,
+        "primary": "exact_match",
+    }
     # Wilson, 1 of 5: center (0.2 + 0.38415) / 1.76829, half width 1.96 * sqrt(0.032 + 0.038415) / 1.76829
     assert summary["exact_match_percent"] == 20.0 and summary["exact_match_interval_95"] == [3.62, 62.45]
     assert summary["errors"] == {"no marked number": 2, "wrong number": 2}
@@ -99,8 +120,12 @@ def test_prompt_has_eight_right_shots_and_ends_where_the_model_goes_on():
             tokens = expression.split()
             value = Decimal(tokens[0])
             for sign, number in zip(tokens[1::2], tokens[2::2], strict=True):
-                value = {"+": value + Decimal(number), "-": value - Decimal(number), "*": value * Decimal(number),
-                         "/": value / Decimal(number)}[sign]
+                value = {
+                    "+": value + Decimal(number),
+                    "-": value - Decimal(number),
+                    "*": value * Decimal(number),
+                    "/": value / Decimal(number),
+                }[sign]
             assert value == Decimal(result), expression
         assert extract_marked(shot) == steps[-1][1]
     assert gsm8k_prompt("How many?") == GSM8K_SHOTS + "Question: How many?\nAnswer:"
@@ -108,16 +133,23 @@ def test_prompt_has_eight_right_shots_and_ends_where_the_model_goes_on():
 
 def test_bad_input_is_one_line_and_code_2(files, tmp_path, capsys):
     answers, predictions = files
-    for text, found in (('{"question": "Q"}\n', ":1: found no text 'answer'"), ("", "found no record"),
-                        ("[]\n", ":1: found list"),
-                        ('{"question": "Q", "answer": "5"}\n', ":1: found no '#### number'"), ("{\n", ":1: ")):
+    for text, found in (
+        ('{"question": "Q"}\n', ":1: found no text 'answer'"),
+        ("", "found no record"),
+        ("[]\n", ":1: found list"),
+        ('{"question": "Q", "answer": "5"}\n', ":1: found no '#### number'"),
+        ("{\n", ":1: "),
+    ):
         bad = tmp_path / "bad.jsonl"
         bad.write_text(text)
         code, out, err = evaluate(capsys, bad, predictions)
         assert (code, out, err.count("\n")) == (2, "", 1) and found in err, err
-    for rows, found in (([{"index": 9, "output": ""}], ":1: found index 9"),
-                        ([{"index": 0, "output": 5}], ":1: found int"), ([], "found 0 of 5"),
-                        ([{"index": 0, "output": ""}] * 2, ":2: found index 0 again")):
+    for rows, found in (
+        ([{"index": 9, "output": ""}], ":1: found index 9"),
+        ([{"index": 0, "output": 5}], ":1: found int"),
+        ([], "found 0 of 5"),
+        ([{"index": 0, "output": ""}] * 2, ":2: found index 0 again"),
+    ):
         code, out, err = evaluate(capsys, answers, write(tmp_path / "p2.jsonl", rows))
         assert (code, out, err.count("\n")) == (2, "", 1) and found in err, err
     assert evaluate(capsys, answers, predictions, "--limit", "2")[0] == 0
@@ -131,9 +163,19 @@ def test_altered_count_is_an_error_where_the_published_set_is_asked_for(files):
 
 def test_hostile_outputs_are_wrong_not_a_crash(tmp_path, capsys):
     random_text = random.Random(1)
-    hostile = ["9" * 1_000_000, "1," * 100_000, "#### " + "," * 100_000, "-" * 100_000, "1e999999999",
-               "\x00\x1b[31m", "#### " + "." * 99, "\ud800", "1." * 99_999, "[" * 99_999,
-               *("".join(random_text.choices("#0123456789.,-$ \nQ", k=40)) for _ in range(2000))]
+    hostile = [
+        "9" * 1_000_000,
+        "1," * 100_000,
+        "#### " + "," * 100_000,
+        "-" * 100_000,
+        "1e999999999",
+        "\x00\x1b[31m",
+        "#### " + "." * 99,
+        "\ud800",
+        "1." * 99_999,
+        "[" * 99_999,
+        *("".join(random_text.choices("#0123456789.,-$ \nQ", k=40)) for _ in range(2000)),
+    ]
     answers = write(tmp_path / "a.jsonl", [{"question": "Q", "answer": "#### 123456789123"}] * len(hostile))
     predictions = write(tmp_path / "p.jsonl", [{"index": i, "output": text} for i, text in enumerate(hostile)])
     began = time.monotonic()
@@ -151,8 +193,15 @@ def test_published_solutions_score_in_full():
 
 
 def test_runs_as_a_module_without_importing_torch_or_model_code(files):
-    probe = ("import sys; from eval.evaluate_gsm8k import main; code = main(sys.argv[1:]); "
-             "print(sorted(name for name in sys.modules if name.split('.')[0] in ('torch', 'model', 'train', 'rl')))")
-    result = subprocess.run([sys.executable, "-c", probe, "--answers", files[0], "--predictions", files[1]], cwd=ROOT,
-                            capture_output=True, text=True, check=True)
+    probe = (
+        "import sys; from eval.evaluate_gsm8k import main; code = main(sys.argv[1:]); "
+        "print(sorted(name for name in sys.modules if name.split('.')[0] in ('torch', 'model', 'train', 'rl')))"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", probe, "--answers", files[0], "--predictions", files[1]],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
     assert result.stdout.splitlines()[-1] == "[]"

@@ -1,4 +1,5 @@
 """HumanEval: completions judged in the sandbox, where they are cut, both prediction forms, the real set's solutions."""
+
 import gzip
 import json
 import random
@@ -19,15 +20,22 @@ REAL = ROOT / "../shared/data/benchmarks/humaneval/HumanEval.jsonl.gz"
 needs_real = pytest.mark.skipif(not REAL.is_file(), reason="needs the published HumanEval file in ../shared")
 
 PROMPT = 'def double(x: list) -> list:\n    """Every item twice.\n    """\n'
-TEST = "\n\nMETADATA = {}\n\n\ndef check(candidate):\n    assert candidate([1, 2]) == [1, 1, 2, 2]\n" \
-       "    assert candidate([]) == [], 'empty'\n"
+TEST = (
+    "\n\nMETADATA = {}\n\n\ndef check(candidate):\n    assert candidate([1, 2]) == [1, 1, 2, 2]\n"
+    "    assert candidate([]) == [], 'empty'\n"
+)
 RIGHT = "    return [item for item in x for _ in range(2)]\n"
 LIMITS = {"seconds": 10.0, "memory_bytes": 512 << 20}
 
 
 def problem(number):
-    return {"task_id": f"HumanEval/{number}", "prompt": PROMPT, "entry_point": "double", "canonical_solution": RIGHT,
-            "test": TEST}
+    return {
+        "task_id": f"HumanEval/{number}",
+        "prompt": PROMPT,
+        "entry_point": "double",
+        "canonical_solution": RIGHT,
+        "test": TEST,
+    }
 
 
 OUTPUTS = [  # output, passed, start of the reason
@@ -45,8 +53,10 @@ def write(path, rows):
 
 @pytest.fixture
 def files(tmp_path):
-    return (write(tmp_path / "HumanEval.jsonl", [problem(i) for i in range(len(OUTPUTS))]),
-            write(tmp_path / "p.jsonl", [{"index": i, "output": row[0]} for i, row in enumerate(OUTPUTS)]))
+    return (
+        write(tmp_path / "HumanEval.jsonl", [problem(i) for i in range(len(OUTPUTS))]),
+        write(tmp_path / "p.jsonl", [{"index": i, "output": row[0]} for i, row in enumerate(OUTPUTS)]),
+    )
 
 
 def evaluate(capsys, answers, predictions, *flags):
@@ -87,19 +97,31 @@ def test_samples_of_the_benchmarks_own_form_are_not_cut(files, tmp_path, capsys)
     assert json.loads(out)["errors"] == {"exception": 1}
 
 
-@pytest.mark.parametrize(("output", "kept"), [
-    ("    return 1\n\ndef g():\n", "    return 1\n"), ("    return 1\nclass A:", "    return 1"), ("", ""),
-    ("    x = 1\n# end\n", "    x = 1"), ("    if x:\n        print(1)\n", "    if x:\n        print(1)\n"),
-    ("    return 1\nif x", "    return 1"), ("    return 1\nprint(1)", "    return 1"), ("def f():", "def f():"),
-    ("    a\n\ndef g\nclass", "    a\n"), ("    # note\n    return 1", "    # note\n    return 1")])
+@pytest.mark.parametrize(
+    ("output", "kept"),
+    [
+        ("    return 1\n\ndef g():\n", "    return 1\n"),
+        ("    return 1\nclass A:", "    return 1"),
+        ("", ""),
+        ("    x = 1\n# end\n", "    x = 1"),
+        ("    if x:\n        print(1)\n", "    if x:\n        print(1)\n"),
+        ("    return 1\nif x", "    return 1"),
+        ("    return 1\nprint(1)", "    return 1"),
+        ("def f():", "def f():"),
+        ("    a\n\ndef g\nclass", "    a\n"),
+        ("    # note\n    return 1", "    # note\n    return 1"),
+    ],
+)
 def test_completion_is_cut_at_the_left_margin(output, kept):
     assert cut_completion(output) == kept
 
 
 def test_completion_cannot_reach_the_test(tmp_path):
     """Function and test are in different processes: replacing `check` or the helpers of the prompt is no use."""
-    row = problem(0) | {"prompt": "def helper(x):\n    return [1, 1, 2, 2]\n\n\n" + PROMPT,
-                        "test": "def check(candidate):\n    assert candidate([1]) == helper(0)\n"}
+    row = problem(0) | {
+        "prompt": "def helper(x):\n    return [1, 1, 2, 2]\n\n\n" + PROMPT,
+        "test": "def check(candidate):\n    assert candidate([1]) == helper(0)\n",
+    }
     (one,) = load_humaneval(write(tmp_path / "one.jsonl", [row]))
     honest = check_completion(one, "    return helper(x)\n", **LIMITS)
     cheat = check_completion(one, "    return 7\n\ndef helper(x): return 7\n\ndef check(c): pass\n", **LIMITS)
@@ -113,14 +135,20 @@ def test_prompt_that_did_not_fit_is_wrong(files, tmp_path, capsys):
 
 
 def test_bad_input_is_one_line_and_code_2(files, tmp_path, capsys):
-    for rows, found in (([{"index": 4, "output": ""}], ":1: found index 4"), ([], "found 0 of 4"),
-                        ([{"task_id": "HumanEval/9", "completion": ""}], ":1: found task_id 'HumanEval/9'"),
-                        ([{"task_id": "HumanEval/1"}], ":1: found no text 'completion'"),
-                        ([{"task_id": "HumanEval/1", "completion": ""}] * 2, ":2: found index 1 again")):
+    for rows, found in (
+        ([{"index": 4, "output": ""}], ":1: found index 4"),
+        ([], "found 0 of 4"),
+        ([{"task_id": "HumanEval/9", "completion": ""}], ":1: found task_id 'HumanEval/9'"),
+        ([{"task_id": "HumanEval/1"}], ":1: found no text 'completion'"),
+        ([{"task_id": "HumanEval/1", "completion": ""}] * 2, ":2: found index 1 again"),
+    ):
         code, out, err = evaluate(capsys, files[0], write(tmp_path / "p.jsonl", rows))
         assert (code, out, err.count("\n")) == (2, "", 1) and found in err, err
-    for rows, found in (([problem(0) | {"entry_point": "f()"}], ":1: found entry_point 'f()'"), ([], "found no record"),
-                        ([problem(0) | {"test": None}], ":1: found no text 'test'")):
+    for rows, found in (
+        ([problem(0) | {"entry_point": "f()"}], ":1: found entry_point 'f()'"),
+        ([], "found no record"),
+        ([problem(0) | {"test": None}], ":1: found no text 'test'"),
+    ):
         code, out, err = evaluate(capsys, write(tmp_path / "a.jsonl", rows), files[1])
         assert (code, out, err.count("\n")) == (2, "", 1) and found in err, err
     for flags in (["--limit", "0"], ["--seconds", "nan"], ["--workers", "-1"], ["--memory_mib", "x"]):
@@ -135,9 +163,13 @@ def test_gzip_files(tmp_path, monkeypatch):
     path.write_bytes(gzip.compress(lines))
     assert [one.index for one in load_humaneval(path, 3)] == [0, 1, 2]
     monkeypatch.setattr(general_tasks, "MAX_UNPACKED_BYTES", 10_000)
-    for raw, found in ((lines, "Not a gzipped file"), (gzip.compress(lines)[:-9], "found"),
-                       (gzip.compress(b"{"), ":1: "), (gzip.compress(b"[]"), ":1: found no text"),
-                       (gzip.compress(bytes(10_001)), "found more than 10000 bytes")):
+    for raw, found in (
+        (lines, "Not a gzipped file"),
+        (gzip.compress(lines)[:-9], "found"),
+        (gzip.compress(b"{"), ":1: "),
+        (gzip.compress(b"[]"), ":1: found no text"),
+        (gzip.compress(bytes(10_001)), "found more than 10000 bytes"),
+    ):
         path.write_bytes(raw)
         with pytest.raises(ValueError, match=found):
             load_humaneval(path)
@@ -176,8 +208,15 @@ def test_published_solutions_pass_all_164_and_empty_bodies_none(tmp_path, capsys
 
 
 def test_runs_as_a_module_without_importing_torch_or_model_code(files):
-    probe = ("import sys; from eval.evaluate_humaneval import main; code = main(sys.argv[1:]); "
-             "print(sorted(name for name in sys.modules if name.split('.')[0] in ('torch', 'model', 'train', 'rl')))")
-    result = subprocess.run([sys.executable, "-c", probe, "--answers", files[0], "--predictions", files[1],
-                             "--execute_code"], cwd=ROOT, capture_output=True, text=True, check=True)
+    probe = (
+        "import sys; from eval.evaluate_humaneval import main; code = main(sys.argv[1:]); "
+        "print(sorted(name for name in sys.modules if name.split('.')[0] in ('torch', 'model', 'train', 'rl')))"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", probe, "--answers", files[0], "--predictions", files[1], "--execute_code"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
     assert result.stdout.splitlines()[-1] == "[]"

@@ -1,4 +1,5 @@
 """MMLU: the prompt and how shots are dropped, letters and log-probabilities, files with `file:line` errors."""
+
 import json
 import random
 import subprocess
@@ -32,7 +33,8 @@ def folder(tmp_path):
     for part in ("test", "dev"):
         (tmp_path / "mmlu" / part).mkdir(parents=True)
     (tmp_path / "mmlu/test/high_art_test.csv").write_text(
-        HEADER + 'Which?,None,"a, b",nan,"say ""x""",1\n"Two\nlines",1,2,3,4,3\n')
+        HEADER + 'Which?,None,"a, b",nan,"say ""x""",1\n"Two\nlines",1,2,3,4,3\n'
+    )
     (tmp_path / "mmlu/test/law_test.csv").write_text(HEADER + "Who?,w,x,y,z,0\n")
     for subject in ("high_art", "law"):
         (tmp_path / f"mmlu/dev/{subject}_dev.csv").write_text(HEADER + SHOTS)
@@ -52,8 +54,11 @@ def evaluate(capsys, folder, predictions, *flags):
 
 def test_cells_are_texts_and_subjects_are_in_order(folder):
     questions, shots = load_mmlu(folder)
-    assert [(q.index, q.subject, q.answer) for q in questions] == [(0, "high_art", "B"), (1, "high_art", "D"),
-                                                                   (2, "law", "A")]
+    assert [(q.index, q.subject, q.answer) for q in questions] == [
+        (0, "high_art", "B"),
+        (1, "high_art", "D"),
+        (2, "law", "A"),
+    ]
     assert questions[0].choices == ("None", "a, b", "nan", 'say "x"') and questions[1].question == "Two\nlines"
     assert list(shots) == ["high_art", "law"] and [shot.answer for shot in shots["law"]] == list("ABCDA")
 
@@ -63,7 +68,8 @@ def test_prompt_as_the_benchmark_writes_it(folder):
     assert mmlu_prompt(questions[0], shots["high_art"][:1]) == (
         "The following are multiple choice questions (with answers) about high art.\n\n"
         "Shot 0?\nA. p\nB. q\nC. r\nD. s\nAnswer: A\n\n"
-        'Which?\nA. None\nB. a, b\nC. nan\nD. say "x"\nAnswer:')
+        'Which?\nA. None\nB. a, b\nC. nan\nD. say "x"\nAnswer:'
+    )
 
 
 def test_shots_are_dropped_from_the_end_until_the_prompt_fits(folder):
@@ -72,45 +78,74 @@ def test_shots_are_dropped_from_the_end_until_the_prompt_fits(folder):
     per_shot = len("Shot 0?\nA. p\nB. q\nC. r\nD. s\nAnswer: A\n\n")
     for dropped in range(6):
         for slack in (0, per_shot - 1):
-            prompt, kept = fit_mmlu_prompt(questions[2], shots["law"], count_tokens=len,
-                                           max_tokens=len(whole) - dropped * per_shot + slack)
+            prompt, kept = fit_mmlu_prompt(
+                questions[2], shots["law"], count_tokens=len, max_tokens=len(whole) - dropped * per_shot + slack
+            )
             assert kept == 5 - dropped and prompt == mmlu_prompt(questions[2], shots["law"][:kept])
     assert fit_mmlu_prompt(questions[2], shots["law"], count_tokens=len, max_tokens=3) == (
-        mmlu_prompt(questions[2], []), 0)
+        mmlu_prompt(questions[2], []),
+        0,
+    )
 
 
 def test_letter_of_the_largest_logprob():
-    assert [choose_letter(row) for row in ([-1, -2, -3, -4], [-4, -1.5, -3, -2], [-3, -3, -1, -1], [-9, -9, -9, 0])] \
-        == ["A", "B", "C", "D"]
+    assert [
+        choose_letter(row) for row in ([-1, -2, -3, -4], [-4, -1.5, -3, -2], [-3, -3, -1, -1], [-9, -9, -9, 0])
+    ] == ["A", "B", "C", "D"]
     assert choose_letter([float("-inf")] * 4) == "A"
     for wrong in ([0, 0, 0], [0] * 5, [0, 0, 0, float("nan")]):
         with pytest.raises(ValueError, match="expected 4 numbers"):
             choose_letter(wrong)
 
 
-@pytest.mark.parametrize(("output", "letter"), [
-    (" B", "B"), ("C.", "C"), ("(D) because", "D"), ("\nA\n\nQuestion", "A"), ("B,C", "B"), ("Apple", None),
-    ("a", None), ("", None), ("The answer is B", None), ("A's", None), ("E", None), ("B_", None)])
+@pytest.mark.parametrize(
+    ("output", "letter"),
+    [
+        (" B", "B"),
+        ("C.", "C"),
+        ("(D) because", "D"),
+        ("\nA\n\nQuestion", "A"),
+        ("B,C", "B"),
+        ("Apple", None),
+        ("a", None),
+        ("", None),
+        ("The answer is B", None),
+        ("A's", None),
+        ("E", None),
+        ("B_", None),
+    ],
+)
 def test_letter_of_a_text(output, letter):
     assert read_letter(output) == letter
 
 
 def test_known_score(folder, tmp_path, capsys):
-    predictions = write(tmp_path / "p.jsonl", [{"index": 2, "output": " A"}, {"index": 0, "logprobs": [-3, -1, -2, -9]},
-                                               {"index": 1, "output": "D", "logprobs": [0, -1, -2, -3]}])
+    predictions = write(
+        tmp_path / "p.jsonl",
+        [
+            {"index": 2, "output": " A"},
+            {"index": 0, "logprobs": [-3, -1, -2, -9]},
+            {"index": 1, "output": "D", "logprobs": [0, -1, -2, -3]},
+        ],
+    )
     code, out, err = evaluate(capsys, folder, predictions, "--output", str(tmp_path / "scored"))
     assert code == 0 and err == f"{folder}: found 3 records, the published set has 14042\n"
     summary = json.loads(out.splitlines()[-1])
     assert (summary["n"], summary["accuracy"], summary["accuracy_percent"]) == (3, 2, 66.67)
-    assert {key: (row["n"], row["accuracy"]) for key, row in summary["by_subject"].items()} == {"high_art": (2, 1),
-                                                                                              "law": (1, 1)}
+    assert {key: (row["n"], row["accuracy"]) for key, row in summary["by_subject"].items()} == {
+        "high_art": (2, 1),
+        "law": (1, 1),
+    }
     rows = [json.loads(line) for line in (tmp_path / "scored/results/mmlu.jsonl").read_text().splitlines()]
     assert rows[1] == {"index": 1, "subject": "high_art", "accuracy": 0, "reason": "wrong letter: A, expected D"}
 
 
 def test_unanswered_questions_are_wrong(folder, tmp_path, capsys):
-    rows = [{"index": 0, "output": "B", "stop": "prompt_too_long"}, {"index": 1, "output": "I think D"},
-            {"index": 2, "output": "x" * 1_000_000}]
+    rows = [
+        {"index": 0, "output": "B", "stop": "prompt_too_long"},
+        {"index": 1, "output": "I think D"},
+        {"index": 2, "output": "x" * 1_000_000},
+    ]
     _, out, _ = evaluate(capsys, folder, write(tmp_path / "p.jsonl", rows))
     assert json.loads(out)["errors"] == {"no letter": 2, "no output": 1}
 
@@ -118,21 +153,32 @@ def test_unanswered_questions_are_wrong(folder, tmp_path, capsys):
 def test_bad_input_is_one_line_and_code_2(folder, tmp_path, capsys):
     good = {"index": 0, "output": "A"}
     for rows, found in (
-            ([{"index": 0, "logprobs": [1, 2, 3]}], ":1: found [1, 2, 3] as 'logprobs'"),
-            ([good, {"index": 1, "logprobs": [1, 2, 3, "4"]}], ":2: found"), ([{"index": 0, "logprobs": "B"}], ":1: "),
-            ([{"index": 0, "logprobs": [True] * 4}], ":1: "), ([{"index": 0}], ":1: found no text 'output'"),
-            ([{"index": True, "output": "A"}], ":1: found index True"), ([good, good], ":2: found index 0 again"),
-            ([{"index": 3, "output": "A"}], ":1: found index 3"), ([good], "found 1 of 3")):
+        ([{"index": 0, "logprobs": [1, 2, 3]}], ":1: found [1, 2, 3] as 'logprobs'"),
+        ([good, {"index": 1, "logprobs": [1, 2, 3, "4"]}], ":2: found"),
+        ([{"index": 0, "logprobs": "B"}], ":1: "),
+        ([{"index": 0, "logprobs": [True] * 4}], ":1: "),
+        ([{"index": 0}], ":1: found no text 'output'"),
+        ([{"index": True, "output": "A"}], ":1: found index True"),
+        ([good, good], ":2: found index 0 again"),
+        ([{"index": 3, "output": "A"}], ":1: found index 3"),
+        ([good], "found 1 of 3"),
+    ):
         code, out, err = evaluate(capsys, folder, write(tmp_path / "p.jsonl", rows))
         assert (code, out, err.count("\n")) == (2, "", 1) and found in err, err
 
 
-@pytest.mark.parametrize(("file", "text", "found"), [
-    ("test/law_test.csv", "", ":1: found the columns None"), ("test/law_test.csv", "a,b\n", ":1: found the columns"),
-    ("test/law_test.csv", HEADER + "Q,1,2,3,4,5\n", ":2: found 6 cells"), ("test/law_test.csv", HEADER + "Q\n", ":2: "),
-    ("test/law_test.csv", HEADER + 'Q,"1,2,3,4,0\n', ": found malformed CSV"),
-    ("dev/law_dev.csv", HEADER + "Q,1,2,3,4,0\n", "law_dev.csv: found 1 questions, expected 5"),
-    ("dev/law_dev.csv", None, "law_dev.csv: found No such file")])
+@pytest.mark.parametrize(
+    ("file", "text", "found"),
+    [
+        ("test/law_test.csv", "", ":1: found the columns None"),
+        ("test/law_test.csv", "a,b\n", ":1: found the columns"),
+        ("test/law_test.csv", HEADER + "Q,1,2,3,4,5\n", ":2: found 6 cells"),
+        ("test/law_test.csv", HEADER + "Q\n", ":2: "),
+        ("test/law_test.csv", HEADER + 'Q,"1,2,3,4,0\n', ": found malformed CSV"),
+        ("dev/law_dev.csv", HEADER + "Q,1,2,3,4,0\n", "law_dev.csv: found 1 questions, expected 5"),
+        ("dev/law_dev.csv", None, "law_dev.csv: found No such file"),
+    ],
+)
 def test_altered_folder_is_an_error(folder, file, text, found):
     (folder / file).unlink()
     if text is not None:
@@ -161,8 +207,15 @@ def test_published_set():
 
 def test_runs_as_a_module_without_importing_torch_or_model_code(folder, tmp_path):
     predictions = write(tmp_path / "p.jsonl", [{"index": i, "output": "A"} for i in range(3)])
-    probe = ("import sys; from eval.evaluate_mmlu import main; code = main(sys.argv[1:]); "
-             "print(sorted(name for name in sys.modules if name.split('.')[0] in ('torch', 'model', 'train', 'rl')))")
-    result = subprocess.run([sys.executable, "-c", probe, "--answers", folder, "--predictions", predictions], cwd=ROOT,
-                            capture_output=True, text=True, check=True)
+    probe = (
+        "import sys; from eval.evaluate_mmlu import main; code = main(sys.argv[1:]); "
+        "print(sorted(name for name in sys.modules if name.split('.')[0] in ('torch', 'model', 'train', 'rl')))"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", probe, "--answers", folder, "--predictions", predictions],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
     assert result.stdout.splitlines()[-1] == "[]"

@@ -1,4 +1,5 @@
 """RoTBench's rules on hand-made records, files in and out, hostile predictions, ceilings of the published sets."""
+
 import json
 import random
 import subprocess
@@ -49,33 +50,52 @@ def with_input(source):
     return f"Thought:\nAction: get_weather\nAction Input: {source}"
 
 
-@pytest.mark.parametrize("text, official, fair", [
-    (WEATHER, RIGHT, RIGHT),
-    (weather(unit="C", city="Oslo"), RIGHT, RIGHT),             # gold "None": named, value free; order free
-    (weather(city="oslo", unit="C"), VALUES, VALUES),           # letter case counts
-    (weather(city="Oslo "), TOOL, TOOL), (weather(city="Oslo", unit="C", days="3"), TOOL, TOOL),
-    (react("get_news", {"city": "Oslo", "unit": "C"}), WRONG, WRONG),
-    (react("Get_weather", {"city": "Oslo", "unit": "C"}), WRONG, WRONG),
-    (react("no_such_tool", {"city": "Oslo", "unit": "C"}), WRONG, WRONG),
-    (WEATHER.replace("get_weather", "get_weather "), WRONG, WRONG),  # the blank is part of the name
-    (WEATHER.replace("Action: get", "Action:  get"), WRONG, WRONG),
-    (WEATHER.replace("Action: ", "Action:\n"), RIGHT, RIGHT),       # the character behind "Action:" is not looked at
-    (WEATHER.replace("get_weather\n", "get_weather"), RIGHT, RIGHT),
-    (WEATHER.replace("get_weather\n", "get_weather\n\n"), WRONG, WRONG),
-    (WEATHER + " ", RIGHT, RIGHT), (WEATHER + "\nThought: done", WRONG, WRONG),
-    (WEATHER.replace('"', "'"), WRONG, WRONG),
-    (WEATHER.replace("Thought:", "Thought: rain?\n  I look. "), RIGHT, RIGHT),
-    (WEATHER.replace("Thought:", "Thought: Action: look"), WRONG, WRONG),  # the first "Action:" counts
-    (with_input('{\n  "city": "Oslo",\n  "unit": "C"\n}'), RIGHT, RIGHT),
-    (with_input('{"city": "Bergen", "unit": "C", "city": "Oslo"}'), RIGHT, RIGHT),  # JSON keeps the last of equal keys
-    (with_input("{}"), WRONG, TOOL),                            # the rule that `fair` drops
-    (with_input("[]"), WRONG, WRONG), (with_input("null"), WRONG, WRONG), (with_input("0"), WRONG, WRONG),
-    (with_input('"Oslo"'), WRONG, WRONG), (with_input(""), WRONG, WRONG), (with_input("{city: 1}"), WRONG, WRONG),
-    (with_input("[1]"), TOOL, TOOL), (with_input("7"), TOOL, TOOL), (with_input("true"), TOOL, TOOL),  # stops at PI
-    (with_input("[" * 100_000), WRONG, WRONG), (with_input("9" * 5000), WRONG, WRONG),
-    ('Tool:  get_weather\nAction Input: {"city": "Oslo", "unit": "C"}', RIGHT, RIGHT),  # 7 characters, no "Action:"
-    ("", WRONG, WRONG), ("Action:", WRONG, WRONG), ("Action Input:", WRONG, WRONG), ("Oslo", WRONG, WRONG),
-])
+@pytest.mark.parametrize(
+    "text, official, fair",
+    [
+        (WEATHER, RIGHT, RIGHT),
+        (weather(unit="C", city="Oslo"), RIGHT, RIGHT),  # gold "None": named, value free; order free
+        (weather(city="oslo", unit="C"), VALUES, VALUES),  # letter case counts
+        (weather(city="Oslo "), TOOL, TOOL),
+        (weather(city="Oslo", unit="C", days="3"), TOOL, TOOL),
+        (react("get_news", {"city": "Oslo", "unit": "C"}), WRONG, WRONG),
+        (react("Get_weather", {"city": "Oslo", "unit": "C"}), WRONG, WRONG),
+        (react("no_such_tool", {"city": "Oslo", "unit": "C"}), WRONG, WRONG),
+        (WEATHER.replace("get_weather", "get_weather "), WRONG, WRONG),  # the blank is part of the name
+        (WEATHER.replace("Action: get", "Action:  get"), WRONG, WRONG),
+        (WEATHER.replace("Action: ", "Action:\n"), RIGHT, RIGHT),  # the character behind "Action:" is not looked at
+        (WEATHER.replace("get_weather\n", "get_weather"), RIGHT, RIGHT),
+        (WEATHER.replace("get_weather\n", "get_weather\n\n"), WRONG, WRONG),
+        (WEATHER + " ", RIGHT, RIGHT),
+        (WEATHER + "\nThought: done", WRONG, WRONG),
+        (WEATHER.replace('"', "'"), WRONG, WRONG),
+        (WEATHER.replace("Thought:", "Thought: rain?\n  I look. "), RIGHT, RIGHT),
+        (WEATHER.replace("Thought:", "Thought: Action: look"), WRONG, WRONG),  # the first "Action:" counts
+        (with_input('{\n  "city": "Oslo",\n  "unit": "C"\n}'), RIGHT, RIGHT),
+        (
+            with_input('{"city": "Bergen", "unit": "C", "city": "Oslo"}'),
+            RIGHT,
+            RIGHT,
+        ),  # JSON keeps the last of equal keys
+        (with_input("{}"), WRONG, TOOL),  # the rule that `fair` drops
+        (with_input("[]"), WRONG, WRONG),
+        (with_input("null"), WRONG, WRONG),
+        (with_input("0"), WRONG, WRONG),
+        (with_input('"Oslo"'), WRONG, WRONG),
+        (with_input(""), WRONG, WRONG),
+        (with_input("{city: 1}"), WRONG, WRONG),
+        (with_input("[1]"), TOOL, TOOL),
+        (with_input("7"), TOOL, TOOL),
+        (with_input("true"), TOOL, TOOL),  # stops at PI
+        (with_input("[" * 100_000), WRONG, WRONG),
+        (with_input("9" * 5000), WRONG, WRONG),
+        ('Tool:  get_weather\nAction Input: {"city": "Oslo", "unit": "C"}', RIGHT, RIGHT),  # 7 characters, no "Action:"
+        ("", WRONG, WRONG),
+        ("Action:", WRONG, WRONG),
+        ("Action Input:", WRONG, WRONG),
+        ("Oslo", WRONG, WRONG),
+    ],
+)
 def test_one_accepted_answer(tmp_path, text, official, fair):
     assert score(tmp_path, [WEATHER], text) == {"official": official, "fair": fair}
 
@@ -86,16 +106,20 @@ def test_empty_gold_cannot_be_met_by_the_official_rule(tmp_path):
     assert score(tmp_path, [NEWS, WEATHER], WEATHER)["official"] == RIGHT
 
 
-@pytest.mark.parametrize("value, expected", [(1, RIGHT), (1.0, RIGHT), (True, RIGHT), ("1", VALUES), ([1], VALUES),
-                                             (None, VALUES), (2, VALUES)])
+@pytest.mark.parametrize(
+    "value, expected",
+    [(1, RIGHT), (1.0, RIGHT), (True, RIGHT), ("1", VALUES), ([1], VALUES), (None, VALUES), (2, VALUES)],
+)
 def test_values_are_equal_as_python_has_it(tmp_path, value, expected):
     assert score(tmp_path, [weather(city=1)], weather(city=value))["official"] == expected
 
 
 def test_special_tools_by_position_not_by_name(tmp_path):
     names = ("finish", "get_news", "tool3", "tool4")  # noise permutes names: the tool that ends the dialogue is `tool4`
+
     def scored(answers, text, rules="official"):
         return score(tmp_path, answers, text, names=names)[rules]
+
     assert scored([react("tool4", {"answer": "Rain."})], react("tool4", {"answer": "Sun?"})) == RIGHT  # value free
     assert scored([react("tool4", {"answer": "Rain."})], react("finish", {"answer": "Sun?"})) == RIGHT  # also known so
     assert scored([react("tool4", {"answer": "Rain."})], react("finish", {"text": "Sun?"})) == TOOL
@@ -120,8 +144,10 @@ def test_a_free_value_is_gone_for_the_answers_that_follow(tmp_path):
 
 def test_reasons_name_category_and_difference(tmp_path):
     (example,) = load(tmp_path, rotbench_record([WEATHER]))
+
     def reason(name, arguments, rules="official"):
         return score_rotbench_call(name, arguments, example, rules).reason
+
     assert reason("get_news", {"a": 1}) == "wrong tool: 'get_news', expected 'get_weather'"
     assert reason("get_weather", {"city": "Oslo"}) == "wrong parameters: missing 'unit'"
     assert reason("get_weather", {"city": "Rom", "unit": 1}) == "wrong value: 'city' is 'Rom', expected 'Oslo'"
@@ -145,8 +171,13 @@ def test_other_formats_are_read_into_calls_first(tmp_path):
 
 # ------------------------------------------------------------------------------------------------------ files and flags
 
-TEXTS = [(WEATHER, RIGHT), (weather(city="Rom", unit="C"), VALUES), (weather(city="Oslo"), TOOL), ("Oslo!", WRONG),
-         (with_input("{}"), WRONG)]
+TEXTS = [
+    (WEATHER, RIGHT),
+    (weather(city="Rom", unit="C"), VALUES),
+    (weather(city="Oslo"), TOOL),
+    ("Oslo!", WRONG),
+    (with_input("{}"), WRONG),
+]
 
 
 @pytest.fixture
@@ -171,15 +202,25 @@ def test_official_file_rows_and_summary(files, tmp_path, capsys):
     assert (code, err) == (0, "")
     summary = json.loads(out.splitlines()[-1])
     assert [summary[key] for key in ("n", "TS", "PI", "CF", "TS_percent", "rules", "primary")] == [
-        5, 3, 2, 1, 60.0, "official", "official"]
+        5,
+        3,
+        2,
+        1,
+        60.0,
+        "official",
+        "official",
+    ]
     assert [summary["variants"][rules]["TS"] for rules in RULES] == [3, 4]  # {} has the right tool under `fair`
     assert {name: (rates["n"], rates["TS"], rates["CF"]) for name, rates in summary["by_scenario"].items()} == {
-        "TG": (2, 2, 1), "FT": (3, 1, 0)}
+        "TG": (2, 2, 1),
+        "FT": (3, 1, 0),
+    }
     assert summary["by_scenario"]["TG"]["CF_interval_95"] == [9.45, 90.55] and summary["by_noise"] == {}
     assert summary["errors"] == {"empty arguments": 1, "unparsable": 1, "wrong parameters": 1, "wrong value": 1}
     rows = [json.loads(line) for line in (tmp_path / "out/results/rotbench-clean.jsonl").read_text().splitlines()]
     assert [(row["index"], row["TS"], row["PI"], row["CF"]) for row in rows] == [
-        (index, *expected) for index, (_, expected) in enumerate(TEXTS)]
+        (index, *expected) for index, (_, expected) in enumerate(TEXTS)
+    ]
     assert json.loads(evaluate(capsys, *files, "--rules", "fair")[1])["TS"] == 4
 
 
@@ -193,16 +234,26 @@ def test_jsonl_predictions_in_any_order_with_a_torn_last_line(files, tmp_path, c
     assert json.loads(evaluate(capsys, files[0], path, "--limit", "2")[1])["n"] == 2
 
 
-@pytest.mark.parametrize("content, expected", [
-    ([rotbench_record("x")] * 4, "found 4 predictions, expected 5"), ([rotbench_record("x")] * 6, "found 6 predict"),
-    ([rotbench_record(["x"])] * 5, ":1: found list, expected the model's text"), ([7] * 5, ":1: found no conversation"),
-    ([{"conversations": []}] * 5, ":1: found no conversations"), ("[1", ":1: found '', expected ','"), ("[", ":1: "),
-    ('{"index": 0, "output": ""}', "found 1 of 5 predictions"), ('{"index": 5, "output": ""}', ":1: found index 5"),
-    ('{"index": 0, "output": ""}\n{"index": 0, "output": ""}', ":2: found index 0 again"),
-    ('{"index": 0, "out\n{"index": 0, "output": ""}', ":1: found no valid JSON"), ("7", ":1: found int"),
-    ('{"index": 0, "output": []}', ":1: found list"), ("", "found 0 of 5"),
-    ('{"index": 0, "output": "", "format": "xml"}', ":1: found format 'xml'"),
-])
+@pytest.mark.parametrize(
+    "content, expected",
+    [
+        ([rotbench_record("x")] * 4, "found 4 predictions, expected 5"),
+        ([rotbench_record("x")] * 6, "found 6 predict"),
+        ([rotbench_record(["x"])] * 5, ":1: found list, expected the model's text"),
+        ([7] * 5, ":1: found no conversation"),
+        ([{"conversations": []}] * 5, ":1: found no conversations"),
+        ("[1", ":1: found '', expected ','"),
+        ("[", ":1: "),
+        ('{"index": 0, "output": ""}', "found 1 of 5 predictions"),
+        ('{"index": 5, "output": ""}', ":1: found index 5"),
+        ('{"index": 0, "output": ""}\n{"index": 0, "output": ""}', ":2: found index 0 again"),
+        ('{"index": 0, "out\n{"index": 0, "output": ""}', ":1: found no valid JSON"),
+        ("7", ":1: found int"),
+        ('{"index": 0, "output": []}', ":1: found list"),
+        ("", "found 0 of 5"),
+        ('{"index": 0, "output": "", "format": "xml"}', ":1: found format 'xml'"),
+    ],
+)
 def test_bad_predictions_are_one_line_and_code_2(files, tmp_path, capsys, content, expected):
     path = tmp_path / "bad"
     path.write_text(content if isinstance(content, str) else json.dumps(content))
@@ -222,22 +273,50 @@ def test_missing_files_and_wrong_flags_are_one_line_and_code_2(files, tmp_path, 
 
 @pytest.mark.parametrize("module", ["evaluate_rotbench", "evaluate_toolalpaca"])
 def test_run_as_modules_without_importing_torch_or_model_code(files, module):
-    probe = (f"import sys; from eval.{module} import main; "
-             "print(sorted(name for name in sys.modules if name.split('.')[0] in ('torch', 'model', 'train', 'rl')))")
+    probe = (
+        f"import sys; from eval.{module} import main; "
+        "print(sorted(name for name in sys.modules if name.split('.')[0] in ('torch', 'model', 'train', 'rl')))"
+    )
     result = subprocess.run([sys.executable, "-c", probe], cwd=ROOT, capture_output=True, text=True, check=False)
     assert result.stdout == "[]\n", result.stderr
-    result = subprocess.run([sys.executable, "-m", f"eval.{module}", "--answers", files[0], "--predictions", "none"],
-                            cwd=ROOT, capture_output=True, text=True, check=False)
+    result = subprocess.run(
+        [sys.executable, "-m", f"eval.{module}", "--answers", files[0], "--predictions", "none"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     assert result.returncode == 2 and result.stderr.count("\n") == 1 and "Traceback" not in result.stderr
 
 
 # -------------------------------------------------------------------------------------------------- hostile predictions
 
-HOSTILE = ["", " ", "\n", "Action:", "Action: \nAction Input: {}", "[" * 100_000, "{" * 100_000, "x" * 1_000_000,
-           WEATHER + "}" * 1_000_000, "\x00\x1b[31m\x7f", "\ud800", "Action: \ud800\nAction Input: {\"\ud800\": 1}",
-           with_input("[" * 990 + "]" * 990), with_input('{"city": ' + "[" * 900 + "]" * 900 + ', "unit": 1}'),
-           with_input('{"city": NaN, "unit": -Infinity}'), with_input('{"city": 1e999, "unit": 1}'), with_input("NaN"),
-           "__import__('os').abort()", 'get_weather(city=__import__("os").abort())', "0", "[]", "{}", "null", "-1"]
+HOSTILE = [
+    "",
+    " ",
+    "\n",
+    "Action:",
+    "Action: \nAction Input: {}",
+    "[" * 100_000,
+    "{" * 100_000,
+    "x" * 1_000_000,
+    WEATHER + "}" * 1_000_000,
+    "\x00\x1b[31m\x7f",
+    "\ud800",
+    'Action: \ud800\nAction Input: {"\ud800": 1}',
+    with_input("[" * 990 + "]" * 990),
+    with_input('{"city": ' + "[" * 900 + "]" * 900 + ', "unit": 1}'),
+    with_input('{"city": NaN, "unit": -Infinity}'),
+    with_input('{"city": 1e999, "unit": 1}'),
+    with_input("NaN"),
+    "__import__('os').abort()",
+    'get_weather(city=__import__("os").abort())',
+    "0",
+    "[]",
+    "{}",
+    "null",
+    "-1",
+]
 
 
 @pytest.mark.parametrize("output_format", [REACT, "tl"])
@@ -260,9 +339,9 @@ def mutated(text, draw):
         if change == 0:
             text = text[:place] + chr(draw.choice((draw.randrange(128), draw.randrange(0x110000)))) + text[place:]
         elif change == 1:
-            text = text[:min(place, other)] + text[max(place, other):]
+            text = text[: min(place, other)] + text[max(place, other) :]
         elif change == 2:
-            text = text[:place] + text[min(place, other):max(place, other)] * draw.choice((1, 50)) + text[place:]
+            text = text[:place] + text[min(place, other) : max(place, other)] * draw.choice((1, 50)) + text[place:]
         elif change == 3:
             head, _, _ = text.partition("Action Input:")
             text = head + "Action Input: " + draw.choice(ARGUMENTS)
@@ -325,18 +404,30 @@ def test_10_000_predictions_in_less_than_3_seconds_of_processor_time(tmp_path):
 
 
 @pytest.mark.skipif(not REAL.is_dir(), reason="needs the published benchmarks in ../shared/data/benchmarks")
-@pytest.mark.parametrize("file, official, n", [
-    ("First_Turn/clean", 97, 105), ("First_Turn/slight", 194, 210), ("First_Turn/medium", 194, 210),
-    ("First_Turn/heavy", 200, 210), ("First_Turn/union", 97, 105), ("Third_Turn/clean", 67, 70),
-    ("Third_Turn/slight", 134, 140), ("Third_Turn/medium", 134, 140), ("Third_Turn/heavy", 137, 140),
-    ("Third_Turn/union", 69, 70)])
+@pytest.mark.parametrize(
+    "file, official, n",
+    [
+        ("First_Turn/clean", 97, 105),
+        ("First_Turn/slight", 194, 210),
+        ("First_Turn/medium", 194, 210),
+        ("First_Turn/heavy", 200, 210),
+        ("First_Turn/union", 97, 105),
+        ("Third_Turn/clean", 67, 70),
+        ("Third_Turn/slight", 134, 140),
+        ("Third_Turn/medium", 134, 140),
+        ("Third_Turn/heavy", 137, 140),
+        ("Third_Turn/union", 69, 70),
+    ],
+)
 def test_ceilings_reached_by_the_gold_answers(file, official, n):
     path = REAL / f"{file}.json"
     examples = load_rotbench(path)
     texts = [record["conversations"][-1]["value"][0] for record in json.loads(path.read_text())]
     rows, summary = summarize_rotbench(examples, predict(texts), "official")
     assert {rules: [rates[key] for key in ("n", "TS", "PI", "CF")] for rules, rates in summary["variants"].items()} == {
-        "official": [n, *[official] * 3], "fair": [n] * 4}
+        "official": [n, *[official] * 3],
+        "fair": [n] * 4,
+    }
     if file == "First_Turn/clean":
         assert summary["CF_percent"] == 92.38
         assert [row["index"] for row in rows if not row["TS"]] == [61, 63, 72, 75, 85, 98, 99, 102]

@@ -1,4 +1,5 @@
 """The standalone evaluator on files: known score, completeness, file:line errors, no model imports."""
+
 import json
 import random
 import subprocess
@@ -11,14 +12,28 @@ from eval.evaluate_tiny import main
 from eval.reports.report import compare_rates, summarize_results
 
 ROOT = Path(__file__).resolve().parents[2]
-TOOL = {"type": "function", "function": {"name": "get_weather", "description": "Weather.", "parameters": {
-    "type": "object", "properties": {"city": {"type": "string"}, "days": {"type": "integer"}}, "required": ["city"]}}}
+TOOL = {
+    "type": "function",
+    "function": {
+        "name": "get_weather",
+        "description": "Weather.",
+        "parameters": {
+            "type": "object",
+            "properties": {"city": {"type": "string"}, "days": {"type": "integer"}},
+            "required": ["city"],
+        },
+    },
+}
 
 
 def record(index, calls=(("get_weather", {"city": "Oslo", "days": 3}),)):
-    return {"id": f"tiny/{index}", "tools": [TOOL], "messages": [{"role": "user", "content": "Weather in Oslo?"}],
-            "gold": [{"calls": [{"name": name, "arguments": arguments} for name, arguments in calls],
-                      "order_free": False}], "meta": {}}
+    return {
+        "id": f"tiny/{index}",
+        "tools": [TOOL],
+        "messages": [{"role": "user", "content": "Weather in Oslo?"}],
+        "gold": [{"calls": [{"name": name, "arguments": arguments} for name, arguments in calls], "order_free": False}],
+        "meta": {},
+    }
 
 
 def write(path, rows):
@@ -50,8 +65,9 @@ OUTPUTS = [
 @pytest.fixture
 def files(tmp_path):
     answers = write(tmp_path / "test_seen.jsonl", [record(index) for index in range(len(OUTPUTS))])
-    predictions = write(tmp_path / "predictions.jsonl",
-                        [{"index": index, "output": row[0]} for index, row in enumerate(OUTPUTS)])
+    predictions = write(
+        tmp_path / "predictions.jsonl", [{"index": index, "output": row[0]} for index, row in enumerate(OUTPUTS)]
+    )
     return answers, predictions
 
 
@@ -79,8 +95,10 @@ def test_order_of_lines_is_free_and_blank_lines_are_skipped(files, tmp_path, cap
 
 
 def test_plain_format_is_read_where_a_line_says_so(files, tmp_path, capsys):
-    rows = [{"index": index, "output": ' get_weather(city: "Oslo", days: 3).\nUser: thanks', "format": "plain"}
-            for index in range(len(OUTPUTS))]
+    rows = [
+        {"index": index, "output": ' get_weather(city: "Oslo", days: 3).\nUser: thanks', "format": "plain"}
+        for index in range(len(OUTPUTS))
+    ]
     _, out, _ = evaluate(capsys, files[0], write(tmp_path / "plain.jsonl", rows))
     assert json.loads(out)["CF"] == 10
     rows[0].pop("format")  # in the tl form the same text is no call
@@ -90,8 +108,13 @@ def test_plain_format_is_read_where_a_line_says_so(files, tmp_path, capsys):
 
 def test_reason_names_a_cut_or_missing_output(tmp_path, capsys):
     answers = write(tmp_path / "answers.jsonl", [record(0), record(1)])
-    predictions = write(tmp_path / "p.jsonl", [{"index": 0, "output": "get_weather(", "stop": "max_new_tokens"},
-                                               {"index": 1, "output": "", "stop": "prompt_too_long"}])
+    predictions = write(
+        tmp_path / "p.jsonl",
+        [
+            {"index": 0, "output": "get_weather(", "stop": "max_new_tokens"},
+            {"index": 1, "output": "", "stop": "prompt_too_long"},
+        ],
+    )
     code, _, _ = evaluate(capsys, answers, predictions, "--output", str(tmp_path))
     rows = [json.loads(line) for line in (tmp_path / "results/answers.jsonl").read_text().splitlines()]
     assert code == 0 and "cut at max_new_tokens" in rows[0]["reason"] and rows[1]["reason"].startswith("no output:")
@@ -108,24 +131,27 @@ def change(files, tmp_path, line, text):
     return changed
 
 
-@pytest.mark.parametrize("line, text, expected", [
-    (3, '{"index": 1, "output": ""}', ":3: found index 1 again"),
-    (3, '{"index": 10, "output": ""}', ":3: found index 10, expected 0 to 9"),
-    (3, '{"index": -1, "output": ""}', ":3: found index -1"),
-    (3, '{"index": true, "output": ""}', ":3: found index True, expected the record"),
-    (3, '{"index": 2.0, "output": ""}', ":3: found index 2.0"),
-    (3, '{"index": ' + "9" * 5000 + ', "output": ""}', ":3: found no valid JSON"),
-    (3, '{"output": ""}', ":3: found index None"),
-    (3, '{"index": 2}', ":3: found NoneType as 'output'"),
-    (3, '{"index": 2, "output": ["f()"]}', ":3: found list as 'output'"),
-    (3, '{"index": 2, "output": "", "format": "xml"}', ":3: found format 'xml'"),
-    (3, '{"index": 2, "output": "", "format": ["tl"]}', ":3: found format"),
-    (3, '{"index": 2, "output": "", "stop": 1}', ":3: found stop 1"),
-    (3, '{"index": 2, "outp', ":3: found no valid JSON"),
-    (3, "[2]", ":3: found list"),
-    (3, "[" * 100_000, ":3: found no valid JSON"),
-    (3, "", "found 9 of 10 predictions, expected all (first missing index 2)"),
-])
+@pytest.mark.parametrize(
+    "line, text, expected",
+    [
+        (3, '{"index": 1, "output": ""}', ":3: found index 1 again"),
+        (3, '{"index": 10, "output": ""}', ":3: found index 10, expected 0 to 9"),
+        (3, '{"index": -1, "output": ""}', ":3: found index -1"),
+        (3, '{"index": true, "output": ""}', ":3: found index True, expected the record"),
+        (3, '{"index": 2.0, "output": ""}', ":3: found index 2.0"),
+        (3, '{"index": ' + "9" * 5000 + ', "output": ""}', ":3: found no valid JSON"),
+        (3, '{"output": ""}', ":3: found index None"),
+        (3, '{"index": 2}', ":3: found NoneType as 'output'"),
+        (3, '{"index": 2, "output": ["f()"]}', ":3: found list as 'output'"),
+        (3, '{"index": 2, "output": "", "format": "xml"}', ":3: found format 'xml'"),
+        (3, '{"index": 2, "output": "", "format": ["tl"]}', ":3: found format"),
+        (3, '{"index": 2, "output": "", "stop": 1}', ":3: found stop 1"),
+        (3, '{"index": 2, "outp', ":3: found no valid JSON"),
+        (3, "[2]", ":3: found list"),
+        (3, "[" * 100_000, ":3: found no valid JSON"),
+        (3, "", "found 9 of 10 predictions, expected all (first missing index 2)"),
+    ],
+)
 def test_wrong_predictions_end_with_one_line_and_code_2(files, tmp_path, capsys, line, text, expected):
     code, out, err = evaluate(capsys, files[0], change(files, tmp_path, line, text))
     assert code == 2 and out == ""
@@ -155,28 +181,52 @@ def damaged(**changes):
     return {**record(1), **changes}
 
 
-@pytest.mark.parametrize("second_line, expected", [
-    ("{", "found no valid JSON"),
-    ('"text"', "found str"),
-    ('{"id": NaN}', "found no valid JSON"),
-    (damaged(id=None), "found NoneType as 'id'"),
-    (damaged(tools={}), "found dict as 'tools'"),
-    (damaged(tools=[{"type": "function", "function": {}}]), "tools"),
-    (damaged(tools=["f"]), "tools"),
-    (damaged(messages=[]), "found no message"),
-    (damaged(messages=["hi"]), "found str"),
-    (damaged(messages=[{"role": "robot", "content": "hi"}]), "role 'robot'"),
-    (damaged(messages=[{"role": "user"}]), "found nothing as 'content'"),
-    (damaged(gold=[]), "found no gold answer"),
-    (damaged(gold=[{"calls": [], "order_free": False}]), "without calls"),
-    (damaged(gold=[{"calls": [{"name": "get_weather", "arguments": {}}]}]), "found nothing as 'order_free'"),
-    (damaged(gold=[{"calls": [{"name": "other", "arguments": {}}], "order_free": False}]), "found gold tool 'other'"),
-    (damaged(gold=[{"calls": [{"name": "get_weather", "arguments": []}], "order_free": False}]), "found list as"),
-    (damaged(gold=[{"calls": [{"name": "get_weather", "arguments": {"city": "O"}, "wildcards": ["town"]}],
-                    "order_free": False}]), "found wildcards"),
-    (damaged(gold=[{"calls": [{"name": "get_weather", "arguments": {"city": "O"}, "wildcards": [["city"]]}],
-                    "order_free": False}]), "found wildcards"),
-])
+@pytest.mark.parametrize(
+    "second_line, expected",
+    [
+        ("{", "found no valid JSON"),
+        ('"text"', "found str"),
+        ('{"id": NaN}', "found no valid JSON"),
+        (damaged(id=None), "found NoneType as 'id'"),
+        (damaged(tools={}), "found dict as 'tools'"),
+        (damaged(tools=[{"type": "function", "function": {}}]), "tools"),
+        (damaged(tools=["f"]), "tools"),
+        (damaged(messages=[]), "found no message"),
+        (damaged(messages=["hi"]), "found str"),
+        (damaged(messages=[{"role": "robot", "content": "hi"}]), "role 'robot'"),
+        (damaged(messages=[{"role": "user"}]), "found nothing as 'content'"),
+        (damaged(gold=[]), "found no gold answer"),
+        (damaged(gold=[{"calls": [], "order_free": False}]), "without calls"),
+        (damaged(gold=[{"calls": [{"name": "get_weather", "arguments": {}}]}]), "found nothing as 'order_free'"),
+        (
+            damaged(gold=[{"calls": [{"name": "other", "arguments": {}}], "order_free": False}]),
+            "found gold tool 'other'",
+        ),
+        (damaged(gold=[{"calls": [{"name": "get_weather", "arguments": []}], "order_free": False}]), "found list as"),
+        (
+            damaged(
+                gold=[
+                    {
+                        "calls": [{"name": "get_weather", "arguments": {"city": "O"}, "wildcards": ["town"]}],
+                        "order_free": False,
+                    }
+                ]
+            ),
+            "found wildcards",
+        ),
+        (
+            damaged(
+                gold=[
+                    {
+                        "calls": [{"name": "get_weather", "arguments": {"city": "O"}, "wildcards": [["city"]]}],
+                        "order_free": False,
+                    }
+                ]
+            ),
+            "found wildcards",
+        ),
+    ],
+)
 def test_wrong_answers_file(tmp_path, capsys, second_line, expected):
     answers = tmp_path / "answers.jsonl"
     line = second_line if isinstance(second_line, str) else json.dumps(second_line)
@@ -203,10 +253,24 @@ def test_missing_and_empty_files_and_wrong_flags(files, tmp_path, capsys):
 
 
 def test_hostile_outputs_are_wrong_not_a_crash(tmp_path, capsys):
-    hostile = ["(" * 100_000, "f(" * 50_000, "x" * 1_000_000, "\x00\x1b[31m", "__import__('os').abort()",
-               "f(x=" + "[" * 9999, "get_weather(city=" + "9" * 10_000 + ")", "\ud800(a=1)", "get_weather(**{1: 2})",
-               "get_weather(*[1])",
-               "get_weather(city=open('/etc/passwd').read())", "{}", "[]", "null", "-1", "get_weather(city=1e999)"]
+    hostile = [
+        "(" * 100_000,
+        "f(" * 50_000,
+        "x" * 1_000_000,
+        "\x00\x1b[31m",
+        "__import__('os').abort()",
+        "f(x=" + "[" * 9999,
+        "get_weather(city=" + "9" * 10_000 + ")",
+        "\ud800(a=1)",
+        "get_weather(**{1: 2})",
+        "get_weather(*[1])",
+        "get_weather(city=open('/etc/passwd').read())",
+        "{}",
+        "[]",
+        "null",
+        "-1",
+        "get_weather(city=1e999)",
+    ]
     answers = write(tmp_path / "answers.jsonl", [record(index) for index in range(len(hostile))])
     predictions = write(tmp_path / "p.jsonl", [{"index": i, "output": text} for i, text in enumerate(hostile)])
     code, out, err = evaluate(capsys, answers, predictions, "--output", str(tmp_path))
@@ -216,11 +280,17 @@ def test_hostile_outputs_are_wrong_not_a_crash(tmp_path, capsys):
 
 
 def test_runs_as_a_module_without_importing_torch_or_model_code(files):
-    probe = ("import sys; from eval.evaluate_tiny import main; code = main(sys.argv[1:]); "
-             "print(sorted(name for name in sys.modules if name.split('.')[0] in ('torch', 'model', 'train', 'rl'))); "
-             "sys.exit(code)")
-    result = subprocess.run([sys.executable, "-c", probe, "--answers", files[0], "--predictions", files[1]], cwd=ROOT,
-                            capture_output=True, text=True)
+    probe = (
+        "import sys; from eval.evaluate_tiny import main; code = main(sys.argv[1:]); "
+        "print(sorted(name for name in sys.modules if name.split('.')[0] in ('torch', 'model', 'train', 'rl'))); "
+        "sys.exit(code)"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", probe, "--answers", files[0], "--predictions", files[1]],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
     assert result.returncode == 0 and result.stdout.splitlines()[-1] == "[]", result.stderr
     command = [sys.executable, "-m", "eval.evaluate_tiny", "--answers", files[0], "--predictions"]
     result = subprocess.run([*command, files[1]], cwd=ROOT, capture_output=True, text=True)
@@ -234,8 +304,9 @@ def test_runs_as_a_module_without_importing_torch_or_model_code(files):
 
 
 def rows_of(correct, n):
-    return [{"TS": 1, "PI": 1, "CF": int(i < correct), "reason": "" if i < correct else "wrong value: x"}
-            for i in range(n)]
+    return [
+        {"TS": 1, "PI": 1, "CF": int(i < correct), "reason": "" if i < correct else "wrong value: x"} for i in range(n)
+    ]
 
 
 def test_comparison_calls_a_difference_only_when_intervals_are_disjoint():

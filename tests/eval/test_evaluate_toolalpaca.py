@@ -1,4 +1,5 @@
 """ToolAlpaca as single calls: each variant on hand-made records, hostile text, shares of the published set."""
+
 import json
 import random
 import time
@@ -9,9 +10,9 @@ import pytest
 from data.tool_calls import ToolCall, render_tool_call
 from eval.benchmark_data import load_toolalpaca
 from eval.evaluate_toolalpaca import PRIMARY, VARIANTS, main, score_toolalpaca_call, summarize_toolalpaca
+from eval.metrics import equal_json, equal_lenient, equal_python
 from eval.predict.prediction_files import Prediction
 from eval.predict.react_output import read_call
-from eval.metrics import equal_json, equal_lenient, equal_python
 from tests.support.rotbench_records import react, toolalpaca_record
 
 REAL = Path(__file__).resolve().parents[3] / "shared/data/benchmarks/toolalpaca/eval_real.masked.json"
@@ -32,20 +33,25 @@ def predict(texts, output_format="tl"):
 
 # The first gold call: latest_get(key=MASKED_API_KEY, base="EUR", days=2); the second: list_get(). Expected results in
 # the order of ALL_VARIANTS.
-@pytest.mark.parametrize("call, expected", [
-    ('latest_get(key="MASKED_API_KEY", base="EUR", days=2)', [RIGHT] * 5),
-    ('latest_get(key="mine", base="EUR", days=2)', [VALUES, VALUES, VALUES, RIGHT, VALUES]),
-    ('latest_get(base="EUR", days=2)', [TOOL] * 5),                          # the key must be named in every variant
-    ('latest_get(key="MASKED_API_KEY", base="EUR", days="2")', [VALUES, VALUES, VALUES, VALUES, RIGHT]),
-    ('latest_get(key="MASKED_API_KEY", base=" eur", days=2)', [VALUES, VALUES, VALUES, VALUES, RIGHT]),
-    ('latest_get(key="MASKED_API_KEY", base="EUR", days=2.0)', [RIGHT] * 5),  # one number in JSON
-    ('latest_get(key="MASKED_API_KEY", base="EUR", days=3)', [VALUES] * 5),
-    ("latest_get()", [TOOL, WRONG, TOOL, TOOL, TOOL]),
-    ("list_get()", [WRONG, WRONG, RIGHT, WRONG, WRONG]),                     # right as the second call of the task
-    ("list_get(a=1)", [WRONG, WRONG, TOOL, WRONG, WRONG]),
-    ("other_get()", [WRONG] * 5), ("latest_get(", [WRONG] * 5), ("", [WRONG] * 5),
-    ("latest_get() list_get()", [WRONG] * 5),
-])
+@pytest.mark.parametrize(
+    "call, expected",
+    [
+        ('latest_get(key="MASKED_API_KEY", base="EUR", days=2)', [RIGHT] * 5),
+        ('latest_get(key="mine", base="EUR", days=2)', [VALUES, VALUES, VALUES, RIGHT, VALUES]),
+        ('latest_get(base="EUR", days=2)', [TOOL] * 5),  # the key must be named in every variant
+        ('latest_get(key="MASKED_API_KEY", base="EUR", days="2")', [VALUES, VALUES, VALUES, VALUES, RIGHT]),
+        ('latest_get(key="MASKED_API_KEY", base=" eur", days=2)', [VALUES, VALUES, VALUES, VALUES, RIGHT]),
+        ('latest_get(key="MASKED_API_KEY", base="EUR", days=2.0)', [RIGHT] * 5),  # one number in JSON
+        ('latest_get(key="MASKED_API_KEY", base="EUR", days=3)', [VALUES] * 5),
+        ("latest_get()", [TOOL, WRONG, TOOL, TOOL, TOOL]),
+        ("list_get()", [WRONG, WRONG, RIGHT, WRONG, WRONG]),  # right as the second call of the task
+        ("list_get(a=1)", [WRONG, WRONG, TOOL, WRONG, WRONG]),
+        ("other_get()", [WRONG] * 5),
+        ("latest_get(", [WRONG] * 5),
+        ("", [WRONG] * 5),
+        ("latest_get() list_get()", [WRONG] * 5),
+    ],
+)
 def test_variants_of_one_instruction(answers, call, expected):
     assert tuple(VARIANTS) == ALL_VARIANTS
     example = load_toolalpaca(answers)[:1]
@@ -68,16 +74,42 @@ def test_python_equality_only_under_rotbench_rules(answers):
         score_toolalpaca_call("latest_get", arguments, example, "mine")
 
 
-@pytest.mark.parametrize("left, right, python, as_json, lenient", [
-    (1, 1, 1, 1, 1), (1, 1.0, 1, 1, 1), (1, True, 1, 0, 0), (0, False, 1, 0, 0), (True, True, 1, 1, 1),
-    ("a", "a", 1, 1, 1), (str(2**140), 2**140, 0, 0, 0), ([1], 1, 0, 0, 0), (1, [1], 0, 0, 0),
-    ("1", 1, 0, 0, 1), ("1.0", 1, 0, 0, 1), ("+1", "1", 0, 0, 1), ("true", True, 0, 0, 1), ("True", "true", 0, 0, 1),
-    ("A ", "a", 0, 0, 1), ("1e3", 1000, 0, 0, 0), ("1,000", 1000, 0, 0, 0), ("nan", float("nan"), 0, 0, 0),
-    (None, None, 1, 1, 1), (None, "null", 0, 0, 0), (None, 0, 0, 0, 0), ("", None, 0, 0, 0),
-    ([1, "2"], [1.0, "2"], 1, 1, 1), ([1, 2], [2, 1], 0, 0, 0), ([1], [1, 2], 0, 0, 0),
-    ([True], [1], 1, 0, 0), ({"a": 1, "b": 2}, {"b": 2.0, "a": 1}, 1, 1, 1), ({"a": "1"}, {"a": 1}, 0, 0, 1),
-    ({"a": 1}, {"b": 1}, 0, 0, 0), ({}, [], 0, 0, 0), ({"a": []}, {"a": {}}, 0, 0, 0),
-])
+@pytest.mark.parametrize(
+    "left, right, python, as_json, lenient",
+    [
+        (1, 1, 1, 1, 1),
+        (1, 1.0, 1, 1, 1),
+        (1, True, 1, 0, 0),
+        (0, False, 1, 0, 0),
+        (True, True, 1, 1, 1),
+        ("a", "a", 1, 1, 1),
+        (str(2**140), 2**140, 0, 0, 0),
+        ([1], 1, 0, 0, 0),
+        (1, [1], 0, 0, 0),
+        ("1", 1, 0, 0, 1),
+        ("1.0", 1, 0, 0, 1),
+        ("+1", "1", 0, 0, 1),
+        ("true", True, 0, 0, 1),
+        ("True", "true", 0, 0, 1),
+        ("A ", "a", 0, 0, 1),
+        ("1e3", 1000, 0, 0, 0),
+        ("1,000", 1000, 0, 0, 0),
+        ("nan", float("nan"), 0, 0, 0),
+        (None, None, 1, 1, 1),
+        (None, "null", 0, 0, 0),
+        (None, 0, 0, 0, 0),
+        ("", None, 0, 0, 0),
+        ([1, "2"], [1.0, "2"], 1, 1, 1),
+        ([1, 2], [2, 1], 0, 0, 0),
+        ([1], [1, 2], 0, 0, 0),
+        ([True], [1], 1, 0, 0),
+        ({"a": 1, "b": 2}, {"b": 2.0, "a": 1}, 1, 1, 1),
+        ({"a": "1"}, {"a": 1}, 0, 0, 1),
+        ({"a": 1}, {"b": 1}, 0, 0, 0),
+        ({}, [], 0, 0, 0),
+        ({"a": []}, {"a": {}}, 0, 0, 0),
+    ],
+)
 def test_equality_of_values(left, right, python, as_json, lenient):
     assert equal_python(left, right) == python
     for pair in ((left, right), (right, left)):
@@ -114,8 +146,11 @@ def test_files_in_rows_and_summary_out(answers, tmp_path, capsys):
 
 def test_bad_input_is_one_line_and_code_2(answers, tmp_path, capsys):
     predictions = tmp_path / "p.jsonl"
-    for text, expected in (("", "found 0 of 3"), ('{"index": 3, "output": ""}', "found index 3"),
-                           ("[]", "found 0 predictions")):
+    for text, expected in (
+        ("", "found 0 of 3"),
+        ('{"index": 3, "output": ""}', "found index 3"),
+        ("[]", "found 0 predictions"),
+    ):
         predictions.write_text(text)
         code, out, err = evaluate(capsys, answers, predictions)
         assert (code, out, err.count("\n")) == (2, "", 1) and expected in err
@@ -131,15 +166,17 @@ def check_mutations(answers, count):
     """No crash; CF <= PI <= TS; what first_call accepts, the wider variants accept; rotbench_rules accepts no more."""
     draw = random.Random(5)
     examples = load_toolalpaca(answers)
-    golds = [render_tool_call(ToolCall(example.gold[0].calls[0].name, example.gold[0].calls[0].arguments))
-             for example in examples]
+    golds = [
+        render_tool_call(ToolCall(example.gold[0].calls[0].name, example.gold[0].calls[0].arguments))
+        for example in examples
+    ]
     reached = set()
     for number in range(count):
         text = golds[number % len(golds)]
         for _ in range(draw.choice((1, 1, 2))):
             place, other = sorted((draw.randrange(len(text) + 1), draw.randrange(len(text) + 1)))
             insert = draw.choice(("", chr(draw.randrange(0x110000)), '"', "[", "(", "1", ", ", text[place:other] * 3))
-            text = text[:place] + insert + text[draw.choice((place, min(place + 1, other), other)):]
+            text = text[:place] + insert + text[draw.choice((place, min(place + 1, other), other)) :]
         call = read_call(predict([text])[0])
         if call.fault:
             continue
@@ -166,9 +203,22 @@ def test_100_000_random_mutations(answers):
 
 
 def test_hostile_texts_are_wrong_not_a_crash(answers):
-    hostile = ["[" * 100_000, "latest_get(base=" + "[" * 50_000, "x" * 1_000_000, "\x00\x1b[31m", "\ud800()", "{}",
-               "[]", "null", "7", 'latest_get(base="' + "x" * 1_000_000 + '")', "latest_get(days=" + "9" * 5000 + ")",
-               "latest_get(days=1e999)", 'latest_get(base=__import__("os").abort())', 'latest_get(base={"a": ' * 150]
+    hostile = [
+        "[" * 100_000,
+        "latest_get(base=" + "[" * 50_000,
+        "x" * 1_000_000,
+        "\x00\x1b[31m",
+        "\ud800()",
+        "{}",
+        "[]",
+        "null",
+        "7",
+        'latest_get(base="' + "x" * 1_000_000 + '")',
+        "latest_get(days=" + "9" * 5000 + ")",
+        "latest_get(days=1e999)",
+        'latest_get(base=__import__("os").abort())',
+        'latest_get(base={"a": ' * 150,
+    ]
     examples = load_toolalpaca(answers)[:1] * len(hostile)
     rows, _ = summarize_toolalpaca(examples, predict(hostile), "fair")
     assert not any(row["CF"] for row in rows)
@@ -191,16 +241,22 @@ def test_ceilings_of_the_published_set():
     """Gold calls as predictions; a model that calls only documented tools; one that does not know the API keys."""
     examples = load_toolalpaca(REAL)
     golds = [example.gold[0].calls[0] for example in examples]
+
     def counts(calls):
         texts = [render_tool_call(ToolCall(name, arguments)) for name, arguments in calls]
         variants = summarize_toolalpaca(examples, predict(texts), "fair")[1]["variants"]
         return {name: tuple(rates[metric] for metric in ("TS", "PI", "CF")) for name, rates in variants.items()}
+
     gold = counts((call.name, call.arguments) for call in golds)
     assert gold == {**dict.fromkeys(VARIANTS, (114,) * 3), "rotbench_rules": (97,) * 3}
-    documented = counts((call.name, call.arguments) if example.meta["is_documented"] else ("finish", {"answer": ""})
-                        for call, example in zip(golds, examples))
+    documented = counts(
+        (call.name, call.arguments) if example.meta["is_documented"] else ("finish", {"answer": ""})
+        for call, example in zip(golds, examples)
+    )
     assert documented["first_call"] == (108,) * 3
-    without_keys = counts((call.name, {key: "KEY" if value == "MASKED_API_KEY" else value
-                                       for key, value in call.arguments.items()}) for call in golds)
+    without_keys = counts(
+        (call.name, {key: "KEY" if value == "MASKED_API_KEY" else value for key, value in call.arguments.items()})
+        for call in golds
+    )
     assert without_keys["first_call"] == (114, 114, 80) and without_keys["authentication_ignored"] == (114,) * 3
     assert without_keys["rotbench_rules"] == (97, 97, 63)

@@ -1,4 +1,5 @@
 """eval/evaluate_tooleyes.py and eval/tooleyes_data.py: the records, files in and out, hostile files and predictions."""
+
 import json
 import random
 import subprocess
@@ -7,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from data.formats.prompts import react_messages
 from data.trajectories import DataError, Message
 from eval.evaluate_tooleyes import evaluate_tooleyes_files, main
-from data.formats.prompts import react_messages
 from eval.tooleyes_data import load_tool_sets, load_tooleyes
 from tests.support.dialogue_doubles import TOOLS
 
@@ -20,9 +21,15 @@ DOCUMENTS = [tool["function"] for tool in TOOLS]
 
 
 def record(query="Weather in Oslo?", path="ToolEyes/Tool_Library/Weather/Weather", scenario="RS", documents=DOCUMENTS):
-    return {"id": f"Turn 1: {query}", "path": path, "scenario": scenario, "conversations": [
-        {"from": "system", "value": f"Use these tools:\n{json.dumps(documents)}\n\nLet's Begin!"},
-        {"from": "user", "value": query}]}
+    return {
+        "id": f"Turn 1: {query}",
+        "path": path,
+        "scenario": scenario,
+        "conversations": [
+            {"from": "system", "value": f"Use these tools:\n{json.dumps(documents)}\n\nLet's Begin!"},
+            {"from": "user", "value": query},
+        ],
+    }
 
 
 def answers_file(tmp_path, *records):
@@ -32,9 +39,19 @@ def answers_file(tmp_path, *records):
 
 
 def turn(*calls):
-    return {"output": "raw", "fault": "", "calls": [
-        {"name": name, "arguments": arguments, "feedback": feedback, "executor": "" if feedback is None else "local"}
-        for name, arguments, feedback in calls]}
+    return {
+        "output": "raw",
+        "fault": "",
+        "calls": [
+            {
+                "name": name,
+                "arguments": arguments,
+                "feedback": feedback,
+                "executor": "" if feedback is None else "local",
+            }
+            for name, arguments, feedback in calls
+        ],
+    }
 
 
 RIGHT = [turn(("get_weather", {"city": "Oslo"}, "rain")), turn(("finish", {"answer": "Rain."}, None))]
@@ -61,7 +78,14 @@ def test_all_records_of_tooleyes():
     assert len({task.id for task in tasks}) == 380  # two ids occur twice; nothing is told apart by its id
     scenarios = [task.meta["scenario"] for task in tasks]
     assert {name: scenarios.count(name) for name in scenarios} == {
-        "TG": 58, "DU": 49, "RS": 56, "PL": 70, "IR": 54, "AM": 45, "FT": 50}
+        "TG": 58,
+        "DU": 49,
+        "RS": 56,
+        "PL": 70,
+        "IR": 54,
+        "AM": 45,
+        "FT": 50,
+    }
     sets = [task.tool_set for task in tasks]
     assert len(set(sets)) == 95 and sets.count("Random/Random") == 30 and sets.count("Social/chan") == 30
     assert all([tool["function"]["name"] for tool in task.tools][-2:] == ["ask_to_user", "finish"] for task in tasks)
@@ -82,7 +106,8 @@ def test_published_prompt_letter_by_letter():
     records = json.loads(path.read_text(encoding="utf-8"))
     for task, source in zip(load_tooleyes(path), records, strict=True):
         assert [(each["role"], each["content"]) for each in react_messages(task.tools, task.messages)] == [
-            (each["from"], each["value"]) for each in source["conversations"]]
+            (each["from"], each["value"]) for each in source["conversations"]
+        ]
 
 
 def test_duplicates_stay_apart(tmp_path):
@@ -91,18 +116,29 @@ def test_duplicates_stay_apart(tmp_path):
     assert tasks[0].tool_set == "Weather/Weather" and tasks[0].messages == [Message("user", "Weather in Oslo?")]
 
 
-@pytest.mark.parametrize(("changes", "text"), [
-    ({"path": 5}, "found int as 'path'"), ({"scenario": "XX"}, "found scenario 'XX'"), ({"id": None}, "as 'id'"),
-    ({"path": "ToolEyes/Tool_Library/../../etc"}, "expected that of a tool set"),
-    ({"path": "/etc"}, "expected that of"),
-    ({"conversations": []}, "expected one of system and one of user"),
-    ({"conversations": [{"from": "user", "value": "x"}]}, "expected one of system and one of user"),
-    ({"conversations": [5, 6]}, "expected one of system"),
-    ({"conversations": [{"from": "system", "value": "no tools"}, {"from": "user", "value": "x"}]}, "no JSON list"),
-    ({"conversations": [{"from": "system", "value": "[{}]"}, {"from": "user", "value": "x"}]}, "a tool with a name"),
-    ({"conversations": [{"from": "system", "value": "[" * 99_999}, {"from": "user", "value": "x"}]}, "no JSON list"),
-    ({"conversations": [{"from": "system", "value": "[]"}, {"from": "user", "value": None}]}, "as 'value'"),
-])
+@pytest.mark.parametrize(
+    ("changes", "text"),
+    [
+        ({"path": 5}, "found int as 'path'"),
+        ({"scenario": "XX"}, "found scenario 'XX'"),
+        ({"id": None}, "as 'id'"),
+        ({"path": "ToolEyes/Tool_Library/../../etc"}, "expected that of a tool set"),
+        ({"path": "/etc"}, "expected that of"),
+        ({"conversations": []}, "expected one of system and one of user"),
+        ({"conversations": [{"from": "user", "value": "x"}]}, "expected one of system and one of user"),
+        ({"conversations": [5, 6]}, "expected one of system"),
+        ({"conversations": [{"from": "system", "value": "no tools"}, {"from": "user", "value": "x"}]}, "no JSON list"),
+        (
+            {"conversations": [{"from": "system", "value": "[{}]"}, {"from": "user", "value": "x"}]},
+            "a tool with a name",
+        ),
+        (
+            {"conversations": [{"from": "system", "value": "[" * 99_999}, {"from": "user", "value": "x"}]},
+            "no JSON list",
+        ),
+        ({"conversations": [{"from": "system", "value": "[]"}, {"from": "user", "value": None}]}, "as 'value'"),
+    ],
+)
 def test_malformed_records_name_file_and_line(tmp_path, changes, text):
     path = answers_file(tmp_path, record(), {**record(), **changes})
     line = 1 + path.read_text().split("\n").index(" {", 2)
@@ -136,13 +172,16 @@ def test_rows_and_summary(tmp_path, capsys):
     predictions = predictions_file(tmp_path, row(2, RIGHT), row(1, WRONG, "max_turns"), row(0, RIGHT))
     assert main(["--answers", str(answers), "--predictions", str(predictions), "--output", str(tmp_path)]) == 0
     summary = json.loads(capsys.readouterr().out.splitlines()[-1])
-    assert {key: summary[key] for key in ("n", "n_calls", "DE", "CE", "VA", "DE_percent", "CE_percent", "VA_percent")} \
-        == {"n": 3, "n_calls": 4, "DE": 1, "CE": 1, "VA": 2, "DE_percent": 25.0, "CE_percent": 25.0,
-            "VA_percent": 66.67}
+    assert {
+        key: summary[key] for key in ("n", "n_calls", "DE", "CE", "VA", "DE_percent", "CE_percent", "VA_percent")
+    } == {"n": 3, "n_calls": 4, "DE": 1, "CE": 1, "VA": 2, "DE_percent": 25.0, "CE_percent": 25.0, "VA_percent": 66.67}
     assert set(summary["by_scenario"]) == {"RS", "TG"} and summary["executors"] == {"local": 3}
     rows = [json.loads(line) for line in (tmp_path / "results/tooleyes.jsonl").read_text().splitlines()]
-    assert [(each["index"], each["VA"], each["DE"], each["CE"]) for each in rows] == [(0, 1, 0, 0), (1, 0, 1, 1),
-                                                                                      (2, 1, 0, 0)]
+    assert [(each["index"], each["VA"], each["DE"], each["CE"]) for each in rows] == [
+        (0, 1, 0, 0),
+        (1, 0, 1, 1),
+        (2, 1, 0, 0),
+    ]
     assert rows[1]["categories"] == ["parameter_hallucination", "unparsable"]
     assert main(["--answers", str(answers), "--predictions", str(predictions), "--limit", "1"]) == 0
     assert json.loads(capsys.readouterr().out.splitlines()[-1])["n"] == 1
@@ -155,12 +194,18 @@ def test_partial_last_line_is_told(tmp_path, capsys):
     assert "dropped a partial last line" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(("content", "text"), [
-    ("", "found 0 of 2 dialogues"), ('{"index": 0}\n', ":1: found nothing as 'turns'"), ("[1]\n", ":1: found list"),
-    ("{\n{}\n", ":1: found no valid JSON"), (json.dumps(row(5, RIGHT)) + "\n", ":1: found index 5, expected 0 to 1"),
-    (json.dumps(row(0, RIGHT)) + "\n" + json.dumps(row(0, WRONG)) + "\n", ":2: found index 0 again"),
-    ('{"index": 0, "output": "f()"}\n', ":1: found nothing as 'turns'"),
-])
+@pytest.mark.parametrize(
+    ("content", "text"),
+    [
+        ("", "found 0 of 2 dialogues"),
+        ('{"index": 0}\n', ":1: found nothing as 'turns'"),
+        ("[1]\n", ":1: found list"),
+        ("{\n{}\n", ":1: found no valid JSON"),
+        (json.dumps(row(5, RIGHT)) + "\n", ":1: found index 5, expected 0 to 1"),
+        (json.dumps(row(0, RIGHT)) + "\n" + json.dumps(row(0, WRONG)) + "\n", ":2: found index 0 again"),
+        ('{"index": 0, "output": "f()"}\n', ":1: found nothing as 'turns'"),
+    ],
+)
 def test_wrong_files_end_with_one_line_and_code_2(tmp_path, capsys, content, text):
     answers, predictions = answers_file(tmp_path, record(), record()), tmp_path / "p.jsonl"
     predictions.write_text(content)
@@ -176,11 +221,18 @@ def test_wrong_files_end_with_one_line_and_code_2(tmp_path, capsys, content, tex
 
 def test_standalone_and_without_model_code():
     """As a program; nothing of the model, of torch or of the tools is loaded to score a file."""
-    done = subprocess.run([sys.executable, "-m", "eval.evaluate_tooleyes", "--help"], cwd=ROOT, capture_output=True,
-                          text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, "-m", "eval.evaluate_tooleyes", "--help"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     assert done.returncode == 0 and "--predictions" in done.stdout
-    source = ("import sys; from eval.evaluate_tooleyes import main; "
-              "sys.exit(any(name.split('.')[0] in ('torch', 'model') for name in sys.modules))")
+    source = (
+        "import sys; from eval.evaluate_tooleyes import main; "
+        "sys.exit(any(name.split('.')[0] in ('torch', 'model') for name in sys.modules))"
+    )
     assert subprocess.run([sys.executable, "-c", source], cwd=ROOT, check=False).returncode == 0
 
 
@@ -199,20 +251,67 @@ def test_bundled_tasks(tmp_path):
 # ------------------------------------------------------------------------------------------ the file of ToolEyes' loop
 
 SAID = {  # what the loop's messages say, and what they are to us: attempted calls, DE, CE, VA
-    "right": ([("assistant", 'Thought: x\nAction: get_weather\nAction Input: {"city": "Oslo"}'), ("function", '"rain"'),
-               ("assistant", 'Thought: x\nAction: finish\nAction Input: {"answer": "Rain."}')], 1, 0, 0, 1),
-    "faults": ([("assistant", "Thought: x\nAction: get_wind\nAction Input: {}"),
-                ("function", "cannot import name 'get_wind' from 'Weather.Weather.tool' (x)"),
-                ("assistant", "I wonder."), ("user", "Your output format does not match the specified format, .."),
-                ("assistant", "Action: ask_to_user\nAction Input: {'question': 'Where?'}"), ("user", "Oslo"),
-                ("assistant", "Action: get_weather\nAction Input: {'city': 'Oslo'}"), ("user", "Your output format .."),
-                ("assistant", "Action: get_weather\nAction Input: {'town': 'Oslo'}"), ("function", "got an unexpected"),
-                ("assistant", 'Action: finish\nAction Input: {"answer": "I cannot handle the task."}')], 4, 2, 2, 0),
-    "too long": ([("assistant", "Action: get_news\nAction Input: {}"), ("function", '{"error": "Response error."}')] * 9
-                 + [("assistant", ("Thought: I cannot solve this task due to trying too many times.\nAction: finish\n"
-                     'Action Input: {"answer": "I cannot handle the task."}'))], 9, 0, 9, 0),
-    "exception": ([("assistant", ("Thought: During execution, an error occurs.\nAction: finish\n"
-                    'Action Input: {"answer": "I cannot handle the task."}'))], 0, 0, 0, 0),
+    "right": (
+        [
+            ("assistant", 'Thought: x\nAction: get_weather\nAction Input: {"city": "Oslo"}'),
+            ("function", '"rain"'),
+            ("assistant", 'Thought: x\nAction: finish\nAction Input: {"answer": "Rain."}'),
+        ],
+        1,
+        0,
+        0,
+        1,
+    ),
+    "faults": (
+        [
+            ("assistant", "Thought: x\nAction: get_wind\nAction Input: {}"),
+            ("function", "cannot import name 'get_wind' from 'Weather.Weather.tool' (x)"),
+            ("assistant", "I wonder."),
+            ("user", "Your output format does not match the specified format, .."),
+            ("assistant", "Action: ask_to_user\nAction Input: {'question': 'Where?'}"),
+            ("user", "Oslo"),
+            ("assistant", "Action: get_weather\nAction Input: {'city': 'Oslo'}"),
+            ("user", "Your output format .."),
+            ("assistant", "Action: get_weather\nAction Input: {'town': 'Oslo'}"),
+            ("function", "got an unexpected"),
+            ("assistant", 'Action: finish\nAction Input: {"answer": "I cannot handle the task."}'),
+        ],
+        4,
+        2,
+        2,
+        0,
+    ),
+    "too long": (
+        [("assistant", "Action: get_news\nAction Input: {}"), ("function", '{"error": "Response error."}')] * 9
+        + [
+            (
+                "assistant",
+                (
+                    "Thought: I cannot solve this task due to trying too many times.\nAction: finish\n"
+                    'Action Input: {"answer": "I cannot handle the task."}'
+                ),
+            )
+        ],
+        9,
+        0,
+        9,
+        0,
+    ),
+    "exception": (
+        [
+            (
+                "assistant",
+                (
+                    "Thought: During execution, an error occurs.\nAction: finish\n"
+                    'Action Input: {"answer": "I cannot handle the task."}'
+                ),
+            )
+        ],
+        0,
+        0,
+        0,
+        0,
+    ),
 }
 
 
@@ -231,8 +330,13 @@ def test_file_of_the_official_loop(tmp_path):
     """Lines in any order, equal ids in the order of the records; what the loop wrote itself is no turn."""
     answers = answers_file(tmp_path, record("a"), record("same"), record("same"), record("d"))
     said = list(SAID.values())
-    path = official_file(tmp_path, official_row(said[3][0], "d"), official_row(said[1][0], "same"),
-                         official_row(said[0][0], "a"), official_row(said[2][0], "same"))
+    path = official_file(
+        tmp_path,
+        official_row(said[3][0], "d"),
+        official_row(said[1][0], "same"),
+        official_row(said[0][0], "a"),
+        official_row(said[2][0], "same"),
+    )
     rows, summary, _ = evaluate_tooleyes_files(answers, path, None)
     for row, (_, calls, de, ce, va) in zip(rows, said, strict=True):
         assert (row["calls"], row["DE"], row["CE"], row["VA"]) == (calls, de, ce, va), row
@@ -241,15 +345,21 @@ def test_file_of_the_official_loop(tmp_path):
     assert summary["no_answer"] == {"give-up": 1, "no finish: max_turns": 2}
 
 
-@pytest.mark.parametrize(("change", "text"), [
-    ({"id": "Turn 1: other"}, ":1: found id 'Turn 1: other', expected that of a task without a line"),
-    ({"id": 5}, "as 'id'"), ({"conversations": {}}, "as 'conversations'"),
-    ({"conversations": [0, 0, {"from": "user", "value": "x"}]}, "found 'user' and '' as messages 2 and 3"),
-    ({"conversations": [0, 0, {"from": "assistant", "value": 5}]}, "as 'value'"),
-    ({"conversations": [0, 0, 7]}, "'from'"),
-    ({"conversations": [0, 0, *({"from": "assistant", "value": "Action: finish\nAction Input: {}"},) * 2]},
-     "found 'assistant' and 'assistant'"),
-])
+@pytest.mark.parametrize(
+    ("change", "text"),
+    [
+        ({"id": "Turn 1: other"}, ":1: found id 'Turn 1: other', expected that of a task without a line"),
+        ({"id": 5}, "as 'id'"),
+        ({"conversations": {}}, "as 'conversations'"),
+        ({"conversations": [0, 0, {"from": "user", "value": "x"}]}, "found 'user' and '' as messages 2 and 3"),
+        ({"conversations": [0, 0, {"from": "assistant", "value": 5}]}, "as 'value'"),
+        ({"conversations": [0, 0, 7]}, "'from'"),
+        (
+            {"conversations": [0, 0, *({"from": "assistant", "value": "Action: finish\nAction Input: {}"},) * 2]},
+            "found 'assistant' and 'assistant'",
+        ),
+    ],
+)
 def test_malformed_official_files(tmp_path, capsys, change, text):
     answers = answers_file(tmp_path, record())
     path = official_file(tmp_path, {**official_row(SAID["right"][0]), **change})
@@ -263,8 +373,22 @@ def test_malformed_official_files(tmp_path, capsys, change, text):
 
 def mutate(rng, value):
     """The value with one of its parts replaced by something else, anywhere."""
-    junk = [None, True, -1, 1e308, 10 ** 40, "", "\ud800", "x" * 5000, [], {}, [[]] * 50, {"name": "f"}, "finish",
-            json.loads("[" * 300 + "]" * 300)]
+    junk = [
+        None,
+        True,
+        -1,
+        1e308,
+        10**40,
+        "",
+        "\ud800",
+        "x" * 5000,
+        [],
+        {},
+        [[]] * 50,
+        {"name": "f"},
+        "finish",
+        json.loads("[" * 300 + "]" * 300),
+    ]
     if rng.random() < 0.2 or not isinstance(value, (dict, list)) or not value:
         return rng.choice(junk)
     copy = dict(value) if isinstance(value, dict) else list(value)
@@ -298,7 +422,8 @@ def test_mutated_predictions_never_crash(tmp_path):
         scored += 1
         json.dumps(summary)
         assert summary["n"] == 2 and summary["DE"] + summary["CE"] <= summary["n_calls"] == sum(
-            each["calls"] for each in results)
+            each["calls"] for each in results
+        )
     assert 60 < scored < 650
 
 

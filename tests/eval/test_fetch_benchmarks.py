@@ -1,4 +1,5 @@
 """Download of the benchmarks from a local server: hashes, resuming, faults of the network, masked keys."""
+
 import hashlib
 import http.server
 import json
@@ -30,12 +31,18 @@ def sha256(content: bytes) -> str:
 
 
 def origin(path: str, content: bytes, url_path: str = "") -> OriginFile:
-    return OriginFile(path=path, url_path=url_path or f"/owner/repo/commit/{path}", size=len(content),
-                      sha256=sha256(content), source_sha256=sha256(content))
+    return OriginFile(
+        path=path,
+        url_path=url_path or f"/owner/repo/commit/{path}",
+        size=len(content),
+        sha256=sha256(content),
+        source_sha256=sha256(content),
+    )
 
 
 class Server(http.server.ThreadingHTTPServer):
     """Answers with `answers[path]`: a body, a status, or a list of them, one per request; counts requests."""
+
     answers: dict
     requests: list
 

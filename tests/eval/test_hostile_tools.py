@@ -3,6 +3,7 @@ machine is read that should not be, and the next call is answered as if nothing 
 
 Harm is looked for from outside: a secret file and a secret in the environment, a listener, folders, processes.
 """
+
 import ast
 import contextlib
 import json
@@ -21,11 +22,11 @@ import pytest
 
 from data.error_filter import CATEGORIES, classify_feedback
 from data.tool_calls import ToolCall
+from eval.dialogues.tools import MAX_FEEDBACK_CHARACTERS, ToolRequest, make_executor
 from eval.sandbox import run as sandbox
 from eval.sandbox.limits import ALLOW, FAIL, _filter_rows
-from eval.dialogues.tools import MAX_FEEDBACK_CHARACTERS, ToolRequest, make_executor
-from tests.eval.test_sandbox import interpret
 from tests.eval.test_dialogues_tools import DOCUMENTS, MANY
+from tests.eval.test_sandbox import interpret
 
 ROOT = Path(__file__).resolve().parents[2]
 SECRET = "HOSTILE_TOOLS_SECRET"
@@ -48,8 +49,13 @@ def tools():
 
 
 def request(tool_set, name, arguments, *, dialogue=0, attempt=0, tools=None):
-    return ToolRequest(dialogue=dialogue, tool_set=tool_set, tools=tools or DOCUMENTS.get(tool_set, MANY),
-                       call=ToolCall(name, arguments), attempt=attempt)
+    return ToolRequest(
+        dialogue=dialogue,
+        tool_set=tool_set,
+        tools=tools or DOCUMENTS.get(tool_set, MANY),
+        call=ToolCall(name, arguments),
+        attempt=attempt,
+    )
 
 
 @pytest.fixture(scope="module")
@@ -57,12 +63,14 @@ def listener():
     """A server of which no tool may know: (port, connections so far)."""
     connections = []
     with socket.create_server(("127.0.0.1", 0)) as server:
+
         def accept():
             while True:
                 try:
                     connections.append(server.accept())
                 except OSError:
                     return
+
         threading.Thread(target=accept, daemon=True).start()
         yield server.getsockname()[1], connections
         server.shutdown(socket.SHUT_RDWR)
@@ -138,11 +146,40 @@ def ask(tools, *arguments, **flags):
 # --------------------------------------------------------------------------------------------------------------- files
 
 
-PATHS = ["/etc/passwd", "/etc/shadow", "../../../../../../etc/passwd", "{secret}", "../../../../../..{secret}",
-         "./../srv/../{secret}", "x/../../{secret}", "/proc/self/environ", "/proc/self/cmdline", "/proc/1/root{secret}",
-         "/proc/self/fd/3", "/proc/self/mem", "/dev/mem", "/dev/stdin", "~/.bashrc", "file://{secret}", "\x00{secret}",
-         "{secret}\x00.txt", "/", ".", "", "..", "a" * 5000, "a/" * 3000, "\ud800", "/sys/kernel/notes", "C:\\x",
-         "$(cat {secret})", "`id`", "a; cat {secret}", "%2e%2e/%2e%2e/etc/passwd", "\u2215etc\u2215passwd"]
+PATHS = [
+    "/etc/passwd",
+    "/etc/shadow",
+    "../../../../../../etc/passwd",
+    "{secret}",
+    "../../../../../..{secret}",
+    "./../srv/../{secret}",
+    "x/../../{secret}",
+    "/proc/self/environ",
+    "/proc/self/cmdline",
+    "/proc/1/root{secret}",
+    "/proc/self/fd/3",
+    "/proc/self/mem",
+    "/dev/mem",
+    "/dev/stdin",
+    "~/.bashrc",
+    "file://{secret}",
+    "\x00{secret}",
+    "{secret}\x00.txt",
+    "/",
+    ".",
+    "",
+    "..",
+    "a" * 5000,
+    "a/" * 3000,
+    "\ud800",
+    "/sys/kernel/notes",
+    "C:\\x",
+    "$(cat {secret})",
+    "`id`",
+    "a; cat {secret}",
+    "%2e%2e/%2e%2e/etc/passwd",
+    "\u2215etc\u2215passwd",
+]
 
 
 @pytest.mark.parametrize("path", PATHS, ids=lambda path: ascii(path[:24]))
@@ -161,14 +198,23 @@ def test_links_lead_nowhere(tools, outside, maker):
     secret = str(outside / "secret")
     code = {"code:": f"import os\nos.symlink({secret!r}, 'link')\nos.symlink({str(outside)!r}, 'folder')"}
     commands = {"commands": f"ln -s '{secret}' link && ln -s '{outside}' folder"}
-    assert ask(tools, "Execute/Execute", maker, code if maker == "execute_pycode" else commands, dialogue=4)[1] == \
-        "all_right"
+    assert (
+        ask(tools, "Execute/Execute", maker, code if maker == "execute_pycode" else commands, dialogue=4)[1]
+        == "all_right"
+    )
     for path in ("link", "folder/secret", "folder/new"):
         assert ask(tools, "File/file_operation", "read_file", {"file_path": path}, dialogue=4)[1] == "tool_call_failure"
-        assert ask(tools, "File/file_operation", "write_file", {"file_path": path, "text": "x"}, dialogue=4)[1] == \
-            "tool_call_failure"
-    ask(tools, "Execute/Execute", "execute_bash_code", {"commands": "cat link folder/secret; echo x > folder/new"},
-        dialogue=4)
+        assert (
+            ask(tools, "File/file_operation", "write_file", {"file_path": path, "text": "x"}, dialogue=4)[1]
+            == "tool_call_failure"
+        )
+    ask(
+        tools,
+        "Execute/Execute",
+        "execute_bash_code",
+        {"commands": "cat link folder/secret; echo x > folder/new"},
+        dialogue=4,
+    )
     tools.forget(4)
 
 
@@ -178,8 +224,9 @@ def test_files_of_another_dialogue_are_out_of_reach(tools, outside):
     assert ask(tools, "File/file_operation", "write_file", text, dialogue=22)[1] == "all_right"
     places = [f"{folder}/22/a" for folder in Path(tempfile.gettempdir()).glob("sandbox_*")]
     assert places
-    code = f"for place in {places!r}:\n    try: print(open(place).read())\n" \
-           "    except OSError as error: print(error.errno)"
+    code = (
+        f"for place in {places!r}:\n    try: print(open(place).read())\n    except OSError as error: print(error.errno)"
+    )
     answer, _ = ask(tools, "Execute/Execute", "execute_pycode", {"code:": code}, dialogue=24)  # on the same server
     assert set(json.loads(answer.feedback).split()) <= {"2", "13"} and "13" in answer.feedback
     arguments = {"commands": f"cat {' '.join(places)}", "return_err_outputpersistent=False": True}
@@ -215,7 +262,7 @@ CODE = {  # name -> program for execute_pycode; {secret}, {outside}, {port}, {pa
     "reads the password file": "import pwd\nprint(open('/etc/passwd').read())",
     "reads the environment": "import os\nprint(dict(os.environ), open('/proc/self/environ').read())",
     "lists": "import os\nfor place in ('/', '/etc', '/proc', '/root', '/home', {outside!r}):\n"
-             "    try: print(place, os.listdir(place))\n    except OSError as error: print('no')",
+    "    try: print(place, os.listdir(place))\n    except OSError as error: print('no')",
     "writes": "open({outside!r} + '/new', 'w').write('x')",
     "removes": "import os\nos.remove({secret!r})",
     "renames": "import os\nos.rename({secret!r}, {outside!r} + '/new')",
@@ -230,11 +277,11 @@ CODE = {  # name -> program for execute_pycode; {secret}, {outside}, {port}, {pa
     "c fork": "import ctypes\nlibc = ctypes.CDLL(None)\nprint(libc.fork(), libc.vfork(), libc.system(b'id'))",
     "c exec": "import ctypes\nctypes.CDLL(None).execl(b'/bin/sh', b'sh', b'-c', b'cat {secret}', None)",
     "mount": "import ctypes\nlibc = ctypes.CDLL(None)\n"
-             "print(libc.unshare(0x20000), libc.mount(b'/', b'.', None, 4096, 0))",
+    "print(libc.unshare(0x20000), libc.mount(b'/', b'.', None, 4096, 0))",
     "network": "import socket\nsocket.create_connection(('127.0.0.1', {port}), 1).send(b'x')",
     "web": "import urllib.request\nprint(urllib.request.urlopen('http://127.0.0.1:{port}', timeout=1).read())",
     "kills": "import os\nfor pid in (os.getppid(), 1, {parent}, -1, 0):\n"
-             "    try: os.kill(pid, 9)\n    except OSError: pass",
+    "    try: os.kill(pid, 9)\n    except OSError: pass",
     "kills its session": "import os, signal\nsignal.signal(signal.SIGTERM, signal.SIG_IGN)\nos.killpg(0, 9)",
     "endless": "while True: pass",
     "endless output": "while True: print('x' * 10000)",
@@ -253,14 +300,19 @@ CODE = {  # name -> program for execute_pycode; {secret}, {outside}, {port}, {pa
     "large file": "file = open('large', 'wb')\nwhile True: file.write(bytes(1 << 20))",
     "many files": "for n in range(10**6): open(str(n), 'w')",
     "what the server holds": "import gc, sys\nprint([o for o in gc.get_objects() if isinstance(o, dict) and 'folder' "
-                             "in o and 'requests' in o] and 'job', list(sys.modules)[:5])",
+    "in o and 'requests' in o] and 'job', list(sys.modules)[:5])",
 }
 
 
 @pytest.mark.parametrize("name", CODE)
 def test_hostile_code(tools, outside, listener, name):
-    code = CODE[name] if name.startswith("forged") or name == "nested brackets" else CODE[name].format(
-        secret=str(outside / "secret"), outside=str(outside), port=listener[0], parent=os.getpid())
+    code = (
+        CODE[name]
+        if name.startswith("forged") or name == "nested brackets"
+        else CODE[name].format(
+            secret=str(outside / "secret"), outside=str(outside), port=listener[0], parent=os.getpid()
+        )
+    )
     answer, _ = ask(tools, "Execute/Execute", "execute_pycode", {"code:": code}, dialogue=12)
     assert answer.executor == "local" and "forged" not in answer.feedback.replace("'forged'", "")
     tools.forget(12)
@@ -270,19 +322,26 @@ def test_hostile_code(tools, outside, listener, name):
 
 
 SHELL = {
-    "password file": "cat /etc/passwd; cat < /etc/passwd; grep root /etc/passwd", "reads": "cat {secret}",
-    "redirects": "echo x > {outside}/new; echo x >> {secret}; : > {secret}", "removes": "rm -rf {outside} / /* ~",
-    "copies": "cp {secret} .; cp /bin/true {outside}/new; mv {secret} .", "rights": "chmod 777 {secret} {outside}",
-    "times": "touch {secret} {outside}/new", "links": "ln {secret} mine; cat mine",
-    "fork bomb": ":(){{ :|:& }};:", "fork bomb that waits": "f(){{ f|f& wait; }}; f",
-    "endless": "while :; do :; done", "endless output": "yes", "both outputs": "yes >&2",
+    "password file": "cat /etc/passwd; cat < /etc/passwd; grep root /etc/passwd",
+    "reads": "cat {secret}",
+    "redirects": "echo x > {outside}/new; echo x >> {secret}; : > {secret}",
+    "removes": "rm -rf {outside} / /* ~",
+    "copies": "cp {secret} .; cp /bin/true {outside}/new; mv {secret} .",
+    "rights": "chmod 777 {secret} {outside}",
+    "times": "touch {secret} {outside}/new",
+    "links": "ln {secret} mine; cat mine",
+    "fork bomb": ":(){{ :|:& }};:",
+    "fork bomb that waits": "f(){{ f|f& wait; }}; f",
+    "endless": "while :; do :; done",
+    "endless output": "yes",
+    "both outputs": "yes >&2",
     "background": "for i in $(seq 9); do sleep 600 & done; echo $(jobs -p | wc -l)",
     "leaves its session": "setsid sleep 600 & nohup sleep 600 & disown -a; (sleep 600 &) ; exit 0",
     "kills": "kill -9 -1; kill -9 1; kill -9 $PPID; kill -9 {parent}; killall -9 python; pkill -9 .",
     "network": "exec 3<>/dev/tcp/127.0.0.1/{port}; echo x >&3; curl -s http://127.0.0.1:{port}; "
-               "wget -q http://127.0.0.1:{port}",
+    "wget -q http://127.0.0.1:{port}",
     "namespaces": "unshare -r id; unshare -m mount -t tmpfs x /; mount --bind / .; chroot /; "
-                  "nsenter -t 1 -m cat {secret}",
+    "nsenter -t 1 -m cat {secret}",
     "own program": "cp /bin/cat ./cat; chmod +x ./cat; ./cat {secret}; /lib64/ld-linux-x86-64.so.2 ./cat {secret}",
     "python": "python3 -c \"print(open('{secret}').read())\"; python3 -c 'import os\nwhile 1: os.fork()'",
     "process files": "cat /proc/1/environ /proc/self/environ /proc/$PPID/cmdline; ls /proc; ls -l /proc/1/root",
@@ -290,9 +349,13 @@ SHELL = {
     "devices": "cat /dev/mem | head -c 9; mknod d c 1 1; cat d; head -c 9 /dev/sda /dev/vda",
     "set user": "sudo -n cat {secret}; su -c 'cat {secret}'; ping -c 1 127.0.0.1",
     "traps": "trap '' TERM INT; sleep 600",
-    "memory": "x=x; while :; do x=$x$x; done", "environment": "env; set; printenv; export -p",
-    "bytes": "printf '\\377\\000\\376' ; head -c 5000 /dev/urandom", "nothing": "", "unbalanced": "((((('\"",
-    "exec": "exec sleep 600", "closes": "exec 0<&- 1>&- 2>&-; sleep 600",
+    "memory": "x=x; while :; do x=$x$x; done",
+    "environment": "env; set; printenv; export -p",
+    "bytes": "printf '\\377\\000\\376' ; head -c 5000 /dev/urandom",
+    "nothing": "",
+    "unbalanced": "((((('\"",
+    "exec": "exec sleep 600",
+    "closes": "exec 0<&- 1>&- 2>&-; sleep 600",
     "limits": "ulimit -u 9999; ulimit -v unlimited",
 }
 
@@ -322,13 +385,27 @@ def test_processes_of_a_bomb_stay_few_while_it_burns(tools, outside):
     assert 0 < max(most) <= 17  # 16 and, for a moment, the one that becomes the shell
 
 
-@pytest.mark.parametrize(("number", "arguments", "answer"), [
-    (57, (), ALLOW), (58, (), ALLOW), (59, (), ALLOW), (56, (0x01200011,), ALLOW),  # fork, vfork, execve, clone
-    (56, (0x10000011,), FAIL | 1), (56, (0x20011,), FAIL | 1), (272, (), FAIL | 1),  # clone with namespaces, unshare
-    (322, (), FAIL | 1), (112, (), FAIL | 1), (109, (), FAIL | 1),  # execveat, setsid, setpgid: out of its group
-    (41, (), FAIL | 1), (101, (), FAIL | 1), (62, (78, 9), FAIL | 1), (62, (0xFFFFFFFF, 9), FAIL | 1),  # ptrace, kill
-    (280, (), FAIL), (90, (), FAIL | 1),  # utimensat: told that it is done; chmod
-])
+@pytest.mark.parametrize(
+    ("number", "arguments", "answer"),
+    [
+        (57, (), ALLOW),
+        (58, (), ALLOW),
+        (59, (), ALLOW),
+        (56, (0x01200011,), ALLOW),  # fork, vfork, execve, clone
+        (56, (0x10000011,), FAIL | 1),
+        (56, (0x20011,), FAIL | 1),
+        (272, (), FAIL | 1),  # clone with namespaces, unshare
+        (322, (), FAIL | 1),
+        (112, (), FAIL | 1),
+        (109, (), FAIL | 1),  # execveat, setsid, setpgid: out of its group
+        (41, (), FAIL | 1),
+        (101, (), FAIL | 1),
+        (62, (78, 9), FAIL | 1),
+        (62, (0xFFFFFFFF, 9), FAIL | 1),  # ptrace, kill
+        (280, (), FAIL),
+        (90, (), FAIL | 1),  # utimensat: told that it is done; chmod
+    ],
+)
 def test_what_a_shell_may_ask_of_the_kernel(number, arguments, answer):
     rows = _filter_rows(0, 0xC000003E, 77, deny_writes=False, allow_processes=True)
     assert interpret(rows, number, arguments) == answer
@@ -352,22 +429,36 @@ def nested_dict(depth):
 
 
 ARGUMENTS = {
-    "10 MB of text": {"input_query": "1+" * (5 << 20)}, "10 MB of escapes": {"input_query": "\ud800\x00" * (1 << 20)},
-    "10 MB of keys": {f"{n:100}": n for n in range(100_000)}, "10 MB key": {"k" * (10 << 20): 1},
-    "deep list": {"input_query": nested(100_000)}, "deep dict": {"input_query": nested_dict(100_000)},
-    "as deep as Python allows": {"input_query": nested(990)}, "not a number": {"input_query": math.nan},
-    "no JSON": {"input_query": object()}, "bytes": {"input_query": b"x"},
+    "10 MB of text": {"input_query": "1+" * (5 << 20)},
+    "10 MB of escapes": {"input_query": "\ud800\x00" * (1 << 20)},
+    "10 MB of keys": {f"{n:100}": n for n in range(100_000)},
+    "10 MB key": {"k" * (10 << 20): 1},
+    "deep list": {"input_query": nested(100_000)},
+    "deep dict": {"input_query": nested_dict(100_000)},
+    "as deep as Python allows": {"input_query": nested(990)},
+    "not a number": {"input_query": math.nan},
+    "no JSON": {"input_query": object()},
+    "bytes": {"input_query": b"x"},
     "code": {"input_query": "__import__('os').system('touch {outside}/new')"},
-    "code in a name": {"__import__('os')": "1"}, "dunder": {"__class__": "x", "self": 1}, "star": {"**": {}, "*": []},
-    "huge integer": {"input_query": 10**5000}, "digits": {"input_query": "9" * 100_000},
-    "power": {"input_query": "9^9^9^9^9"}, "brackets": {"input_query": "(" * 300_000},
-    "signs": {"input_query": "-" * 300_000}, "list of lists": {"input_query": [[1] * 1000] * 100},
+    "code in a name": {"__import__('os')": "1"},
+    "dunder": {"__class__": "x", "self": 1},
+    "star": {"**": {}, "*": []},
+    "huge integer": {"input_query": 10**5000},
+    "digits": {"input_query": "9" * 100_000},
+    "power": {"input_query": "9^9^9^9^9"},
+    "brackets": {"input_query": "(" * 300_000},
+    "signs": {"input_query": "-" * 300_000},
+    "list of lists": {"input_query": [[1] * 1000] * 100},
 }
 
 
 def set_of(tool_set, arguments):
-    return request(tool_set, "calculator" if tool_set != "toolbox" else "g", arguments,
-                   tools=MANY if tool_set == "toolbox" else None)
+    return request(
+        tool_set,
+        "calculator" if tool_set != "toolbox" else "g",
+        arguments,
+        tools=MANY if tool_set == "toolbox" else None,
+    )
 
 
 @pytest.mark.parametrize("name", ARGUMENTS)
@@ -380,15 +471,32 @@ def test_hostile_arguments(tools, outside, name, tool_set):
         answer = executor(set_of(tool_set, arguments))
         assert len(answer.feedback) <= MAX_FEEDBACK_CHARACTERS and answer.feedback.encode("utf-8")
         if executor is tools:
-            category = classify_feedback(answer.feedback, ToolCall("calculator", {"input_query": ""}),
-                                         DOCUMENTS["Calculator/Calculator"])
+            category = classify_feedback(
+                answer.feedback, ToolCall("calculator", {"input_query": ""}), DOCUMENTS["Calculator/Calculator"]
+            )
             assert category != "all_right"
 
 
 @pytest.mark.parametrize("tool_set", ["Random/Random", "../../etc", "Execute/Execute", "", "toolbox", "\x00/\ud800"])
-@pytest.mark.parametrize("name", ["__class__", "os.system", "__import__", "execute", "eval", "../../etc/passwd", "",
-                                  "rm -rf /", "get_uuid\n", "x" * (10 << 20), "\ud800", "\x00", "answer_request",
-                                  "json"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "__class__",
+        "os.system",
+        "__import__",
+        "execute",
+        "eval",
+        "../../etc/passwd",
+        "",
+        "rm -rf /",
+        "get_uuid\n",
+        "x" * (10 << 20),
+        "\ud800",
+        "\x00",
+        "answer_request",
+        "json",
+    ],
+)
 def test_hostile_names_are_unknown_tools(tools, name, tool_set):
     asked = request(tool_set, name, {"code:": "1"})
     answer = tools(asked)
@@ -429,13 +537,16 @@ def test_a_server_that_is_harmed_is_replaced(tools, monkeypatch, how):
 
 
 def test_nothing_survives_the_evaluator_itself_being_killed(tools, tmp_path):
-    program = "import sys\nfrom eval.dialogues.tools import *\nfrom tests.eval.test_dialogues_tools import DOCUMENTS\n" \
-              "executor = make_executor('auto', execute_code=True, seconds=600.0)\n" \
-              "call = lambda text: executor(ToolRequest(0, 'Execute/Execute', DOCUMENTS['Execute/Execute'], " \
-              "ToolCall('execute_bash_code', {'commands': text}), 0))\ncall('true')\nprint('ready', flush=True)\n" \
-              "call('sleep 600 & sleep 600')"
-    evaluator = subprocess.Popen([sys.executable, "-c", program], cwd=ROOT, env=os.environ | {"TMPDIR": str(tmp_path)},
-                                 stdout=subprocess.PIPE)
+    program = (
+        "import sys\nfrom eval.dialogues.tools import *\nfrom tests.eval.test_dialogues_tools import DOCUMENTS\n"
+        "executor = make_executor('auto', execute_code=True, seconds=600.0)\n"
+        "call = lambda text: executor(ToolRequest(0, 'Execute/Execute', DOCUMENTS['Execute/Execute'], "
+        "ToolCall('execute_bash_code', {'commands': text}), 0))\ncall('true')\nprint('ready', flush=True)\n"
+        "call('sleep 600 & sleep 600')"
+    )
+    evaluator = subprocess.Popen(
+        [sys.executable, "-c", program], cwd=ROOT, env=os.environ | {"TMPDIR": str(tmp_path)}, stdout=subprocess.PIPE
+    )
     assert evaluator.stdout.readline() == b"ready\n"
 
     def below():
@@ -460,11 +571,19 @@ def test_nothing_survives_the_evaluator_itself_being_killed(tools, tmp_path):
 
 
 MAY_RUN = {  # what can run text or programs -> the files that may use it, each inside the sandbox or to start it
-    "code": {"eval/dialogues/execute_tools.py"}, "codeop": set(), "builtins": set(), "pty": set(), "multiprocessing": set(),
-    "runpy": {"eval/sandbox/child.py"}, "importlib": {"eval/sandbox/child.py"},
-    "subprocess": {"eval/sandbox/run.py", "train/run_logging.py"}, "eval.dialogues.execute_tools": {"eval/sandbox/tool_server.py"},
-    "eval.sandbox.tool_server": set(), "fork": {"eval/sandbox/child.py", "eval/sandbox/limits.py", "eval/sandbox/tool_server.py"},
-    "execve": {"eval/sandbox/tool_server.py"}, "exec_module": {"eval/sandbox/child.py"},
+    "code": {"eval/dialogues/execute_tools.py"},
+    "codeop": set(),
+    "builtins": set(),
+    "pty": set(),
+    "multiprocessing": set(),
+    "runpy": {"eval/sandbox/child.py"},
+    "importlib": {"eval/sandbox/child.py"},
+    "subprocess": {"eval/sandbox/run.py", "train/run_logging.py"},
+    "eval.dialogues.execute_tools": {"eval/sandbox/tool_server.py"},
+    "eval.sandbox.tool_server": set(),
+    "fork": {"eval/sandbox/child.py", "eval/sandbox/limits.py", "eval/sandbox/tool_server.py"},
+    "execve": {"eval/sandbox/tool_server.py"},
+    "exec_module": {"eval/sandbox/child.py"},
 }
 OF_OS = {"system", "popen", "fork", "forkpty", "posix_spawn", "posix_spawnp", "startfile", "exec_module"}
 
@@ -472,16 +591,24 @@ OF_OS = {"system", "popen", "fork", "forkpty", "posix_spawn", "posix_spawnp", "s
 def uses():
     """(what, file) for each of MAY_RUN, and each of eval, exec, compile, __import__ named at all, in the product."""
     found = set()
-    files = [*ROOT.glob("*.py"), *(path for package in ("data", "model", "train", "rl", "eval")
-                                   for path in (ROOT / package).rglob("*.py"))]
+    files = [
+        *ROOT.glob("*.py"),
+        *(path for package in ("data", "model", "train", "rl", "eval") for path in (ROOT / package).rglob("*.py")),
+    ]
     for path in files:
         where = path.relative_to(ROOT).as_posix()
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else \
-                [node.module] if isinstance(node, ast.ImportFrom) else []
+            names = (
+                [alias.name for alias in node.names]
+                if isinstance(node, ast.Import)
+                else [node.module]
+                if isinstance(node, ast.ImportFrom)
+                else []
+            )
             found |= {(name if name in MAY_RUN else name.split(".")[0], where) for name in names}
-            if isinstance(node, ast.Attribute) and (node.attr in OF_OS or node.attr.startswith(("execv", "execl",
-                                                                                               "spawn"))):
+            if isinstance(node, ast.Attribute) and (
+                node.attr in OF_OS or node.attr.startswith(("execv", "execl", "spawn"))
+            ):
                 found.add((node.attr, where))
             if isinstance(node, ast.Name) and node.id in ("eval", "exec", "compile", "__import__"):
                 found.add((f"name {node.id}", where))
@@ -490,13 +617,18 @@ def uses():
 
 def test_nothing_but_the_sandbox_runs_text_or_programs():
     known = {(what, where) for what, files in MAY_RUN.items() for where in files}
-    dangerous = {(what, where) for what, where in uses() if what in MAY_RUN or what in OF_OS
-                 or what.startswith(("name ", "execv", "execl", "spawn"))}
+    dangerous = {
+        (what, where)
+        for what, where in uses()
+        if what in MAY_RUN or what in OF_OS or what.startswith(("name ", "execv", "execl", "spawn"))
+    }
     assert dangerous == known
 
 
 def test_the_evaluators_own_process_does_not_load_what_runs_code():
-    program = "import sys\nimport eval.dialogues.tools\nprint([name for name in ('code', 'eval.dialogues.execute_tools', " \
-              "'eval.sandbox.tool_server') if name in sys.modules])"
+    program = (
+        "import sys\nimport eval.dialogues.tools\nprint([name for name in ('code', 'eval.dialogues.execute_tools', "
+        "'eval.sandbox.tool_server') if name in sys.modules])"
+    )
     done = subprocess.run([sys.executable, "-S", "-c", program], cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.stdout == "[]\n", done.stderr

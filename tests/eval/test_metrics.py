@@ -1,4 +1,5 @@
 """TS, PI, CF on hand-made calls; order-free pairing against brute force over permutations."""
+
 import itertools
 import json
 import random
@@ -22,21 +23,24 @@ def score(calls, *answers):
 WEATHER = gold(("get_weather", {"city": "Oslo", "days": 3}, ()))
 
 
-@pytest.mark.parametrize("name, arguments, expected", [
-    ("get_weather", {"city": "Oslo", "days": 3}, (True, True, True)),
-    ("get_weather", {"days": 3, "city": "Oslo"}, (True, True, True)),       # order of arguments is free
-    ("get_weather", {"city": "Oslo", "days": 4}, (True, True, False)),      # wrong number
-    ("get_weather", {"city": "oslo", "days": 3}, (True, True, False)),      # letter case counts
-    ("get_weather", {"city": "Oslo ", "days": 3}, (True, True, False)),     # blanks count
-    ("get_weather", {"city": "Oslo", "days": "3"}, (True, True, False)),    # "3" is not 3
-    ("get_weather", {"city": "Oslo", "days": 3.0}, (True, True, False)),    # 3.0 is not 3
-    ("get_weather", {"city": "Oslo"}, (True, False, False)),                # missing
-    ("get_weather", {"city": "Oslo", "days": 3, "unit": "C"}, (True, False, False)),  # surplus
-    ("get_weather", {"town": "Oslo", "days": 3}, (True, False, False)),     # renamed
-    ("get_weather", {}, (True, False, False)),
-    ("get_forecast", {"city": "Oslo", "days": 3}, (False, False, False)),   # right arguments, wrong tool
-    ("Get_weather", {"city": "Oslo", "days": 3}, (False, False, False)),
-])
+@pytest.mark.parametrize(
+    "name, arguments, expected",
+    [
+        ("get_weather", {"city": "Oslo", "days": 3}, (True, True, True)),
+        ("get_weather", {"days": 3, "city": "Oslo"}, (True, True, True)),  # order of arguments is free
+        ("get_weather", {"city": "Oslo", "days": 4}, (True, True, False)),  # wrong number
+        ("get_weather", {"city": "oslo", "days": 3}, (True, True, False)),  # letter case counts
+        ("get_weather", {"city": "Oslo ", "days": 3}, (True, True, False)),  # blanks count
+        ("get_weather", {"city": "Oslo", "days": "3"}, (True, True, False)),  # "3" is not 3
+        ("get_weather", {"city": "Oslo", "days": 3.0}, (True, True, False)),  # 3.0 is not 3
+        ("get_weather", {"city": "Oslo"}, (True, False, False)),  # missing
+        ("get_weather", {"city": "Oslo", "days": 3, "unit": "C"}, (True, False, False)),  # surplus
+        ("get_weather", {"town": "Oslo", "days": 3}, (True, False, False)),  # renamed
+        ("get_weather", {}, (True, False, False)),
+        ("get_forecast", {"city": "Oslo", "days": 3}, (False, False, False)),  # right arguments, wrong tool
+        ("Get_weather", {"city": "Oslo", "days": 3}, (False, False, False)),
+    ],
+)
 def test_one_call_one_answer(name, arguments, expected):
     assert score([(name, arguments)], WEATHER) == expected
 
@@ -93,11 +97,18 @@ def test_pairing_equals_brute_force():
     for _ in range(2000):
         size = draw.randint(1, 4)
         calls = [ToolCall(draw.choice("ab"), {"x": draw.randint(0, 2)}) for _ in range(size)]
-        answer = gold(*((draw.choice("ab"), {"x": draw.randint(0, 2)}, draw.choice([(), (), ("x",)]))
-                        for _ in range(size)), order_free=True)
+        answer = gold(
+            *((draw.choice("ab"), {"x": draw.randint(0, 2)}, draw.choice([(), (), ("x",)])) for _ in range(size)),
+            order_free=True,
+        )
         found = can_pair(calls, answer, lambda call, one: is_same_content(call, one, equal_strict))
-        brute = any(all(call.name == one.name and ("x" in one.wildcards or call.arguments["x"] == one.arguments["x"])
-                        for call, one in zip(calls, order)) for order in itertools.permutations(answer.calls))
+        brute = any(
+            all(
+                call.name == one.name and ("x" in one.wildcards or call.arguments["x"] == one.arguments["x"])
+                for call, one in zip(calls, order)
+            )
+            for order in itertools.permutations(answer.calls)
+        )
         assert found == brute
         outcomes.append(found)
     assert 0.05 < sum(outcomes) / len(outcomes) < 0.95
@@ -115,9 +126,37 @@ def test_cf_implies_pi_implies_ts_on_random_calls():
         assert ts >= pi >= cf
 
 
-VALUES = [0, 1, -1, 1.0, 0.0, True, False, None, "", "1", "a", "A", [], [1], [1.0], [1, 2], [2, 1], [True], {},
-          {"a": 1}, {"a": 1.0}, {"b": 1}, {"a": [1, {"c": None}]}, {"a": 1, "b": 2}, [[]], [{}], "None", 10 ** 30,
-          1e300]
+VALUES = [
+    0,
+    1,
+    -1,
+    1.0,
+    0.0,
+    True,
+    False,
+    None,
+    "",
+    "1",
+    "a",
+    "A",
+    [],
+    [1],
+    [1.0],
+    [1, 2],
+    [2, 1],
+    [True],
+    {},
+    {"a": 1},
+    {"a": 1.0},
+    {"b": 1},
+    {"a": [1, {"c": None}]},
+    {"a": 1, "b": 2},
+    [[]],
+    [{}],
+    "None",
+    10**30,
+    1e300,
+]
 
 
 def test_strict_equality_is_equality_of_canonical_json():
@@ -138,12 +177,15 @@ def test_no_accepted_answer_is_an_error():
         score([("a", {})])
 
 
-@pytest.mark.parametrize("call, start, parts", [
-    (("get_forecast", {}), "wrong tool:", ["get_forecast", "get_weather"]),
-    (("get_weather", {"town": "Oslo", "days": 3}), "wrong parameters:", ["town", "city"]),
-    (("get_weather", {"city": "Oslo", "days": "3"}), "wrong value:", ["'days'", "'3'", "3"]),
-    (("get_weather", {"city": "x" * 10_000, "days": 3}), "wrong value:", ["..."]),
-])
+@pytest.mark.parametrize(
+    "call, start, parts",
+    [
+        (("get_forecast", {}), "wrong tool:", ["get_forecast", "get_weather"]),
+        (("get_weather", {"town": "Oslo", "days": 3}), "wrong parameters:", ["town", "city"]),
+        (("get_weather", {"city": "Oslo", "days": "3"}), "wrong value:", ["'days'", "'3'", "3"]),
+        (("get_weather", {"city": "x" * 10_000, "days": 3}), "wrong value:", ["..."]),
+    ],
+)
 def test_reasons_name_the_difference_in_one_short_ascii_line(call, start, parts):
     reason = score_calls([ToolCall(*call)], [WEATHER], values_equal=equal_strict).reason
     assert reason.startswith(start) and all(part in reason for part in parts)
@@ -151,5 +193,7 @@ def test_reasons_name_the_difference_in_one_short_ascii_line(call, start, parts)
 
 
 def test_reason_of_a_correct_call_is_empty():
-    assert score_calls([ToolCall("get_weather", {"city": "Oslo", "days": 3})], [WEATHER],
-                       values_equal=equal_strict).reason == ""
+    assert (
+        score_calls([ToolCall("get_weather", {"city": "Oslo", "days": 3})], [WEATHER], values_equal=equal_strict).reason
+        == ""
+    )

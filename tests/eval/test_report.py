@@ -1,13 +1,14 @@
 """Reports, the paper's tables, comparison of runs and of prediction files, plots."""
+
 import json
 import sys
 from pathlib import Path
 
 import pytest
 
+from data.json_records import write_json_lines
 from data.trajectories import DataError
 from eval.reports.compare import main as compare_main
-from data.json_records import write_json_lines
 from eval.reports.paper_tables import read_published, unattainable_cells
 from eval.reports.plots import ENVIRONMENTS, figure4_bars, figure5_bars, write_plots
 from eval.reports.plots import main as plots_main
@@ -17,19 +18,39 @@ from tests.support.rotbench_records import react, rotbench_record
 
 def rows_of(levels):
     """One row per level 0 to 3: TS, PI, CF right up to it."""
-    return [{"index": i, "TS": int(level > 0), "PI": int(level > 1), "CF": int(level > 2),
-             "reason": "" if level == 3 else "wrong tool: x"} for i, level in enumerate(levels)]
+    return [
+        {
+            "index": i,
+            "TS": int(level > 0),
+            "PI": int(level > 1),
+            "CF": int(level > 2),
+            "reason": "" if level == 3 else "wrong tool: x",
+        }
+        for i, level in enumerate(levels)
+    ]
 
 
 def general(metric, count, n, **more):
-    return {"n": n, metric: count, f"{metric}_percent": round(100 * count / n, 2),
-            f"{metric}_interval_95": [0.0, 100.0], "errors": {}, "answers_sha256": "", **more}
+    return {
+        "n": n,
+        metric: count,
+        f"{metric}_percent": round(100 * count / n, 2),
+        f"{metric}_interval_95": [0.0, 100.0],
+        "errors": {},
+        "answers_sha256": "",
+        **more,
+    }
 
 
 def run_of(**summaries):
-    return {"model": "m", "predictions": None, "prompt_format": "tl",
-            "benchmarks": {name.replace("_", "-"): {"answers_sha256": "", **summary}
-                           for name, summary in summaries.items()}}
+    return {
+        "model": "m",
+        "predictions": None,
+        "prompt_format": "tl",
+        "benchmarks": {
+            name.replace("_", "-"): {"answers_sha256": "", **summary} for name, summary in summaries.items()
+        },
+    }
 
 
 def write_run(folder, run, results):
@@ -59,8 +80,13 @@ def test_published_rows_as_printed():
 
 def test_unattainable_cells_are_the_six_of_the_page():
     assert [(table, cell, percent) for table, _, cell, percent in unattainable_cells()] == [
-        ("table3", "toolalpaca TS", 75.56), ("table4", "tooleyes VA", 43.45), ("table5", "tooleyes VA", 59.32),
-        ("table5", "toolalpaca CF", 43.68), ("table5", "toolalpaca TS", 77.78), ("table5", "toolalpaca PI", 71.72)]
+        ("table3", "toolalpaca TS", 75.56),
+        ("table4", "tooleyes VA", 43.45),
+        ("table5", "tooleyes VA", 59.32),
+        ("table5", "toolalpaca CF", 43.68),
+        ("table5", "toolalpaca TS", 77.78),
+        ("table5", "toolalpaca PI", 71.72),
+    ]
 
 
 def test_report_has_the_papers_tables_where_data_allow():
@@ -70,8 +96,9 @@ def test_report_has_the_papers_tables_where_data_allow():
     assert any(line.startswith("| rotbench-clean | 105 | 50.5 [41.1, 59.9] |") for line in lines)
     assert "| gsm8k     | exact_match (primary) | 8 | 12.5 [0.0, 100.0] |" in lines
     assert "## Table 3: single-turn" in lines and "## Table 5: ablation" in lines and "Table 4" not in report
-    assert any(line.split() == ["|", "TL-CodeLLaMA-2", "7B", "|", "83.81", "|", "54.29", "|", "42.86", "|"]
-               for line in lines)
+    assert any(
+        line.split() == ["|", "TL-CodeLLaMA-2", "7B", "|", "83.81", "|", "54.29", "|", "42.86", "|"] for line in lines
+    )
     ours = ["|", "this", "run", "|", "50.48", "|", "38.10", "|", "32.38", "|"]
     assert sum(line.split() == ours for line in lines) == 2
     assert "not comparable" not in report and "toolalpaca" not in report and "Warnings" not in report
@@ -80,8 +107,9 @@ def test_report_has_the_papers_tables_where_data_allow():
 def test_report_of_part_of_a_benchmark_and_variants():
     summary = summarize_results(rows_of([3, 0]))
     rates = {key: value for key, value in summary.items() if key != "errors"}
-    report = format_report(run_of(toolalpaca={**summary, "primary": "first_call",
-                                              "variants": {"first_call": rates, "any_call": rates}}))
+    report = format_report(
+        run_of(toolalpaca={**summary, "primary": "first_call", "variants": {"first_call": rates, "any_call": rates}})
+    )
     assert "toolalpaca: 2 of 114 records were run; not comparable." in report
     assert "| toolalpaca | first_call (primary) | 2 |" in report
     assert "| toolalpaca | any_call             | 2 |" in report
@@ -121,8 +149,11 @@ def test_comparison_warns_and_refuses(two_runs, capsys):
     assert compare_main([str(run) for run in two_runs]) == 0
     assert capsys.readouterr().err == "b: tiny-seen CF: found 62.4 %, expected 5 of 8\n"
     results = two_runs[1] / "results/tiny-seen.jsonl"
-    for text, expected in (("", "found 0 rows, expected 8"), ('{"index": 0, "TS": 2}\n', ":1: found another row"),
-                           ("[]", ":1: found list")):
+    for text, expected in (
+        ("", "found 0 rows, expected 8"),
+        ('{"index": 0, "TS": 2}\n', ":1: found another row"),
+        ("[]", ":1: found list"),
+    ):
         results.write_text(text)
         assert compare_main([*map(str, two_runs), "--mcnemar"]) == 2
         assert expected in capsys.readouterr().err
@@ -144,8 +175,9 @@ def test_prediction_files_are_compared(tmp_path, capsys):
     gold = react("get_weather", {"city": "Oslo"})
     answers.write_text(json.dumps([rotbench_record([gold])] * 105))
     for name, right in (("a", range(60)), ("b", range(50, 105))):
-        (tmp_path / name).write_text(json.dumps([{"conversations": [{"value": gold if i in right else "no"}]}
-                                                 for i in range(105)]))
+        (tmp_path / name).write_text(
+            json.dumps([{"conversations": [{"value": gold if i in right else "no"}]} for i in range(105)])
+        )
     assert compare_main(["--answers", str(answers), str(tmp_path / "a"), str(tmp_path / "b")]) == 0
     out = capsys.readouterr().out
     assert out.count("(50 lost, 45 won)") == 3 and "| rotbench-clean | 105 | TS     |" in out
@@ -158,23 +190,37 @@ def test_prediction_files_are_compared(tmp_path, capsys):
 def dialogue_summary(n, n_calls, de, ce, va, *, de_dialogues=None, **more):
     """Counts in the shape of the dialogue metrics, intervals as wide as a point on each side."""
     summary = {"n": n, "n_calls": n_calls}
-    for metric, count, of in (("DE", de, n_calls), ("CE", ce, n_calls), ("VA", va, n),
-                              ("DE_dialogues", min(de, n) if de_dialogues is None else de_dialogues, n)):
+    for metric, count, of in (
+        ("DE", de, n_calls),
+        ("CE", ce, n_calls),
+        ("VA", va, n),
+        ("DE_dialogues", min(de, n) if de_dialogues is None else de_dialogues, n),
+    ):
         percent = round(100 * count / of, 2)
-        summary |= {metric: count, f"{metric}_percent": percent,
-                    f"{metric}_interval_95": [max(percent - 1, 0.0), min(percent + 1, 100.0)]}
+        summary |= {
+            metric: count,
+            f"{metric}_percent": percent,
+            f"{metric}_interval_95": [max(percent - 1, 0.0), min(percent + 1, 100.0)],
+        }
     return {**summary, **more}
 
 
 def test_report_of_dialogues_says_what_is_of_calls_and_who_answered():
     part = dialogue_summary(2, 4, 1, 0, 2)
-    report = format_report(run_of(tooleyes=dialogue_summary(
-        382, 1000, 10, 50, 191, executors={"local": 250, "simulated": 750}, by_scenario={"TG": part})))
+    report = format_report(
+        run_of(
+            tooleyes=dialogue_summary(
+                382, 1000, 10, 50, 191, executors={"local": 250, "simulated": 750}, by_scenario={"TG": part}
+            )
+        )
+    )
     lines = report.splitlines()
     assert "| tooleyes  | 382       | 1000  | 1.0 [0.0, 2.0] | 5.0 [4.0, 6.0] | 50.0 [49.0, 51.0] |" in lines
     assert "| tooleyes  | DE_dialogues | lower  | 382       | 2.6 [1.6, 3.6] |" in lines
-    assert ("| tooleyes  | TG       | 2         | 4     | 25.0 [24.0, 26.0] | 0.0 [0.0, 1.0] | 100.0 [99.0, 100.0] |"
-            in lines)
+    assert (
+        "| tooleyes  | TG       | 2         | 4     | 25.0 [24.0, 26.0] | 0.0 [0.0, 1.0] | 100.0 [99.0, 100.0] |"
+        in lines
+    )
     assert "| tooleyes  | local     | 250   | 25.0 |" in lines and "| tooleyes  | simulated | 750   | 75.0 |" in lines
     assert "is not that of the real tool" in report and "## Table 4: multi-turn" in lines
     assert any(line.split() == ["|", "TL-CodeLLaMA-2", "|", "0.82", "|", "4.84", "|", "77.75", "|"] for line in lines)
@@ -194,16 +240,33 @@ def test_comparison_calls_fewer_errors_better(tmp_path, capsys):
     """Base with errors in 8 of 10 dialogues, then with none: the lower rate is the better one, and those are won."""
     folders = []
     for name, errors, answers in (("base", 8, 2), ("SFT", 0, 9)):
-        rows = [{"index": i, "calls": 3, "DE": 2 * (i < errors), "CE": 0, "VA": int(i < answers),
-                 "DE_dialogues": int(i < errors)} for i in range(10)]
+        rows = [
+            {
+                "index": i,
+                "calls": 3,
+                "DE": 2 * (i < errors),
+                "CE": 0,
+                "VA": int(i < answers),
+                "DE_dialogues": int(i < errors),
+            }
+            for i in range(10)
+        ]
         summary = dialogue_summary(10, 30 if errors else 24, 2 * errors, 0, answers, de_dialogues=errors)
         folders.append(str(write_run(tmp_path / name, run_of(tiny_multi=summary), {"tiny-multi": rows})))
     assert compare_main([*folders, "--mcnemar"]) == 0
     cells = [[cell.strip() for cell in line.split("|")][1:-1] for line in capsys.readouterr().out.splitlines()[2:]]
-    assert [row[1:3] for row in cells] == [["30 / 24", "DE, lower is better"], ["30 / 24", "CE, lower is better"],
-                                           ["10", "VA"], ["10", "DE_dialogues, lower is better"]]
-    assert [row[5] for row in cells] == ["lower (better), intervals disjoint", "intervals overlap",
-                                         "higher, intervals disjoint", "lower (better), intervals disjoint"]
+    assert [row[1:3] for row in cells] == [
+        ["30 / 24", "DE, lower is better"],
+        ["30 / 24", "CE, lower is better"],
+        ["10", "VA"],
+        ["10", "DE_dialogues, lower is better"],
+    ]
+    assert [row[5] for row in cells] == [
+        "lower (better), intervals disjoint",
+        "intervals overlap",
+        "higher, intervals disjoint",
+        "lower (better), intervals disjoint",
+    ]
     assert [row[6] for row in cells] == ["-", "-", "p 0.016 (0 lost, 7 won)", "p 0.0078 (0 lost, 8 won)"]
     assert compare_main([*folders[::-1], "--mcnemar"]) == 0
     out = capsys.readouterr().out
@@ -215,8 +278,11 @@ def test_comparison_calls_fewer_errors_better(tmp_path, capsys):
 
 def plot_run():
     summary = summarize_results(rows_of([3, 2, 1, 0]))
-    return run_of(**{f"rotbench_{name}": summary for name in ENVIRONMENTS[1:]}, gsm8k=general("exact_match", 2, 8),
-                  mmlu=general("accuracy", 1, 4))
+    return run_of(
+        **{f"rotbench_{name}": summary for name in ENVIRONMENTS[1:]},
+        gsm8k=general("exact_match", 2, 8),
+        mmlu=general("accuracy", 1, 4),
+    )
 
 
 def test_bars_are_the_summaries_numbers():
@@ -232,7 +298,9 @@ def test_plots_are_files_or_a_notice(tmp_path, monkeypatch, capsys):
     assert write_plots(["a"], [run_of(tiny_seen=summarize_results(rows_of([3])))], tmp_path) == ([], [])
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     assert write_plots(["a"], [plot_run()], tmp_path) == (
-        [], ["plots: found no matplotlib, expected it; the tables have the same numbers"])
+        [],
+        ["plots: found no matplotlib, expected it; the tables have the same numbers"],
+    )
     assert not list(tmp_path.iterdir())
     monkeypatch.undo()
     pytest.importorskip("matplotlib")

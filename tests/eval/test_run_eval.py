@@ -1,4 +1,5 @@
 """run_eval.py from model to report: files, determinism over batches, ranks and kills, refusals, comparison of runs."""
+
 import contextlib
 import fcntl
 import io
@@ -15,11 +16,11 @@ import pytest
 
 from data.formats.tl import encode_prompt
 from data.tool_calls import ToolCall, render_tool_call
-from eval.predict import generate as generate_predictions
 from eval.benchmark_data import load_tiny
-from eval.reports.compare import main as compare_main
+from eval.predict import generate as generate_predictions
 from eval.predict.generate import generated_rows, length_sorted_batches, read_response
 from eval.queries import load_queries
+from eval.reports.compare import main as compare_main
 from model.pretrained_weights import load_pretrained
 from model.tokenizer import load_tokenizer
 from run_eval import main
@@ -29,9 +30,10 @@ COUNT = 23  # records per benchmark: no multiple of a batch or of the ranks
 
 
 def make_benchmarks(folder: Path) -> Path:
-    """test_seen.jsonl and test_unseen.jsonl with the tools of tests.support.tiny_run and requests of different lengths."""
-    tools = [{"type": "function", "function": tool}
-             for tool in json.loads(make_records(1)[0]["conversations"][0]["content"])]
+    """test_seen.jsonl and test_unseen.jsonl with the tools of tests.support.tiny_run and requests."""
+    tools = [
+        {"type": "function", "function": tool} for tool in json.loads(make_records(1)[0]["conversations"][0]["content"])
+    ]
     draw = random.Random(3)
     folder.mkdir()
     for name in ("seen", "unseen"):
@@ -40,9 +42,19 @@ def make_benchmarks(folder: Path) -> Path:
                 tool, city = draw.choice(tools)["function"]["name"], draw.choice(CITIES)
                 request = " ".join(["please"] * draw.randrange(9) + [f"{tool} for {city}"])
                 gold = [{"calls": [{"name": tool, "arguments": {"city": city}}], "order_free": False}]
-                file.write(json.dumps({"id": f"{name}/{index}", "tools": draw.sample(tools, draw.randint(1, 3)) + [
-                    each for each in tools if each["function"]["name"] == tool], "messages": [
-                        {"role": "user", "content": request}], "gold": gold, "meta": {}}) + "\n")
+                file.write(
+                    json.dumps(
+                        {
+                            "id": f"{name}/{index}",
+                            "tools": draw.sample(tools, draw.randint(1, 3))
+                            + [each for each in tools if each["function"]["name"] == tool],
+                            "messages": [{"role": "user", "content": request}],
+                            "gold": gold,
+                            "meta": {},
+                        }
+                    )
+                    + "\n"
+                )
     return folder
 
 
@@ -52,8 +64,16 @@ def benchmark_dir(tmp_path_factory):
 
 
 def flags_of(folder, output, **flags):
-    values = {"model": tiny_files()[0], "benchmark_dir": folder, "output": output, "device": "cpu",
-              "max_new_tokens": 12, "batch_size": 8, "benchmarks": "tiny-seen", **flags}
+    values = {
+        "model": tiny_files()[0],
+        "benchmark_dir": folder,
+        "output": output,
+        "device": "cpu",
+        "max_new_tokens": 12,
+        "batch_size": 8,
+        "benchmarks": "tiny-seen",
+        **flags,
+    }
     return [part for name, value in values.items() for part in (f"--{name}", str(value))]
 
 
@@ -72,14 +92,21 @@ def process(arguments, ranks=1):
     start = [sys.executable]
     if ranks > 1:
         start += ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)]
-    return subprocess.Popen([*start, "run_eval.py", *arguments], cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"},
-                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen(
+        [*start, "run_eval.py", *arguments],
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
 
 
 def children_of(pid):
     """Process ids of the direct children, torchrun's workers for example."""
-    return [int(child) for task in Path(f"/proc/{pid}/task").iterdir()
-            for child in (task / "children").read_text().split()]
+    return [
+        int(child) for task in Path(f"/proc/{pid}/task").iterdir() for child in (task / "children").read_text().split()
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -97,7 +124,8 @@ def predictions_of(output, name="tiny-seen"):
 
 def scores_of(output):
     return {path.name: path.read_bytes() for path in (output / "results").iterdir()} | {
-        "summary": json.loads((output / "summary.json").read_text())["benchmarks"]}
+        "summary": json.loads((output / "summary.json").read_text())["benchmarks"]
+    }
 
 
 # ---------------------------------------------------------------------------------------------------------------- files
@@ -106,7 +134,13 @@ def scores_of(output):
 def test_run_leaves_predictions_results_summary_report(reference, benchmark_dir):
     output, out = reference
     assert sorted(path.name for path in output.iterdir()) == [
-        "config.json", "environment.json", "predictions", "report.md", "results", "summary.json"]
+        "config.json",
+        "environment.json",
+        "predictions",
+        "report.md",
+        "results",
+        "summary.json",
+    ]
     summary = json.loads((output / "summary.json").read_text())
     assert list(summary["benchmarks"]) == ["tiny-seen", "tiny-unseen"]
     for name, scores in summary["benchmarks"].items():
@@ -152,8 +186,10 @@ def test_plain_format_labels_its_lines(benchmark_dir, tmp_path):
 def test_prompt_that_does_not_fit_is_wrong_and_reported(reference, benchmark_dir, tmp_path):
     model = copy_of_model(tmp_path / "model")
     tokenizer = load_tokenizer(model)
-    lengths = [len(encode_prompt(example.tools, example.messages, tokenizer))
-               for example in load_tiny(benchmark_dir / "test_seen.jsonl")]
+    lengths = [
+        len(encode_prompt(example.tools, example.messages, tokenizer))
+        for example in load_tiny(benchmark_dir / "test_seen.jsonl")
+    ]
     # A prompt of `room` tokens just fits; a slightly longer one would leave less than the 12 new tokens.
     candidates = [length for length in sorted(lengths) if any(length < other <= length + 12 for other in lengths)]
     room = candidates[len(candidates) // 2]
@@ -172,8 +208,9 @@ def test_response_ends_at_eos_at_a_stop_or_at_its_length():
     ids, eos = tokenizer.encode("search(city"), tokenizer.eos_id
 
     def read(response_ids, stop_texts=(), prompt_ids=()):
-        return read_response(response_ids, tokenizer, stop_ids={eos}, stop_texts=stop_texts,
-                             prompt_ids=list(prompt_ids))
+        return read_response(
+            response_ids, tokenizer, stop_ids={eos}, stop_texts=stop_texts, prompt_ids=list(prompt_ids)
+        )
 
     assert read([*ids, eos]) == ("search(city", "end")
     assert read(ids) == ("search(city", "max_new_tokens")
@@ -196,8 +233,19 @@ def test_generation_is_told_the_control_tokens_that_end_it(benchmark_dir, monkey
 
     monkeypatch.setattr(generate_predictions, "generate", scripted)
     queries = load_queries("tiny-seen", benchmark_dir / "test_seen.jsonl")[:3]
-    rows = list(generated_rows(load_pretrained(tiny_files()[0]), tokenizer, queries, prompt_format="tl",
-                               stop_texts=("<s>", "(city"), max_new_tokens=12, batch_size=4, rank=0, world_size=1))
+    rows = list(
+        generated_rows(
+            load_pretrained(tiny_files()[0]),
+            tokenizer,
+            queries,
+            prompt_format="tl",
+            stop_texts=("<s>", "(city"),
+            max_new_tokens=12,
+            batch_size=4,
+            rank=0,
+            world_size=1,
+        )
+    )
     assert calls == [({bos, tokenizer.eos_id}, tokenizer.eos_id, 12)]
     assert [(row["output"], row["stop"]) for row in rows] == [("search", "end")] * 3
 
@@ -220,11 +268,17 @@ def test_continues_from_every_cut(reference, benchmark_dir, tmp_path):
         {"tiny-seen.jsonl": b"".join(lines[20:3:-2])},
         {"tiny-seen.jsonl": b"".join(lines[:5]) + lines[5][:-9]},
         {"tiny-seen.jsonl": b"".join(lines[:5]) + lines[5][:-1]},  # whole but for the line feed
-        {"tiny-seen.jsonl": lines[3] + lines[0], "tiny-seen.rank0001.jsonl": lines[7] + lines[8][:12],
-         "tiny-seen.rank0002.jsonl": lines[3]},
+        {
+            "tiny-seen.jsonl": lines[3] + lines[0],
+            "tiny-seen.rank0001.jsonl": lines[7] + lines[8][:12],
+            "tiny-seen.rank0002.jsonl": lines[3],
+        },
         {"tiny-seen.rank0001.jsonl": lines[22]},
-        {"tiny-seen.jsonl": b"".join(lines), "tiny-seen.rank0001.jsonl": b"".join(lines[:4]),
-         "tiny-seen.jsonl.unfinished": b"{"},
+        {
+            "tiny-seen.jsonl": b"".join(lines),
+            "tiny-seen.rank0001.jsonl": b"".join(lines[:4]),
+            "tiny-seen.jsonl.unfinished": b"{",
+        },
     ]
     for number, state in enumerate(states):
         folder = tmp_path / str(number) / "predictions"
@@ -331,23 +385,29 @@ def test_compare_prints_the_verdicts(reference, benchmark_dir, tmp_path, capsys)
 # ------------------------------------------------------------------------------------------------------------ bad input
 
 
-@pytest.mark.parametrize("change, expected", [
-    ({"nonsense": 1}, "--nonsense: found an unknown flag"),
-    ({"benchmarks": "tiny-seen,rotbench"}, "--benchmarks: found 'rotbench', expected some of tiny-seen, tiny-unseen"),
-    ({"benchmarks": "tiny-seen,tiny-seen"}, "expected each benchmark once"),
-    ({"benchmarks": ""}, "--benchmarks: found ''"),
-    ({"prompt_format": "xml"}, "expected one of tl, plain"),
-    ({"limit": -1}, "--limit"),
-    ({"batch_size": 0}, "--batch_size"),
-    ({"max_new_tokens": 4000}, "--max_new_tokens: found 4000, expected less than the model's 2048 positions"),
-    ({"model": "no/such/folder"}, "no/such/folder: found no such folder"),
-    ({"model": "tests"}, "tests"),
-    ({"benchmark_dir": "no/such"}, "no/such/test_seen.jsonl: found No such file"),
-    ({"predictions": "none.jsonl"}, "none.jsonl: found No such file"),
-    ({"predictions": "p", "benchmarks": "tiny-seen,tiny-unseen"}, "expected one, that of --predictions"),
-    ({"predictions": "p", "prompt_format": "plain"}, "--prompt_format: found it beside --predictions"),
-    ({"config": "none.json"}, "none.json"),
-])
+@pytest.mark.parametrize(
+    "change, expected",
+    [
+        ({"nonsense": 1}, "--nonsense: found an unknown flag"),
+        (
+            {"benchmarks": "tiny-seen,rotbench"},
+            "--benchmarks: found 'rotbench', expected some of tiny-seen, tiny-unseen",
+        ),
+        ({"benchmarks": "tiny-seen,tiny-seen"}, "expected each benchmark once"),
+        ({"benchmarks": ""}, "--benchmarks: found ''"),
+        ({"prompt_format": "xml"}, "expected one of tl, plain"),
+        ({"limit": -1}, "--limit"),
+        ({"batch_size": 0}, "--batch_size"),
+        ({"max_new_tokens": 4000}, "--max_new_tokens: found 4000, expected less than the model's 2048 positions"),
+        ({"model": "no/such/folder"}, "no/such/folder: found no such folder"),
+        ({"model": "tests"}, "tests"),
+        ({"benchmark_dir": "no/such"}, "no/such/test_seen.jsonl: found No such file"),
+        ({"predictions": "none.jsonl"}, "none.jsonl: found No such file"),
+        ({"predictions": "p", "benchmarks": "tiny-seen,tiny-unseen"}, "expected one, that of --predictions"),
+        ({"predictions": "p", "prompt_format": "plain"}, "--prompt_format: found it beside --predictions"),
+        ({"config": "none.json"}, "none.json"),
+    ],
+)
 def test_bad_input_is_one_line_and_code_2(benchmark_dir, tmp_path, change, expected):
     code, _, err = run_here(flags_of(benchmark_dir, tmp_path / "out", **change))
     assert code == 2 and err.count("\n") == 1 and expected in err, err
@@ -383,12 +443,17 @@ def test_copied_model_folder_counts_as_the_same_model(reference, benchmark_dir, 
     assert code == 0 and f"kept {COUNT} predictions" in out
 
 
-@pytest.mark.parametrize("spoil, expected", [
-    (lambda lines: [lines[0], b'{"index": 1, "out\n', *lines[2:]], "tiny-seen.jsonl:2: found no valid JSON"),
-    (lambda lines: [*lines, lines[0].replace(b'"output": "', b'"output": "!')],
-     "a second, different output for index 0"),
-    (lambda lines: [*lines, b'{"index": 99, "output": "", "stop": "end"}\n'], "found index 99, expected 0 to 22"),
-])
+@pytest.mark.parametrize(
+    "spoil, expected",
+    [
+        (lambda lines: [lines[0], b'{"index": 1, "out\n', *lines[2:]], "tiny-seen.jsonl:2: found no valid JSON"),
+        (
+            lambda lines: [*lines, lines[0].replace(b'"output": "', b'"output": "!')],
+            "a second, different output for index 0",
+        ),
+        (lambda lines: [*lines, b'{"index": 99, "output": "", "stop": "end"}\n'], "found index 99, expected 0 to 22"),
+    ],
+)
 def test_damaged_journals_are_refused(reference, benchmark_dir, tmp_path, spoil, expected):
     folder = tmp_path / "predictions"
     folder.mkdir()
@@ -401,8 +466,9 @@ def test_damaged_journals_are_refused(reference, benchmark_dir, tmp_path, spoil,
 
 def test_config_file_and_help(benchmark_dir, tmp_path, capsys):
     (tmp_path / "eval.json").write_text(json.dumps({"limit": 2, "max_new_tokens": 5}))
-    code, _, err = run_here([*flags_of(benchmark_dir, tmp_path / "out", max_new_tokens=4), "--config",
-                             str(tmp_path / "eval.json")])
+    code, _, err = run_here(
+        [*flags_of(benchmark_dir, tmp_path / "out", max_new_tokens=4), "--config", str(tmp_path / "eval.json")]
+    )
     assert code == 0, err
     config = json.loads((tmp_path / "out/config.json").read_text())
     assert (config["limit"], config["max_new_tokens"]) == (2, 4)  # flags win over the file

@@ -1,4 +1,5 @@
 """run_eval.py on small files of each published benchmark's form: each benchmark, ranks' shares, resuming, endpoint."""
+
 import csv
 import gzip
 import importlib.util
@@ -7,12 +8,12 @@ import json
 import pytest
 import torch
 
+from data.formats.outputs import render_output
 from data.tool_calls import ToolCall
-from eval.predict import endpoint as endpoint_module
 from eval.general_tasks import LETTERS, load_mmlu, mmlu_prompt
+from eval.predict import endpoint as endpoint_module
 from eval.predict.generate import generated_rows
 from eval.predict.letter_logprobs import letter_rows
-from data.formats.outputs import render_output
 from eval.queries import encode_text, load_queries
 from model.pretrained_weights import load_pretrained
 from model.tokenizer import load_tokenizer
@@ -20,40 +21,82 @@ from tests.eval.test_endpoint import Server
 from tests.eval.test_run_eval import flags_of, predictions_of, run_here
 from tests.support.tiny_run import tiny_files
 
-TOOL = {"name": "search", "description": "finds", "parameters": {
-    "type": "object", "properties": {"q": {"type": "string", "description": "what"}}, "required": ["q"]}}
-LAST_TOOLS = [{"name": name, "description": name, "parameters": {
-    "type": "object", "properties": {key: {"type": "string", "description": key}}, "required": [key]}}
-    for name, key in (("ask_to_user", "question"), ("finish", "answer"))]
+TOOL = {
+    "name": "search",
+    "description": "finds",
+    "parameters": {"type": "object", "properties": {"q": {"type": "string", "description": "what"}}, "required": ["q"]},
+}
+LAST_TOOLS = [
+    {
+        "name": name,
+        "description": name,
+        "parameters": {
+            "type": "object",
+            "properties": {key: {"type": "string", "description": key}},
+            "required": [key],
+        },
+    }
+    for name, key in (("ask_to_user", "question"), ("finish", "answer"))
+]
 COUNT = 3
 
 
 def write_benchmarks(folder):
     """A few records of our own in the files of RoTBench, ToolAlpaca, BFCL, GSM8K, HumanEval and MMLU."""
-    for name in ("rotbench/First_Turn", "toolalpaca", "bfcl_v3_exec/2024-12-19_5bd63a96", "gsm8k", "humaneval",
-                 "mmlu/test", "mmlu/dev"):
+    for name in (
+        "rotbench/First_Turn",
+        "toolalpaca",
+        "bfcl_v3_exec/2024-12-19_5bd63a96",
+        "gsm8k",
+        "humaneval",
+        "mmlu/test",
+        "mmlu/dev",
+    ):
         (folder / name).mkdir(parents=True)
-    (folder / "rotbench/First_Turn/clean.json").write_text(json.dumps([
-        {"id": f"Turn 1: find {i}", "scenario": "TG", "conversations": [
-            {"from": "system", "value": f"Tools:\n{json.dumps([TOOL, *LAST_TOOLS])}\n\nLet's Begin!"},
-            {"from": "user", "value": f"find {i}\nBegin!\n"},
-            {"from": "assistant", "value": [f'Thought:\nAction: search\nAction Input: {{"q": "{i}"}}']}]}
-        for i in range(COUNT)]))
-    (folder / "gsm8k/test.jsonl").write_text("".join(
-        json.dumps({"question": f"What is {i} + 1?", "answer": f"One more.\n#### {i + 1}"}) + "\n"
-        for i in range(COUNT)))
+    (folder / "rotbench/First_Turn/clean.json").write_text(
+        json.dumps(
+            [
+                {
+                    "id": f"Turn 1: find {i}",
+                    "scenario": "TG",
+                    "conversations": [
+                        {"from": "system", "value": f"Tools:\n{json.dumps([TOOL, *LAST_TOOLS])}\n\nLet's Begin!"},
+                        {"from": "user", "value": f"find {i}\nBegin!\n"},
+                        {"from": "assistant", "value": [f'Thought:\nAction: search\nAction Input: {{"q": "{i}"}}']},
+                    ],
+                }
+                for i in range(COUNT)
+            ]
+        )
+    )
+    (folder / "gsm8k/test.jsonl").write_text(
+        "".join(
+            json.dumps({"question": f"What is {i} + 1?", "answer": f"One more.\n#### {i + 1}"}) + "\n"
+            for i in range(COUNT)
+        )
+    )
     with gzip.open(folder / "humaneval/HumanEval.jsonl.gz", "wt") as file:
-        file.writelines(json.dumps({
-            "task_id": f"T/{i}", "prompt": f"def f{i}(x):\n", "entry_point": f"f{i}",
-            "canonical_solution": f"    return x + {i}\n",
-            "test": f"def check(candidate):\n    assert candidate(2) == {2 + i}\n"}) + "\n" for i in range(COUNT))
+        file.writelines(
+            json.dumps(
+                {
+                    "task_id": f"T/{i}",
+                    "prompt": f"def f{i}(x):\n",
+                    "entry_point": f"f{i}",
+                    "canonical_solution": f"    return x + {i}\n",
+                    "test": f"def check(candidate):\n    assert candidate(2) == {2 + i}\n",
+                }
+            )
+            + "\n"
+            for i in range(COUNT)
+        )
     for subject in ("art", "law"):
         for part, count in (("test", COUNT), ("dev", 5)):
             with open(folder / f"mmlu/{part}/{subject}_{part}.csv", "w", newline="") as file:
                 writer = csv.writer(file)
                 writer.writerow(["question", "choice0", "choice1", "choice2", "choice3", "answer"])
-                writer.writerows([f"{part} {subject} {i}?", "one", "None", "three", f"{i}", i % 4]
-                                 for i in range(count))
+                writer.writerows(
+                    [f"{part} {subject} {i}?", "one", "None", "three", f"{i}", i % 4] for i in range(count)
+                )
     return folder
 
 
@@ -69,8 +112,9 @@ def model():
 
 
 def run(folder, output, **flags):
-    return run_here(flags_of(folder, output, **{"check_files": "off", "max_answer_tokens": 6, "max_new_tokens": 6,
-                                                **flags}))
+    return run_here(
+        flags_of(folder, output, **{"check_files": "off", "max_answer_tokens": 6, "max_new_tokens": 6, **flags})
+    )
 
 
 # ---------------------------------------------------------------------------------------------------------------- model
@@ -93,7 +137,8 @@ def test_every_benchmark_is_predicted_scored_and_resumed(folder, tmp_path):
     code, out, err = run(folder, tmp_path, benchmarks=",".join(names[:2] + names[3:]))
     assert code == 0 and out.count("kept 2 predictions") == 3 and out.count("dropped 1 partial") == 3, err
     assert {name: predictions_of(tmp_path, name) for name in names if name != "humaneval"} == {
-        name: content for name, content in whole.items() if name != "humaneval"}
+        name: content for name, content in whole.items() if name != "humaneval"
+    }
 
 
 def test_letters_are_those_of_whole_forwards_and_of_any_share(folder, model):
@@ -122,8 +167,9 @@ def test_letters_with_fewer_shots_where_the_model_is_short(folder, model):
     longest = max(len(tokenizer.encode_continuation(f" {letter}")) for letter in LETTERS)
 
     def row_with(positions):
-        network.config = type(config)(**{name: getattr(config, name) for name in config.__slots__}
-                                      | {"max_positions": positions})
+        network.config = type(config)(
+            **{name: getattr(config, name) for name in config.__slots__} | {"max_positions": positions}
+        )
         try:
             return next(letter_rows(network, tokenizer, queries))
         finally:
@@ -137,8 +183,18 @@ def test_ranks_share_the_queries(folder, model):
     queries = load_queries("humaneval", folder / "humaneval/HumanEval.jsonl.gz")
 
     def rows(rank, world_size, batch_size):
-        return list(generated_rows(*model, queries, prompt_format="tl", stop_texts=("\ndef",), max_new_tokens=4,
-                                   batch_size=batch_size, rank=rank, world_size=world_size))
+        return list(
+            generated_rows(
+                *model,
+                queries,
+                prompt_format="tl",
+                stop_texts=("\ndef",),
+                max_new_tokens=4,
+                batch_size=batch_size,
+                rank=rank,
+                world_size=world_size,
+            )
+        )
 
     alone = sorted(rows(0, 1, 8), key=lambda row: row["index"])
     assert sorted(rows(0, 2, 1) + rows(1, 2, 1), key=lambda row: row["index"]) == alone and len(alone) == COUNT
@@ -147,8 +203,9 @@ def test_ranks_share_the_queries(folder, model):
 # ------------------------------------------------------------------------------------------------------------- endpoint
 
 
-@pytest.mark.parametrize("prompt_format", ["tl", "toolllama", "nexusraven", "chatglm4", "qwen2", "llama31", "qwen25",
-                                           "openai"])
+@pytest.mark.parametrize(
+    "prompt_format", ["tl", "toolllama", "nexusraven", "chatglm4", "qwen2", "llama31", "qwen25", "openai"]
+)
 def test_endpoint_that_answers_rightly_in_every_format(folder, tmp_path, monkeypatch, prompt_format):
     monkeypatch.setattr(endpoint_module, "BACKOFF_SECONDS", 0.001)
     monkeypatch.setenv("SOME_KEY", "sk-test")
@@ -163,8 +220,15 @@ def test_endpoint_that_answers_rightly_in_every_format(folder, tmp_path, monkeyp
         return 200, {"choices": [{**choice, "finish_reason": "stop"}]}, {}
 
     server = Server(script)
-    code, _, err = run(folder, tmp_path, benchmarks="rotbench-clean", endpoint=server.url, endpoint_key="SOME_KEY",
-                       model="m", prompt_format=prompt_format)
+    code, _, err = run(
+        folder,
+        tmp_path,
+        benchmarks="rotbench-clean",
+        endpoint=server.url,
+        endpoint_key="SOME_KEY",
+        model="m",
+        prompt_format=prompt_format,
+    )
     server.http.shutdown()
     assert code == 0, err
     summary = json.loads((tmp_path / "summary.json").read_text())["benchmarks"]["rotbench-clean"]
@@ -184,8 +248,13 @@ def test_endpoint_that_fails_loses_nothing(folder, tmp_path, monkeypatch):
         return 200, {"choices": [{"text": "#### 1"}]}, {}
 
     server = Server(script)
-    flags = {"benchmarks": "gsm8k", "endpoint": server.url, "model": "m", "endpoint_concurrency": 1,
-             "endpoint_attempts": 2}
+    flags = {
+        "benchmarks": "gsm8k",
+        "endpoint": server.url,
+        "model": "m",
+        "endpoint_concurrency": 1,
+        "endpoint_attempts": 2,
+    }
     code, _, err = run(folder, tmp_path, **flags)
     assert code == 2 and err.strip().splitlines()[-1].startswith(f"{server.url}/completions: found status 500")
     assert "what was predicted is kept" in err and len(predictions_of(tmp_path, "gsm8k").splitlines()) == 2
@@ -200,19 +269,22 @@ def test_endpoint_that_fails_loses_nothing(folder, tmp_path, monkeypatch):
 # ------------------------------------------------------------------------------------------------------------ bad input
 
 
-@pytest.mark.parametrize("change, expected", [
-    ({"prompt_format": "openai"}, "--prompt_format: found openai without --endpoint"),
-    ({"prompt_format": "qwen25"}, "--prompt_format qwen25: found no token <|im_start|> in the tokenizer"),
-    ({"endpoint": "localhost:1"}, "--endpoint: found 'localhost:1', expected the base of an API"),
-    ({"endpoint": "http://h/v1", "predictions": "p"}, "--endpoint: found it beside --predictions"),
-    ({"endpoint_timeout": 0}, "--endpoint_timeout"),
-    ({"benchmarks": "humaneval"}, "--execute_code: found off, expected on for humaneval"),
-    ({"benchmarks": "tooleyes"}, "scenario_data_zero_processed.json: found No such file"),
-    ({"check_files": "on"}, "clean.json: found"),
-    ({"benchmarks": "mmlu", "benchmark_dir": "tests"}, "tests/mmlu: found no test/*_test.csv"),
-    ({"benchmarks": "gsm8k", "max_answer_tokens": 2048}, "--max_answer_tokens: found 2048, expected less than"),
-    ({"rules": "loose"}, "expected one of default, official, fair"),
-])
+@pytest.mark.parametrize(
+    "change, expected",
+    [
+        ({"prompt_format": "openai"}, "--prompt_format: found openai without --endpoint"),
+        ({"prompt_format": "qwen25"}, "--prompt_format qwen25: found no token <|im_start|> in the tokenizer"),
+        ({"endpoint": "localhost:1"}, "--endpoint: found 'localhost:1', expected the base of an API"),
+        ({"endpoint": "http://h/v1", "predictions": "p"}, "--endpoint: found it beside --predictions"),
+        ({"endpoint_timeout": 0}, "--endpoint_timeout"),
+        ({"benchmarks": "humaneval"}, "--execute_code: found off, expected on for humaneval"),
+        ({"benchmarks": "tooleyes"}, "scenario_data_zero_processed.json: found No such file"),
+        ({"check_files": "on"}, "clean.json: found"),
+        ({"benchmarks": "mmlu", "benchmark_dir": "tests"}, "tests/mmlu: found no test/*_test.csv"),
+        ({"benchmarks": "gsm8k", "max_answer_tokens": 2048}, "--max_answer_tokens: found 2048, expected less than"),
+        ({"rules": "loose"}, "expected one of default, official, fair"),
+    ],
+)
 def test_bad_input_is_one_line_and_code_2(folder, tmp_path, change, expected):
     code, _, err = run(folder, tmp_path / "out", **{"benchmarks": "rotbench-clean", **change})
     assert code == 2 and err.strip().count("\n") == 0 and expected in err, err

@@ -1,4 +1,5 @@
 """run_eval.py on multi-turn benchmarks: kills, ranks, endpoint, executors, settings, bad lines, all of ToolEyes."""
+
 import json
 import os
 import re
@@ -7,17 +8,17 @@ import time
 
 import pytest
 
-from data.tool_calls import ToolCall
-from toolbox.world import execute
-from eval.predict import endpoint as endpoint_module
-from eval.benchmark_data import load_tiny_multi
-from eval.reports.compare import main as compare_main
-from eval.dialogues.journal import RecordedDialogue, read_dialogues
 from data.formats.outputs import render_output
+from data.tool_calls import ToolCall
+from eval.benchmark_data import load_tiny_multi
 from eval.benchmarks import add_right_answers, is_answer_right
+from eval.dialogues.journal import RecordedDialogue, read_dialogues
+from eval.predict import endpoint as endpoint_module
+from eval.reports.compare import main as compare_main
 from tests.eval.test_endpoint import Server
 from tests.eval.test_run_eval import children_of, flags_of, process, run_here
 from tests.support.tiny_run import ROOT
+from toolbox.world import execute
 
 ASSETS = ROOT / "assets"
 TASKS = ASSETS / "tiny_data" / "test_multi.jsonl"
@@ -36,8 +37,19 @@ def folder(tmp_path_factory):
 
 
 def flags(folder, output, **changes):
-    return flags_of(folder, output, **{"benchmarks": "tiny-multi", "model": ASSETS / "tiny_model", "batch_size": 4,
-                                       "prompt_format": "plain", "max_turn_tokens": 24, "max_turns": 5, **changes})
+    return flags_of(
+        folder,
+        output,
+        **{
+            "benchmarks": "tiny-multi",
+            "model": ASSETS / "tiny_model",
+            "batch_size": 4,
+            "prompt_format": "plain",
+            "max_turn_tokens": 24,
+            "max_turns": 5,
+            **changes,
+        },
+    )
 
 
 @pytest.fixture(scope="module")
@@ -96,10 +108,12 @@ def test_batch_size_and_rescoring_do_not_matter(reference, folder, tmp_path):
     assert predictions_of(tmp_path) == predictions_of(reference[0])
     path = reference[0] / "predictions/tiny-multi.jsonl"
     code, _, err = run_here(
-        flags_of(folder, tmp_path / "again", benchmarks="tiny-multi", predictions=path, max_turns=5))
+        flags_of(folder, tmp_path / "again", benchmarks="tiny-multi", predictions=path, max_turns=5)
+    )
     assert code == 0, err
     assert summary_of(tmp_path / "again") == summary_of(reference[0]) and rows_of(tmp_path / "again") == rows_of(
-        reference[0])
+        reference[0]
+    )
 
 
 def test_limit_is_a_prefix_and_can_be_extended(reference, folder, tmp_path):
@@ -110,9 +124,20 @@ def test_limit_is_a_prefix_and_can_be_extended(reference, folder, tmp_path):
     assert predictions_of(tmp_path) == predictions_of(reference[0])
 
 
-@pytest.mark.parametrize("change", [{"max_turns": 4}, {"max_turn_tokens": 23}, {"max_dialogue_tokens": 500},
-                                    {"seed": 1}, {"tool_executor": "simulated"}, {"instability_rate": 0.5},
-                                    {"call_failure_rate": 0.5}, {"execute_code": "on"}, {"prompt_format": "tl"}])
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"max_turns": 4},
+        {"max_turn_tokens": 23},
+        {"max_dialogue_tokens": 500},
+        {"seed": 1},
+        {"tool_executor": "simulated"},
+        {"instability_rate": 0.5},
+        {"call_failure_rate": 0.5},
+        {"execute_code": "on"},
+        {"prompt_format": "tl"},
+    ],
+)
 def test_other_settings_are_refused_and_nothing_is_lost(reference, folder, change):
     before = predictions_of(reference[0])
     code, _, err = run_here(flags(folder, reference[0], **change))
@@ -138,10 +163,12 @@ def test_continues_from_every_cut(reference, folder, tmp_path):
     lines = journal_of(predictions_of(reference[0]))
     whole = predictions_of(reference[0]).splitlines(keepends=True)
     settings = (reference[0] / "predictions/tiny-multi.settings.json").read_bytes()
-    states = [{"tiny-multi.rank0000.jsonl": b"".join(lines[:1]) + lines[1][:30]},
-              {"tiny-multi.rank0000.jsonl": b"".join(lines[::2]), "tiny-multi.rank0001.jsonl": b"".join(lines[1::2])},
-              {"tiny-multi.jsonl": b"".join(whole[:3]), "tiny-multi.rank0001.jsonl": b"".join(lines)},
-              {"tiny-multi.jsonl": b"".join(whole[2:]), "tiny-multi.jsonl.unfinished": b"{"}]
+    states = [
+        {"tiny-multi.rank0000.jsonl": b"".join(lines[:1]) + lines[1][:30]},
+        {"tiny-multi.rank0000.jsonl": b"".join(lines[::2]), "tiny-multi.rank0001.jsonl": b"".join(lines[1::2])},
+        {"tiny-multi.jsonl": b"".join(whole[:3]), "tiny-multi.rank0001.jsonl": b"".join(lines)},
+        {"tiny-multi.jsonl": b"".join(whole[2:]), "tiny-multi.jsonl.unfinished": b"{"},
+    ]
     for number, state in enumerate(states):
         predictions = tmp_path / str(number) / "predictions"
         predictions.mkdir(parents=True)
@@ -197,6 +224,7 @@ def gold_script(tasks, prompt_format, *, fails_at=None, skips=()):
 
     `fails_at`: from that request on it is down. Of the tasks in `skips` it leaves the last call out.
     """
+
     def script(number, path, body):
         if fails_at is not None and number >= fails_at:
             return 500, b"<html>", {}
@@ -210,6 +238,7 @@ def gold_script(tasks, prompt_format, *, fails_at=None, skips=()):
         output = render_output([call], prompt_format)
         choice = {"message": json.loads(output)} if path.endswith("/chat/completions") else {"text": output}
         return 200, {"choices": [{**choice, "finish_reason": "stop"}]}, {}
+
     return script
 
 
@@ -262,7 +291,8 @@ def test_recorded_calls_are_replayed(folder, tmp_path):
     recording = tmp_path / "calls.jsonl"
     assert run_here(flags(folder, tmp_path / "a", record_calls=recording, **arguments))[0] == 0
     code, _, err = run_here(
-        flags(folder, tmp_path / "b", tool_executor="recorded", recorded_calls=recording, **arguments))
+        flags(folder, tmp_path / "b", tool_executor="recorded", recorded_calls=recording, **arguments)
+    )
     server.http.shutdown()
     assert code == 0, err
     first, second = (summary_of(tmp_path / name) for name in "ab")
@@ -273,8 +303,17 @@ def test_recorded_calls_are_replayed(folder, tmp_path):
 def test_simulated_tools_fail_at_the_given_rate_and_are_named(folder, tmp_path):
     tasks = load_tiny_multi(folder / "test_multi.jsonl")
     server = Server(gold_script(tasks, "tl"))
-    code, _, err = run_here(flags(folder, tmp_path, endpoint=server.url, model="m", prompt_format="tl",
-                                  tool_executor="simulated", call_failure_rate=1.0))
+    code, _, err = run_here(
+        flags(
+            folder,
+            tmp_path,
+            endpoint=server.url,
+            model="m",
+            prompt_format="tl",
+            tool_executor="simulated",
+            call_failure_rate=1.0,
+        )
+    )
     server.http.shutdown()
     assert code == 0, err
     summary = summary_of(tmp_path)
@@ -287,14 +326,34 @@ def test_simulated_tools_fail_at_the_given_rate_and_are_named(folder, tmp_path):
 
 
 def answered(answer, end="finish"):
-    return RecordedDialogue(0, [{"output": "", "fault": "", "calls": [
-        {"name": "finish", "arguments": {"answer": answer}, "feedback": None, "executor": ""}]}], end=end)
+    return RecordedDialogue(
+        0,
+        [
+            {
+                "output": "",
+                "fault": "",
+                "calls": [{"name": "finish", "arguments": {"answer": answer}, "feedback": None, "executor": ""}],
+            }
+        ],
+        end=end,
+    )
 
 
-@pytest.mark.parametrize("answer, is_right", [
-    ("hostel : calm 61 and note : mixed 47", True), ("mixed 47, then calm 61.", True), ("calm 61", False),
-    ("hostel : calm 61 and note : mixed 4", False), ("calm 611 and mixed 47", False), ("uncalm 61 and mixed 47", False),
-    ("Calm 61 and mixed 47", False), ("", False), (["calm 61", "mixed 47"], False), (None, False)])
+@pytest.mark.parametrize(
+    "answer, is_right",
+    [
+        ("hostel : calm 61 and note : mixed 47", True),
+        ("mixed 47, then calm 61.", True),
+        ("calm 61", False),
+        ("hostel : calm 61 and note : mixed 4", False),
+        ("calm 611 and mixed 47", False),
+        ("uncalm 61 and mixed 47", False),
+        ("Calm 61 and mixed 47", False),
+        ("", False),
+        (["calm 61", "mixed 47"], False),
+        (None, False),
+    ],
+)
 def test_right_answers_by_hand(answer, is_right):
     task = load_tiny_multi(TASKS)[60]
     task.meta["results"] = ["calm 61", "mixed 47"]
@@ -310,7 +369,9 @@ def test_right_answers_are_counted_by_requests():
     assert [row["answer_right"] for row in rows] == [1, 1, 1, 0]
     assert (summary["answer_right"], summary["answer_right_percent"]) == (3, 75.0)
     assert [(key, part["n"], part["answer_right"]) for key, part in summary["by_requests"].items()] == [
-        ("1", 2, 2), ("2", 2, 1)]
+        ("1", 2, 2),
+        ("2", 2, 1),
+    ]
 
 
 def test_runs_are_compared_with_lower_is_better(reference, folder, tmp_path, capsys):
@@ -329,17 +390,28 @@ def test_runs_are_compared_with_lower_is_better(reference, folder, tmp_path, cap
 # ------------------------------------------------------------------------------------------------------------ bad input
 
 
-@pytest.mark.parametrize("spoil, expected", [
-    (lambda row: {**row, "tools": "none"}, ":1: found str as 'tools', expected list"),
-    (lambda row: {**row, "messages": []}, ":1: found no message"),
-    (lambda row: {**row, "messages": [{"role": "assistant", "content": "x"}]},
-     ":1: found a message of role 'assistant'"),
-    (lambda row: {key: row[key] for key in row if key != "meta"}, ":1: found nothing as 'meta', expected dict"),
-    (lambda row: {**row, "meta": {**row["meta"], "results": [3]}}, ":1: meta: found results '[3]', expected a list"),
-    (lambda row: {**row, "meta": {**row["meta"], "requests": 2}}, ":1: meta: found 2 requests and 1 results"),
-    (lambda row: {**row, "meta": {**row["meta"], "scenario": 1}}, ":1: meta: found int as 'scenario', expected str"),
-    (lambda row: [row], ":1: found list, expected one JSON object"),
-])
+@pytest.mark.parametrize(
+    "spoil, expected",
+    [
+        (lambda row: {**row, "tools": "none"}, ":1: found str as 'tools', expected list"),
+        (lambda row: {**row, "messages": []}, ":1: found no message"),
+        (
+            lambda row: {**row, "messages": [{"role": "assistant", "content": "x"}]},
+            ":1: found a message of role 'assistant'",
+        ),
+        (lambda row: {key: row[key] for key in row if key != "meta"}, ":1: found nothing as 'meta', expected dict"),
+        (
+            lambda row: {**row, "meta": {**row["meta"], "results": [3]}},
+            ":1: meta: found results '[3]', expected a list",
+        ),
+        (lambda row: {**row, "meta": {**row["meta"], "requests": 2}}, ":1: meta: found 2 requests and 1 results"),
+        (
+            lambda row: {**row, "meta": {**row["meta"], "scenario": 1}},
+            ":1: meta: found int as 'scenario', expected str",
+        ),
+        (lambda row: [row], ":1: found list, expected one JSON object"),
+    ],
+)
 def test_bad_lines_are_one_line_and_code_2(folder, tmp_path, spoil, expected):
     rows = [json.loads(line) for line in (folder / "test_multi.jsonl").read_text().splitlines()]
     (tmp_path / "test_multi.jsonl").write_text("".join(json.dumps(row) + "\n" for row in [spoil(rows[0]), *rows[1:]]))
@@ -347,20 +419,23 @@ def test_bad_lines_are_one_line_and_code_2(folder, tmp_path, spoil, expected):
     assert code == 2 and err.count("\n") == 1 and expected in err, err
 
 
-@pytest.mark.parametrize("change, expected", [
-    ({"max_turns": 10}, "--max_turns: found max_turns = 10, expected at most 9"),
-    ({"max_turns": 0}, "expected at least 1"),
-    ({"tool_executor": "real"}, "expected one of auto, local, simulated, recorded"),
-    ({"tool_executor": "recorded"}, "--recorded_calls: found 'none' with --tool_executor recorded"),
-    ({"recorded_calls": "x"}, "--recorded_calls: found 'x' with --tool_executor auto"),
-    ({"tool_executor": "recorded", "recorded_calls": "none.jsonl"}, "none.jsonl"),
-    ({"instability_rate": 1.5}, "expected at most 1"),
-    ({"instability_rate": 0.6, "call_failure_rate": 0.6}, "--instability_rate: found 1.2 together with"),
-    ({"max_turn_tokens": 1024}, "--max_turn_tokens: found 1024, expected less than the model's 1024 positions"),
-    ({"benchmarks": "tooleyes", "check_files": "on"}, "tooleyes/LICENSE: found no such file, expected it"),
-    ({"prompt_format": "qwen25"}, "--prompt_format qwen25: found no token <|im_start|> in the tokenizer"),
-    ({"predictions": "none.jsonl", "prompt_format": "tl"}, "none.jsonl: found No such file"),
-])
+@pytest.mark.parametrize(
+    "change, expected",
+    [
+        ({"max_turns": 10}, "--max_turns: found max_turns = 10, expected at most 9"),
+        ({"max_turns": 0}, "expected at least 1"),
+        ({"tool_executor": "real"}, "expected one of auto, local, simulated, recorded"),
+        ({"tool_executor": "recorded"}, "--recorded_calls: found 'none' with --tool_executor recorded"),
+        ({"recorded_calls": "x"}, "--recorded_calls: found 'x' with --tool_executor auto"),
+        ({"tool_executor": "recorded", "recorded_calls": "none.jsonl"}, "none.jsonl"),
+        ({"instability_rate": 1.5}, "expected at most 1"),
+        ({"instability_rate": 0.6, "call_failure_rate": 0.6}, "--instability_rate: found 1.2 together with"),
+        ({"max_turn_tokens": 1024}, "--max_turn_tokens: found 1024, expected less than the model's 1024 positions"),
+        ({"benchmarks": "tooleyes", "check_files": "on"}, "tooleyes/LICENSE: found no such file, expected it"),
+        ({"prompt_format": "qwen25"}, "--prompt_format qwen25: found no token <|im_start|> in the tokenizer"),
+        ({"predictions": "none.jsonl", "prompt_format": "tl"}, "none.jsonl: found No such file"),
+    ],
+)
 def test_bad_settings_are_one_line_and_code_2(folder, tmp_path, change, expected):
     code, _, err = run_here(flags(folder, tmp_path / "out", **change))
     assert code == 2 and err.count("\n") == 1 and expected in err, err
@@ -368,8 +443,11 @@ def test_bad_settings_are_one_line_and_code_2(folder, tmp_path, change, expected
 
 def test_bad_dialogue_files_are_refused(reference, folder, tmp_path):
     lines = predictions_of(reference[0]).decode().splitlines()
-    for content, expected in ((lines[1:], "first missing index 0"), ([*lines, lines[0]], ":8: found index 0 again"),
-                              (['{"index": 0, "output": "x"}'], ":1: found nothing as 'turns'")):
+    for content, expected in (
+        (lines[1:], "first missing index 0"),
+        ([*lines, lines[0]], ":8: found index 0 again"),
+        (['{"index": 0, "output": "x"}'], ":1: found nothing as 'turns'"),
+    ):
         path = tmp_path / "p.jsonl"
         path.write_text("\n".join(content) + "\n")
         code, _, err = run_here(flags_of(folder, tmp_path / "out", benchmarks="tiny-multi", predictions=path))
@@ -394,8 +472,9 @@ def finish_after_one_call(number, path, body):
 @needs_tooleyes
 def test_first_dialogues_of_tooleyes_with_a_scripted_endpoint(tmp_path):
     server = Server(finish_after_one_call)
-    code, _, err = run_here(flags(TOOLEYES, tmp_path, benchmarks="tooleyes", limit=12, endpoint=server.url, model="m",
-                                  prompt_format="tl"))
+    code, _, err = run_here(
+        flags(TOOLEYES, tmp_path, benchmarks="tooleyes", limit=12, endpoint=server.url, model="m", prompt_format="tl")
+    )
     server.http.shutdown()
     assert code == 0, err
     summary = summary_of(tmp_path, "tooleyes")
@@ -409,8 +488,9 @@ def test_first_dialogues_of_tooleyes_with_a_scripted_endpoint(tmp_path):
 @needs_tooleyes
 def test_all_of_tooleyes_with_a_scripted_endpoint(tmp_path):
     server = Server(finish_after_one_call)
-    code, _, err = run_here(flags(TOOLEYES, tmp_path, benchmarks="tooleyes", endpoint=server.url, model="m",
-                                  prompt_format="tl"))
+    code, _, err = run_here(
+        flags(TOOLEYES, tmp_path, benchmarks="tooleyes", endpoint=server.url, model="m", prompt_format="tl")
+    )
     server.http.shutdown()
     assert code == 0, err
     summary = summary_of(tmp_path, "tooleyes")
@@ -418,7 +498,14 @@ def test_all_of_tooleyes_with_a_scripted_endpoint(tmp_path):
     # execute_pycode documents a parameter named `code:`; the script says `code`, in each of the seven dialogues.
     assert (summary["DE"], summary["CE"]) == (7, 0) and summary["executors"] == {"local": 41, "simulated": 341}
     assert {name: part["n"] for name, part in summary["by_scenario"].items()} == {
-        "TG": 58, "DU": 49, "RS": 56, "PL": 70, "IR": 54, "AM": 45, "FT": 50}
+        "TG": 58,
+        "DU": 49,
+        "RS": 56,
+        "PL": 70,
+        "IR": 54,
+        "AM": 45,
+        "FT": 50,
+    }
     assert "not comparable" not in (tmp_path / "report.md").read_text()
 
 
@@ -427,8 +514,11 @@ def test_file_of_tooleyes_own_loop_is_scored(tmp_path):
     records = json.loads((TOOLEYES / "tooleyes/Test_Data/scenario_data_zero_processed.json").read_text())[:3]
     path = tmp_path / "official.jsonl"
     answer = {"from": "assistant", "value": 'Thought: done\nAction: finish\nAction Input: {"answer": "it rains"}'}
-    path.write_text("".join(json.dumps({**record, "conversations": [*record["conversations"], answer]}) + "\n"
-                            for record in records))
+    path.write_text(
+        "".join(
+            json.dumps({**record, "conversations": [*record["conversations"], answer]}) + "\n" for record in records
+        )
+    )
     code, _, err = run_here(flags_of(TOOLEYES, tmp_path / "out", benchmarks="tooleyes", predictions=path, limit=3))
     assert code == 0, err
     summary = summary_of(tmp_path / "out", "tooleyes")

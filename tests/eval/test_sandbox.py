@@ -3,6 +3,7 @@
 Every hostile program stands for a function `f` whose test wants `f(3) == 9`. Harm is looked for from outside: files,
 connections, surviving processes, the life of this process. Bombs run inside tight limits only.
 """
+
 import json
 import math
 import os
@@ -15,9 +16,9 @@ from pathlib import Path
 
 import pytest
 
-from eval.sandbox.run import SandboxError, run_check, run_python
 from eval.sandbox.child import decode_value, encode_value
 from eval.sandbox.limits import ALLOW, FAIL, KILL, _filter_rows
+from eval.sandbox.run import SandboxError, run_check, run_python
 
 ROOT = Path(__file__).resolve().parents[2]
 MEMORY_BYTES = 256 << 20
@@ -51,11 +52,13 @@ def test_passed_is_the_exit_code_and_nothing_is_on_stdin():
 
 
 def test_standard_library_works_and_threads_too():
-    result = run("import re, json, random, collections, threading, hashlib, decimal, datetime, itertools\n"
-                 "done = []\n"
-                 "threads = [threading.Thread(target=done.append, args=(i,)) for i in range(4)]\n"
-                 "[t.start() for t in threads]; [t.join() for t in threads]\n"
-                 "print(sorted(done), hashlib.md5(b'x').hexdigest()[:4])")
+    result = run(
+        "import re, json, random, collections, threading, hashlib, decimal, datetime, itertools\n"
+        "done = []\n"
+        "threads = [threading.Thread(target=done.append, args=(i,)) for i in range(4)]\n"
+        "[t.start() for t in threads]; [t.join() for t in threads]\n"
+        "print(sorted(done), hashlib.md5(b'x').hexdigest()[:4])"
+    )
     assert result.stdout == "[0, 1, 2, 3] 9dd4\n", result.stderr
 
 
@@ -81,7 +84,7 @@ def test_wall_clock_kills():
 
 
 def test_a_right_function_passes_and_a_wrong_one_does_not():
-    assert judge("def f(x):\n    print('noise')\n    return x * x") .passed
+    assert judge("def f(x):\n    print('noise')\n    return x * x").passed
     wrong = judge("def f(x):\n    return x * x + 1")
     assert (wrong.passed, wrong.reason) == (False, "wrong result: AssertionError")
     assert judge("def f(x) return 9").reason == "process ended: exit code 1: SyntaxError: expected ':'"
@@ -91,16 +94,40 @@ def test_a_right_function_passes_and_a_wrong_one_does_not():
 
 
 def test_test_with_an_early_end_is_no_pass():
-    for checker in ("import sys\ndef check(candidate):\n    sys.exit(0)", "def check(candidate) pass",
-                    "import os\ndef check(candidate):\n    os._exit(0)"):
+    for checker in (
+        "import sys\ndef check(candidate):\n    sys.exit(0)",
+        "def check(candidate) pass",
+        "import os\ndef check(candidate):\n    os._exit(0)",
+    ):
         assert judge("def f(x):\n    return 9", checker=checker).reason.startswith("no verdict:")
 
 
 # --------------------------------------------------------------------------------------------------------------- values
 
 
-VALUES = [None, True, 0, -3, 10**40, 0.1, -0.0, math.inf, "", "\u00e4\x00\ud800", b"\xff", [], (), [1, (2, [3.5])],
-          set(), {(1, "a")}, {"a": [1], (1, 2): {"b": None}, 3: ()}, 1 + 2j, ["list", [1]], ["tuple"], [[]]]
+VALUES = [
+    None,
+    True,
+    0,
+    -3,
+    10**40,
+    0.1,
+    -0.0,
+    math.inf,
+    "",
+    "\u00e4\x00\ud800",
+    b"\xff",
+    [],
+    (),
+    [1, (2, [3.5])],
+    set(),
+    {(1, "a")},
+    {"a": [1], (1, 2): {"b": None}, 3: ()},
+    1 + 2j,
+    ["list", [1]],
+    ["tuple"],
+    [[]],
+]
 
 
 @pytest.mark.parametrize("value", VALUES, ids=ascii)
@@ -113,6 +140,7 @@ def test_values_of_subclasses_become_plain_ones():
     class Yes(str):
         def __eq__(self, other):
             return True
+
         __hash__ = str.__hash__
 
     assert decode_value(encode_value(Yes("no"))) != "yes" and type(encode_value(Yes("no"))) is str
@@ -122,8 +150,20 @@ def test_values_of_subclasses_become_plain_ones():
             encode_value(value)
 
 
-@pytest.mark.parametrize("coded", [{}, ["list"], ["list", 3], ["set", [["list", []]]], ["dict", [[1]]], [], [1, 2],
-                                   ["bytes", "zz"], ["complex", 1, "2"]])
+@pytest.mark.parametrize(
+    "coded",
+    [
+        {},
+        ["list"],
+        ["list", 3],
+        ["set", [["list", []]]],
+        ["dict", [[1]]],
+        [],
+        [1, 2],
+        ["bytes", "zz"],
+        ["complex", 1, "2"],
+    ],
+)
 def test_malformed_values_are_refused(coded):
     with pytest.raises((ValueError, TypeError)):
         decode_value(coded)
@@ -154,7 +194,7 @@ def f(x):
 HOSTILE = {  # name -> program; {outside}, {port} and {parent} are filled in
     "fork bomb": "import os\ndef f(x):\n    while True:\n        os.fork()",
     "fork bomb that catches": "import os\ndef f(x):\n    while True:\n"
-                              "        try: os.fork()\n        except OSError: pass",
+    "        try: os.fork()\n        except OSError: pass",
     "memory bomb": "def f(x):\n    kept = []\n    while True: kept.append(bytearray(1 << 24))",
     "endless loop": "def f(x):\n    while True: pass",
     "endless loop at import": "while True: pass",
@@ -167,31 +207,37 @@ HOSTILE = {  # name -> program; {outside}, {port} and {parent} are filled in
     "os._exit at import": "import os\nos._exit(0)\ndef f(x): return 9",
     "SystemExit": "def f(x):\n    raise SystemExit(0)",
     "kills its parent": "import os, signal\ndef f(x):\n    for pid in (os.getppid(), {parent}, -1, 0):\n"
-                        "        try: os.kill(pid, signal.SIGKILL)\n        except OSError: pass\n    return 8",
+    "        try: os.kill(pid, signal.SIGKILL)\n        except OSError: pass\n    return 8",
     "signals by other calls": "import os, signal, fcntl\ndef f(x):\n    r, w = os.pipe()\n"
-                              "    fcntl.fcntl(r, fcntl.F_SETOWN, {parent})\n    return 8",
+    "    fcntl.fcntl(r, fcntl.F_SETOWN, {parent})\n    return 8",
     "overwrites the checker": FORGED,
     "threads that outlive": "import threading, time\ndef f(x):\n"
-                            "    threading.Thread(target=time.sleep, args=(600,)).start()\n    return 9",
+    "    threading.Thread(target=time.sleep, args=(600,)).start()\n    return 9",
     "process that outlives": "import os, time\ndef f(x):\n    if os.fork() == 0:\n        os.setsid()\n"
-                             "        if os.fork() == 0: time.sleep(600)\n        os._exit(0)\n    return 8",
+    "        if os.fork() == 0: time.sleep(600)\n        os._exit(0)\n    return 8",
     "signals blocked": "import signal, time\ndef f(x):\n    signal.pthread_sigmask(signal.SIG_BLOCK, range(1, 65))\n"
-                       "    for s in (signal.SIGTERM, signal.SIGXCPU): signal.signal(s, signal.SIG_IGN)\n"
-                       "    while True: time.sleep(1)",
+    "    for s in (signal.SIGTERM, signal.SIGXCPU): signal.signal(s, signal.SIG_IGN)\n"
+    "    while True: time.sleep(1)",
     "deep recursion": "import sys\nsys.setrecursionlimit(10**9)\ndef f(x):\n    return f(x) + 1",
     "raises its limits": "import resource\ndef f(x):\n"
-                         "    resource.setrlimit(resource.RLIMIT_AS, (resource.RLIM_INFINITY,) * 2)\n    return 8",
+    "    resource.setrlimit(resource.RLIMIT_AS, (resource.RLIM_INFINITY,) * 2)\n    return 8",
     "limits of its parent": "import resource\ndef f(x):\n    resource.prlimit({parent}, resource.RLIMIT_CPU, (1, 1))",
     "shell": "import os, subprocess\ndef f(x):\n    try: subprocess.run(['touch', {outside!r}])\n"
-             "    except OSError: os.execv('/bin/sh', ['sh', '-c', 'touch ' + {outside!r}])",
+    "    except OSError: os.execv('/bin/sh', ['sh', '-c', 'touch ' + {outside!r}])",
     "disk bomb": "def f(x):\n    while True:\n        x += 1\n        open(str(x), 'wb').write(bytes(1 << 20))",
     "large file": "def f(x):\n    with open('large', 'wb') as file:\n        while True: file.write(bytes(1 << 20))",
     "result within itself": "def f(x):\n    x = []\n    x.append(x)\n    return x",
     "large result": "def f(x):\n    return 'x' * (1 << 26)",
     "closes everything": "import os\ndef f(x):\n    os.closerange(0, 64)\n    return 9",
 }
-ENDLESS = {"endless loop", "endless loop at import", "endless output", "fork bomb that catches", "threads that outlive",
-           "signals blocked"}  # these end by the clock; the others may, on a slow machine
+ENDLESS = {
+    "endless loop",
+    "endless loop at import",
+    "endless output",
+    "fork bomb that catches",
+    "threads that outlive",
+    "signals blocked",
+}  # these end by the clock; the others may, on a slow machine
 
 
 @pytest.fixture(scope="module")
@@ -199,12 +245,14 @@ def listener():
     """A server of which the sandbox must know nothing: (port, connections so far)."""
     connections = []
     with socket.create_server(("127.0.0.1", 0)) as server:
+
         def accept():
             while True:
                 try:
                     connections.append(server.accept())
                 except OSError:
                     return
+
         threading.Thread(target=accept, daemon=True).start()
         yield server.getsockname()[1], connections
         server.shutdown(socket.SHUT_RDWR)
@@ -280,11 +328,14 @@ def test_root_is_refused_without_a_bound_on_processes():
 
 @needs_linux
 def test_nothing_survives_the_evaluator_itself_being_killed(tmp_path):
-    program = "from eval import sandbox\nwait = sandbox._wait_until_ready\n" \
-              "sandbox._wait_until_ready = lambda children: (wait(children), print('ready', flush=True))[0]\n" \
-              "sandbox.run_python('import time\\nwhile True: time.sleep(0.1)', seconds=600, memory_bytes=1 << 28)"
-    evaluator = subprocess.Popen([sys.executable, "-c", program], cwd=ROOT, env=os.environ | {"TMPDIR": str(tmp_path)},
-                                 stdout=subprocess.PIPE)
+    program = (
+        "from eval import sandbox\nwait = sandbox._wait_until_ready\n"
+        "sandbox._wait_until_ready = lambda children: (wait(children), print('ready', flush=True))[0]\n"
+        "sandbox.run_python('import time\\nwhile True: time.sleep(0.1)', seconds=600, memory_bytes=1 << 28)"
+    )
+    evaluator = subprocess.Popen(
+        [sys.executable, "-c", program], cwd=ROOT, env=os.environ | {"TMPDIR": str(tmp_path)}, stdout=subprocess.PIPE
+    )
 
     def descendants():
         listing = subprocess.run(["ps", "-A", "-o", "pid=,args="], capture_output=True, text=True, check=True).stdout
@@ -312,8 +363,10 @@ def wait_until(is_true):
 
 def test_many_at_once_do_not_disturb_each_other():
     results = {}
-    threads = [threading.Thread(target=lambda n=n: results.update({n: judge(f"def f(x):\n    return {n}", seconds=20)}))
-               for n in (8, 9, 10, 9)]
+    threads = [
+        threading.Thread(target=lambda n=n: results.update({n: judge(f"def f(x):\n    return {n}", seconds=20)}))
+        for n in (8, 9, 10, 9)
+    ]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -335,22 +388,47 @@ def interpret(rows, number, arguments=(), architecture=0xC000003E):
         if code == 0x20:
             accumulator, jump = words.get(operand, 0), 0
         else:
-            is_true = {0x15: accumulator == operand, 0x25: accumulator > operand,
-                       0x45: accumulator & operand != 0}[code]
+            is_true = {0x15: accumulator == operand, 0x25: accumulator > operand, 0x45: accumulator & operand != 0}[
+                code
+            ]
             jump = if_true if is_true else if_false
         at += 1 + jump
 
 
-@pytest.mark.parametrize(("number", "arguments", "is_allowed"), [
-    (0, (), True), (1, (), True), (9, (), True),  # read, write, mmap
-    (41, (), False), (57, (), False), (59, (), False), (101, (), False),  # socket, fork, execve, ptrace
-    (56, (0x01200011,), False), (56, (0x003D0F00,), True), (435, (), False),  # clone of a process, of a thread, clone3
-    (62, (77, 9), True), (62, (78, 9), False), (62, (0xFFFFFFFF, 9), False), (234, (78, 1, 9), False),  # kill, tgkill
-    (302, (0, 9), True), (302, (78, 9), False), (72, (3, 8, 78), False), (72, (3, 1), True),  # prlimit64, fcntl
-    (157, (1, 0), False), (157, (15, 0), True), (16, (0, 0x40086602), False), (16, (0, 0x5401), True),  # prctl, ioctl
-    (463, (), False), (1 << 30, (), False), (90, (), False), (231, (), True),  # unknown, x32, chmod, exit_group
-    (257, (0, 0, 0), True), (257, (0, 0, 0o101), True), (82, (), True),  # openat to read, to write; rename
-])
+@pytest.mark.parametrize(
+    ("number", "arguments", "is_allowed"),
+    [
+        (0, (), True),
+        (1, (), True),
+        (9, (), True),  # read, write, mmap
+        (41, (), False),
+        (57, (), False),
+        (59, (), False),
+        (101, (), False),  # socket, fork, execve, ptrace
+        (56, (0x01200011,), False),
+        (56, (0x003D0F00,), True),
+        (435, (), False),  # clone of a process, of a thread, clone3
+        (62, (77, 9), True),
+        (62, (78, 9), False),
+        (62, (0xFFFFFFFF, 9), False),
+        (234, (78, 1, 9), False),  # kill, tgkill
+        (302, (0, 9), True),
+        (302, (78, 9), False),
+        (72, (3, 8, 78), False),
+        (72, (3, 1), True),  # prlimit64, fcntl
+        (157, (1, 0), False),
+        (157, (15, 0), True),
+        (16, (0, 0x40086602), False),
+        (16, (0, 0x5401), True),  # prctl, ioctl
+        (463, (), False),
+        (1 << 30, (), False),
+        (90, (), False),
+        (231, (), True),  # unknown, x32, chmod, exit_group
+        (257, (0, 0, 0), True),
+        (257, (0, 0, 0o101), True),
+        (82, (), True),  # openat to read, to write; rename
+    ],
+)
 def test_filter_rows_decide_as_meant(number, arguments, is_allowed):
     answer = interpret(_filter_rows(0, 0xC000003E, 77, deny_writes=False), number, arguments)
     assert (answer == ALLOW) == is_allowed and (is_allowed or answer & 0xFFFF0000 == FAIL)
@@ -359,7 +437,14 @@ def test_filter_rows_decide_as_meant(number, arguments, is_allowed):
 def test_filter_without_writes_and_for_another_architecture():
     rows = _filter_rows(0, 0xC000003E, 77, deny_writes=True)
     assert interpret(rows, 257, (0, 0, 0)) == interpret(rows, 2, (0, 0o2000000)) == ALLOW  # to read, close-on-exec
-    for number, arguments in ((257, (0, 0, 1)), (2, (0, 0o1002)), (2, (0, 0o100)), (82, ()), (87, ()), (83, ()),
-                              (76, ())):
+    for number, arguments in (
+        (257, (0, 0, 1)),
+        (2, (0, 0o1002)),
+        (2, (0, 0o100)),
+        (82, ()),
+        (87, ()),
+        (83, ()),
+        (76, ()),
+    ):
         assert interpret(rows, number, arguments) & 0xFFFF0000 == FAIL
     assert interpret(rows, 0, architecture=0x40000003) == KILL  # 32-bit calls on a 64-bit kernel

@@ -1,5 +1,6 @@
 """model/dialogue_decoding.py: turns behind a kept cache give what whole prompts give, whatever else is decoded beside
 them; what is forwarded is counted by hand."""
+
 import random
 
 import pytest
@@ -19,6 +20,7 @@ Turn = tuple[list[int], list[int], list[float]]  # prompt, response ids, logprob
 
 def next_prompt(rng: random.Random, turns: list[Turn], vocab_size: int) -> list[int]:
     """What the dialogue asks next: mostly its prompt, its response and feedback; sometimes history is changed."""
+
     def some(longest: int) -> list[int]:
         return [rng.randrange(vocab_size) for _ in range(rng.randint(1, longest))]
 
@@ -31,12 +33,12 @@ def next_prompt(rng: random.Random, turns: list[Turn], vocab_size: int) -> list[
         "reworded": prompt + response[:-1] + some(2) + some(9),  # the response comes back in other words
         "changed": prompt + response + some(5),
         "again": prompt,
-        "shorter": prompt[:rng.randint(1, len(prompt))],
+        "shorter": prompt[: rng.randint(1, len(prompt))],
         "other": some(30),
     }[kind]
     if kind == "changed":
         ids[rng.randrange(len(ids))] = rng.randrange(vocab_size)
-    return ids[:MAX_TOKENS - MAX_NEW]
+    return ids[: MAX_TOKENS - MAX_NEW]
 
 
 class Script:
@@ -54,12 +56,21 @@ class Script:
         decoder.ask(self.number, self.prompt, torch.Generator().manual_seed(seed) if temperature else None)
 
 
-def run_dialogues(model: Transformer, numbers: list[int], *, n_rows: int, order: random.Random, hurry: float = 0.5,
-                  n_turns: int = 4, temperature: float = 0.0) -> dict[int, list[Turn]]:
+def run_dialogues(
+    model: Transformer,
+    numbers: list[int],
+    *,
+    n_rows: int,
+    order: random.Random,
+    hurry: float = 0.5,
+    n_turns: int = 4,
+    temperature: float = 0.0,
+) -> dict[int, list[Turn]]:
     """All turns of these dialogues; in which order they begin and ask, and how long they wait for tools, is random.
     hurry: probability that one of them begins or asks before a step."""
-    decoder = DialogueDecoder(model, n_rows=n_rows, max_tokens=MAX_TOKENS, max_new_tokens=MAX_NEW, stop_ids=STOPS,
-                              temperature=temperature)
+    decoder = DialogueDecoder(
+        model, n_rows=n_rows, max_tokens=MAX_TOKENS, max_new_tokens=MAX_NEW, stop_ids=STOPS, temperature=temperature
+    )
     unborn = [Script(number, n_turns, model.config.vocab_size) for number in numbers]
     order.shuffle(unborn)
     thinking: list[Script] = []  # hold a row, wait for their tool
@@ -102,8 +113,12 @@ def test_turns_do_not_depend_on_batching_or_order(temperature, dtype):
     model, numbers = tiny_model().to(dtype), list(range(18))
     expected = alone(model, numbers, temperature=temperature)
     for n_rows, hurry in ((3, 0.5), (16, 0.5), (18, 1.0)):  # 18 that hurry: more rows than one forward takes
-        assert run_dialogues(model, numbers, n_rows=n_rows, order=random.Random(n_rows), hurry=hurry,
-                             temperature=temperature) == expected  # ids and log-probabilities, bit for bit
+        assert (
+            run_dialogues(
+                model, numbers, n_rows=n_rows, order=random.Random(n_rows), hurry=hurry, temperature=temperature
+            )
+            == expected
+        )  # ids and log-probabilities, bit for bit
     lengths = [len(ids) for turns in expected.values() for _, ids, _ in turns]
     assert min(lengths) == 1 and max(lengths) == MAX_NEW  # some were stopped, others cut
 
@@ -112,8 +127,9 @@ def test_stories_do_not_depend_on_batching():
     if not STORIES.is_dir():
         pytest.skip(f"{STORIES.name} is not beside the repository")
     model, numbers = load_pretrained(STORIES), list(range(6))
-    assert run_dialogues(model, numbers, n_rows=6, order=random.Random(4), n_turns=3) == alone(model, numbers,
-                                                                                              n_turns=3)
+    assert run_dialogues(model, numbers, n_rows=6, order=random.Random(4), n_turns=3) == alone(
+        model, numbers, n_turns=3
+    )
 
 
 def test_more_rows_than_a_forward_takes_advance_in_turn():
@@ -153,7 +169,7 @@ def test_each_token_is_the_most_likely_one_of_an_fp64_forward(dtype, tolerance):
     for turns in run_dialogues(model, list(range(8)), n_rows=5, order=random.Random(6)).values():
         for prompt, ids, logprobs in turns:
             with torch.no_grad():
-                logits = oracle(torch.tensor([prompt + ids]))[0, len(prompt) - 1:-1]
+                logits = oracle(torch.tensor([prompt + ids]))[0, len(prompt) - 1 : -1]
             chosen = logits.gather(1, torch.tensor(ids)[:, None])[:, 0]
             assert (chosen > logits.amax(1) - tolerance).all()
             assert torch.allclose(torch.tensor(logprobs).double(), chosen - logits.logsumexp(1), rtol=0, atol=tolerance)
@@ -163,9 +179,15 @@ def test_sampled_turns_equal_generate_on_the_whole_prompt():
     model = tiny_model()
     dialogues = run_dialogues(model, list(range(8)), n_rows=4, order=random.Random(7), temperature=0.8)
     for number, turns in dialogues.items():
-        whole = generate(model, [prompt for prompt, _, _ in turns], max_new_tokens=MAX_NEW, eos_id=3, stop_ids=STOPS,
-                         temperature=0.8, generator=[torch.Generator().manual_seed(1000 * number + turn)
-                                                     for turn in range(len(turns))])
+        whole = generate(
+            model,
+            [prompt for prompt, _, _ in turns],
+            max_new_tokens=MAX_NEW,
+            eos_id=3,
+            stop_ids=STOPS,
+            temperature=0.8,
+            generator=[torch.Generator().manual_seed(1000 * number + turn) for turn in range(len(turns))],
+        )
         for (_, ids, logprobs), (whole_ids, whole_logprobs) in zip(turns, whole, strict=True):
             assert ids == whole_ids
             assert logprobs == pytest.approx(whole_logprobs, abs=5e-4)
@@ -180,7 +202,7 @@ def answer(decoder: DialogueDecoder, dialogue: int, prompt: list[int]) -> list[i
     decoder.ask(dialogue, prompt)
     while not (finished := decoder.step()):
         pass
-    (number, ids, _), = finished
+    ((number, ids, _),) = finished
     assert number == dialogue
     return ids
 
@@ -248,7 +270,7 @@ def test_responses_end_with_any_stop_id():
     stops = {free[4], free[6]}
     end = min(free.index(stop) for stop in stops)
     decoder = DialogueDecoder(model, n_rows=1, max_tokens=60, max_new_tokens=10, stop_ids=frozenset(stops))
-    assert answer(decoder, 0, [5, 6, 7]) == free[:end + 1]
+    assert answer(decoder, 0, [5, 6, 7]) == free[: end + 1]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -280,12 +302,17 @@ def test_nan_of_an_earlier_turn_or_dialogue_does_not_reach_the_next_one():
     model = tiny_model()
     decoder = DialogueDecoder(model, n_rows=1, max_tokens=60, max_new_tokens=6, stop_ids=frozenset())
     cache = decoder.decoder.cache
-    for dialogue, prompt, n_shared in ((0, [1, 2, 3, 4, 5, 6], 0), (0, [1, 2, 3], 2), (0, [1, 2, 3, 9], 3),
-                                       (1, [7], 0), (2, [7, 8, 9], 0)):
+    for dialogue, prompt, n_shared in (
+        (0, [1, 2, 3, 4, 5, 6], 0),
+        (0, [1, 2, 3], 2),
+        (0, [1, 2, 3, 9], 3),
+        (1, [7], 0),
+        (2, [7, 8, 9], 0),
+    ):
         if cache.keys_RLKH[0] is not None:
             for storage_RLKH in cache.keys_RLKH + cache.values_RLKH:
                 with torch.inference_mode():
-                    storage_RLKH[0, n_shared:len(decoder.ids_of_row[0])] = float("nan")
+                    storage_RLKH[0, n_shared : len(decoder.ids_of_row[0])] = float("nan")
         if dialogue not in decoder.dialogue_of_row:
             decoder.drop(dialogue - 1)
         assert answer(decoder, dialogue, prompt) == generate(model, [prompt], max_new_tokens=6, eos_id=None)[0][0]
@@ -325,19 +352,27 @@ def test_a_refused_prompt_changes_nothing():
     answer(decoder, 4, [1])
 
 
-@pytest.mark.parametrize("changes, words", [
-    ({"n_rows": 0}, "n_rows is 0"), ({"max_tokens": 4}, "max_tokens is 4"),
-    ({"max_new_tokens": 0}, "max_new_tokens is 0"), ({"temperature": -1.0}, "temperature is -1.0"),
-    ({"temperature": float("nan")}, "temperature is nan"),
-], ids=str)
+@pytest.mark.parametrize(
+    "changes, words",
+    [
+        ({"n_rows": 0}, "n_rows is 0"),
+        ({"max_tokens": 4}, "max_tokens is 4"),
+        ({"max_new_tokens": 0}, "max_new_tokens is 0"),
+        ({"temperature": -1.0}, "temperature is -1.0"),
+        ({"temperature": float("nan")}, "temperature is nan"),
+    ],
+    ids=str,
+)
 def test_wrong_settings_are_errors(changes, words):
     with pytest.raises(ValueError, match=words):
-        DialogueDecoder(tiny_model(), **({"n_rows": 2, "max_tokens": 20, "max_new_tokens": 4,
-                                          "stop_ids": frozenset()} | changes))
+        DialogueDecoder(
+            tiny_model(), **({"n_rows": 2, "max_tokens": 20, "max_new_tokens": 4, "stop_ids": frozenset()} | changes)
+        )
 
 
 def test_sampling_needs_a_generator_of_the_dialogue():
-    decoder = DialogueDecoder(tiny_model(), n_rows=1, max_tokens=20, max_new_tokens=4, stop_ids=frozenset(),
-                              temperature=0.5)
+    decoder = DialogueDecoder(
+        tiny_model(), n_rows=1, max_tokens=20, max_new_tokens=4, stop_ids=frozenset(), temperature=0.5
+    )
     with pytest.raises(ValueError, match="dialogue 0: found no generator"):
         decoder.ask(0, [1])

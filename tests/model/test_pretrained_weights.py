@@ -1,5 +1,6 @@
 """model/pretrained_weights.py: round trips, shards, ties, every kind of bad folder, sharded parameters over two
 processes."""
+
 import json
 import os
 import resource
@@ -44,8 +45,9 @@ def same(a: Transformer, b: Transformer) -> bool:
 # Round trips
 
 
-@pytest.mark.parametrize("changes", [{}, {"tie_embeddings": True}, {"qkv_bias": True}, {"rope_scaling": LLAMA3},
-                                     {"head_dim": 12}], ids=str)
+@pytest.mark.parametrize(
+    "changes", [{}, {"tie_embeddings": True}, {"qkv_bias": True}, {"rope_scaling": LLAMA3}, {"head_dim": 12}], ids=str
+)
 @pytest.mark.parametrize("max_shard_bytes", [10**9, 5000])
 def test_round_trip(tmp_path, changes, max_shard_bytes):
     model = tiny_model(**changes)
@@ -144,10 +146,14 @@ def test_all_differences_are_named_at_once(folder):
     tensors["model.layers.0.mlp.up_proj.weight"] = torch.zeros(40, 24, dtype=torch.int8)
     save_file(tensors, folder / WEIGHTS_FILE)
     message = load_error(folder)
-    for words in ("2 missing: ", "model.layers.1.mlp.up_proj.weight", "lm_head.weight",
-                  "1 unexpected: model.layers.0.self_attn.q_proj.bias",
-                  "1 mis-shaped: model.norm.weight (found [25], expected [24])",
-                  "1 not floating-point: model.layers.0.mlp.up_proj.weight (I8)"):
+    for words in (
+        "2 missing: ",
+        "model.layers.1.mlp.up_proj.weight",
+        "lm_head.weight",
+        "1 unexpected: model.layers.0.self_attn.q_proj.bias",
+        "1 mis-shaped: model.norm.weight (found [25], expected [24])",
+        "1 not floating-point: model.layers.0.mlp.up_proj.weight (I8)",
+    ):
         assert words in message
 
 
@@ -188,21 +194,32 @@ def test_no_folder_and_no_config(folder, tmp_path):
     assert "config.json: no such file" in load_error(folder)
 
 
-@pytest.mark.parametrize("text, words", [
-    ('{"model_type": ', "config.json:1: not valid JSON"), ("[1]", "expected a JSON object"),
-    ('{"model_type": "gpt2"}', "model_type is 'gpt2'"), ("\ufeff{}", "config.json")])
+@pytest.mark.parametrize(
+    "text, words",
+    [
+        ('{"model_type": ', "config.json:1: not valid JSON"),
+        ("[1]", "expected a JSON object"),
+        ('{"model_type": "gpt2"}', "model_type is 'gpt2'"),
+        ("\ufeff{}", "config.json"),
+    ],
+)
 def test_bad_config(folder, text, words):
     (folder / "config.json").write_text(text, encoding="utf-8")
     message = load_error(folder)
     assert words in message and str(folder) in message
 
 
-@pytest.mark.parametrize("index, words", [
-    ("{", "not valid JSON"), ("{}", "no weight_map"), ('{"weight_map": {"a": 3}}', "no weight_map"),
-    ('{"weight_map": {"a": "../secret.safetensors"}}', "expected names of files beside it"),
-    ('{"weight_map": {"a": "model-00009-of-00009.safetensors"}}', "missing from the folder: model-00009"),
-    ('{"weight_map": {"a": "model.safetensors"}}', "not in the file the index names: a (model.safetensors)"),
-])
+@pytest.mark.parametrize(
+    "index, words",
+    [
+        ("{", "not valid JSON"),
+        ("{}", "no weight_map"),
+        ('{"weight_map": {"a": 3}}', "no weight_map"),
+        ('{"weight_map": {"a": "../secret.safetensors"}}', "expected names of files beside it"),
+        ('{"weight_map": {"a": "model-00009-of-00009.safetensors"}}', "missing from the folder: model-00009"),
+        ('{"weight_map": {"a": "model.safetensors"}}', "not in the file the index names: a (model.safetensors)"),
+    ],
+)
 def test_bad_index(folder, index, words):
     (folder / INDEX_FILE).write_text(index)
     message = load_error(folder)
@@ -221,6 +238,7 @@ def test_full_disk_leaves_the_previous_export(folder):
     if pid == 0:
         resource.setrlimit(resource.RLIMIT_FSIZE, (20000, 20000))
         import signal
+
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         try:
             save_pretrained(tiny_model(qkv_bias=True), folder)

@@ -1,4 +1,5 @@
 """model/sampling.py: greedy ids, independence of batching, log-probs, stops, the hook for several ranks."""
+
 import json
 import math
 import random
@@ -17,8 +18,9 @@ def random_prompts(n: int, vocab_size: int, longest: int) -> list[list[int]]:
     return [[rng.randrange(vocab_size) for _ in range(rng.randint(1, longest))] for _ in range(n)]
 
 
-def slow_greedy(model: torch.nn.Module, prompt: list[int], max_new_tokens: int,
-                eos_id: int) -> tuple[list[int], list[float]]:
+def slow_greedy(
+    model: torch.nn.Module, prompt: list[int], max_new_tokens: int, eos_id: int
+) -> tuple[list[int], list[float]]:
     """The obviously right way: the whole sequence through the model for every token, no cache, no batch."""
     ids, logprobs = list(prompt), []
     while len(logprobs) < max_new_tokens and not (logprobs and ids[-1] == eos_id):
@@ -26,7 +28,7 @@ def slow_greedy(model: torch.nn.Module, prompt: list[int], max_new_tokens: int,
             logits = model(torch.tensor([ids]))[0, -1].double()
         ids.append(int(logits.argmax()))
         logprobs.append((logits - logits.logsumexp(0))[ids[-1]].item())
-    return ids[len(prompt):], logprobs
+    return ids[len(prompt) :], logprobs
 
 
 @pytest.mark.parametrize("changes", [{}, {"n_kv_heads": 4, "tie_embeddings": True}, {"qkv_bias": True}], ids=str)
@@ -55,7 +57,7 @@ def test_greedy_does_not_depend_on_batching():
     alone = [generate(model, [prompt], max_new_tokens=12, eos_id=3)[0] for prompt in prompts]
     eights = []
     for i in range(0, 11, 8):
-        eights += generate(model, prompts[i:i + 8][::-1], max_new_tokens=12, eos_id=3)[::-1]
+        eights += generate(model, prompts[i : i + 8][::-1], max_new_tokens=12, eos_id=3)[::-1]
     assert together == alone == eights  # ids and log-probabilities, bit for bit
 
 
@@ -99,7 +101,7 @@ def test_nan_of_a_finished_response_does_not_reach_the_next_one(n_kept, n_behind
     """The next sequence, or the next turn behind a shared prefix, prefilled by 1 or more tokens, then decoded."""
     model = tiny_model()
     cache = KVCache(model.config, 1, 64)
-    ids = [5, 6, 7, 8, 9][:n_kept + n_behind]
+    ids = [5, 6, 7, 8, 9][: n_kept + n_behind]
     with torch.no_grad():
         model(torch.tensor([ids[:n_kept] + [5] * (20 - n_kept)]), kv_cache=cache)
         for storage_RLKH in cache.keys_RLKH + cache.values_RLKH:
@@ -176,11 +178,11 @@ def test_logprobs_are_those_of_the_sampling_temperature():
     found = generate(model, prompts, max_new_tokens=6, eos_id=3, temperature=0.7, generator=generator)
     for prompt, (ids, logprobs) in zip(prompts, found, strict=True):
         with torch.no_grad():
-            logits = model(torch.tensor([prompt + ids]))[0, len(prompt) - 1:-1].double() / 0.7
+            logits = model(torch.tensor([prompt + ids]))[0, len(prompt) - 1 : -1].double() / 0.7
         for row, token, logprob in zip(logits, ids, logprobs, strict=True):
             probabilities = [2.718281828459045 ** float(x - row.max()) for x in row]
             expected = probabilities[token] / sum(probabilities)
-            assert 2.718281828459045 ** logprob == pytest.approx(expected, rel=1e-3)
+            assert 2.718281828459045**logprob == pytest.approx(expected, rel=1e-3)
 
 
 def test_samples_follow_the_distribution():
@@ -196,7 +198,7 @@ def test_samples_follow_the_distribution():
 def test_sampling_inverts_the_cumulative_distribution():
     """Probabilities 0, 1/4, 1/2, 0, 1/4, 0: cumulative 0, 1/4, 3/4, 3/4, 1, 1. Tokens of probability 0 never come."""
     logits = torch.tensor([0.0, 0.25, 0.5, 0.0, 0.25, 0.0]).log()
-    uniforms = [0.0, 0.24, 0.26, 0.74, 0.76, 1 - 2 ** -53]
+    uniforms = [0.0, 0.24, 0.26, 0.74, 0.76, 1 - 2**-53]
     tokens, logprobs = _choose_tokens(logits.expand(6, -1), 1.0, uniforms)
     assert tokens == [1, 1, 2, 2, 4, 4]
     assert logprobs == pytest.approx([math.log(p) for p in (0.25, 0.25, 0.5, 0.5, 0.25, 0.25)], abs=1e-6)
@@ -204,10 +206,10 @@ def test_sampling_inverts_the_cumulative_distribution():
 
 def test_a_long_tail_is_sampled():
     """Half the mass on token 0, half spread evenly over 2^20 - 1 others: u = 0.75 lands in their middle."""
-    logits = torch.zeros(1, 2 ** 20)
-    logits[0, 0] = math.log(2 ** 20 - 1)
+    logits = torch.zeros(1, 2**20)
+    logits[0, 0] = math.log(2**20 - 1)
     tokens, _ = _choose_tokens(logits, 1.0, [0.75])
-    assert tokens[0] == pytest.approx(2 ** 19, abs=2)
+    assert tokens[0] == pytest.approx(2**19, abs=2)
 
 
 def test_seed_reproduces_samples():
@@ -223,8 +225,15 @@ def test_with_a_generator_per_prompt_samples_do_not_depend_on_batching():
 
     def sample(chosen: list[int], **changes) -> list[tuple[list[int], list[float]]]:
         generators = [torch.Generator().manual_seed(index) for index in chosen]
-        return generate(model, [prompts[index] for index in chosen], max_new_tokens=12, eos_id=3, temperature=1.3,
-                        generator=generators, **changes)
+        return generate(
+            model,
+            [prompts[index] for index in chosen],
+            max_new_tokens=12,
+            eos_id=3,
+            temperature=1.3,
+            generator=generators,
+            **changes,
+        )
 
     together = sample(list(range(11)))
     assert together == [sample([index])[0] for index in range(11)]
@@ -255,11 +264,17 @@ def test_no_prompts_is_no_work():
     assert generate(tiny_model(), [], max_new_tokens=4, eos_id=3) == []
 
 
-@pytest.mark.parametrize("prompts, changes, words", [
-    ([[1], []], {}, r"prompts \[1\] are empty"), ([[1]], {"max_new_tokens": 0}, "max_new_tokens is 0"),
-    ([[1]], {"generator": []}, "0 generators for 1 prompts"), ([[1]], {"temperature": -1.0}, "temperature is -1.0"),
-    ([[1]], {"temperature": float("nan")}, "temperature is nan"),
-], ids=str)
+@pytest.mark.parametrize(
+    "prompts, changes, words",
+    [
+        ([[1], []], {}, r"prompts \[1\] are empty"),
+        ([[1]], {"max_new_tokens": 0}, "max_new_tokens is 0"),
+        ([[1]], {"generator": []}, "0 generators for 1 prompts"),
+        ([[1]], {"temperature": -1.0}, "temperature is -1.0"),
+        ([[1]], {"temperature": float("nan")}, "temperature is nan"),
+    ],
+    ids=str,
+)
 def test_wrong_arguments_are_errors(prompts, changes, words):
     with pytest.raises(ValueError, match=words):
         generate(tiny_model(), prompts, **({"max_new_tokens": 2, "eos_id": 3} | changes))

@@ -1,4 +1,5 @@
 """model/tokenizer.py: published vectors, continuation, no injection of control tokens, both file kinds, bad files."""
+
 import json
 import random
 import sys
@@ -24,8 +25,15 @@ def trained(tmp_path_factory):
     text = folder / "text.txt"
     text.write_text("\n".join(" ".join(rng.choices(words, k=8)) for _ in range(300)))
     sentencepiece.SentencePieceTrainer.train(
-        input=str(text), model_prefix=str(folder / "tokenizer"), vocab_size=340, model_type="bpe", byte_fallback=True,
-        normalization_rule_name="identity", remove_extra_whitespaces=False, minloglevel=2)
+        input=str(text),
+        model_prefix=str(folder / "tokenizer"),
+        vocab_size=340,
+        model_type="bpe",
+        byte_fallback=True,
+        normalization_rule_name="identity",
+        remove_extra_whitespaces=False,
+        minloglevel=2,
+    )
     return folder
 
 
@@ -71,8 +79,8 @@ def test_continuation_is_the_text_without_a_space_in_front(which, trained):
     for _ in range(400):
         text = random_text(rng)
         whole = tokenizer.encode("\n" + text)
-        assert whole[:len(newline)] == newline
-        assert tokenizer.encode_continuation(text) == whole[len(newline):], repr(text)
+        assert whole[: len(newline)] == newline
+        assert tokenizer.encode_continuation(text) == whole[len(newline) :], repr(text)
 
 
 def test_figure_2_of_the_paper():
@@ -135,16 +143,30 @@ def write_json_twin(source: Path, folder: Path, **settings: object) -> None:
     tokenizers = pytest.importorskip("tokenizers", reason="the optional package tokenizers is not installed")
     sp = sentencepiece.SentencePieceProcessor(model_file=str(source / "tokenizer.model"))
     vocab = {sp.id_to_piece(i): i for i in range(sp.vocab_size())}
-    merges = [(sp.get_score(i), p[:k], p[k:]) for p, i in vocab.items() if not sp.is_byte(i) and not sp.is_control(i)
-              for k in range(1, len(p)) if p[:k] in vocab and p[k:] in vocab]
+    merges = [
+        (sp.get_score(i), p[:k], p[k:])
+        for p, i in vocab.items()
+        if not sp.is_byte(i) and not sp.is_control(i)
+        for k in range(1, len(p))
+        if p[:k] in vocab and p[k:] in vocab
+    ]
     merges.sort(key=lambda merge: -merge[0])
-    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE(
-        vocab, [merge[1:] for merge in merges], unk_token="<unk>", byte_fallback=True, fuse_unk=True))
+    tokenizer = tokenizers.Tokenizer(
+        tokenizers.models.BPE(
+            vocab, [merge[1:] for merge in merges], unk_token="<unk>", byte_fallback=True, fuse_unk=True
+        )
+    )
     tokenizer.normalizer = tokenizers.normalizers.Sequence(
-        [tokenizers.normalizers.Prepend("\u2581"), tokenizers.normalizers.Replace(" ", "\u2581")])
+        [tokenizers.normalizers.Prepend("\u2581"), tokenizers.normalizers.Replace(" ", "\u2581")]
+    )
     tokenizer.decoder = tokenizers.decoders.Sequence(
-        [tokenizers.decoders.Replace("\u2581", " "), tokenizers.decoders.ByteFallback(), tokenizers.decoders.Fuse(),
-         tokenizers.decoders.Strip(" ", 1, 0)])
+        [
+            tokenizers.decoders.Replace("\u2581", " "),
+            tokenizers.decoders.ByteFallback(),
+            tokenizers.decoders.Fuse(),
+            tokenizers.decoders.Strip(" ", 1, 0),
+        ]
+    )
     tokenizer.add_special_tokens(["<unk>", "<s>", "</s>"])
     tokenizer.save(str(folder / "tokenizer.json"))
     if settings:
@@ -180,15 +202,23 @@ def test_byte_level_json_and_no_injection(tmp_path):
     tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
     tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = tokenizers.decoders.ByteLevel()
-    trainer = tokenizers.trainers.BpeTrainer(vocab_size=300, special_tokens=["<|begin_of_text|>", "<|eot_id|>"],
-                                             initial_alphabet=sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet()))
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=300,
+        special_tokens=["<|begin_of_text|>", "<|eot_id|>"],
+        initial_alphabet=sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet()),
+    )
     tokenizer.train_from_iterator(["hello get_weather city"] * 5, trainer)
     tokenizer.add_tokens(["<tool_call>"])
     tokenizer.save(str(tmp_path / "tokenizer.json"))
     ours = load_tokenizer(tmp_path)
     assert (ours.bos_id, ours.eos_id) == (0, 1)
     assert [ours.control_id(text) for text in ("<|begin_of_text|>", "<|eot_id|>", "<tool_call>", "hello", "")] == [
-        0, 1, None, None, None]
+        0,
+        1,
+        None,
+        None,
+        None,
+    ]
     text = " hello <|eot_id|>\n\u00e9"
     assert not {0, 1} & set(ours.encode(text)) and ours.decode(ours.encode(text)) == text
     assert ours.encode_continuation(text) == ours.encode(text)

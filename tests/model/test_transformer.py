@@ -1,5 +1,6 @@
 """model/transformer.py and model/config.py: formulas against fp64 oracles, packing, cache, meta construction,
 config.json."""
+
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -22,8 +23,21 @@ from model.pretrained_weights import load_pretrained
 from model.transformer import FeedForward, RMSNorm, Transformer, apply_rope, rope_cos_sin, rope_inverse_frequencies
 
 STORIES = Path(__file__).parents[3] / "shared" / "fixtures" / "stories260K-hf"
-TINY = ModelConfig(vocab_size=61, dim=24, n_layers=2, n_heads=4, n_kv_heads=2, head_dim=8, ffn_dim=40, norm_eps=1e-5,
-                   rope_theta=10000.0, rope_scaling=None, tie_embeddings=False, qkv_bias=False, max_positions=64)
+TINY = ModelConfig(
+    vocab_size=61,
+    dim=24,
+    n_layers=2,
+    n_heads=4,
+    n_kv_heads=2,
+    head_dim=8,
+    ffn_dim=40,
+    norm_eps=1e-5,
+    rope_theta=10000.0,
+    rope_scaling=None,
+    tie_embeddings=False,
+    qkv_bias=False,
+    max_positions=64,
+)
 LLAMA3 = RopeScaling(factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_positions=32)
 
 
@@ -59,16 +73,17 @@ def oracle_logits(model: Transformer, ids: list[int]) -> np.ndarray:
     for i in range(c.n_layers):
         p = f"layers.{i}."
         h = norm(x, w[p + "attention_norm.weight"])
-        q, k, v = (h @ w[f"{p}attention.{n}.weight"].T + w.get(f"{p}attention.{n}.bias", 0.0)
-                   for n in ("wq", "wk", "wv"))
+        q, k, v = (
+            h @ w[f"{p}attention.{n}.weight"].T + w.get(f"{p}attention.{n}.bias", 0.0) for n in ("wq", "wk", "wv")
+        )
         out = np.zeros_like(q)
         for n in range(c.n_heads):
             g = n // (c.n_heads // c.n_kv_heads)
             qs, ks = slice(n * c.head_dim, (n + 1) * c.head_dim), slice(g * c.head_dim, (g + 1) * c.head_dim)
             for t in range(len(ids)):
-                scores = np.array([turn(q[t, qs], t) @ turn(k[s, ks], s) / c.head_dim ** 0.5 for s in range(t + 1)])
+                scores = np.array([turn(q[t, qs], t) @ turn(k[s, ks], s) / c.head_dim**0.5 for s in range(t + 1)])
                 weights = np.exp(scores - scores.max())
-                out[t, qs] = (weights / weights.sum()) @ v[:t + 1, ks]
+                out[t, qs] = (weights / weights.sum()) @ v[: t + 1, ks]
         x = x + out @ w[p + "attention.wo.weight"].T
         h = norm(x, w[p + "ffn_norm.weight"])
         gate = h @ w[p + "feed_forward.w1.weight"].T
@@ -86,15 +101,15 @@ def test_rms_norm_by_hand():
     with torch.no_grad():
         norm.weight.copy_(torch.tensor([1.0, 10.0]))
     # mean of squares (1 + 6) / 2 = 3.5, plus 0.5 = 4, root 2
-    out = norm(torch.tensor([[1.0, 6.0 ** 0.5]], dtype=torch.float64))
-    assert torch.allclose(out, torch.tensor([[0.5, 5.0 * 6.0 ** 0.5]], dtype=torch.float64), rtol=1e-12, atol=0)
+    out = norm(torch.tensor([[1.0, 6.0**0.5]], dtype=torch.float64))
+    assert torch.allclose(out, torch.tensor([[0.5, 5.0 * 6.0**0.5]], dtype=torch.float64), rtol=1e-12, atol=0)
 
 
 def test_rms_norm_takes_the_mean_in_fp32_for_bf16():
     x = (torch.arange(1, 2049).float() / 100).bfloat16()
     expected = x.double() / (x.double().square().mean() + 1e-5).sqrt()
     out = RMSNorm(2048, 1e-5).bfloat16()(x).double()
-    assert ((out - expected).abs() / expected).max() < 2 ** -8  # one rounding to bf16; a bf16 mean is off by more
+    assert ((out - expected).abs() / expected).max() < 2**-8  # one rounding to bf16; a bf16 mean is off by more
 
 
 def test_rope_by_hand():
@@ -112,7 +127,7 @@ def test_rope_angles_are_fp32_at_large_positions(dtype):
     positions = torch.tensor([[257, 1001, 16383]])  # bf16 would make them 256, 1000, 16384
     found, _ = rope_cos_sin(positions, torch.tensor([1.0, 0.1]), dtype)
     expected = np.cos(np.outer([257.0, 1001.0, 16383.0], [1.0, 0.1]))
-    tolerance = 1e-3 if dtype == torch.float32 else 2 ** -8  # fp32 angles of 1.6e4 are rounded to 1e-3; bf16 at the end
+    tolerance = 1e-3 if dtype == torch.float32 else 2**-8  # fp32 angles of 1.6e4 are rounded to 1e-3; bf16 at the end
     assert np.abs(found[0, :, 0, :2].double().numpy() - expected).max() < tolerance
 
 
@@ -120,11 +135,12 @@ def test_llama3_scaling_by_hand():
     # wavelengths 2 pi theta^(2j/H); original 32: above 32 stretched by 8, below 8 kept, between them blended
     omega = rope_inverse_frequencies(replace(TINY, head_dim=6, rope_theta=8.0, rope_scaling=LLAMA3)).tolist()
     assert omega[0] == pytest.approx(1.0)  # wavelength 6.28 < 8
-    wavelength = 2 * np.pi * 2.0           # theta^(2/6) = 2: 12.57, between 8 and 32
+    wavelength = 2 * np.pi * 2.0  # theta^(2/6) = 2: 12.57, between 8 and 32
     blend = (32 / wavelength - 1.0) / (4.0 - 1.0)
     assert omega[1] == pytest.approx((1 - blend) * 0.5 / 8 + blend * 0.5, rel=1e-5)
-    assert rope_inverse_frequencies(replace(TINY, head_dim=4, rope_theta=1e4, rope_scaling=LLAMA3))[1] == \
-        pytest.approx(0.01 / 8)            # wavelength 628 > 32
+    assert rope_inverse_frequencies(replace(TINY, head_dim=4, rope_theta=1e4, rope_scaling=LLAMA3))[1] == pytest.approx(
+        0.01 / 8
+    )  # wavelength 628 > 32
 
 
 def test_swiglu_by_hand():
@@ -136,8 +152,19 @@ def test_swiglu_by_hand():
     assert ffn(torch.ones(1, 1)).item() == pytest.approx(3 * 1.7615942 * 5, rel=1e-6)
 
 
-@pytest.mark.parametrize("changes", [{}, {"n_kv_heads": 4}, {"n_kv_heads": 1}, {"tie_embeddings": True},
-                                     {"qkv_bias": True}, {"rope_theta": 1e6}, {"head_dim": 12}], ids=str)
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"n_kv_heads": 4},
+        {"n_kv_heads": 1},
+        {"tie_embeddings": True},
+        {"qkv_bias": True},
+        {"rope_theta": 1e6},
+        {"head_dim": 12},
+    ],
+    ids=str,
+)
 def test_logits_equal_the_fp64_oracle(changes):
     model = tiny_model(**changes)
     ids = [5, 60, 0, 7, 7, 31, 2, 18, 44]
@@ -297,8 +324,10 @@ def test_init_weights_is_reproducible_and_scaled():
 # Config
 
 
-@pytest.mark.parametrize("name, expected", [("codellama_7b", 6_738_546_688), ("codellama_13b", 13_016_028_160),
-                                            ("codellama_34b", 33_743_970_304)])
+@pytest.mark.parametrize(
+    "name, expected",
+    [("codellama_7b", 6_738_546_688), ("codellama_13b", 13_016_028_160), ("codellama_34b", 33_743_970_304)],
+)
 def test_presets_have_the_published_size(name, expected):
     config = PRESETS[name]
     assert count_parameters(config) == expected
@@ -309,15 +338,17 @@ def test_presets_have_the_published_size(name, expected):
     assert (config.vocab_size, config.n_kv_heads) == ((32000, 8) if is_34b else (32016, config.n_heads))
 
 
-@pytest.mark.parametrize("changes", [{}, {"qkv_bias": True}, {"tie_embeddings": True},
-                                     {"n_kv_heads": 4, "head_dim": 10}], ids=str)
+@pytest.mark.parametrize(
+    "changes", [{}, {"qkv_bias": True}, {"tie_embeddings": True}, {"n_kv_heads": 4, "head_dim": 10}], ids=str
+)
 def test_count_parameters_equals_the_module(changes):
     config = replace(TINY, **changes)
     assert count_parameters(config) == sum(p.numel() for p in Transformer(config).parameters())
 
 
-@pytest.mark.parametrize("changes", [{}, {"qkv_bias": True}, {"rope_scaling": LLAMA3}, {"tie_embeddings": True},
-                                     {"head_dim": 12}], ids=str)
+@pytest.mark.parametrize(
+    "changes", [{}, {"qkv_bias": True}, {"rope_scaling": LLAMA3}, {"tie_embeddings": True}, {"head_dim": 12}], ids=str
+)
 def test_config_round_trip(changes):
     config = replace(TINY, **changes)
     assert config_from_hf(json.loads(json.dumps(config_to_hf(config)))) == config
@@ -335,27 +366,31 @@ def test_both_spellings_of_rope():
     assert config_from_hf(base | {"rope_parameters": {"rope_theta": 7.0, "rope_type": "default"}}).rope_theta == 7.0
 
 
-@pytest.mark.parametrize("changes, words", [
-    ({"model_type": "mistral"}, "model_type is 'mistral'"),
-    ({"hidden_act": "gelu"}, "hidden_act is 'gelu'"),
-    ({"attention_bias": True}, "attention_bias"),
-    ({"mlp_bias": True}, "mlp_bias"),
-    ({"use_sliding_window": True}, "sliding-window"),
-    ({"layer_types": ["full_attention", "sliding_attention"]}, "sliding-window"),
-    ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "'linear'"),
-    ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "low_freq_factor is None"),
-    ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4}}, "'yarn'"),
-    ({"rope_scaling": "linear"}, "not a JSON object"),
-    ({"quantization_config": {"bits": 4}}, "quantization_config"),
-    ({"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
-    ({"hidden_size": None}, "hidden_size is None"),
-    ({"num_hidden_layers": "2"}, "num_hidden_layers is '2'"),
-    ({"num_attention_heads": 0}, "num_attention_heads is 0"),
-    ({"num_key_value_heads": 3}, "not a multiple"),
-    ({"head_dim": 7}, "head_dim is 7"),
-    ({"rms_norm_eps": "small"}, "norm_eps is 'small'"),
-    ({"rope_theta": -1.0}, "rope_theta is -1.0"),
-], ids=str)
+@pytest.mark.parametrize(
+    "changes, words",
+    [
+        ({"model_type": "mistral"}, "model_type is 'mistral'"),
+        ({"hidden_act": "gelu"}, "hidden_act is 'gelu'"),
+        ({"attention_bias": True}, "attention_bias"),
+        ({"mlp_bias": True}, "mlp_bias"),
+        ({"use_sliding_window": True}, "sliding-window"),
+        ({"layer_types": ["full_attention", "sliding_attention"]}, "sliding-window"),
+        ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "'linear'"),
+        ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "low_freq_factor is None"),
+        ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4}}, "'yarn'"),
+        ({"rope_scaling": "linear"}, "not a JSON object"),
+        ({"quantization_config": {"bits": 4}}, "quantization_config"),
+        ({"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
+        ({"hidden_size": None}, "hidden_size is None"),
+        ({"num_hidden_layers": "2"}, "num_hidden_layers is '2'"),
+        ({"num_attention_heads": 0}, "num_attention_heads is 0"),
+        ({"num_key_value_heads": 3}, "not a multiple"),
+        ({"head_dim": 7}, "head_dim is 7"),
+        ({"rms_norm_eps": "small"}, "norm_eps is 'small'"),
+        ({"rope_theta": -1.0}, "rope_theta is -1.0"),
+    ],
+    ids=str,
+)
 def test_unsupported_config_is_one_clear_line(changes, words):
     with pytest.raises(ModelFolderError) as caught:
         config_from_hf(config_to_hf(TINY) | changes)

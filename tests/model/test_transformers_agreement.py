@@ -1,4 +1,5 @@
 """Logits equal transformers' on random sharded checkpoints of all variants, in both directions."""
+
 import os
 from dataclasses import replace
 
@@ -12,10 +13,22 @@ from tests.model.test_transformer import tiny_model
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 transformers = pytest.importorskip("transformers", reason="transformers is not installed")
 
-SIZES = {"vocab_size": 131, "hidden_size": 48, "intermediate_size": 88, "num_hidden_layers": 3,
-         "num_attention_heads": 6, "max_position_embeddings": 128}
-LLAMA3 = {"rope_type": "llama3", "rope_theta": 5e5, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
-          "original_max_position_embeddings": 32}
+SIZES = {
+    "vocab_size": 131,
+    "hidden_size": 48,
+    "intermediate_size": 88,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 6,
+    "max_position_embeddings": 128,
+}
+LLAMA3 = {
+    "rope_type": "llama3",
+    "rope_theta": 5e5,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 32,
+}
 VARIANTS = {
     "mha": ("Llama", {"num_key_value_heads": 6}),
     "gqa": ("Llama", {"num_key_value_heads": 2}),

@@ -131,7 +131,9 @@ def test_round_trip(tmp_path, changes, max_shard_bytes):
     assert loaded.config == model.config and same(loaded, model)
     head = load_file(tmp_path / "critic" / VALUE_HEAD_FILE)
     assert {name: tuple(tensor.shape) for name, tensor in head.items()} == {
-        "value_head.weight": (1, 32), "value_head.bias": (1,)}  # fmt: skip
+        "value_head.weight": (1, 32),
+        "value_head.bias": (1,),
+    }
     stored = {name for path in (tmp_path / "critic").glob("model*.safetensors") for name in load_file(path)}
     assert not any("head" in name for name in stored)
 

@@ -1,4 +1,5 @@
 """Rewards, GAE, whitening, KL estimates, controller: hand-worked numbers, the defining sums in plain Python, laws."""
+
 import math
 import random
 import re
@@ -82,13 +83,18 @@ def test_gae_of_one_token_is_its_reward_minus_its_value():
     assert advantages_BR.tolist() == [[-2.25, 0.0]] and returns_BR.tolist() == [[-2.0, 0.0]]
 
 
-@pytest.mark.parametrize(("mask", "position"), [
-    ("1000", 0),  # one token: EOS at once, or a limit of one token
-    ("1110", 2),  # ended: slot 2 holds EOS
-    ("1111", 3),  # cut off at the limit: the last generated token
-    ("0111", 3), ("0100", 1),  # left padding
-    ("1010", 2), ("1001", 3),  # holes
-])
+@pytest.mark.parametrize(
+    ("mask", "position"),
+    [
+        ("1000", 0),  # one token: EOS at once, or a limit of one token
+        ("1110", 2),  # ended: slot 2 holds EOS
+        ("1111", 3),  # cut off at the limit: the last generated token
+        ("0111", 3),
+        ("0100", 1),  # left padding
+        ("1010", 2),
+        ("1001", 3),  # holes
+    ],
+)
 def test_score_sits_on_the_last_token(mask, position):
     logprobs_BR, ref_logprobs_BR = fp64([[-1.0] * 4]), fp64([[-3.0] * 4])  # k1 = 2 on every token
     rewards = kl_shaped_rewards(fp64([5.0]), logprobs_BR, ref_logprobs_BR, bools(mask), 0.25).tolist()[0]
@@ -116,8 +122,9 @@ def test_gae_equals_the_double_sum_over_the_tokens(gamma, gae_lambda, seed):
     expected_BR = torch.zeros_like(rewards_BR)
     for row, mask_R in enumerate(mask_BR):
         slots = [slot for slot, is_token in enumerate(mask_R.tolist()) if is_token]
-        advantages = gae_from_the_definition([rewards_BR[row, t].item() for t in slots],
-                                             [values_BR[row, t].item() for t in slots], gamma, gae_lambda)
+        advantages = gae_from_the_definition(
+            [rewards_BR[row, t].item() for t in slots], [values_BR[row, t].item() for t in slots], gamma, gae_lambda
+        )
         for slot, advantage in zip(slots, advantages, strict=True):
             expected_BR[row, slot] = advantage
     torch.testing.assert_close(advantages_BR, expected_BR, rtol=1e-12, atol=1e-12)
@@ -193,9 +200,14 @@ def test_slots_outside_the_mask_may_hold_anything(junk):
     dirty = [torch.where(mask_BR, x_BR, junk) for x_BR in (first_BR, second_BR)]
 
     def everything(x_BR, y_BR):
-        return [kl_shaped_rewards(scores_B, x_BR, y_BR, mask_BR, 0.1), *compute_gae(x_BR, y_BR, mask_BR, 0.9, 0.95),
-                *kl_estimates(x_BR, y_BR, mask_BR).values(), whiten(x_BR, mask_BR, 0.5, 2.0),
-                fp64(masked_sums(x_BR, mask_BR)), fp64(explained_variance_sums(x_BR, y_BR, mask_BR))]
+        return [
+            kl_shaped_rewards(scores_B, x_BR, y_BR, mask_BR, 0.1),
+            *compute_gae(x_BR, y_BR, mask_BR, 0.9, 0.95),
+            *kl_estimates(x_BR, y_BR, mask_BR).values(),
+            whiten(x_BR, mask_BR, 0.5, 2.0),
+            fp64(masked_sums(x_BR, mask_BR)),
+            fp64(explained_variance_sums(x_BR, y_BR, mask_BR)),
+        ]
 
     for expected, found in zip(everything(*clean), everything(*dirty), strict=True):
         assert found.isfinite().all() and torch.equal(found, expected)
@@ -214,9 +226,12 @@ def test_results_are_constants():
     logprobs_BR, values_BR, _, mask_BR = random_batch(11)
     logprobs_BR.requires_grad_()
     values_BR.requires_grad_()
-    for result in (kl_shaped_rewards(torch.zeros(6), logprobs_BR, values_BR, mask_BR, 0.1),
-                   *compute_gae(logprobs_BR, values_BR, mask_BR, 1.0, 0.95), whiten(values_BR, mask_BR, 0.0, 1.0),
-                   *kl_estimates(logprobs_BR, values_BR, mask_BR).values()):
+    for result in (
+        kl_shaped_rewards(torch.zeros(6), logprobs_BR, values_BR, mask_BR, 0.1),
+        *compute_gae(logprobs_BR, values_BR, mask_BR, 1.0, 0.95),
+        whiten(values_BR, mask_BR, 0.0, 1.0),
+        *kl_estimates(logprobs_BR, values_BR, mask_BR).values(),
+    ):
         assert not result.requires_grad
 
 
@@ -318,12 +333,17 @@ def test_kl_is_zero_for_the_reference_itself():
 
 
 # ------------------------------------------------------------------------------------------------------- KL controller
-@pytest.mark.parametrize(("kl", "expected"), [
-    (6.6, 0.1 * (1 + 0.1 * 64 / 640)),  # 10 % above the target, a tenth of the horizon: +1 %
-    (5.4, 0.1 * (1 - 0.1 * 64 / 640)),
-    (6.0, 0.1),
-    (600.0, 0.1 * (1 + 0.2 * 64 / 640)), (0.0, 0.1 * (1 - 0.2 * 64 / 640)), (-3.0, 0.1 * (1 - 0.2 * 64 / 640)),
-])
+@pytest.mark.parametrize(
+    ("kl", "expected"),
+    [
+        (6.6, 0.1 * (1 + 0.1 * 64 / 640)),  # 10 % above the target, a tenth of the horizon: +1 %
+        (5.4, 0.1 * (1 - 0.1 * 64 / 640)),
+        (6.0, 0.1),
+        (600.0, 0.1 * (1 + 0.2 * 64 / 640)),
+        (0.0, 0.1 * (1 - 0.2 * 64 / 640)),
+        (-3.0, 0.1 * (1 - 0.2 * 64 / 640)),
+    ],
+)
 def test_controller_worked_by_hand(kl, expected):
     assert next_kl_coef(0.1, kl, kl_target=6.0, kl_horizon=640, n_responses=64) == pytest.approx(expected, rel=1e-12)
 
@@ -335,10 +355,18 @@ def test_controller_settles_where_the_kl_is_on_target():
     assert kl_coef == pytest.approx(0.05, rel=1e-6)
 
 
-@pytest.mark.parametrize("change", [
-    {"mean_sequence_kl": math.nan}, {"mean_sequence_kl": math.inf}, {"kl_target": 0.0}, {"kl_target": -1.0},
-    {"kl_horizon": 63}, {"kl_horizon": 0}, {"n_responses": -1},
-])
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"mean_sequence_kl": math.nan},
+        {"mean_sequence_kl": math.inf},
+        {"kl_target": 0.0},
+        {"kl_target": -1.0},
+        {"kl_horizon": 63},
+        {"kl_horizon": 0},
+        {"n_responses": -1},
+    ],
+)
 def test_controller_refuses(change):
     arguments = {"kl_coef": 0.1, "mean_sequence_kl": 1.0, "kl_target": 6.0, "kl_horizon": 640, "n_responses": 64}
     with pytest.raises(ValueError, match="expected"):
@@ -358,8 +386,9 @@ def test_explained_variance_worked_by_hand():
 def test_explained_variance_from_the_sums_of_two_ranks():
     values_BR, returns_BR, _, mask_BR = random_batch(15)
     values_BR = returns_BR + 0.3 * values_BR
-    parts = [explained_variance_sums(values_BR[rows], returns_BR[rows], mask_BR[rows])
-             for rows in (slice(0, 3), slice(3, 6))]
+    parts = [
+        explained_variance_sums(values_BR[rows], returns_BR[rows], mask_BR[rows]) for rows in (slice(0, 3), slice(3, 6))
+    ]
     found = explained_variance_from_sums([sum(pair) for pair in zip(*parts, strict=True)])
     expected = 1 - (returns_BR - values_BR)[mask_BR].var() / returns_BR[mask_BR].var()
     assert found == pytest.approx(expected.item(), rel=1e-12)
@@ -398,12 +427,14 @@ def test_wrong_shapes_and_masks_are_refused():
 # ------------------------------------------------------------------------------------------------ the page, the example
 def test_the_table_of_the_page_is_what_the_code_computes():
     page = (ROOT / "docs/math.md").read_text(encoding="ascii").partition("### Which number belongs to which token")[2]
-    rows = [[cell.strip() for cell in row.strip("|").split("|")]
-            for row in re.findall(r"^\| \d+ \|.*$", page, re.MULTILINE)]
+    rows = [
+        [cell.strip() for cell in row.strip("|").split("|")] for row in re.findall(r"^\| \d+ \|.*$", page, re.MULTILINE)
+    ]
     assert [row[:3] for row in rows[:2]] == [["10", "`Assistant`", "0"], ["11", "`:`", "0"]]
     assert all(int(row[3]) == int(row[0]) - 1 for row in rows[2:]) and len(rows) == 5
     logprobs, ref_logprobs, kls, rewards, values, advantages, returns = fp64(
-        [[float(cell) for cell in row[4:]] for row in rows[2:]]).T
+        [[float(cell) for cell in row[4:]] for row in rows[2:]]
+    ).T
     mask_BR = bools("111")
     found = kl_shaped_rewards(fp64([1.0]), logprobs[None], ref_logprobs[None], mask_BR, 0.1)
     torch.testing.assert_close(found[0], rewards)

@@ -2,6 +2,7 @@
 
 pytest tests/rl/test_evaluate_reward.py
 """
+
 import json
 import math
 import random
@@ -29,9 +30,17 @@ from tests.support.piece_tokenizer import PieceTokenizer
 from tests.support.tiny_run import tiny_files, tiny_model
 
 Z = 1.959963984540054
-TOOLS = [{"type": "function", "function": {"name": name, "description": "", "parameters": {
-    "type": "object", "properties": {key: {"type": "string"} for key in "abcd"}, "required": []}}}
-    for name in ("get", "put")]
+TOOLS = [
+    {
+        "type": "function",
+        "function": {
+            "name": name,
+            "description": "",
+            "parameters": {"type": "object", "properties": {key: {"type": "string"} for key in "abcd"}, "required": []},
+        },
+    }
+    for name in ("get", "put")
+]
 
 
 def a_prompt(*gold_calls: ToolCall, prompt_ids=(1, 5, 6), turn=0) -> PPOPrompt:
@@ -39,14 +48,28 @@ def a_prompt(*gold_calls: ToolCall, prompt_ids=(1, 5, 6), turn=0) -> PPOPrompt:
 
 
 def a_row(index: int, reward: float, category: str = "wrong_value", *, TS=1, PI=1, CF=0, tokens=4, ended=True) -> dict:
-    return {"index": index, "reward": reward, "category": category, "TS": TS, "PI": PI, "CF": CF, "tokens": tokens,
-            "ended": ended}
+    return {
+        "index": index,
+        "reward": reward,
+        "category": category,
+        "TS": TS,
+        "PI": PI,
+        "CF": CF,
+        "tokens": tokens,
+        "ended": ended,
+    }
 
 
 def tiny_prompts(n: int) -> list[PPOPrompt]:
     model_dir, data_file = tiny_files()
-    prompts, _ = read_prompts(data_file, load_tokenizer(model_dir), error_filter="structured", prompt_turns="all",
-                              max_prompt_tokens=2000, unparsable_calls="error")
+    prompts, _ = read_prompts(
+        data_file,
+        load_tokenizer(model_dir),
+        error_filter="structured",
+        prompt_turns="all",
+        max_prompt_tokens=2000,
+        unparsable_calls="error",
+    )
     return prompts[:n]
 
 
@@ -78,8 +101,12 @@ def test_one_value_has_no_interval_and_none_has_no_mean():
 
 
 def test_summary_by_hand():
-    rows = [a_row(0, 1.0, "correct", CF=1, tokens=6), a_row(0, -2.0, "unparsable", TS=0, PI=0, ended=False, tokens=8),
-            a_row(1, -0.25), a_row(1, -0.25)]
+    rows = [
+        a_row(0, 1.0, "correct", CF=1, tokens=6),
+        a_row(0, -2.0, "unparsable", TS=0, PI=0, ended=False, tokens=8),
+        a_row(1, -0.25),
+        a_row(1, -0.25),
+    ]
     summary = summarize(rows)
     assert (summary["n"], summary["n_prompts"], summary["truncated"], summary["mean_tokens"]) == (4, 2, 1, 5.5)
     assert (summary["TS"], summary["PI"], summary["CF"]) == (3, 3, 1)
@@ -105,8 +132,9 @@ def test_paired_difference_removes_what_the_prompts_share():
     gains = [b["reward"] - a["reward"] for a, b in zip(first, second, strict=True)]
     half_width = Z * statistics.stdev(gains) / math.sqrt(30)
     assert difference["mean_reward"] == pytest.approx(statistics.mean(gains))
-    assert difference["interval_95"] == pytest.approx([statistics.mean(gains) - half_width,
-                                                       statistics.mean(gains) + half_width])
+    assert difference["interval_95"] == pytest.approx(
+        [statistics.mean(gains) - half_width, statistics.mean(gains) + half_width]
+    )
     with pytest.raises(ValueError, match="30 and 29 prompts"):
         paired_difference(second, first[:29])
 
@@ -148,8 +176,14 @@ def test_greedy_rows_are_what_generate_gives(tiny):
 def test_several_samples_without_randomness_are_refused(tiny):
     for samples_per_prompt, temperature in ((2, 0.0), (0, 1.0)):
         with pytest.raises(ValueError, match="samples_per_prompt"):
-            evaluate_reward(*tiny, tiny_prompts(1), temperature=temperature, max_response_tokens=2, seed=0,
-                            samples_per_prompt=samples_per_prompt)
+            evaluate_reward(
+                *tiny,
+                tiny_prompts(1),
+                temperature=temperature,
+                max_response_tokens=2,
+                seed=0,
+                samples_per_prompt=samples_per_prompt,
+            )
 
 
 def rows_of_texts(monkeypatch, texts: list[str], prompts: list[PPOPrompt], *, with_eos: bool = True) -> list[dict]:
@@ -157,19 +191,23 @@ def rows_of_texts(monkeypatch, texts: list[str], prompts: list[PPOPrompt], *, wi
     tokenizer = PieceTokenizer()
     answers = [tokenizer.encode(text) + [tokenizer.eos_id] * with_eos for text in texts]
     monkeypatch.setattr("rl.evaluate_reward.generate", lambda *_, **__: [(ids, [0.0] * len(ids)) for ids in answers])
-    return evaluate_reward(tiny_model(), tokenizer, prompts, temperature=0.0, max_response_tokens=40,
-                           samples_per_prompt=1, seed=0)
+    return evaluate_reward(
+        tiny_model(), tokenizer, prompts, temperature=0.0, max_response_tokens=40, samples_per_prompt=1, seed=0
+    )
 
 
-@pytest.mark.parametrize(("text", "category", "reward", "accuracies"), [
-    ('get(a="x", b="y")', "correct", 1.0, (1, 1, 1)),
-    ('get(a="x", b="z")', "wrong_value", -0.25, (1, 1, 0)),
-    ('get(a="x")', "missing_parameter", -0.5, (1, 0, 0)),
-    ('get(a="x", b="y", q=1)', "hallucinated_parameter", -0.8, (1, 0, 0)),
-    ('put(a="x", b="y")', "wrong_tool", -1.5, (0, 0, 0)),
-    ('fly(a="x", b="y")', "hallucinated_tool", -2.0, (0, 0, 0)),
-    ('get(a="x", b="y") then', "unparsable", -2.0, (0, 0, 0)),
-])
+@pytest.mark.parametrize(
+    ("text", "category", "reward", "accuracies"),
+    [
+        ('get(a="x", b="y")', "correct", 1.0, (1, 1, 1)),
+        ('get(a="x", b="z")', "wrong_value", -0.25, (1, 1, 0)),
+        ('get(a="x")', "missing_parameter", -0.5, (1, 0, 0)),
+        ('get(a="x", b="y", q=1)', "hallucinated_parameter", -0.8, (1, 0, 0)),
+        ('put(a="x", b="y")', "wrong_tool", -1.5, (0, 0, 0)),
+        ('fly(a="x", b="y")', "hallucinated_tool", -2.0, (0, 0, 0)),
+        ('get(a="x", b="y") then', "unparsable", -2.0, (0, 0, 0)),
+    ],
+)
 def test_judgement_of_a_row(monkeypatch, text, category, reward, accuracies):
     [row] = rows_of_texts(monkeypatch, [text], [a_prompt(ToolCall("get", {"a": "x", "b": "y"}))])
     assert (row["category"], row["reward"], row["output"]) == (category, reward, text)
@@ -191,8 +229,12 @@ def test_a_response_cut_at_the_limit_keeps_its_last_token(monkeypatch):
 
 
 def test_seeds_of_neighbours_differ():
-    seeds = {response_seed(seed, a_prompt(turn=turn), sample)
-             for seed in range(20) for turn in range(20) for sample in range(20)}
+    seeds = {
+        response_seed(seed, a_prompt(turn=turn), sample)
+        for seed in range(20)
+        for turn in range(20)
+        for sample in range(20)
+    }
     assert len(seeds) == 8000 and all(0 <= seed < 2**63 for seed in seeds)
 
 
@@ -213,8 +255,23 @@ def test_command_compares_models_side_by_side(capsys, tmp_path):
     save_pretrained(tiny_model(seed=1), other)
     (other / "tokenizer.model").write_bytes((model_dir / "tokenizer.model").read_bytes())
     rows_file = tmp_path / "new" / "rows.jsonl"
-    code, out, err = run_main(capsys, "--model", model_dir, other, model_dir, "--data", data_file, "--limit", 4,
-                              "--max_response_tokens", 5, "--samples_per_prompt", 2, "--output", rows_file)
+    code, out, err = run_main(
+        capsys,
+        "--model",
+        model_dir,
+        other,
+        model_dir,
+        "--data",
+        data_file,
+        "--limit",
+        4,
+        "--max_response_tokens",
+        5,
+        "--samples_per_prompt",
+        2,
+        "--output",
+        rows_file,
+    )
     assert code == 0 and err == "" and out.isascii()
     result = json.loads(out.splitlines()[-1])
     first, second, again = result["models"]
@@ -237,18 +294,28 @@ def test_table_columns_stand_under_their_titles():
     assert lines[5].endswith("100.0") and lines[4].endswith("correct")
 
 
-@pytest.mark.parametrize(("flags", "message"), [
-    (("--model", "nowhere", "--data", "DATA"), "nowhere"), (("--model", "MODEL", "--data", "missing.json"), "missing"),
-    (("--model", "MODEL", "--data", "DATA", "--temperature", "-1"), "--temperature: found -1.0"),
-    (("--model", "MODEL", "--data", "DATA", "--temperature", "nan"), "--temperature: found nan"),
-    (("--model", "MODEL", "--data", "DATA", "--temperature", "0", "--samples_per_prompt", "2"), "--samples_per_prompt"),
-    (("--model", "MODEL", "--data", "DATA", "--max_response_tokens", "2048"), "fewer than the model's 2048 positions"),
-    (("--model", "MODEL", "--data", "DATA", "--max_response_tokens", "2030"), "44 turns dropped: longer than 18"),
-    (("--model", "MODEL", "--data", "DATA", "--output", "."), "found the folder"),
-    (("--model", "MODEL", "--data", "DATA", "--limit", "-1"), "--limit: found -1"),
-    (("--model", "MODEL", "--data", "DATA", "--colour", "red"), "unrecognized arguments"),
-    (("--data", "DATA"), "--model"),
-])
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (("--model", "nowhere", "--data", "DATA"), "nowhere"),
+        (("--model", "MODEL", "--data", "missing.json"), "missing"),
+        (("--model", "MODEL", "--data", "DATA", "--temperature", "-1"), "--temperature: found -1.0"),
+        (("--model", "MODEL", "--data", "DATA", "--temperature", "nan"), "--temperature: found nan"),
+        (
+            ("--model", "MODEL", "--data", "DATA", "--temperature", "0", "--samples_per_prompt", "2"),
+            "--samples_per_prompt",
+        ),
+        (
+            ("--model", "MODEL", "--data", "DATA", "--max_response_tokens", "2048"),
+            "fewer than the model's 2048 positions",
+        ),
+        (("--model", "MODEL", "--data", "DATA", "--max_response_tokens", "2030"), "44 turns dropped: longer than 18"),
+        (("--model", "MODEL", "--data", "DATA", "--output", "."), "found the folder"),
+        (("--model", "MODEL", "--data", "DATA", "--limit", "-1"), "--limit: found -1"),
+        (("--model", "MODEL", "--data", "DATA", "--colour", "red"), "unrecognized arguments"),
+        (("--data", "DATA"), "--model"),
+    ],
+)
 def test_bad_input_is_one_line_and_code_2(capsys, flags, message):
     model_dir, data_file = tiny_files()
     names = {"MODEL": model_dir, "DATA": data_file}
@@ -264,7 +331,7 @@ def test_models_whose_tokenizers_leave_other_turns_are_not_compared(capsys, monk
     def shrinking(path, tokenizer, **settings):
         prompts, notes = read_prompts(path, tokenizer, **settings)
         seen.append(path)
-        return prompts[len(seen) - 1:], notes
+        return prompts[len(seen) - 1 :], notes
 
     monkeypatch.setattr("rl.evaluate_reward.read_prompts", shrinking)
     code, _, err = run_main(capsys, "--model", model_dir, model_dir, "--data", data_file)

@@ -2,6 +2,7 @@
 
 pytest tests/rl/test_index_ledger.py
 """
+
 import pytest
 import torch
 
@@ -17,13 +18,22 @@ def by_hand(*, with_eos: bool = True, **changes: object) -> str:
     """
     tokenizer = PieceTokenizer()
     prompt_ids = [1, *tokenizer.encode("User: go\nAssistant:")]
-    response_ids = [*tokenizer.encode_continuation(' get()'), tokenizer.eos_id][:3]
+    response_ids = [*tokenizer.encode_continuation(" get()"), tokenizer.eos_id][:3]
     assert len(response_ids) == 3
     if not with_eos:
         response_ids[2] = response_ids[0]
-    columns = {"logprobs": [-0.5, -1.0, -0.1], "ref_logprobs": [-0.7, -0.9, -0.1], "rewards": [-0.1, 0.05, -0.25],
-               "values": [0.1, 0.2, 0.3], "advantages": [-0.4, -0.4, -0.55], "returns": [-0.3, -0.2, -0.25],
-               "score": -0.25, "mask": [True, True, True], "kl_coef": 0.5, **changes}
+    columns = {
+        "logprobs": [-0.5, -1.0, -0.1],
+        "ref_logprobs": [-0.7, -0.9, -0.1],
+        "rewards": [-0.1, 0.05, -0.25],
+        "values": [0.1, 0.2, 0.3],
+        "advantages": [-0.4, -0.4, -0.55],
+        "returns": [-0.3, -0.2, -0.25],
+        "score": -0.25,
+        "mask": [True, True, True],
+        "kl_coef": 0.5,
+        **changes,
+    }
     return format_ledger(prompt_ids, response_ids, tokenizer, **columns)
 
 
@@ -34,8 +44,11 @@ def test_ledger_by_hand():
     assert [line.split()[0] for line in lines[1:6]] == [str(n_prompt + offset) for offset in (-2, -1, 0, 1, 2)]
     assert all(line.endswith("-" + 5 * (10 * " " + "-")) and " 0 " in line for line in lines[1:3])
     numbers = [[float(cell) for cell in line[28:].split()] for line in lines[3:6]]
-    assert numbers == [[1, -0.5, 0.2, -0.1, 0.1, -0.4, -0.3], [1, -1.0, -0.1, 0.05, 0.2, -0.4, -0.2],
-                       [1, -0.1, 0.0, -0.25, 0.3, -0.55, -0.25]]
+    assert numbers == [
+        [1, -0.5, 0.2, -0.1, 0.1, -0.4, -0.3],
+        [1, -1.0, -0.1, 0.05, 0.2, -0.4, -0.2],
+        [1, -0.1, 0.0, -0.25, 0.3, -0.55, -0.25],
+    ]
     assert "' get'" in lines[3] and "'()'" in lines[4] and "'</s>'" in lines[5]
     assert lines[6] == f"score -0.2500 sits at position {n_prompt + 2} (EOS): checked"
     assert lines[7] == "sum of rewards -0.3000 = score -0.2500 - kl_coef 0.5 * KL +0.1000: checked"
@@ -46,10 +59,15 @@ def test_truncated_response_says_so():
     assert "(the last generated token, no EOS): checked" in by_hand(with_eos=False)
 
 
-@pytest.mark.parametrize("changes", [
-    {"rewards": [-0.1, -0.2, 0.0]},  # the score one token early: the sum is right, the place is not
-    {"kl_coef": 0.4}, {"score": 1.0}, {"ref_logprobs": [-0.5, -1.0, -0.2]},
-])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"rewards": [-0.1, -0.2, 0.0]},  # the score one token early: the sum is right, the place is not
+        {"kl_coef": 0.4},
+        {"score": 1.0},
+        {"ref_logprobs": [-0.5, -1.0, -0.2]},
+    ],
+)
 def test_rewards_that_do_not_fit_are_called_wrong(changes):
     assert "WRONG" in by_hand(**changes)
 
@@ -62,16 +80,35 @@ def test_agrees_with_the_functions_of_training():
     mask = torch.ones(1, 3, dtype=torch.bool)
     rewards = kl_shaped_rewards(torch.tensor([-1.3]), logprobs, ref_logprobs, mask, 0.3)
     advantages, returns = compute_gae(rewards, values, mask, 1.0, 0.95)
-    text = by_hand(**{name: tensor[0].tolist() for name, tensor in (
-        ("logprobs", logprobs), ("ref_logprobs", ref_logprobs), ("rewards", rewards), ("values", values),
-        ("advantages", advantages), ("returns", returns), ("mask", mask))}, score=-1.3, kl_coef=0.3)
+    text = by_hand(
+        **{
+            name: tensor[0].tolist()
+            for name, tensor in (
+                ("logprobs", logprobs),
+                ("ref_logprobs", ref_logprobs),
+                ("rewards", rewards),
+                ("values", values),
+                ("advantages", advantages),
+                ("returns", returns),
+                ("mask", mask),
+            )
+        },
+        score=-1.3,
+        kl_coef=0.3,
+    )
     assert text.count("checked") == 2 and f"{returns[0, 1].item():.4f}" in text
 
 
 def test_masked_rows_have_no_numbers():
     nan = float("nan")
-    lines = by_hand(mask=[True, True, False], rewards=[-0.1, -0.2, nan], logprobs=[-0.5, -1.0, nan],
-                    values=[0.1, 0.2, nan], advantages=[0.0, 0.0, nan], returns=[0.0, 0.0, nan]).splitlines()
+    lines = by_hand(
+        mask=[True, True, False],
+        rewards=[-0.1, -0.2, nan],
+        logprobs=[-0.5, -1.0, nan],
+        values=[0.1, 0.2, nan],
+        advantages=[0.0, 0.0, nan],
+        returns=[0.0, 0.0, nan],
+    ).splitlines()
     assert lines[5].split()[-7:] == ["0", *"------"] and "nan" not in "".join(lines)
     assert lines[6].endswith("(the last generated token, no EOS): checked") and lines[7].endswith("checked")
     assert "no response token" in by_hand(mask=[False] * 3)

@@ -66,10 +66,18 @@ def test_an_empty_set_after_the_filter_comes_with_the_counts(tmp_path):
 def test_prompts_longer_than_the_context(tmp_path):
     folder = save_with_tokenizer(tiny_model(max_positions=80), tmp_path / "model")
     expect_refusal(tmp_path, "found no prompt.* turns dropped: longer than 56 prompt tokens", model=folder)
-    expect_refusal(tmp_path, r"--max_prompt_tokens: found 60 beside 24 response tokens, expected at most 80 together",
-                   model=folder, max_prompt_tokens=60)
-    expect_refusal(tmp_path, r"--max_prompt_tokens: found -44 beside 124 response tokens, expected at most 80",
-                   model=folder, max_response_tokens=124)
+    expect_refusal(
+        tmp_path,
+        r"--max_prompt_tokens: found 60 beside 24 response tokens, expected at most 80 together",
+        model=folder,
+        max_prompt_tokens=60,
+    )
+    expect_refusal(
+        tmp_path,
+        r"--max_prompt_tokens: found -44 beside 124 response tokens, expected at most 80",
+        model=folder,
+        max_response_tokens=124,
+    )
 
 
 def test_missing_and_malformed_files(tmp_path):
@@ -110,16 +118,19 @@ def test_a_critic_or_reference_of_another_shape(tmp_path, role):
 # Settings
 
 
-@pytest.mark.parametrize(("flags", "pattern"), [
-    ({"minibatch_size": 5}, "--minibatch_size: found 5, expected at most rollout_batch_size = 4"),
-    ({"eval_every": 2}, "--eval_every: found 2 without eval_data"),
-    ({"temperature": 1e-4}, "--temperature: found 0.0001, expected 0"),
-    ({"kl_horizon": 3}, "--kl_horizon: found 3.0, expected at least rollout_batch_size = 4"),
-    ({"clip_range": 0}, "--clip_range"),
-    ({"gamma": 1.5}, "--gamma"),
-    ({"prompt_turns": "some"}, "--prompt_turns"),
-    ({"kl_beta": 1}, "--kl_beta"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("flags", "pattern"),
+    [
+        ({"minibatch_size": 5}, "--minibatch_size: found 5, expected at most rollout_batch_size = 4"),
+        ({"eval_every": 2}, "--eval_every: found 2 without eval_data"),
+        ({"temperature": 1e-4}, "--temperature: found 0.0001, expected 0"),
+        ({"kl_horizon": 3}, "--kl_horizon: found 3.0, expected at least rollout_batch_size = 4"),
+        ({"clip_range": 0}, "--clip_range"),
+        ({"gamma": 1.5}, "--gamma"),
+        ({"prompt_turns": "some"}, "--prompt_turns"),
+        ({"kl_beta": 1}, "--kl_beta"),
+    ],
+)
 def test_settings_out_of_range(tmp_path, flags, pattern):
     expect_refusal(tmp_path, pattern, **flags)
 
@@ -143,9 +154,14 @@ def test_a_refused_start_leaves_an_earlier_run_as_it_was(tmp_path):
     kept = {path: path.read_bytes() for path in output.rglob("*") if path.is_file()}
     wide = save_with_tokenizer(tiny_model(ffn_dim=96), tmp_path / "wide")
     short = write_records(tmp_path / "short.jsonl", [make_record("p0", QUERY, ARMS[:1], TOOLS)])
-    for flags, pattern in (({"critic_model": wide}, "another shape"), ({"kl_coef": 0.1}, "kl_coef = 0.05"),
-                           ({"data": short}, "data_sha256"), ({"resume": "never"}, "expected a folder without"),
-                           ({"data": tmp_path / "absent"}, "absent"), ({"minibatch_size": 9}, "minibatch_size")):
+    for flags, pattern in (
+        ({"critic_model": wide}, "another shape"),
+        ({"kl_coef": 0.1}, "kl_coef = 0.05"),
+        ({"data": short}, "data_sha256"),
+        ({"resume": "never"}, "expected a folder without"),
+        ({"data": tmp_path / "absent"}, "absent"),
+        ({"minibatch_size": 9}, "minibatch_size"),
+    ):
         code, _, err = run_ppo_here(output, **{"data": ppo_data(), "max_steps": 2, **flags})
         assert code == 2 and err.count("\n") == 1 and pattern in err, err
     assert {path: path.read_bytes() for path in output.rglob("*") if path.is_file()} == kept

@@ -2,6 +2,7 @@
 
 pytest tests/rl/test_ppo_docs.py
 """
+
 import contextlib
 import io
 import json
@@ -36,9 +37,21 @@ def output(tmp_path_factory) -> Path:
 
     folder = tmp_path_factory.mktemp("ppo")
     model_dir, data_file = tiny_files()
-    flags = {"model": model_dir, "data": data_file, "output": folder, "device": "cpu", "max_steps": 2,
-             "rollout_batch_size": 4, "minibatch_size": 2, "max_response_tokens": 4, "eval_data": data_file,
-             "eval_limit": 2, "print_ledger": "on", "plot": "off", "critic_only_iterations": 0}
+    flags = {
+        "model": model_dir,
+        "data": data_file,
+        "output": folder,
+        "device": "cpu",
+        "max_steps": 2,
+        "rollout_batch_size": 4,
+        "minibatch_size": 2,
+        "max_response_tokens": 4,
+        "eval_data": data_file,
+        "eval_limit": 2,
+        "print_ledger": "on",
+        "plot": "off",
+        "critic_only_iterations": 0,
+    }
     with contextlib.redirect_stdout(io.StringIO()) as out:
         assert main([part for name, value in flags.items() for part in (f"--{name}", str(value))]) == 0
     (folder / "stdout.txt").write_text(out.getvalue())

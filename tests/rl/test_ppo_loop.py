@@ -114,8 +114,15 @@ def test_micro_batches_change_rounding_only(straight, tmp_path, micro_batch_size
 @pytest.mark.slow
 def test_two_ranks_make_the_same_updates(tmp_path):
     """Iterations of 5, 5 and 1 responses in minibatches of 2: rank 1 is idle in some updates and one whole rollout."""
-    settings = {"rollout_batch_size": 5, "minibatch_size": 2, "ppo_epochs": 2, "whiten_advantages": "on",
-                "entropy_coef": 0.01, "save_critic": "on", "checkpoint_every": 0}
+    settings = {
+        "rollout_batch_size": 5,
+        "minibatch_size": 2,
+        "ppo_epochs": 2,
+        "whiten_advantages": "on",
+        "entropy_coef": 0.01,
+        "save_critic": "on",
+        "checkpoint_every": 0,
+    }
     single = run(tmp_path / "single", **settings)
     results = run_on_ranks(tmp_path, 2, [ppo_arguments(tmp_path / "double", **settings)])
     assert all(code == 0 for rank in results for code, _, _ in rank), results
@@ -124,8 +131,10 @@ def test_two_ranks_make_the_same_updates(tmp_path):
     assert len(rows) == 14
     assert_close(rows, single, rel=1e-4, abs_=1e-4)
     assert all(row["ppo/max_ratio_deviation"] == 0.0 for row in (rows[0], single[0]))
-    responses = [sorted((row["id"], row["response"]) for row in journal_of(tmp_path / name, "samples.jsonl"))
-                 for name in ("single", "double")]
+    responses = [
+        sorted((row["id"], row["response"]) for row in journal_of(tmp_path / name, "samples.jsonl"))
+        for name in ("single", "double")
+    ]
     assert responses[0] == responses[1]
     for load, name in ((load_pretrained, "final"), (load_value_model, "critic")):
         ours, others = (dict(load(tmp_path / run / name).named_parameters()) for run in ("double", "single"))
@@ -274,8 +283,11 @@ def test_a_first_ratio_other_than_1_stops_the_run(tmp_path, monkeypatch, kept_mo
         return seconds
 
     monkeypatch.setattr(ppo_loop, "measure_rollout", measure_rollout)
-    expect_stop(tmp_path / "run", f"step {critic_only_iterations + 1}: found max |ratio - 1| 0.0002, clip fraction 0",
-                critic_only_iterations=critic_only_iterations)
+    expect_stop(
+        tmp_path / "run",
+        f"step {critic_only_iterations + 1}: found max |ratio - 1| 0.0002, clip fraction 0",
+        critic_only_iterations=critic_only_iterations,
+    )
     if critic_only_iterations == 0:
         assert_untouched(kept_models[0])
 
@@ -302,7 +314,9 @@ def test_a_late_fault_loses_nothing_before_it(straight, tmp_path, monkeypatch):
         patch.setattr(ppo_loop, "response_logprobs", failing)
         expect_stop(tmp_path / "run", "step 4: found ppo/policy_loss nan", **LONG)
     assert [path.name for path in sorted((tmp_path / "run" / "checkpoints").iterdir())] == [
-        "step_00000002", "step_00000003"]  # fmt: skip
+        "step_00000002",
+        "step_00000003",
+    ]
     run(tmp_path / "run", **LONG)
     assert_same_run(tmp_path / "run", straight)
 
@@ -312,8 +326,11 @@ def test_weights_that_are_not_finite_stop_the_run_in_one_line(tmp_path):
     model = load_pretrained(policy_folder())
     with torch.no_grad():
         model.norm.weight[3] = float("nan")
-    expect_stop(tmp_path / "run", "iteration 0: found 1 tensors of the policy with nan or inf (norm.weight",
-                model=save_with_tokenizer(model, tmp_path / "model"))
+    expect_stop(
+        tmp_path / "run",
+        "iteration 0: found 1 tensors of the policy with nan or inf (norm.weight",
+        model=save_with_tokenizer(model, tmp_path / "model"),
+    )
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -333,10 +350,16 @@ def send_sigterm_in(monkeypatch, name, call):
     monkeypatch.setattr(ppo_loop, name, function)
 
 
-@pytest.mark.parametrize(("name", "call", "done"), [
-    ("sample_responses", 1, 0), ("sample_responses", 4, 3), ("measure_rollout", 2, 2), ("update_minibatch", 3, 3),
-    ("save_checkpoint", 2, 2),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("name", "call", "done"),
+    [
+        ("sample_responses", 1, 0),
+        ("sample_responses", 4, 3),
+        ("measure_rollout", 2, 2),
+        ("update_minibatch", 3, 3),
+        ("save_checkpoint", 2, 2),
+    ],
+)
 def test_sigterm_in_any_phase_saves_and_the_run_goes_on(straight, tmp_path, monkeypatch, name, call, done):
     """During sampling the unfinished responses are dropped; later the iteration is finished first."""
     output = tmp_path / "run"

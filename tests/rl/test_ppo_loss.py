@@ -1,4 +1,5 @@
 """Clipped losses and entropy: hand-worked numbers, plain loops in fp64, finite differences, promises about the mask."""
+
 import math
 
 import pytest
@@ -40,8 +41,13 @@ def test_policy_loss_worked_by_hand():
     loss.backward()
     torch.testing.assert_close(logprobs_BR.grad, fp64([[0, 0.6, -0.2], [0, -0.22, 0]]))
     # k3: ratio - 1 - ln ratio: 0.5 - 0.405465 (twice), -0.5 + 0.693147 (twice), 0.1 - 0.095310
-    expected = {"tokens": 5, "clipped": 2, "ratio_sum": 5.1, "max_ratio_deviation": 0.5,
-                "approx_kl_sum": 2 * 0.094534892 + 2 * 0.193147181 + 0.004689820}
+    expected = {
+        "tokens": 5,
+        "clipped": 2,
+        "ratio_sum": 5.1,
+        "max_ratio_deviation": 0.5,
+        "approx_kl_sum": 2 * 0.094534892 + 2 * 0.193147181 + 0.004689820,
+    }
     assert {name: stat.item() for name, stat in stats.items()} == pytest.approx(expected, rel=1e-8)
 
 
@@ -74,7 +80,12 @@ def test_first_minibatch():
         assert loss.item() == pytest.approx(-advantages_BR[mask_BR].mean().item(), rel=1e-6)
         torch.testing.assert_close(logprobs.grad, torch.where(mask_BR, -advantages_BR / n, 0.0).to(dtype))
         assert {name: stat.item() for name, stat in stats.items()} == {
-            "tokens": n, "clipped": 0, "approx_kl_sum": 0, "ratio_sum": n, "max_ratio_deviation": 0}
+            "tokens": n,
+            "clipped": 0,
+            "approx_kl_sum": 0,
+            "ratio_sum": n,
+            "max_ratio_deviation": 0,
+        }
 
 
 def test_ratio_deviation_counts_both_ways():
@@ -102,8 +113,13 @@ def test_policy_loss_equals_a_plain_loop(seed):
         ratios.append(ratio)
         n += 1
     assert loss.item() == pytest.approx(-objective / n, rel=1e-12)
-    expected = {"tokens": n, "clipped": clipped, "approx_kl_sum": kl, "ratio_sum": sum(ratios),
-                "max_ratio_deviation": max(abs(ratio - 1) for ratio in ratios)}
+    expected = {
+        "tokens": n,
+        "clipped": clipped,
+        "approx_kl_sum": kl,
+        "ratio_sum": sum(ratios),
+        "max_ratio_deviation": max(abs(ratio - 1) for ratio in ratios),
+    }
     assert {name: stat.item() for name, stat in stats.items()} == pytest.approx(expected, rel=1e-12)
     assert 0 < clipped < n
 
@@ -159,7 +175,7 @@ def test_micro_batches_add_up_to_the_batch(loss_of):
     now_BR, old_BR, other_BR, mask_BR = random_batch(4)
     now_BR.requires_grad_()
     whole, whole_stats = loss_of(now_BR, old_BR, other_BR, mask_BR, 0.2)
-    expected_BR, = torch.autograd.grad(whole, now_BR)
+    (expected_BR,) = torch.autograd.grad(whole, now_BR)
     parts = []
     for rows in (slice(0, 1), slice(1, 2), slice(2, 6)):  # row 1 has no token at all
         loss, stats = loss_of(now_BR[rows], old_BR[rows], other_BR[rows], mask_BR[rows], 0.2)
@@ -330,18 +346,29 @@ def test_entropy_of_no_row():
 @pytest.mark.parametrize("loss_of", [policy_loss, value_loss])
 def test_wrong_shapes_masks_and_ranges_are_refused(loss_of):
     x_BR, mask_BR = torch.zeros(2, 3), torch.ones(2, 3, dtype=torch.bool)
-    for arguments in ((x_BR, x_BR, torch.zeros(2), mask_BR, 0.2), (x_BR, torch.zeros(2, 1), x_BR, mask_BR, 0.2),
-                      (x_BR[:1], x_BR, x_BR, mask_BR, 0.2), (x_BR, x_BR, x_BR, mask_BR.long(), 0.2),
-                      (x_BR, x_BR, x_BR, mask_BR[0], 0.2), (x_BR, x_BR, x_BR, mask_BR, 0.0),
-                      (x_BR, x_BR, x_BR, mask_BR, -0.2), (x_BR, x_BR, x_BR, mask_BR, math.nan)):
+    for arguments in (
+        (x_BR, x_BR, torch.zeros(2), mask_BR, 0.2),
+        (x_BR, torch.zeros(2, 1), x_BR, mask_BR, 0.2),
+        (x_BR[:1], x_BR, x_BR, mask_BR, 0.2),
+        (x_BR, x_BR, x_BR, mask_BR.long(), 0.2),
+        (x_BR, x_BR, x_BR, mask_BR[0], 0.2),
+        (x_BR, x_BR, x_BR, mask_BR, 0.0),
+        (x_BR, x_BR, x_BR, mask_BR, -0.2),
+        (x_BR, x_BR, x_BR, mask_BR, math.nan),
+    ):
         with pytest.raises(ValueError, match="expected"):
             loss_of(*arguments)
 
 
 def test_entropy_refuses():
     hidden_MD, head_weight_VD = make_rows()
-    for arguments in ((hidden_MD, head_weight_VD[:, :3], 1.0), (hidden_MD[0], head_weight_VD, 1.0),
-                      (hidden_MD.float(), head_weight_VD, 1.0), (hidden_MD, head_weight_VD, 0.0),
-                      (hidden_MD, head_weight_VD, math.nan), (hidden_MD, head_weight_VD, 1.0, 0)):
+    for arguments in (
+        (hidden_MD, head_weight_VD[:, :3], 1.0),
+        (hidden_MD[0], head_weight_VD, 1.0),
+        (hidden_MD.float(), head_weight_VD, 1.0),
+        (hidden_MD, head_weight_VD, 0.0),
+        (hidden_MD, head_weight_VD, math.nan),
+        (hidden_MD, head_weight_VD, 1.0, 0),
+    ):
         with pytest.raises(ValueError, match="expected"):
             token_entropies(*arguments)

@@ -1,4 +1,5 @@
 """rl/prompts.py: prompts are prefixes of the SFT samples, every rule counted by hand, both kinds of file, bad input."""
+
 import json
 import re
 from pathlib import Path
@@ -6,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from data.error_filter import decide_masked_turns
-from data.loss_weights import expand_per_turn
 from data.formats.tl import encode_prompt
+from data.loss_weights import expand_per_turn
 from data.tool_calls import ToolCall
 from data.trajectories import DataError, Message, read_trajectories
 from model.tokenizer import load_tokenizer
@@ -21,8 +22,14 @@ SETTINGS = {"error_filter": "structured", "prompt_turns": "all", "max_prompt_tok
 
 def function(name: str, required: list[str], optional: list[str]) -> dict:
     properties = {parameter: {"type": "string", "description": "d"} for parameter in [*required, *optional]}
-    return {"type": "function", "function": {"name": name, "description": "d", "parameters": {
-        "type": "object", "properties": properties, "required": required}}}
+    return {
+        "type": "function",
+        "function": {
+            "name": name,
+            "description": "d",
+            "parameters": {"type": "object", "properties": properties, "required": required},
+        },
+    }
 
 
 TOOLS = [function("f", ["a"], ["b"]), function("g", [], []), function("finish", ["answer"], [])]
@@ -41,10 +48,26 @@ def user(content: str) -> dict:
 
 
 # Turns:     0 good f, 1 failing g, 2 plain text, 3 unknown tool, 4 unknown parameter, 5 good g, 6 finish
-MIXED = {"id": "m", "tools": TOOLS, "messages": [
-    user("do"), call("f", a="x"), feedback("fine"), call("g"), feedback('{"error": "no"}'),
-    {"role": "assistant", "content": "Which one?"}, user("that"), call("h"), feedback("fine"), call("f", a="x", z=1),
-    feedback("fine"), call("g"), feedback("fine"), call("finish", answer="done")]}
+MIXED = {
+    "id": "m",
+    "tools": TOOLS,
+    "messages": [
+        user("do"),
+        call("f", a="x"),
+        feedback("fine"),
+        call("g"),
+        feedback('{"error": "no"}'),
+        {"role": "assistant", "content": "Which one?"},
+        user("that"),
+        call("h"),
+        feedback("fine"),
+        call("f", a="x", z=1),
+        feedback("fine"),
+        call("g"),
+        feedback("fine"),
+        call("finish", answer="done"),
+    ],
+}
 ERRONEOUS = {"id": "e", "tools": TOOLS, "messages": [user("do"), call("f"), feedback("fine")]}
 TALK = {"id": "t", "tools": TOOLS, "messages": [user("hello"), {"role": "assistant", "content": "Hello!"}]}
 GOOD = {"id": "g", "tools": TOOLS, "messages": [user("do it"), call("f", a="y", b="z"), feedback("fine"), call("g")]}
@@ -52,8 +75,10 @@ GOOD = {"id": "g", "tools": TOOLS, "messages": [user("do it"), call("f", a="y", 
 
 def write_lines(tmp_path: Path, *records: dict | str) -> Path:
     path = tmp_path / "records.jsonl"
-    path.write_text("".join((record if isinstance(record, str) else json.dumps(record)) + "\n" for record in records),
-                    encoding="utf-8")
+    path.write_text(
+        "".join((record if isinstance(record, str) else json.dumps(record)) + "\n" for record in records),
+        encoding="utf-8",
+    )
     return path
 
 
@@ -85,34 +110,52 @@ def test_rules_and_counts_by_hand(tmp_path):
     assert [prompt.where.rpartition(":")[2] for prompt in prompts] == ["1", "1", "1", "4", "4"]
     assert prompts[0].gold_calls == (ToolCall("f", {"a": "x"}),) and prompts[0].tools == TOOLS
     assert prompts[2].gold_calls == (ToolCall("finish", {"answer": "done"}),)
-    assert notes == ["5 prompts from 11 assistant turns of 4 records (error_filter structured, prompt_turns all)",
-                     "2 turns dropped: plain text", "1 turns dropped: erroneous, tool_hallucination",
-                     "1 turns dropped: erroneous, parameter_hallucination",
-                     "1 turns dropped: erroneous, parameter_missing", "1 turns dropped: erroneous, tool_call_failure"]
+    assert notes == [
+        "5 prompts from 11 assistant turns of 4 records (error_filter structured, prompt_turns all)",
+        "2 turns dropped: plain text",
+        "1 turns dropped: erroneous, tool_hallucination",
+        "1 turns dropped: erroneous, parameter_hallucination",
+        "1 turns dropped: erroneous, parameter_missing",
+        "1 turns dropped: erroneous, tool_call_failure",
+    ]
 
 
-@pytest.mark.parametrize(("settings", "expected", "note"), [
-    ({"prompt_turns": "tools"}, [("m", 0), ("m", 5), ("g", 0), ("g", 1)], "1 turns dropped: not chosen by"),
-    ({"prompt_turns": "first"}, [("m", 0), ("g", 0)], "3 turns dropped: not chosen by prompt_turns first"),
-    ({"prompt_turns": "last"}, [("m", 6), ("g", 1)], "3 turns dropped: not chosen by prompt_turns last"),
-    # substring: keeps what only the documents condemn; h is not offered, so it is no prompt either
-    ({"error_filter": "substring"}, [("m", 0), ("m", 4), ("m", 5), ("m", 6), ("e", 0), ("g", 0), ("g", 1)],
-     "1 turns dropped: tool not offered"),
-    ({"error_filter": "none"}, [("m", 0), ("m", 1), ("m", 4), ("m", 5), ("m", 6), ("e", 0), ("g", 0), ("g", 1)],
-     "1 turns dropped: tool not offered"),
-])
+@pytest.mark.parametrize(
+    ("settings", "expected", "note"),
+    [
+        ({"prompt_turns": "tools"}, [("m", 0), ("m", 5), ("g", 0), ("g", 1)], "1 turns dropped: not chosen by"),
+        ({"prompt_turns": "first"}, [("m", 0), ("g", 0)], "3 turns dropped: not chosen by prompt_turns first"),
+        ({"prompt_turns": "last"}, [("m", 6), ("g", 1)], "3 turns dropped: not chosen by prompt_turns last"),
+        # substring: keeps what only the documents condemn; h is not offered, so it is no prompt either
+        (
+            {"error_filter": "substring"},
+            [("m", 0), ("m", 4), ("m", 5), ("m", 6), ("e", 0), ("g", 0), ("g", 1)],
+            "1 turns dropped: tool not offered",
+        ),
+        (
+            {"error_filter": "none"},
+            [("m", 0), ("m", 1), ("m", 4), ("m", 5), ("m", 6), ("e", 0), ("g", 0), ("g", 1)],
+            "1 turns dropped: tool not offered",
+        ),
+    ],
+)
 def test_settings_choose_turns(tmp_path, settings, expected, note):
     prompts, notes = read(write_lines(tmp_path, MIXED, ERRONEOUS, TALK, GOOD), **settings)
     assert places(prompts) == expected
     assert any(line.startswith(note) for line in notes), notes
     dropped = sum(int(line.split()[0]) for line in notes[1:])
-    assert notes[0].startswith(f"{len(prompts)} prompts from {len(prompts) + dropped} assistant turns") and \
-        len(prompts) + dropped == 11
+    assert (
+        notes[0].startswith(f"{len(prompts)} prompts from {len(prompts) + dropped} assistant turns")
+        and len(prompts) + dropped == 11
+    )
 
 
 def test_ask_to_user_is_no_prompt_of_tools(tmp_path):
-    talk = {"id": "q", "tools": TOOLS, "messages": [user("do"), call("ask_to_user", question="Which?"), user("f"),
-                                                    call("g")]}
+    talk = {
+        "id": "q",
+        "tools": TOOLS,
+        "messages": [user("do"), call("ask_to_user", question="Which?"), user("f"), call("g")],
+    }
     path = write_lines(tmp_path, talk)
     assert places(read(path)[0]) == [("q", 0), ("q", 1)]  # offered although not listed
     assert places(read(path, prompt_turns="tools")[0]) == [("q", 1)]
@@ -133,8 +176,9 @@ def test_a_prompt_too_long_is_dropped_whole(tmp_path):
 
 def test_unparsable_calls_stop_or_are_counted(tmp_path):
     broken = {"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": "{"}}]}
-    path = write_lines(tmp_path, GOOD, {"id": "b", "tools": TOOLS, "messages": [user("do"), broken, feedback("fine"),
-                                                                                call("g")]})
+    path = write_lines(
+        tmp_path, GOOD, {"id": "b", "tools": TOOLS, "messages": [user("do"), broken, feedback("fine"), call("g")]}
+    )
     with pytest.raises(DataError, match=r"records\.jsonl:2: messages\[1\].* not JSON"):
         read(path)
     prompts, notes = read(path, unparsable_calls="mask")
@@ -157,8 +201,14 @@ def test_prompt_ids_are_the_prefix_of_the_sft_sample(tmp_path):
     n_checked = 0
     for trajectory in read_trajectories(path):
         turns = {decision.message_index: turn for turn, decision in enumerate(decide_masked_turns(trajectory, "none"))}
-        for row in expand_per_turn(trajectory, tokenizer, error_filter="structured", key_tokens=True,
-                                   max_key_token_weight=9.0, loss_normalization="sum"):
+        for row in expand_per_turn(
+            trajectory,
+            tokenizer,
+            error_filter="structured",
+            key_tokens=True,
+            max_key_token_weight=9.0,
+            loss_normalization="sum",
+        ):
             index = int(row.id.rpartition("#")[2])
             prompt = by_place[trajectory.id, turns[index]]
             length = len(prompt.prompt_ids)
@@ -170,11 +220,13 @@ def test_prompt_ids_are_the_prefix_of_the_sft_sample(tmp_path):
     assert n_checked == len(by_place) > 150
 
 
-@pytest.mark.parametrize(("prompt_turns", "n_prompts"), [("all", 2884), ("tools", 1667), ("first", 1217),
-                                                         ("last", 1217)])
+@pytest.mark.parametrize(
+    ("prompt_turns", "n_prompts"), [("all", 2884), ("tools", 1667), ("first", 1217), ("last", 1217)]
+)
 def test_counts_of_the_bundled_data(prompt_turns, n_prompts):
-    prompts, notes = read_prompts(ASSETS / "tiny_data" / "train.json", NoTokens(),
-                                  **{**SETTINGS, "prompt_turns": prompt_turns})
+    prompts, notes = read_prompts(
+        ASSETS / "tiny_data" / "train.json", NoTokens(), **{**SETTINGS, "prompt_turns": prompt_turns}
+    )
     assert len(prompts) == n_prompts and notes[0].startswith(f"{n_prompts} prompts from 3109 assistant turns of 1217 ")
     assert sum(int(note.split()[0]) for note in notes if "erroneous" in note) == 225
     assert check_rewards(prompts[::7]) == []
@@ -182,10 +234,16 @@ def test_counts_of_the_bundled_data(prompt_turns, n_prompts):
 
 def test_authors_form_gives_the_same_prompts(tmp_path):
     system = json.dumps([tool["function"] for tool in TOOLS])
-    authors = {"id": "g", "conversations": [
-        {"role": "system", "content": system}, {"role": "user", "content": "do it"},
-        {"role": "assistant", "content": 'f\n{"a": "y", "b": "z"}'}, {"role": "function", "content": "fine"},
-        {"role": "assistant", "content": "g\n{}"}]}
+    authors = {
+        "id": "g",
+        "conversations": [
+            {"role": "system", "content": system},
+            {"role": "user", "content": "do it"},
+            {"role": "assistant", "content": 'f\n{"a": "y", "b": "z"}'},
+            {"role": "function", "content": "fine"},
+            {"role": "assistant", "content": "g\n{}"},
+        ],
+    }
     openai = read(write_lines(tmp_path, GOOD))[0]
     path = tmp_path / "authors.json"
     path.write_text(json.dumps([authors]), encoding="utf-8")
@@ -206,18 +264,31 @@ def gold(name: str, **arguments) -> dict:
 
 
 def test_held_out_answers_of_one_call_are_gold(tmp_path):
-    several = held_out(gold("f", a="x"), [gold("f", a="x"), gold("g")], gold("g"),
-                       {**gold("f", a="any"), "wildcards": ["a"]}, {**gold("f", a="y"), "wildcards": []})
-    path = write_lines(tmp_path, several, "", held_out([gold("g"), gold("g")], id=7), held_out(gold("f"), id="e"),
-                       held_out(gold("finish", answer="x"), id="end"))
+    several = held_out(
+        gold("f", a="x"),
+        [gold("f", a="x"), gold("g")],
+        gold("g"),
+        {**gold("f", a="any"), "wildcards": ["a"]},
+        {**gold("f", a="y"), "wildcards": []},
+    )
+    path = write_lines(
+        tmp_path,
+        several,
+        "",
+        held_out([gold("g"), gold("g")], id=7),
+        held_out(gold("f"), id="e"),
+        held_out(gold("finish", answer="x"), id="end"),
+    )
     prompts, notes = read(path)
     assert places(prompts) == [("h", 0), ("end", 0)]
     assert prompts[0].gold_calls == (ToolCall("f", {"a": "x"}), ToolCall("g", {}), ToolCall("f", {"a": "y"}))
     assert prompts[0].prompt_ids == encode_prompt(TOOLS, [Message("user", "do")], PieceTokenizer())
     assert [prompt.where for prompt in prompts] == [f"{path}:1", f"{path}:5"]
-    assert notes == ["2 prompts from 4 assistant turns of 4 records (error_filter structured, prompt_turns all)",
-                     "1 turns dropped: no gold answer of exactly one call without wildcards",
-                     "1 turns dropped: erroneous, parameter_missing"]
+    assert notes == [
+        "2 prompts from 4 assistant turns of 4 records (error_filter structured, prompt_turns all)",
+        "1 turns dropped: no gold answer of exactly one call without wildcards",
+        "1 turns dropped: erroneous, parameter_missing",
+    ]
     assert places(read(path, prompt_turns="tools")[0]) == [("h", 0)]
     assert places(read(path, prompt_turns="last")[0]) == [("h", 0), ("end", 0)]
     assert places(read(path, error_filter="none")[0]) == [("h", 0), ("e", 0), ("end", 0)]
@@ -238,22 +309,31 @@ def test_held_out_gold_that_cannot_be_written(tmp_path):
     assert len(prompts) == 1 and notes[1] == "1 turns dropped: unparsable"
 
 
-@pytest.mark.parametrize(("line", "pattern"), [
-    ("{", "found the end at column"), ("[1]", "found list, expected an object with 'tools'"),
-    ('{"id": 1, "id": 2}', "found a key twice"), ('{"a": NaN}', "found NaN"), ("[" * 100_000, "nested too deeply"),
-    (held_out(gold("g"), tools={}), "found dict as 'tools', expected list"),
-    (held_out(gold("g"), tools=[{"name": 1}]), r"tools\[0\]: found 1, expected a tool with a name"),
-    (held_out(gold("g"), messages=[]), "found no message"),
-    (held_out(gold("g"), messages=["do"]), "messages: found str, expected an object with 'role'"),
-    (held_out(gold("g"), messages=[{"role": "assistant", "content": "x"}]), "role 'assistant', expected user"),
-    (held_out(gold("g"), messages=[{"role": "user", "content": None}]), "found NoneType as 'content', expected str"),
-    (held_out(gold("g"), id=[]), "id: found list, expected a string or an integer"),
-    (held_out(gold("g"), id=True), "id: found bool"),
-    (held_out(gold("g"), gold=None), "found NoneType as 'gold', expected list"),
-    (held_out(gold("g"), gold=[gold("g")]), "gold: found nothing as 'calls', expected list"),
-    (held_out(["g"]), "gold: found str, expected an object with 'name'"),
-    (held_out({"name": "g"}), "gold: found nothing as 'arguments', expected dict"),
-])
+@pytest.mark.parametrize(
+    ("line", "pattern"),
+    [
+        ("{", "found the end at column"),
+        ("[1]", "found list, expected an object with 'tools'"),
+        ('{"id": 1, "id": 2}', "found a key twice"),
+        ('{"a": NaN}', "found NaN"),
+        ("[" * 100_000, "nested too deeply"),
+        (held_out(gold("g"), tools={}), "found dict as 'tools', expected list"),
+        (held_out(gold("g"), tools=[{"name": 1}]), r"tools\[0\]: found 1, expected a tool with a name"),
+        (held_out(gold("g"), messages=[]), "found no message"),
+        (held_out(gold("g"), messages=["do"]), "messages: found str, expected an object with 'role'"),
+        (held_out(gold("g"), messages=[{"role": "assistant", "content": "x"}]), "role 'assistant', expected user"),
+        (
+            held_out(gold("g"), messages=[{"role": "user", "content": None}]),
+            "found NoneType as 'content', expected str",
+        ),
+        (held_out(gold("g"), id=[]), "id: found list, expected a string or an integer"),
+        (held_out(gold("g"), id=True), "id: found bool"),
+        (held_out(gold("g"), gold=None), "found NoneType as 'gold', expected list"),
+        (held_out(gold("g"), gold=[gold("g")]), "gold: found nothing as 'calls', expected list"),
+        (held_out(["g"]), "gold: found str, expected an object with 'name'"),
+        (held_out({"name": "g"}), "gold: found nothing as 'arguments', expected dict"),
+    ],
+)
 def test_malformed_held_out_lines_name_their_place(tmp_path, line, pattern):
     path = write_lines(tmp_path, held_out(gold("g")), "", line)
     with pytest.raises(DataError, match=rf"\A{re.escape(str(path))}:3: .*{pattern}") as error:
@@ -266,8 +346,11 @@ def test_malformed_held_out_lines_name_their_place(tmp_path, line, pattern):
 
 def test_an_empty_set_is_refused_with_the_counts(tmp_path):
     path = write_lines(tmp_path, ERRONEOUS, TALK)
-    with pytest.raises(DataError, match=r"records\.jsonl: found no prompt, expected at least one \(0 prompts from 2 .*"
-                                        "1 turns dropped: plain text; 1 turns dropped: erroneous, parameter_missing"):
+    with pytest.raises(
+        DataError,
+        match=r"records\.jsonl: found no prompt, expected at least one \(0 prompts from 2 .*"
+        "1 turns dropped: plain text; 1 turns dropped: erroneous, parameter_missing",
+    ):
         read(path)
     with pytest.raises(DataError, match="2 turns dropped: longer than 3 prompt tokens"):
         read(write_lines(tmp_path, GOOD), max_prompt_tokens=3)
@@ -275,13 +358,21 @@ def test_an_empty_set_is_refused_with_the_counts(tmp_path):
         read(write_lines(tmp_path, held_out()))
 
 
-@pytest.mark.parametrize(("content", "pattern"), [
-    (b"", "found an empty file"), (b"\n \n", "found an empty file"), (b"{", ":1: found the end"),
-    (b"[]", "found an empty list"), (b'{"id": 1}', "expected an object with \"conversations\""),
-    (b'"gold"', "expected '\\['"), (b'[{"gold": []}]', "expected an object with \"conversations\""),
-    (b'{"gold": [], "tools": [], "messages": [{"role": "user", "content": "x"}]}\n\n\xff', ":3: found byte 0xff"),
-    (b"\xff", ":1: found byte 0xff"), (b'{"gold": NaN}', "found NaN"),
-])
+@pytest.mark.parametrize(
+    ("content", "pattern"),
+    [
+        (b"", "found an empty file"),
+        (b"\n \n", "found an empty file"),
+        (b"{", ":1: found the end"),
+        (b"[]", "found an empty list"),
+        (b'{"id": 1}', 'expected an object with "conversations"'),
+        (b'"gold"', "expected '\\['"),
+        (b'[{"gold": []}]', 'expected an object with "conversations"'),
+        (b'{"gold": [], "tools": [], "messages": [{"role": "user", "content": "x"}]}\n\n\xff', ":3: found byte 0xff"),
+        (b"\xff", ":1: found byte 0xff"),
+        (b'{"gold": NaN}', "found NaN"),
+    ],
+)
 def test_files_that_hold_no_records(tmp_path, content, pattern):
     path = tmp_path / "bad.jsonl"
     path.write_bytes(content)
@@ -305,7 +396,11 @@ def test_unknown_settings_are_refused(tmp_path, setting):
 
 def test_json_lines_are_strict():
     assert parse_json_line(' {"a": [1, 2.5, null, "\u2028"]} ', "x:1") == {"a": [1, 2.5, None, "\u2028"]}
-    for line, pattern in (("", "x:1: found the end at column 1"), ("{} {}", "x:1: found '{}' at column 4"),
-                          ("9" * 5000, "x:1: found .*expected strict JSON"), ("Infinity", "x:1: found Infinity")):
+    for line, pattern in (
+        ("", "x:1: found the end at column 1"),
+        ("{} {}", "x:1: found '{}' at column 4"),
+        ("9" * 5000, "x:1: found .*expected strict JSON"),
+        ("Infinity", "x:1: found Infinity"),
+    ):
         with pytest.raises(DataError, match=pattern):
             parse_json_line(line, "x:1")

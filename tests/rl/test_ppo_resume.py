@@ -17,8 +17,17 @@ from tests.support.tiny_ppo import journal_of, ppo_command, ppo_data, run_ppo_he
 from tests.support.tiny_run import ROOT, run_process, wait_for_step
 
 # 3 epochs of 3 iterations, each of 2 or (the third, of 3 responses) 1 minibatches twice, an adaptive kl_coef
-LONG = {"epochs": 3, "ppo_epochs": 2, "minibatch_size": 3, "kl_controller": "adaptive", "kl_target": 0.1,
-        "kl_horizon": 8, "checkpoint_every": 4, "eval_limit": 2, "eval_every": 2}  # fmt: skip
+LONG = {
+    "epochs": 3,
+    "ppo_epochs": 2,
+    "minibatch_size": 3,
+    "kl_controller": "adaptive",
+    "kl_target": 0.1,
+    "kl_horizon": 8,
+    "checkpoint_every": 4,
+    "eval_limit": 2,
+    "eval_every": 2,
+}
 STEPS = 30  # an epoch: 2 minibatches, 2 minibatches, 1 minibatch, each twice
 
 
@@ -37,8 +46,14 @@ def straight(tmp_path_factory):
 
 def start(output, **changes) -> subprocess.Popen:
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(ppo_command(output, **settings(**changes)), cwd=ROOT, env=environment,
-                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen(
+        ppo_command(output, **settings(**changes)),
+        cwd=ROOT,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
 
 
 def kill_and_resume(output, generator, kills):
@@ -70,7 +85,8 @@ def test_stopping_inside_an_epoch_changes_nothing(straight, tmp_path):
     for name in ("metrics.jsonl", "samples.jsonl"):
         assert journal_of(output, name) == journal_of(straight, name)
     assert (output / "final" / "model.safetensors").read_bytes() == (
-        straight / "final" / "model.safetensors").read_bytes()  # fmt: skip
+        straight / "final" / "model.safetensors"
+    ).read_bytes()
 
 
 def test_kl_coef_of_the_adaptive_controller_is_in_the_checkpoint(straight):

@@ -24,8 +24,15 @@ def train(output, gold, **flags) -> tuple[list[float], list[dict]]:
     """(shares of the arms, metrics) after ITERATIONS rollouts of RESPONSES responses."""
     output.mkdir(exist_ok=True)
     data = toy_data(output / "toy.jsonl", gold, n=ITERATIONS * RESPONSES)
-    settings = {"rollout_batch_size": RESPONSES, "minibatch_size": RESPONSES, "micro_batch_size": RESPONSES,
-                "kl_coef": 0.0, "policy_learning_rate": 3e-3, "checkpoint_every": 0, **flags}  # fmt: skip
+    settings = {
+        "rollout_batch_size": RESPONSES,
+        "minibatch_size": RESPONSES,
+        "micro_batch_size": RESPONSES,
+        "kl_coef": 0.0,
+        "policy_learning_rate": 3e-3,
+        "checkpoint_every": 0,
+        **flags,
+    }
     code, _, err = run_ppo_here(output / "run", model=toy_folder(), data=data, **settings)
     assert (code, err) == (0, "")
     rows = journal_of(output / "run", "metrics.jsonl")
@@ -67,15 +74,16 @@ def test_a_huge_kl_coefficient_keeps_the_policy_at_the_reference(rewarded, tmp_p
     for new, old in zip(shares, shares_of_arms(toy_folder()), strict=True):
         assert new == pytest.approx(old, rel=0.1)
     assert kl_of_arms(shares) < 0.02 * kl_of_arms(rewarded[0])
-    late = rows[ITERATIONS // 2:]
+    late = rows[ITERATIONS // 2 :]
     assert sum(row["ppo/kl_k3"] * row["ppo/response_tokens"] for row in late) / len(late) < 0.01
 
 
 def test_a_constant_reward_moves_the_arms_by_no_more_than_noise(rewarded, tmp_path):
     """The critic learns the constant, advantages vanish, and with them the policy's gradient. Adam would blow up what
     noise is left to full steps; its epsilon keeps them small."""
-    shares, rows = train(tmp_path, ARMS, policy_learning_rate=2e-3, adam_epsilon=1e-3, value_clip_range=10.0,
-                         critic_only_iterations=4)  # fmt: skip
+    shares, rows = train(
+        tmp_path, ARMS, policy_learning_rate=2e-3, adam_epsilon=1e-3, value_clip_range=10.0, critic_only_iterations=4
+    )
     assert min(shares) > 0.25, shares
 
     def late_gradient(each):

@@ -52,8 +52,14 @@ def policy():
 
 @pytest.fixture(scope="module")
 def prompts(tokenizer):
-    return read_prompts(ppo_data(), tokenizer, error_filter="structured", prompt_turns="tools", max_prompt_tokens=500,
-                        unparsable_calls="error")[0]
+    return read_prompts(
+        ppo_data(),
+        tokenizer,
+        error_filter="structured",
+        prompt_turns="tools",
+        max_prompt_tokens=500,
+        unparsable_calls="error",
+    )[0]
 
 
 def make_prompt(ids, index=0):
@@ -68,14 +74,28 @@ def by_hand(tokenizer):
     return start_rollout(prompts, sampled, tokenizer, CPU)
 
 
-def sample(policy, prompts, tokenizer, *, indices=None, iteration=0, temperature=1.0, max_response_tokens=16,
-           must_stop=lambda: False):
+def sample(
+    policy,
+    prompts,
+    tokenizer,
+    *,
+    indices=None,
+    iteration=0,
+    temperature=1.0,
+    max_response_tokens=16,
+    must_stop=lambda: False,
+):
     """Responses of prompts[indices], each with the generator of its index over all ranks."""
     indices = range(len(prompts)) if indices is None else indices
     return sample_responses(
-        policy, [prompts[index] for index in indices], [response_generator(7, iteration, index) for index in indices],
-        max_response_tokens=max_response_tokens, temperature=temperature, eos_id=tokenizer.eos_id, must_stop=must_stop,
-    )  # fmt: skip
+        policy,
+        [prompts[index] for index in indices],
+        [response_generator(7, iteration, index) for index in indices],
+        max_response_tokens=max_response_tokens,
+        temperature=temperature,
+        eos_id=tokenizer.eos_id,
+        must_stop=must_stop,
+    )
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -160,8 +180,10 @@ def test_an_epoch_is_a_permutation_of_the_prompts(n, size):
     assert count == -(-n // size)
     orders = []
     for epoch in range(3):
-        parts = [prompts_of_iteration(everything, epoch * count + number, seed=5, rollout_batch_size=size)
-                 for number in range(count)]
+        parts = [
+            prompts_of_iteration(everything, epoch * count + number, seed=5, rollout_batch_size=size)
+            for number in range(count)
+        ]
         assert [len(part) for part in parts] == [size] * (n // size) + [n % size] * (n % size > 0)
         orders.append([index for part in parts for index in part])
         assert sorted(orders[-1]) == everything
@@ -173,8 +195,12 @@ def test_an_epoch_is_a_permutation_of_the_prompts(n, size):
 
 def test_no_two_responses_of_a_run_share_random_numbers():
     """seed + iteration + index would: (0, 1, 0) and (0, 0, 1) and (1, 0, 0)."""
-    draws = {torch.rand(2, dtype=torch.float64, generator=response_generator(seed, iteration, index))[1].item()
-             for seed in range(4) for iteration in range(12) for index in range(12)}
+    draws = {
+        torch.rand(2, dtype=torch.float64, generator=response_generator(seed, iteration, index))[1].item()
+        for seed in range(4)
+        for iteration in range(12)
+        for index in range(12)
+    }
     assert len(draws) == 4 * 12 * 12
     first, again = (torch.rand(3, generator=response_generator(3, 1, 4)) for _ in range(2))
     assert torch.equal(first, again)
@@ -208,13 +234,17 @@ def test_a_minibatch_is_dealt_out_whole_and_with_equal_numbers_of_forwards(token
     for n_responses in (1, 2, 5, 8):
         prompts = [make_prompt([1, 10], index) for index in range(n_responses)]
         sampled = [([100 + index], [-1.0]) for index in range(n_responses)]
-        rollouts = [start_rollout(prompts[rank::world_size], sampled[rank::world_size], tokenizer, CPU)
-                    for rank in range(world_size)]
+        rollouts = [
+            start_rollout(prompts[rank::world_size], sampled[rank::world_size], tokenizer, CPU)
+            for rank in range(world_size)
+        ]
         order = torch.randperm(n_responses, generator=torch.Generator().manual_seed(n_responses)).tolist()
         for rows in (order, order[:3], order[-1:]):
             for micro_batch_size in (1, 2, 8):
-                dealt = [pack_minibatch(rollout, rows, micro_batch_size=micro_batch_size, rank=rank,
-                                        world_size=world_size) for rank, rollout in enumerate(rollouts)]
+                dealt = [
+                    pack_minibatch(rollout, rows, micro_batch_size=micro_batch_size, rank=rank, world_size=world_size)
+                    for rank, rollout in enumerate(rollouts)
+                ]
                 assert len({len(batches) for batches in dealt}) == 1
                 found = [token for batches in dealt for batch in batches for token in batch.target_ids_K.tolist()]
                 assert sorted(found) == sorted(100 + row for row in rows)

@@ -6,6 +6,7 @@
 
 Each build happens once per test session, in a temporary folder; equal text and options give the same file.
 """
+
 from __future__ import annotations
 
 import atexit
@@ -35,13 +36,25 @@ VARIANTS = {  # name -> (flags of the compiler, flags of the linker)
     "quick": (["-O0"], []),  # for programs that are built more often than they run
     "count": (["-O1", "-fsanitize=thread", "-DSIMT_COUNT"], []),  # hooks of simt_count.h, not the real run time
     # Without optimisation: a quarter of the compile time, and no faulty access is optimised away.
-    "asan": (["-O0", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"],
-             ["-fsanitize=address,undefined"]),
+    "asan": (
+        ["-O0", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"],
+        ["-fsanitize=address,undefined"],
+    ),
     "tsan": (["-O0", "-g", "-fsanitize=thread"], ["-fsanitize=thread"]),
 }
 # fno-strict-aliasing and ffp-contract=off: what nvcc allows, and only the fused operations that the text names.
-COMMON_FLAGS = ["-std=c++17", "-fPIC", "-march=native", "-ffp-contract=off", "-fno-strict-aliasing",
-                "-fno-threadsafe-statics", "-Wall", "-Wextra", "-Wno-unknown-pragmas", "-Wno-sign-compare"]
+COMMON_FLAGS = [
+    "-std=c++17",
+    "-fPIC",
+    "-march=native",
+    "-ffp-contract=off",
+    "-fno-strict-aliasing",
+    "-fno-threadsafe-statics",
+    "-Wall",
+    "-Wextra",
+    "-Wno-unknown-pragmas",
+    "-Wno-sign-compare",
+]
 
 
 # ------------------------------------------------------------------------------------------------------ what is missing
@@ -99,12 +112,14 @@ def run_compiler(command: list[str]) -> str:
 
 def keep_kernels(text: str, names: set[str]) -> str:
     """The text of weighted_cross_entropy.cu without the lines that make other kernels: less to compile."""
+
     def kept(line: str) -> bool:
         row = re.match(r"ROW_KERNEL\((\w+), \w+, (\d+), (\d+)\)", line)
         other = re.match(r"STREAM_AND_SCALE_KERNELS\((\w+), \w+\)", line)
         if row:
             return f"wce_row_{row[1]}_{row[2]}x{row[3]}" in names
         return not other or f"wce_stream_{other[1]}" in names
+
     return "".join(line for line in text.splitlines(keepends=True) if kept(line))
 
 
@@ -118,8 +133,18 @@ def precompiled_shim(variant: str) -> Path:
     """Folder with the shim's header as the compiler has read it: half of the time of a small mutant."""
     folder = session_folder() / f"header_{variant}"
     folder.mkdir(exist_ok=True)
-    run_compiler(["g++", *COMMON_FLAGS, *VARIANTS[variant][0], "-x", "c++-header", str(SHIM / "simt_shim.h"),
-                  "-o", str(folder / "simt_shim.h.gch")])
+    run_compiler(
+        [
+            "g++",
+            *COMMON_FLAGS,
+            *VARIANTS[variant][0],
+            "-x",
+            "c++-header",
+            str(SHIM / "simt_shim.h"),
+            "-o",
+            str(folder / "simt_shim.h.gch"),
+        ]
+    )
     return folder
 
 
@@ -146,8 +171,14 @@ def compiled(source: Path, flags: list[str]) -> Path:
     return result
 
 
-def build(source: Path | str, variant: str = "plain", *, more_sources: Iterable[Path] = (), program: bool = False,
-          name: str = "") -> Path:
+def build(
+    source: Path | str,
+    variant: str = "plain",
+    *,
+    more_sources: Iterable[Path] = (),
+    program: bool = False,
+    name: str = "",
+) -> Path:
     """Shared library (or program) of a kernel text for the CPU; `more_sources` are C++ files linked with it."""
     compile_flags, link_flags = VARIANTS[variant]
     text, more_sources = source_text(source), list(more_sources)
@@ -193,8 +224,14 @@ def compile_cubin(source: Path | str, architecture: str, name: str = "kernels") 
 def load_library(path: Path) -> ctypes.CDLL:
     library = ctypes.CDLL(str(path))
     library.simt_error.restype = ctypes.c_char_p
-    library.simt_launch.argtypes = [ctypes.c_char_p, ctypes.c_uint, ctypes.c_uint, ctypes.c_void_p, ctypes.c_int,
-                                    ctypes.c_uint64]
+    library.simt_launch.argtypes = [
+        ctypes.c_char_p,
+        ctypes.c_uint,
+        ctypes.c_uint,
+        ctypes.c_void_p,
+        ctypes.c_int,
+        ctypes.c_uint64,
+    ]
     library.simt_watch.argtypes = [ctypes.c_void_p, ctypes.c_longlong]
     library.simt_counted.argtypes = [ctypes.c_int, ctypes.POINTER(ctypes.c_longlong), ctypes.POINTER(ctypes.c_longlong)]
     return library
@@ -210,8 +247,9 @@ class LaunchError(Exception):
     """What the emulated block did that a GPU must not: divergent barrier, deadlock."""
 
 
-def launch(library: ctypes.CDLL, name: str, *, grid: int, block: int, arguments: list, order: str = "ascending",
-           seed: int = 0) -> None:
+def launch(
+    library: ctypes.CDLL, name: str, *, grid: int, block: int, arguments: list, order: str = "ascending", seed: int = 0
+) -> None:
     """Runs a kernel on CPU memory. Arguments: tensors (their first element), integers, None (a null pointer)."""
     values = [argument.data_ptr() if isinstance(argument, torch.Tensor) else argument or 0 for argument in arguments]
     cells = (ctypes.c_longlong * len(values))(*values)  # little endian: a kernel's `int` is the cell's first half

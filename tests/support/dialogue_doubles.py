@@ -1,24 +1,35 @@
 """Doubles for tests of dialogues: a policy that is a function of the dialogue, its tokenizer, decoder and tasks."""
+
 import json
 import random
 from types import SimpleNamespace
 
+from data.formats.outputs import render_output
 from data.tool_calls import ToolCall
 from data.trajectories import Message
-from eval.dialogues.play import complete_dialogues, run_dialogues_with_model
 from eval.dialogues.journal import DialogueTask, read_dialogues
-from data.formats.outputs import render_output
+from eval.dialogues.play import complete_dialogues, run_dialogues_with_model
 from eval.dialogues.tools import ToolResult
 
 
 def document(name, required=(), optional=()):
     properties = {key: {"type": "string", "description": key} for key in (*required, *optional)}
-    return {"type": "function", "function": {"name": name, "description": f"Does {name}.", "parameters": {
-        "type": "object", "properties": properties, "required": list(required)}}}
+    return {
+        "type": "function",
+        "function": {
+            "name": name,
+            "description": f"Does {name}.",
+            "parameters": {"type": "object", "properties": properties, "required": list(required)},
+        },
+    }
 
 
-TOOLS = [document("get_weather", ["city"], ["unit"]), document("get_news"), document("ask_to_user", ["question"]),
-         document("finish", ["answer"])]
+TOOLS = [
+    document("get_weather", ["city"], ["unit"]),
+    document("get_news"),
+    document("ask_to_user", ["question"]),
+    document("finish", ["answer"]),
+]
 
 
 def task(index=0, query="Weather in Oslo?", tool_set="toolbox", **meta):
@@ -82,7 +93,7 @@ class ScriptedDecoder:
         self.prompts.append((dialogue, self.turns[dialogue], prompt))
         text = self.policy(dialogue, self.turns[dialogue], prompt)
         ids = [ord(character) for character in text] + [0]
-        self.running[dialogue] = ids[:self.max_new_tokens]
+        self.running[dialogue] = ids[: self.max_new_tokens]
 
     def step(self):
         assert self.running, "step() with nothing to decode"
@@ -97,19 +108,44 @@ class ScriptedDecoder:
         self.running.pop(dialogue, None)
 
 
-def play(path, tasks, policy, *, execute=answer_right, prompt_format="tl", max_turns=9, batch_size=4, seed=0,
-         positions=1_000_000, stop_after=None, rank=0, world_size=1, max_new_tokens=10_000):
+def play(
+    path,
+    tasks,
+    policy,
+    *,
+    execute=answer_right,
+    prompt_format="tl",
+    max_turns=9,
+    batch_size=4,
+    seed=0,
+    positions=1_000_000,
+    stop_after=None,
+    rank=0,
+    world_size=1,
+    max_new_tokens=10_000,
+):
     """Complete the prediction file `path` with a policy; (dialogues, notices, the decoder)."""
     tokenizer = CharacterTokenizer()
-    decoder = ScriptedDecoder(policy, tokenizer, n_rows=batch_size, seed=seed, stop_after=stop_after,
-                              max_new_tokens=max_new_tokens)
+    decoder = ScriptedDecoder(
+        policy, tokenizer, n_rows=batch_size, seed=seed, stop_after=stop_after, max_new_tokens=max_new_tokens
+    )
     model = SimpleNamespace(config=SimpleNamespace(max_positions=positions))
 
     def run(missing, journal):
-        run_dialogues_with_model(missing, model, tokenizer, execute=execute, prompt_format=prompt_format,
-                                 max_turns=max_turns, max_new_tokens=max_new_tokens if positions < 1_000_000 else 10,
-                                 batch_size=batch_size, journal=journal, rank=rank, world_size=world_size,
-                                 decoder=decoder)
+        run_dialogues_with_model(
+            missing,
+            model,
+            tokenizer,
+            execute=execute,
+            prompt_format=prompt_format,
+            max_turns=max_turns,
+            max_new_tokens=max_new_tokens if positions < 1_000_000 else 10,
+            batch_size=batch_size,
+            journal=journal,
+            rank=rank,
+            world_size=world_size,
+            decoder=decoder,
+        )
 
     notices = complete_dialogues(path, tasks, run, prompt_format=prompt_format, rank=rank)
     return read_dialogues(path)[0], notices, decoder

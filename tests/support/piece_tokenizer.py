@@ -1,4 +1,5 @@
 """A tokenizer for tests: splits text by one regular expression and numbers the pieces as they come. No files needed."""
+
 import re
 
 LETTERS = re.compile(r" ?[A-Za-z]{1,5}|\(\)|=\"|\"\)|\s|.", re.DOTALL)
@@ -8,8 +9,7 @@ BARE_SPACES = re.compile(r" |[A-Za-z]{1,5}|\(\)|=\"|\"\)|\s|.", re.DOTALL)
 class PieceTokenizer:
     """Like LLaMA's: a word takes its leading space along, `()` is one piece. bare_spaces: a space is its own piece."""
 
-    def __init__(self, vocab_size: int = 2000, *, bare_spaces: bool = False,
-                 bos_id: int | None = 1) -> None:
+    def __init__(self, vocab_size: int = 2000, *, bare_spaces: bool = False, bos_id: int | None = 1) -> None:
         self.bos_id, self.eos_id, self.vocab_size = bos_id, 2, vocab_size
         self.pattern = BARE_SPACES if bare_spaces else LETTERS
         self.pieces = ["<unk>", "<s>", "</s>"]

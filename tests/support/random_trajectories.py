@@ -1,11 +1,22 @@
 """Random trajectories for property tests: tools whose names share prefixes, failing calls, plain text, many turns."""
+
 import random
 
 from data.tool_calls import ToolCall
 from data.trajectories import Message, Trajectory
 
-NAMES = ["get_paper", "get_paper_details", "get_papers", "getRain", "search_advice", "search_movies", "search",
-         "sum_two", "finish", "ask_to_user"]
+NAMES = [
+    "get_paper",
+    "get_paper_details",
+    "get_papers",
+    "getRain",
+    "search_advice",
+    "search_movies",
+    "search",
+    "sum_two",
+    "finish",
+    "ask_to_user",
+]
 VALUES = ["love", "Comedy of Errors", "it's (odd)", "a, b", "", 3, -2.5, True, None, [1, "x"], {"k": [2]}]
 FAILURES = ['{"error": "Invalid API key"}', "Connection error: HTTPSConnectionPool, Max retries exceeded"]
 FEEDBACK = ['{"result": [1, 2, 3]}', "sunny, 21 degrees", '{"names": ["The Hobbit"], "error": null}', "ok\nsecond line"]
@@ -14,8 +25,18 @@ FEEDBACK = ['{"result": [1, 2, 3]}', "sunny, 21 degrees", '{"names": ["The Hobbi
 def random_tool(generator: random.Random, name: str) -> dict:
     parameters = generator.sample(["query", "limit", "city", "year"], generator.randrange(4))
     properties = {p: {"type": generator.choice(["string", "integer"]), "description": "d"} for p in parameters}
-    return {"type": "function", "function": {"name": name, "description": "for tests", "parameters": {
-        "type": "object", "properties": properties, "required": parameters[:generator.randrange(len(parameters) + 1)]}}}
+    return {
+        "type": "function",
+        "function": {
+            "name": name,
+            "description": "for tests",
+            "parameters": {
+                "type": "object",
+                "properties": properties,
+                "required": parameters[: generator.randrange(len(parameters) + 1)],
+            },
+        },
+    }
 
 
 def random_call(generator: random.Random, tool: dict) -> ToolCall:

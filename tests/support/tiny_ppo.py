@@ -26,12 +26,20 @@ from tests.support.tiny_run import CITIES, ROOT, tiny_files, tiny_model
 from train.weighted_cross_entropy import linear_token_logprobs
 
 TOOLS = [
-    {"type": "function", "function": {
-        "name": name, "description": f"{name} of a city",
-        "parameters": {"type": "object", "properties": {"city": {"type": "string", "description": "a city"}},
-                       "required": ["city"]}}}
+    {
+        "type": "function",
+        "function": {
+            "name": name,
+            "description": f"{name} of a city",
+            "parameters": {
+                "type": "object",
+                "properties": {"city": {"type": "string", "description": "a city"}},
+                "required": ["city"],
+            },
+        },
+    }
     for name in ("get_weather", "search")
-]  # fmt: skip
+]
 ARMS = tuple(ToolCall(name, {"city": "Oslo"}) for name in ("get_weather", "search"))
 QUERY = "weather of Oslo"
 
@@ -74,8 +82,12 @@ def fit(samples: Sequence[tuple[list[int], list[int]]], *, steps: int) -> Transf
         positions += range(lengths[-1])
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-2, betas=(0.9, 0.95))
     for _ in range(steps):
-        hidden_TD = model(torch.tensor([inputs]), position_ids_BT=torch.tensor([positions]), segment_lengths=lengths,
-                          return_hidden=True)[0]
+        hidden_TD = model(
+            torch.tensor([inputs]),
+            position_ids_BT=torch.tensor([positions]),
+            segment_lengths=lengths,
+            return_hidden=True,
+        )[0]
         logprobs_K = linear_token_logprobs(hidden_TD[states], model.head_weight(), torch.tensor(targets))
         optimizer.zero_grad()
         (-logprobs_K.sum() / len(samples)).backward()
@@ -108,8 +120,10 @@ def policy_folder() -> Path:
     """A model that has seen the right answers for a short while: some of its sampled calls are right, some wrong."""
     records = [json.loads(line) for line in ppo_data().read_text().splitlines()]
     golds = [record["gold"][0]["calls"][0] for record in records]
-    samples = [(prompt_ids_of(record), call_ids(ToolCall(gold["name"], gold["arguments"])))
-               for record, gold in zip(records, golds, strict=True)]
+    samples = [
+        (prompt_ids_of(record), call_ids(ToolCall(gold["name"], gold["arguments"])))
+        for record, gold in zip(records, golds, strict=True)
+    ]
     return save_with_tokenizer(fit(samples, steps=45), Path(tempfile.mkdtemp(prefix="tiny_ppo_")) / "model")
 
 
@@ -118,12 +132,31 @@ def policy_folder() -> Path:
 
 def ppo_arguments(output: Path, **flags: object) -> list[str]:
     """Flags of a short deterministic CPU run into `output`; `flags` are added or replace."""
-    values = {"model": flags.get("model") or policy_folder(), "data": ppo_data(), "output": output, "device": "cpu",
-              "plot": "off", "checkpoint_every": 3, "rollout_batch_size": 4, "minibatch_size": 4, "micro_batch_size": 2,
-              "max_response_tokens": 24, "policy_learning_rate": 1e-3, "value_learning_rate": 1e-2, "epochs": 1,
-              "prompt_turns": "tools", "ppo_epochs": 1, "kl_coef": 0.05, "warmup_ratio": 0.02, "schedule": "cosine",
-              "critic_only_iterations": 0, "entropy_coef": 0, "whiten_advantages": "off", "value_clip_range": 0.2,
-              **flags}
+    values = {
+        "model": flags.get("model") or policy_folder(),
+        "data": ppo_data(),
+        "output": output,
+        "device": "cpu",
+        "plot": "off",
+        "checkpoint_every": 3,
+        "rollout_batch_size": 4,
+        "minibatch_size": 4,
+        "micro_batch_size": 2,
+        "max_response_tokens": 24,
+        "policy_learning_rate": 1e-3,
+        "value_learning_rate": 1e-2,
+        "epochs": 1,
+        "prompt_turns": "tools",
+        "ppo_epochs": 1,
+        "kl_coef": 0.05,
+        "warmup_ratio": 0.02,
+        "schedule": "cosine",
+        "critic_only_iterations": 0,
+        "entropy_coef": 0,
+        "whiten_advantages": "off",
+        "value_clip_range": 0.2,
+        **flags,
+    }
     return [part for name, value in values.items() for part in (f"--{name}", str(value))]
 
 
@@ -171,8 +204,9 @@ def _one_rank(rank: int, ranks: int, ports: list[int], runs: list[list[str]], fo
     torch.set_num_threads(1)
     results = []
     for port, arguments in zip(ports, runs, strict=True):
-        os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(ranks), MASTER_ADDR="127.0.0.1",
-                          MASTER_PORT=str(port))
+        os.environ.update(
+            RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(ranks), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
+        )
         dist.init_process_group("gloo", timeout=timedelta(seconds=300))  # a rank left waiting fails instead of hanging
         results.append(call_main(arguments))
     (Path(folder) / f"rank{rank}.json").write_text(json.dumps(results))
@@ -193,7 +227,7 @@ def arm_logprobs(model: Transformer) -> torch.Tensor:
     for call in ARMS:
         response_ids = call_ids(call)
         input_ids_1T = torch.tensor([prompt_ids + response_ids[:-1]])
-        hidden_KD = model(input_ids_1T, return_hidden=True)[0, len(prompt_ids) - 1:]
+        hidden_KD = model(input_ids_1T, return_hidden=True)[0, len(prompt_ids) - 1 :]
         totals.append(linear_token_logprobs(hidden_KD, model.head_weight(), torch.tensor(response_ids)).sum())
     return torch.stack(totals)
 

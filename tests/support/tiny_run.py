@@ -30,10 +30,20 @@ CITIES = ["Oslo", "Lima", "Bern", "Cairo", "Quito", "Hanoi"]
 def tiny_config(**changes: object) -> ModelConfig:
     """Two layers, grouped attention, tied embedding; `changes` replace fields."""
     fields = {
-        "vocab_size": VOCAB_SIZE, "dim": 32, "n_layers": 2, "n_heads": 4, "n_kv_heads": 2, "head_dim": 8, "ffn_dim": 64,
-        "norm_eps": 1e-5, "rope_theta": 10000.0, "rope_scaling": None, "tie_embeddings": True, "qkv_bias": False,
+        "vocab_size": VOCAB_SIZE,
+        "dim": 32,
+        "n_layers": 2,
+        "n_heads": 4,
+        "n_kv_heads": 2,
+        "head_dim": 8,
+        "ffn_dim": 64,
+        "norm_eps": 1e-5,
+        "rope_theta": 10000.0,
+        "rope_scaling": None,
+        "tie_embeddings": True,
+        "qkv_bias": False,
         "max_positions": 2048,
-    }  # fmt: skip
+    }
     return ModelConfig(**{**fields, **changes})
 
 
@@ -52,12 +62,17 @@ def random_batch(seed: int, *, n_tokens: int = 40, trained_share: float = 0.5) -
     weights_T[torch.rand(n_tokens, generator=generator) >= trained_share] = 0.0
     first = n_tokens // 3
     return PackedBatch(
-        input_ids_T=ids_T, target_ids_T=torch.randint(0, VOCAB_SIZE, (n_tokens,), generator=generator),
-        loss_weights_T=weights_T, position_ids_T=torch.cat([torch.arange(first), torch.arange(n_tokens - first)]),
-        trained_index_K=weights_T.nonzero().flatten(), segment_lengths=[first, n_tokens - first],
-        ids=[f"{seed}a", f"{seed}b"], denominator=float(weights_T.sum()), trained_turns=2,
+        input_ids_T=ids_T,
+        target_ids_T=torch.randint(0, VOCAB_SIZE, (n_tokens,), generator=generator),
+        loss_weights_T=weights_T,
+        position_ids_T=torch.cat([torch.arange(first), torch.arange(n_tokens - first)]),
+        trained_index_K=weights_T.nonzero().flatten(),
+        segment_lengths=[first, n_tokens - first],
+        ids=[f"{seed}a", f"{seed}b"],
+        denominator=float(weights_T.sum()),
+        trained_turns=2,
         trained_tokens=int((weights_T != 0).sum()),
-    )  # fmt: skip
+    )
 
 
 # -------------------------------------------------------------------------------- files
@@ -89,9 +104,15 @@ def make_tokenizer(folder: Path) -> None:
     text = "\n".join(turn["content"] for record in make_records(60, seed=1) for turn in record["conversations"])
     writer = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(text.split("\n")), model_writer=writer, vocab_size=VOCAB_SIZE, model_type="bpe",
-        byte_fallback=True, hard_vocab_limit=False, minloglevel=2, num_threads=1,
-    )  # fmt: skip
+        sentence_iterator=iter(text.split("\n")),
+        model_writer=writer,
+        vocab_size=VOCAB_SIZE,
+        model_type="bpe",
+        byte_fallback=True,
+        hard_vocab_limit=False,
+        minloglevel=2,
+        num_threads=1,
+    )
     (folder / "tokenizer.model").write_bytes(writer.getvalue())
 
 
@@ -121,8 +142,18 @@ def copy_of_model(target: Path) -> Path:
 def arguments(output: Path, **flags: object) -> list[str]:
     """Flags of a short deterministic CPU run into `output`; `flags` are added or replace."""
     model, records = tiny_files()
-    values = {"model": model, "data": records, "output": output, "device": "cpu", "plot": "off",
-              "checkpoint_every": 3, "micro_batch_size": 1, "global_batch_size": 2, "learning_rate": 1e-2, **flags}
+    values = {
+        "model": model,
+        "data": records,
+        "output": output,
+        "device": "cpu",
+        "plot": "off",
+        "checkpoint_every": 3,
+        "micro_batch_size": 1,
+        "global_batch_size": 2,
+        "learning_rate": 1e-2,
+        **flags,
+    }
     return [part for name, value in values.items() for part in (f"--{name}", str(value))]
 
 

@@ -6,8 +6,8 @@ import torch.multiprocessing as mp
 
 from model.config import ModelConfig
 from model.transformer import Transformer
-from train.distributed import close_world, init_world, shard_model
 from toolbox.muon import MuonAdamW, orthogonalize
+from train.distributed import close_world, init_world, shard_model
 
 
 def test_orthogonalize_is_near_the_polar_factor():

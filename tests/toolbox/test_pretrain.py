@@ -5,9 +5,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from toolbox.world import held_out_pairs
 from model.tokenizer import load_tokenizer
 from toolbox.pretrain import DOCUMENTS_PER_STEP, base_config, document_batch, fresh_model
+from toolbox.world import held_out_pairs
 
 TOKENIZER = Path(__file__).parents[2] / "assets" / "tiny_model" / "tokenizer.model"
 

@@ -8,9 +8,12 @@ from pathlib import Path
 import pytest
 
 from data.error_filter import decide_masked_turns
-from toolbox.make import main as make_toolbox
+from data.formats.plain import parse_plain_call
 from data.formats.tl import encode_prompt
+from data.trajectories import Message, read_trajectories
+from model.tokenizer import load_tokenizer
 from toolbox.corpus import draw_document, encode_document, render_plain_call
+from toolbox.make import main as make_toolbox
 from toolbox.tokenizer import train_tokenizer, vocabulary_strings
 from toolbox.words import VALUE_KINDS
 from toolbox.world import (
@@ -24,9 +27,6 @@ from toolbox.world import (
     name_parts,
     tool_name,
 )
-from data.trajectories import Message, read_trajectories
-from data.formats.plain import parse_plain_call
-from model.tokenizer import load_tokenizer
 
 ASSETS = Path(__file__).parents[2] / "assets"
 
@@ -63,7 +63,6 @@ def test_further_prompts_are_half_for_seen_half_for_unseen_tools(tmp_path):
     rows = [json.loads(line) for line in (tmp_path / "more.jsonl").read_text(encoding="utf-8").splitlines()]
     assert [row["id"].rsplit("-", 1)[0] for row in rows] == ["tiny-seen"] * 5 + ["tiny-unseen"] * 4
     assert len({row["id"] for row in rows}) == 9
-
 
 
 def test_no_held_out_pair_is_ever_trained_on(trajectories):
@@ -104,8 +103,14 @@ def test_multi_turn_tasks_are_new_and_their_answers_are_what_the_tools_say(traje
     queries = {task["messages"][0]["content"] for task in tasks}
     assert len(tasks) == len(queries) == len({task["id"] for task in tasks}) == 200 and not queries & known
     mix = Counter((task["meta"]["scenario"], task["meta"]["requests"]) for task in tasks)
-    assert mix == {("seen", 1): 60, ("seen", 2): 60, ("seen", 3): 30,
-                   ("unseen", 1): 20, ("unseen", 2): 20, ("unseen", 3): 10}  # fmt: skip
+    assert mix == {
+        ("seen", 1): 60,
+        ("seen", 2): 60,
+        ("seen", 3): 30,
+        ("unseen", 1): 20,
+        ("unseen", 2): 20,
+        ("unseen", 3): 10,
+    }
     trained = {tool_name(tool) for tool in build_toolbox(unseen=False)}
     for task in tasks:
         meta, calls, results = task["meta"], 0, []

@@ -44,8 +44,16 @@ def make_trained(world, *, steps: int, optimizer_class=None, seed: int = 0, **ch
 
 def advance(model, optimizer, world, steps):
     for step in steps:
-        train_step(model, optimizer, [random_batch(step)], world, step=step + 1, loss_normalization="token_mean",
-                   max_grad_norm=1.0, gradient_sync="last")  # fmt: skip
+        train_step(
+            model,
+            optimizer,
+            [random_batch(step)],
+            world,
+            step=step + 1,
+            loss_normalization="token_mean",
+            max_grad_norm=1.0,
+            gradient_sync="last",
+        )
 
 
 def save(folder, step, model, optimizer, world, *, keep):

@@ -3,6 +3,7 @@
 Read from the compilers' own report and from the machine code: nothing spilled, registers and shared memory, every logit
 loaded and stored once, a ceiling on instructions per logit. Mutants show that each of these gates can fail.
 """
+
 import functools
 import re
 from concurrent.futures import ThreadPoolExecutor
@@ -41,8 +42,11 @@ LOWEST_VIRTUAL = "compute_80"  # cvt.rn.bf16x2 is the first instruction that old
 MAX_REGISTERS = 64  # 65,536 of a multiprocessor over the 1,024 threads that share it
 MAX_SHARED_BYTES = 256  # two floats per warp of 32 warps
 # Instructions per logit, by vectors per thread: the highest of both compilers and three architectures, and 6 % more.
-CEILINGS = {"bf16": {1: 50.5, 2: 30.0, 4: 21.5, 8: 17.4}, "fp16": {1: 50.5, 2: 30.0, 4: 21.5, 8: 17.4},
-            "fp32": {1: 87.0, 2: 46.0, 4: 28.5, 8: 19.8}}
+CEILINGS = {
+    "bf16": {1: 50.5, 2: 30.0, 4: 21.5, 8: 17.4},
+    "fp16": {1: 50.5, 2: 30.0, 4: 21.5, 8: 17.4},
+    "fp32": {1: 87.0, 2: 46.0, 4: 28.5, 8: 19.8},
+}
 LOOP_CEILINGS = {"stream": 13.0, "scale": 4.0}
 BUILDS = [(compiler, arch) for compiler in sorted(COMPILERS) for arch in ARCHITECTURES]
 each_build = pytest.mark.parametrize(("compiler", "arch"), BUILDS)
@@ -76,8 +80,11 @@ def only(text: str, kernel: str) -> str:
     dtype, shape = re.fullmatch(r"(?:row_)?(\w+?)_(\w+)", kernel).groups()
     threads, _, vectors = shape.partition("x")
     kept = f"ROW_KERNEL({dtype}, {dtype.capitalize()}, {threads}, {vectors})"
-    lines = [line for line in text.splitlines()
-             if not re.match(r"(ROW_KERNEL|STREAM_AND_SCALE_KERNELS)\(", line) or line == kept]
+    lines = [
+        line
+        for line in text.splitlines()
+        if not re.match(r"(ROW_KERNEL|STREAM_AND_SCALE_KERNELS)\(", line) or line == kept
+    ]
     assert kept in lines, f"{KERNEL_FILE.name} has no line {kept}"
     return "\n".join(lines) + "\n"
 
@@ -117,8 +124,10 @@ def faults_of_path(name: str, listing: Listing) -> list[str]:
     if row:
         vectors = int(row["vectors"])
         if path.loads[16] != vectors or path.stores[16] != vectors:
-            found.append(f"{name} traffic: {path.loads[16]} loads and {path.stores[16]} stores of 16 bytes, "
-                         f"expected {vectors} of each")
+            found.append(
+                f"{name} traffic: {path.loads[16]} loads and {path.stores[16]} stores of 16 bytes, "
+                f"expected {vectors} of each"
+            )
         if path.exponentials < 2 * vectors * 16 // logit_bytes(name):  # the sum's and the gradient's
             found.append(f"{name} path: {path.exponentials} exponentials, the counted way is not a row's")
     return found
@@ -192,27 +201,48 @@ def test_nvcc_that_does_not_know_an_architecture_counts_as_missing():
 # -------------------------------------------------------------------------------------------------------------- mutants
 MUTANTS = {  # what is changed -> (kernel, pattern, replacement, words of faults that must be reported)
     "registers halved": (
-        "row_bf16_512x8", r"void __launch_bounds__\(threads, 1024 / threads\)",
-        "void __launch_bounds__(threads, 2048 / threads)", "spills, local memory"),
+        "row_bf16_512x8",
+        r"void __launch_bounds__\(threads, 1024 / threads\)",
+        "void __launch_bounds__(threads, 2048 / threads)",
+        "spills, local memory",
+    ),
     "gradient in a loop": (
-        "row_bf16_512x8", r"(// 4\. Gradient.*?)#pragma unroll\n(\s+for \(int k = 0; k < VECTORS)",
-        r"\1#pragma unroll 1" + "\n" + r"\2", "flow"),
+        "row_bf16_512x8",
+        r"(// 4\. Gradient.*?)#pragma unroll\n(\s+for \(int k = 0; k < VECTORS)",
+        r"\1#pragma unroll 1" + "\n" + r"\2",
+        "flow",
+    ),
     "row read again for the gradient": (
-        "row_bf16_512x8", r"(// 4\. Gradient.*?const int index = [^\n]*\n)",
-        r"\1 if (index < n_vectors) vectors[k] = load_vector(row.logits, index);" + "\n", "traffic"),
+        "row_bf16_512x8",
+        r"(// 4\. Gradient.*?const int index = [^\n]*\n)",
+        r"\1 if (index < n_vectors) vectors[k] = load_vector(row.logits, index);" + "\n",
+        "traffic",
+    ),
     "vectors loaded by halves": (
-        "row_bf16_512x8", r"return reinterpret_cast<const Vector\*>\(start\)\[index\];",
+        "row_bf16_512x8",
+        r"return reinterpret_cast<const Vector\*>\(start\)\[index\];",
         "const uint2* half = (const uint2*)start + 2 * index; return {{half->x, half->y, half[1].x, half[1].y}};",
-        "16 bytes"),
+        "16 bytes",
+    ),
     "exact instead of approximate exponential": (
-        "row_fp32_1024x8", r'asm\("ex2\.approx\.ftz\.f32[^\n]*', "result = exp2f(x);", "instructions"),
+        "row_fp32_1024x8",
+        r'asm\("ex2\.approx\.ftz\.f32[^\n]*',
+        "result = exp2f(x);",
+        "instructions",
+    ),
     "division per logit": (
-        "row_bf16_512x8", r"values\[j\] = scale \* (exp2_approximate\(score_of\(values\[j\], shift\)\))",
-        r"values[j] = row.weight * \1 / sum", "instructions"),
-    "a whole row in shared memory": (
-        "row_bf16_128x1", r"(float, warp_sums, THREADS) / 32", r"\1 * 8", "shared"),
+        "row_bf16_512x8",
+        r"values\[j\] = scale \* (exp2_approximate\(score_of\(values\[j\], shift\)\))",
+        r"values[j] = row.weight * \1 / sum",
+        "instructions",
+    ),
+    "a whole row in shared memory": ("row_bf16_128x1", r"(float, warp_sums, THREADS) / 32", r"\1 * 8", "shared"),
     "function that is not inlined": (
-        "row_bf16_128x1", r"__forceinline__ (void finish_row)", r"__noinline__ \1", "inlined"),
+        "row_bf16_128x1",
+        r"__forceinline__ (void finish_row)",
+        r"__noinline__ \1",
+        "inlined",
+    ),
 }
 
 
@@ -269,7 +299,9 @@ ptxas info    : Used 7 registers, used 0 barriers
 """
     found = read_resources(log)
     assert [(one.registers, one.spill_bytes, one.stack_bytes, one.shared_bytes) for one in found.values()] == [
-        (40, 16, 8, 128), (7, 0, 0, 0)]
+        (40, 16, 8, 128),
+        (7, 0, 0, 0),
+    ]
 
 
 HAND_LISTING = """
@@ -299,7 +331,7 @@ def test_paths_by_hand():
     """One loop: once round it are 0x30 to 0x80 with the FADD, 6 instructions, 2 bytes in, 2 out, 1 exponential."""
     listing = read_listing(HAND_LISTING)["toy"]
     assert len(listing.instructions) == 13
-    loop, = find_loops(listing)
+    (loop,) = find_loops(listing)
     assert (loop.instructions, loop.exponentials, loop.loads, loop.stores) == (6, 1, {2: 1}, {2: 1})
     with pytest.raises(UnknownFlow, match="0x30 handles logits"):
         longest_path(listing)

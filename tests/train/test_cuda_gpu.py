@@ -2,6 +2,7 @@
 
 What the checks without a GPU cannot show stands here: the device's rounding, streams, waits, 64-bit offsets, graphs.
 """
+
 import json
 import shutil
 import subprocess
@@ -22,11 +23,7 @@ from train.cuda.launch import (
     cuda_row_cross_entropy,
     cuda_scale_,
 )
-from train.weighted_cross_entropy import (
-    linear_token_logprobs,
-    linear_weighted_cross_entropy,
-    weighted_cross_entropy,
-)
+from train.weighted_cross_entropy import linear_token_logprobs, linear_weighted_cross_entropy, weighted_cross_entropy
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
 DEVICE = "cuda"
@@ -36,8 +33,10 @@ each_dtype = pytest.mark.parametrize("dtype", list(DTYPES), ids=lambda dtype: DT
 
 def on_device(rows, dtype):
     """make_rows on the device, leaves again."""
-    return [each.detach().to(DEVICE, dtype if each.requires_grad else None).requires_grad_(each.requires_grad)
-            for each in rows]
+    return [
+        each.detach().to(DEVICE, dtype if each.requires_grad else None).requires_grad_(each.requires_grad)
+        for each in rows
+    ]
 
 
 # ------------------------------------------------------------------------------------------------------------- numbers
@@ -49,8 +48,9 @@ def test_kernels_are_taken_here():
 @pytest.mark.parametrize("vocab_size", VOCABULARIES)
 def test_chosen_kernel_agrees_with_fp64(dtype, vocab_size):
     assert_rows_agree(*random_rows(dtype, 67, vocab_size, device=DEVICE))
-    assert_rows_agree(*random_rows(dtype, 5, vocab_size, device=DEVICE), in_place=False,
-                      upstream=torch.tensor(0.125, device=DEVICE))
+    assert_rows_agree(
+        *random_rows(dtype, 5, vocab_size, device=DEVICE), in_place=False, upstream=torch.tensor(0.125, device=DEVICE)
+    )
 
 
 @each_dtype
@@ -92,14 +92,17 @@ def test_rows_of_weight_0_and_bad_targets(dtype):
         assert not logits_CV[1].any() and not logits_CV[3].any() and logits_CV.isfinite().all() and bad_row.item() == 4
 
 
-@pytest.mark.parametrize("dtype, loss_tolerance, tolerance", [
-    (torch.float32, 1e-4, 1e-4), (torch.bfloat16, 4e-3, 8e-3)])
+@pytest.mark.parametrize(
+    "dtype, loss_tolerance, tolerance", [(torch.float32, 1e-4, 1e-4), (torch.bfloat16, 4e-3, 8e-3)]
+)
 @pytest.mark.parametrize("chunk_rows", [None, 3])
 def test_losses_and_gradients_through_autograd(dtype, loss_tolerance, tolerance, chunk_rows):
     rows = on_device(make_rows(torch.float32, n_rows=28, dim=16, vocab_size=40), dtype)
     expected, *gradients = oracle(*rows)
-    losses = [linear_weighted_cross_entropy(*rows, chunk_rows=chunk_rows, backend="cuda"),
-              -(linear_token_logprobs(*rows[:3], chunk_rows, backend="cuda") * rows[3]).sum()]
+    losses = [
+        linear_weighted_cross_entropy(*rows, chunk_rows=chunk_rows, backend="cuda"),
+        -(linear_token_logprobs(*rows[:3], chunk_rows, backend="cuda") * rows[3]).sum(),
+    ]
     for loss in losses:
         torch.testing.assert_close(loss.detach().double(), expected, rtol=loss_tolerance, atol=0)
         for found, exact in zip(torch.autograd.grad(loss * 0.3, rows[:2]), gradients, strict=True):
@@ -109,8 +112,9 @@ def test_losses_and_gradients_through_autograd(dtype, loss_tolerance, tolerance,
 def test_loss_of_given_logits():
     logits_MV, target_ids_M, loss_weights_M = random_rows(torch.bfloat16, 40, 32016, device=DEVICE)
     logits_MV.requires_grad_()
-    loss, plain = (weighted_cross_entropy(logits_MV, target_ids_M, loss_weights_M, backend=each)
-                   for each in ("cuda", "torch"))
+    loss, plain = (
+        weighted_cross_entropy(logits_MV, target_ids_M, loss_weights_M, backend=each) for each in ("cuda", "torch")
+    )
     torch.testing.assert_close(loss, plain, rtol=1e-5, atol=0)
     found, expected = (torch.autograd.grad(each * 0.3, logits_MV)[0] for each in (loss, plain))
     torch.testing.assert_close(found, expected, rtol=2**-7, atol=1e-7)
@@ -233,14 +237,19 @@ def test_compiled_loss(backend):
     index_K = rows[3].nonzero().squeeze(1)
 
     def loss_of(hidden_MD, head_weight_VD):
-        return linear_weighted_cross_entropy(hidden_MD * 1.5, head_weight_VD, *rows[2:], trained_index_K=index_K,
-                                             backend="cuda") / 3
+        return (
+            linear_weighted_cross_entropy(
+                hidden_MD * 1.5, head_weight_VD, *rows[2:], trained_index_K=index_K, backend="cuda"
+            )
+            / 3
+        )
 
     torch._dynamo.reset()
     eager, compiled = loss_of(*rows[:2]), torch.compile(loss_of, backend=backend, fullgraph=True)(*rows[:2])
     torch.testing.assert_close(compiled, eager, rtol=1e-6, atol=0)
-    for found, expected in zip(torch.autograd.grad(compiled, rows[:2]), torch.autograd.grad(eager, rows[:2]),
-                               strict=True):
+    for found, expected in zip(
+        torch.autograd.grad(compiled, rows[:2]), torch.autograd.grad(eager, rows[:2]), strict=True
+    ):
         torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
 
 
@@ -254,8 +263,9 @@ def test_memory_is_the_logits_and_the_gradients():
     index_K = torch.arange(n_rows, device=DEVICE)
 
     def step():
-        linear_weighted_cross_entropy(hidden_MD, head_weight_VD, target_ids_M, loss_weights_M, trained_index_K=index_K,
-                                      backend="cuda").backward()
+        linear_weighted_cross_entropy(
+            hidden_MD, head_weight_VD, target_ids_M, loss_weights_M, trained_index_K=index_K, backend="cuda"
+        ).backward()
 
     step()
     hidden_MD.grad = head_weight_VD.grad = None
@@ -272,8 +282,25 @@ def test_ten_steps_of_the_bundled_run_equal_those_of_torch(tmp_path):
     losses = {}
     for backend in ("cuda", "torch"):
         output = tmp_path / backend
-        assert main(["--output", str(output), "--device", "cuda", "--loss_backend", backend, "--max_steps", "10",
-                     "--plot", "off", "--checkpoint_every", "0"]) == 0
+        assert (
+            main(
+                [
+                    "--output",
+                    str(output),
+                    "--device",
+                    "cuda",
+                    "--loss_backend",
+                    backend,
+                    "--max_steps",
+                    "10",
+                    "--plot",
+                    "off",
+                    "--checkpoint_every",
+                    "0",
+                ]
+            )
+            == 0
+        )
         rows = [json.loads(line) for line in (output / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
         losses[backend] = [row["sft/loss"] for row in rows]
     assert losses["cuda"] == pytest.approx(losses["torch"], rel=1e-4)
@@ -290,7 +317,22 @@ for dtype in (torch.bfloat16, torch.float16, torch.float32):
     for vocab_size in (7, 1000, 1003, 32016, 70000):
         assert_rows_agree(*random_rows(dtype, 5, vocab_size, device="cuda"))
 """
-    result = subprocess.run(["compute-sanitizer", "--tool", tool, "--error-exitcode", "86", "--kernel-regex",
-                             "kns=wce_", sys.executable, "-c", code],
-                            cwd=ROOT, capture_output=True, text=True, check=False)
+    result = subprocess.run(
+        [
+            "compute-sanitizer",
+            "--tool",
+            tool,
+            "--error-exitcode",
+            "86",
+            "--kernel-regex",
+            "kns=wce_",
+            sys.executable,
+            "-c",
+            code,
+        ],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     assert result.returncode == 0, result.stdout[-4000:] + result.stderr[-1000:]

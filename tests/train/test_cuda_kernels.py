@@ -2,6 +2,7 @@
 
 Shape legend: M rows, V vocabulary. No line here runs on a GPU; what that leaves open is in train/cuda/csrc/README.md.
 """
+
 import ctypes
 import math
 import mmap
@@ -37,8 +38,13 @@ each_vocabulary = pytest.mark.parametrize("vocabulary_size", VOCABULARIES)
 @pytest.fixture(scope="module", autouse=True)
 def libraries():
     """The plain build and two others, made side by side."""
-    build_all([{"source": SOURCE, "variant": "plain"}, {"source": SOURCE, "variant": "count"},
-               {"source": long_row_kernels(), "variant": "rough"}])
+    build_all(
+        [
+            {"source": SOURCE, "variant": "plain"},
+            {"source": SOURCE, "variant": "count"},
+            {"source": long_row_kernels(), "variant": "rough"},
+        ]
+    )
 
 
 # ----------------------------------------------------------------------------------------------------------- the oracle
@@ -49,8 +55,11 @@ def row_capacity(dtype, threads: int, vectors: int) -> int:
 def kernels_for(dtype_name: str, vocabulary_size: int) -> list[tuple[str, int]]:
     """(name, threads) of the stream kernel and of every row kernel that can hold the row; for short rows, where all
     can, of the smallest, the largest and one of 256 threads."""
-    fitting = [(f"wce_row_{dtype_name}_{threads}x{vectors}", threads) for threads, vectors in ROW_KERNELS
-               if row_capacity(DTYPES[dtype_name], threads, vectors) >= vocabulary_size]
+    fitting = [
+        (f"wce_row_{dtype_name}_{threads}x{vectors}", threads)
+        for threads, vectors in ROW_KERNELS
+        if row_capacity(DTYPES[dtype_name], threads, vectors) >= vocabulary_size
+    ]
     if vocabulary_size <= 31:
         fitting = [fitting[0], fitting[3], fitting[-1]]
     return [*fitting, (f"wce_stream_{dtype_name}", STREAM_THREADS)]
@@ -129,8 +138,9 @@ class Result:
         return b"".join(part.contiguous().view(torch.uint8).numpy().tobytes() for part in parts)
 
 
-def run(kernel: tuple[str, int], rows: Rows, *, place="in", upstream=None, order="ascending", library=None,
-        watch=None) -> Result:
+def run(
+    kernel: tuple[str, int], rows: Rows, *, place="in", upstream=None, order="ascending", library=None, watch=None
+) -> Result:
     """One launch; place "in" overwrites a copy of the logits, "out" has its own gradient, "none" wants none."""
     name, threads = kernel
     logits_MV = rows.logits_MV
@@ -141,8 +151,19 @@ def run(kernel: tuple[str, int], rows: Rows, *, place="in", upstream=None, order
     if place == "out":
         gradient_MV = rows.new_gradient()
     result = Result(rows, gradient_MV)
-    arguments = [logits_MV, rows.stride, gradient_MV, rows.stride, rows.vocabulary_size, rows.target_ids_M,
-                 rows.loss_weights_M, upstream, result.losses_M, result.logsumexps_M, result.bad_row]
+    arguments = [
+        logits_MV,
+        rows.stride,
+        gradient_MV,
+        rows.stride,
+        rows.vocabulary_size,
+        rows.target_ids_M,
+        rows.loss_weights_M,
+        upstream,
+        result.losses_M,
+        result.logsumexps_M,
+        result.bad_row,
+    ]
     library = library or emulated_library(SOURCE)
     with counted(library, **(watch(logits_MV, gradient_MV) if watch else {})) as result.traffic:
         launch(library, name, grid=len(logits_MV), block=threads, arguments=arguments, order=order, seed=7)
@@ -198,8 +219,10 @@ def test_stream_kernel_at_every_alignment_of_rows(dtype_name, vocabulary_size):
     rows = Rows(DTYPES[dtype_name], vocabulary_size, offset=1)  # rows without padding: each has its own alignment
     if vocabulary_size < 8:
         rows = Rows(DTYPES[dtype_name], vocabulary_size, offset=1, n_rows=8)
-    results = [run((f"wce_stream_{dtype_name}", STREAM_THREADS), rows, order=order, place=place)
-               for order, place in zip(ORDERS, ("in", "out", "in"))]
+    results = [
+        run((f"wce_stream_{dtype_name}", STREAM_THREADS), rows, order=order, place=place)
+        for order, place in zip(ORDERS, ("in", "out", "in"))
+    ]
     for result in results:
         check(result, rows)
     assert len({result.bits() for result in results}) == 1
@@ -261,8 +284,9 @@ def test_upstream_multiplies_before_the_gradient_is_rounded(dtype_name):
         result = run(kernel, rows, upstream=torch.tensor([65536.0]))
         _, gradient_MV, _ = oracle(rows.logits_MV, rows.target_ids_M, rows.loss_weights_M, 65536.0)
         error_MV = (result.gradient_MV.double() - gradient_MV).abs()
-        assert (error_MV <= torch.maximum(neighbour_distance(gradient_MV, DTYPES[dtype_name]),
-                                          2e-6 * gradient_MV.abs())).all()
+        assert (
+            error_MV <= torch.maximum(neighbour_distance(gradient_MV, DTYPES[dtype_name]), 2e-6 * gradient_MV.abs())
+        ).all()
         assert (result.gradient_MV[[0, 2]] != 0).all()
 
 
@@ -341,9 +365,25 @@ def test_null_results_are_allowed():
     rows.target_ids_M[0] = 99
     for name, threads in (("wce_row_fp32_128x1", 128), ("wce_stream_fp32", STREAM_THREADS)):
         losses_M = torch.zeros(4)
-        launch(emulated_library(SOURCE), name, grid=4, block=threads,
-               arguments=[rows.logits_MV, 32, None, 0, 31, rows.target_ids_M, rows.loss_weights_M, None, losses_M, None,
-                          None])
+        launch(
+            emulated_library(SOURCE),
+            name,
+            grid=4,
+            block=threads,
+            arguments=[
+                rows.logits_MV,
+                32,
+                None,
+                0,
+                31,
+                rows.target_ids_M,
+                rows.loss_weights_M,
+                None,
+                losses_M,
+                None,
+                None,
+            ],
+        )
         assert losses_M[0].isnan() and losses_M[1] == 0 and losses_M[2:].abs().min() > 0
 
 
@@ -373,15 +413,21 @@ def test_scale_multiplies_once_and_reads_nothing_for_a_factor_of_one(dtype_name)
     library = emulated_library(SOURCE, "count")
     for count, offset in ((1, 0), (5, 3), (1003, 0), (1003, 1), (4099, 7)):
         values = torch.linspace(-3, 3, count + offset + 8).to(dtype)
-        before, part = values.clone(), values[offset:offset + count]
+        before, part = values.clone(), values[offset : offset + count]
         for factor in (1.0, -0.375, 3.0):
             with counted(library, part=part) as traffic:
-                launch(library, f"wce_scale_{dtype_name}", grid=3, block=SCALE_THREADS,
-                       arguments=[part, count, torch.tensor([factor])], order="random")
+                launch(
+                    library,
+                    f"wce_scale_{dtype_name}",
+                    grid=3,
+                    block=SCALE_THREADS,
+                    arguments=[part, count, torch.tensor([factor])],
+                    order="random",
+                )
             n_bytes = 0 if factor == 1 else count * dtype.itemsize
             assert traffic["part"] == (n_bytes, n_bytes)
             expected = before.clone()
-            expected[offset:offset + count] = (before[offset:offset + count].float() * factor).to(dtype)
+            expected[offset : offset + count] = (before[offset : offset + count].float() * factor).to(dtype)
             assert torch.equal(values, expected)
             values.copy_(before)
 
@@ -419,9 +465,25 @@ def test_logits_of_weight_zero_may_lie_in_memory_that_cannot_be_read(dtype_name)
     gradient_MV = torch.full((3, 1024), 7.0, dtype=dtype)
     for name, threads in row_and_stream(dtype_name):
         losses_M, logsumexps_M = torch.ones(3), torch.ones(3)
-        launch(emulated_library(SOURCE), name, grid=3, block=threads,
-               arguments=[memory.data_ptr(), 1024, gradient_MV, 1024, 1024, torch.full((3,), -100), torch.zeros(3),
-                          None, losses_M, logsumexps_M, None])
+        launch(
+            emulated_library(SOURCE),
+            name,
+            grid=3,
+            block=threads,
+            arguments=[
+                memory.data_ptr(),
+                1024,
+                gradient_MV,
+                1024,
+                1024,
+                torch.full((3,), -100),
+                torch.zeros(3),
+                None,
+                losses_M,
+                logsumexps_M,
+                None,
+            ],
+        )
         assert not gradient_MV.any() and not losses_M.any() and not logsumexps_M.any()
 
 
@@ -430,8 +492,11 @@ def test_rows_further_apart_than_32_bits():
     n_rows, vocabulary_size = 3, 1000
     reserve_nothing = 0x4000
     try:
-        memory = mmap.mmap(-1, 2 * (n_rows - 1) * stride + 2 * vocabulary_size,
-                           flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | reserve_nothing)
+        memory = mmap.mmap(
+            -1,
+            2 * (n_rows - 1) * stride + 2 * vocabulary_size,
+            flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | reserve_nothing,
+        )
     except (OSError, ValueError) as error:
         pytest.skip(f"no 8 GiB of address space: {error}")
     logits_MV = torch.frombuffer(memory, dtype=torch.bfloat16).as_strided((n_rows, vocabulary_size), (stride, 1))
@@ -440,9 +505,25 @@ def test_rows_further_apart_than_32_bits():
         logits_MV.copy_(dense.logits_MV)
         expected = run((name, threads), dense)
         losses_M = torch.zeros(n_rows)
-        launch(emulated_library(SOURCE), name, grid=n_rows, block=threads,
-               arguments=[logits_MV, stride, logits_MV, stride, vocabulary_size, dense.target_ids_M,
-                          dense.loss_weights_M, None, losses_M, None, None])
+        launch(
+            emulated_library(SOURCE),
+            name,
+            grid=n_rows,
+            block=threads,
+            arguments=[
+                logits_MV,
+                stride,
+                logits_MV,
+                stride,
+                vocabulary_size,
+                dense.target_ids_M,
+                dense.loss_weights_M,
+                None,
+                losses_M,
+                None,
+                None,
+            ],
+        )
         assert torch.equal(losses_M, expected.losses_M)
         assert torch.equal(logits_MV, expected.gradient_MV)
 
@@ -450,18 +531,26 @@ def test_rows_further_apart_than_32_bits():
 # ------------------------------------------------------------------------------------------------ the text and the shim
 def test_table_in_the_header_names_the_kernels_of_the_text():
     text = SOURCE.read_text(encoding="utf-8")
-    table = {(int(threads), int(vectors)): (int(half.replace(",", "")), int(full.replace(",", "")))
-             for threads, vectors, half, full in re.findall(
-                 r"^//   wce_row_<dtype>_(\d+)x(\d) +\d+ +([\d,]+) / +([\d,]+)", text, re.MULTILINE)}
+    table = {
+        (int(threads), int(vectors)): (int(half.replace(",", "")), int(full.replace(",", "")))
+        for threads, vectors, half, full in re.findall(
+            r"^//   wce_row_<dtype>_(\d+)x(\d) +\d+ +([\d,]+) / +([\d,]+)", text, re.MULTILINE
+        )
+    }
     assert tuple(table) == ROW_KERNELS
     assert f"STREAM_THREADS = {STREAM_THREADS};" in text
     for (threads, vectors), (half, full) in table.items():
-        assert (half, full) == (row_capacity(torch.bfloat16, threads, vectors),
-                                row_capacity(torch.float32, threads, vectors))
+        assert (half, full) == (
+            row_capacity(torch.bfloat16, threads, vectors),
+            row_capacity(torch.float32, threads, vectors),
+        )
     library = emulated_library(SOURCE)
     for dtype_name in DTYPES:
-        for name in (*(f"wce_row_{dtype_name}_{threads}x{vectors}" for threads, vectors in ROW_KERNELS),
-                     f"wce_stream_{dtype_name}", f"wce_scale_{dtype_name}"):
+        for name in (
+            *(f"wce_row_{dtype_name}_{threads}x{vectors}" for threads, vectors in ROW_KERNELS),
+            f"wce_stream_{dtype_name}",
+            f"wce_scale_{dtype_name}",
+        ):
             assert library.simt_has_kernel(name.encode()) == 1
 
 
@@ -521,8 +610,12 @@ def test_shim_shuffles_as_the_cuda_guide_says(order):
     launch(emulated_library(SHIM_KERNELS), "shuffles", grid=1, block=64, arguments=[result, 4], order=order)
     for thread in range(64):
         lane, base = thread % 32, 100 * (thread // 32)
-        assert result[thread].tolist() == [base + (lane ^ 4), base + (lane + 4 if lane < 28 else lane), base + 3,
-                                           base + (lane ^ 1) if lane < 16 else -1]
+        assert result[thread].tolist() == [
+            base + (lane ^ 4),
+            base + (lane + 4 if lane < 28 else lane),
+            base + 3,
+            base + (lane ^ 1) if lane < 16 else -1,
+        ]
 
 
 def test_shim_orders_differ_and_shared_memory_starts_as_nan():
@@ -533,8 +626,15 @@ def test_shim_orders_differ_and_shared_memory_starts_as_nan():
     came = {}
     for order in ORDERS:
         came[order] = torch.zeros(64, dtype=torch.int32)
-        launch(library, "first_come", grid=1, block=64, arguments=[torch.zeros(1, dtype=torch.int32), came[order]],
-               order=order, seed=1)
+        launch(
+            library,
+            "first_come",
+            grid=1,
+            block=64,
+            arguments=[torch.zeros(1, dtype=torch.int32), came[order]],
+            order=order,
+            seed=1,
+        )
     assert came["ascending"].tolist() == list(range(64))
     assert came["descending"].tolist() == list(range(63, -1, -1))
     assert sorted(came["random"].tolist()) == list(range(64))
@@ -542,8 +642,10 @@ def test_shim_orders_differ_and_shared_memory_starts_as_nan():
 
 
 def test_two_libraries_in_one_process_keep_their_kernels_apart():
-    first, second = (emulated_library(f'extern "C" __global__ void same_name(int* result) {{ result[0] = {number}; }}')
-                     for number in (1, 2))
+    first, second = (
+        emulated_library(f'extern "C" __global__ void same_name(int* result) {{ result[0] = {number}; }}')
+        for number in (1, 2)
+    )
     result = torch.zeros(1, dtype=torch.int32)
     for library, number in ((first, 1), (second, 2), (first, 1)):
         launch(library, "same_name", grid=1, block=1, arguments=[result])

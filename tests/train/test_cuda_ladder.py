@@ -1,7 +1,8 @@
-"""The teaching ladder's kernels, run on the CPU by tests/support/cuda_shim: right answers, and the traffic its page states.
+"""The teaching ladder's kernels, run on the CPU: right answers, and the traffic its page states.
 
 Shape legend: M rows, V vocabulary.
 """
+
 import math
 import re
 import shutil
@@ -113,8 +114,11 @@ def test_sectors_of_a_warp_worked_by_hand(library):
     neighbours, 128 bytes, 4 sectors; 2 requests each way and pass. registers: 64 logits are 16 vectors, all in one
     warp's one request, 256 bytes in 8 sectors.
     """
-    for name, read, written in (("naive", (192, 192 * 32), (64, 64 * 32)), ("warp", (6, 24), (2, 8)),
-                                ("block", (4, 16), (2, 8))):
+    for name, read, written in (
+        ("naive", (192, 192 * 32), (64, 64 * 32)),
+        ("warp", (6, 24), (2, 8)),
+        ("block", (4, 16), (2, 8)),
+    ):
         step = STEP[name]
         rows = 32 if name == "naive" else 1
         loads, stores = run_step(step, library, *make_rows(rows, 64))[1:]
@@ -174,8 +178,10 @@ def test_each_kernel_is_on_the_page_and_stands_alone():
 # ---------------------------------------------------------------------------------------------- the tests are not blind
 MUTANTS = {  # step -> (text, its replacement): all four in one build
     "naive": ("v == target ? gradient - weight : gradient", "v == target ? gradient : gradient"),
-    "warp": ("for (int v = lane; v < vocabulary_size; v += 32) maximum",
-             "for (int v = lane * (vocabulary_size / 32); v < (lane + 1) * (vocabulary_size / 32); v++) maximum"),
+    "warp": (
+        "for (int v = lane; v < vocabulary_size; v += 32) maximum",
+        "for (int v = lane * (vocabulary_size / 32); v < (lane + 1) * (vocabulary_size / 32); v++) maximum",
+    ),
     "block": ("    __syncthreads();", "    "),
     "registers": ("z[target] = scale * expf(target_logit - maximum)", "z[target] = scale * expf(z[target] - maximum)"),
 }
@@ -202,7 +208,8 @@ def wrong_orders(library, name: str) -> list[int]:
         losses_M, gradient_MV = expected(logits_MV, target_ids_M, loss_weights_M)
         got_M, _, _ = run_step(STEP[name], library, logits_MV, target_ids_M, loss_weights_M, order)
         right = torch.allclose(got_M.double(), losses_M, rtol=1e-5) and torch.allclose(
-            logits_MV.double(), gradient_MV, rtol=1e-4, atol=1e-6)
+            logits_MV.double(), gradient_MV, rtol=1e-4, atol=1e-6
+        )
         wrong += [] if right else [order]
     return wrong
 

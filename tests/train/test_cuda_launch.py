@@ -1,10 +1,11 @@
 """From Python to the kernels without a GPU: packing, driver calls, kernel source; cache, loader and their failures.
 
-A `libcuda.so.1` of ours (tests/support/cuda_shim/fake_driver.cpp, with the kernels' own text inside) stands on the loader's
-path of a child process; there train/cuda/runtime.py compiles with the real NVRTC and launches on CPU tensors. The child
+A `libcuda.so.1` of ours (tests/support/cuda_shim/fake_driver.cpp, with the kernels' own text inside) stands on the
+loader's path of a child process; there train/cuda/runtime.py compiles with the real NVRTC and launches on CPU tensors. The child
 runs every `check_...` function below and reports; each is one test here. What a GPU alone can show is in
 test_cuda_gpu.py.
 """
+
 import contextlib
 import hashlib
 import json
@@ -20,8 +21,8 @@ import pytest
 import torch
 
 from tests.support.cuda_build import COMMON_FLAGS, ROOT, SHIM, run_compiler, translation_unit, why_no_gxx
-from tests.train.test_weighted_cross_entropy import make_rows, oracle
 from tests.support.tiny_run import random_batch, tiny_model
+from tests.train.test_weighted_cross_entropy import make_rows, oracle
 from train.cuda import launch as cuda_cross_entropy
 from train.cuda import runtime as cuda_runtime
 from train.cuda.launch import (
@@ -39,11 +40,7 @@ from train.cuda.launch import (
 from train.cuda.runtime import CudaKernelError, KernelSource, cached_kernels, compile_kernels, load_kernels
 from train.distributed import init_world, shard_model
 from train.sft_loop import train_step
-from train.weighted_cross_entropy import (
-    linear_token_logprobs,
-    linear_weighted_cross_entropy,
-    weighted_cross_entropy,
-)
+from train.weighted_cross_entropy import linear_token_logprobs, linear_weighted_cross_entropy, weighted_cross_entropy
 
 IMAGE = b"\x7fELF of no kernel"
 SOURCE_OF_NOTHING = KernelSource("nothing.cu", b"// no kernel")
@@ -97,17 +94,28 @@ def assert_rows_agree(logits_CV, target_ids_C, loss_weights_C, kernel=None, in_p
     untouched = logits_CV.clone()
     gradient_CV = logits_CV
     if not in_place:
-        gradient_CV = torch.empty_strided(logits_CV.shape, logits_CV.stride(), dtype=logits_CV.dtype,
-                                          device=logits_CV.device)
+        gradient_CV = torch.empty_strided(
+            logits_CV.shape, logits_CV.stride(), dtype=logits_CV.dtype, device=logits_CV.device
+        )
     found_lse_C, bad_row = torch.full_like(loss_weights_C, 7.0), torch.zeros_like(target_ids_C[:1], dtype=torch.int32)
-    found_C = cuda_row_cross_entropy(logits_CV, target_ids_C, loss_weights_C, gradient_CV, upstream=upstream,
-                                     logsumexps_C=found_lse_C, bad_row=bad_row, kernel=kernel)
+    found_C = cuda_row_cross_entropy(
+        logits_CV,
+        target_ids_C,
+        loss_weights_C,
+        gradient_CV,
+        upstream=upstream,
+        logsumexps_C=found_lse_C,
+        bad_row=bad_row,
+        kernel=kernel,
+    )
     torch.testing.assert_close(found_C.double(), losses_C, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(found_lse_C.double(), logsumexps_C, rtol=1e-6, atol=1e-6)
     rounding = torch.finfo(logits_CV.dtype).eps / 2 if logits_CV.dtype != torch.float32 else 0
     smallest = torch.finfo(logits_CV.dtype).tiny
-    assert ((gradient_CV.double() - factor * exact_CV).abs()
-            <= rounding * (factor * exact_CV).abs() + 2e-6 * loss_weights_C[:, None].abs() * factor + smallest).all()
+    assert (
+        (gradient_CV.double() - factor * exact_CV).abs()
+        <= rounding * (factor * exact_CV).abs() + 2e-6 * loss_weights_C[:, None].abs() * factor + smallest
+    ).all()
     assert bad_row.item() == 0
     if not in_place:
         assert torch.equal(logits_CV, untouched)
@@ -144,13 +152,22 @@ def check_chosen_kernels_and_the_streams_handle():
     log = Path(tempfile.mkdtemp()) / "launches"
     cuda_cross_entropy.device_and_stream = lambda tensor: (0, 4711)
     with environment(FAKE_DRIVER_LOG=str(log)):
-        for dtype, vocab_size, stride in ((torch.bfloat16, 32016, None), (torch.bfloat16, 1003, None),
-                                          (torch.bfloat16, 1003, 1008), (torch.float32, 70000, None)):
-            assert_rows_agree(*random_rows(dtype, 3, vocab_size, stride=stride), in_place=False,
-                              upstream=torch.tensor(0.125))
+        for dtype, vocab_size, stride in (
+            (torch.bfloat16, 32016, None),
+            (torch.bfloat16, 1003, None),
+            (torch.bfloat16, 1003, 1008),
+            (torch.float32, 70000, None),
+        ):
+            assert_rows_agree(
+                *random_rows(dtype, 3, vocab_size, stride=stride), in_place=False, upstream=torch.tensor(0.125)
+            )
     cuda_cross_entropy.device_and_stream = lambda tensor: (0, 0)
-    assert launched(log) == ["wce_row_bf16_512x8 3 512 4711", "wce_stream_bf16 3 512 4711",
-                             "wce_row_bf16_128x1 3 128 4711", "wce_stream_fp32 3 512 4711"], launched(log)
+    assert launched(log) == [
+        "wce_row_bf16_512x8 3 512 4711",
+        "wce_stream_bf16 3 512 4711",
+        "wce_row_bf16_128x1 3 128 4711",
+        "wce_stream_fp32 3 512 4711",
+    ], launched(log)
 
 
 def check_rows_of_weight_0_are_not_read_and_bad_targets_are_named():
@@ -187,8 +204,9 @@ def check_loss_of_given_logits_through_autograd():
         logits_MV, target_ids_M, loss_weights_M = random_rows(dtype, 6, 40)
         logits_MV[1] = float("nan")  # weight 0
         logits_MV.requires_grad_()
-        loss, plain = (weighted_cross_entropy(logits_MV, target_ids_M, loss_weights_M, backend=each)
-                       for each in ("cuda", "torch"))
+        loss, plain = (
+            weighted_cross_entropy(logits_MV, target_ids_M, loss_weights_M, backend=each) for each in ("cuda", "torch")
+        )
         torch.testing.assert_close(loss, plain, rtol=1e-5, atol=0)
         found, expected = (torch.autograd.grad(each * 0.3, logits_MV) for each in (loss, plain))
         torch.testing.assert_close(found, expected, rtol=2 * torch.finfo(dtype).eps, atol=1e-6)
@@ -224,9 +242,20 @@ def check_train_steps_of_a_sharded_model():
         model = tiny_model()
         shard_model(model, world, dtype="bfloat16")
         optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-        steps = [train_step(model, optimizer, [random_batch(each), random_batch(each + 1)], world, step=1,
-                            loss_normalization="token_mean", max_grad_norm=1.0, gradient_sync="last",
-                            loss_backend=backend) for each in (0, 2)]
+        steps = [
+            train_step(
+                model,
+                optimizer,
+                [random_batch(each), random_batch(each + 1)],
+                world,
+                step=1,
+                loss_normalization="token_mean",
+                max_grad_norm=1.0,
+                gradient_sync="last",
+                loss_backend=backend,
+            )
+            for each in (0, 2)
+        ]
         figures[backend] = torch.tensor([(each.loss, each.grad_norm) for each in steps])
     torch.testing.assert_close(figures["cuda"], figures["torch"], rtol=1e-3, atol=0)
 
@@ -237,8 +266,9 @@ def check_compiled_loss_launches_the_kernels():
     log = Path(tempfile.mkdtemp()) / "launches"
 
     def loss_of(hidden_MD, head_weight_VD):
-        return linear_weighted_cross_entropy(hidden_MD, head_weight_VD, *rows[2:], trained_index_K=index_K,
-                                             chunk_rows=2, backend="cuda")
+        return linear_weighted_cross_entropy(
+            hidden_MD, head_weight_VD, *rows[2:], trained_index_K=index_K, chunk_rows=2, backend="cuda"
+        )
 
     expected = torch.autograd.grad(loss_of(*rows[:2]), rows[:2])
     with environment(FAKE_DRIVER_LOG=str(log)):
@@ -256,6 +286,7 @@ def check_wrong_parameters_are_noticed():
         def changed_launch(module, name, *, parameters, **rest):
             module.functions.clear()  # parameters are compared when a kernel is looked up
             launch(module, name, parameters=change(list(parameters)), **rest)
+
         return changed_launch
 
     def swapped(parameters, first, second):
@@ -263,10 +294,16 @@ def check_wrong_parameters_are_noticed():
         return parameters
 
     changes = {
-        r"parameter 1 has offset and size \(8, 8\), expected \(8, 4\)":
-            lambda each: [each[0], (cuda_runtime.INT32, each[1][1]), *each[2:]],
-        r"parameter 4 has offset and size \(32, 4\), expected \(32, 8\)":
-            lambda each: [*each[:4], (cuda_runtime.INT64, each[4][1]), *each[5:]],
+        r"parameter 1 has offset and size \(8, 8\), expected \(8, 4\)": lambda each: [
+            each[0],
+            (cuda_runtime.INT32, each[1][1]),
+            *each[2:],
+        ],
+        r"parameter 4 has offset and size \(32, 4\), expected \(32, 8\)": lambda each: [
+            *each[:4],
+            (cuda_runtime.INT64, each[4][1]),
+            *each[5:],
+        ],
         "found more parameters than the 10 expected": lambda each: each[:-1],
         "found fewer parameters than the 12 expected": lambda each: [*each, each[-1]],
     }
@@ -276,7 +313,8 @@ def check_wrong_parameters_are_noticed():
             assert re.search(message, error_of(assert_rows_agree, *rows)), message
         for first, second in ((0, 2), (6, 8), (8, 9)):  # logits and gradient, weights and losses, losses and logsumexps
             cuda_cross_entropy.launch = with_changed(
-                lambda each, first=first, second=second: swapped(each, first, second))
+                lambda each, first=first, second=second: swapped(each, first, second)
+            )
             assert error_of(assert_rows_agree, *[each.clone() for each in rows], in_place=False), (first, second)
     finally:
         cuda_cross_entropy.launch = launch
@@ -287,7 +325,7 @@ def check_a_driver_without_parameter_sizes_still_runs():
     from cuda.bindings import driver
 
     def missing(*_):
-        raise RuntimeError("Function \"cuFuncGetParamInfo\" not found")
+        raise RuntimeError('Function "cuFuncGetParamInfo" not found')
 
     asks, driver.cuFuncGetParamInfo = driver.cuFuncGetParamInfo, missing
     load_kernels(SOURCE, 0).functions.clear()
@@ -307,7 +345,7 @@ def check_failures_name_call_kernel_and_grid():
     rows = random_rows(torch.float32, 3, 64)
     failures = {
         "cuLaunchKernel:700": r"cuLaunchKernel \(wce_row_fp32_128x1, 3 blocks of 128 threads\): "
-                              "CUDA_ERROR_ILLEGAL_ADDRESS, a failure of the fake driver$",
+        "CUDA_ERROR_ILLEGAL_ADDRESS, a failure of the fake driver$",
         "cuCtxPushCurrent:201": "cuCtxPushCurrent: CUDA_ERROR_INVALID_CONTEXT",
     }
     for order, message in failures.items():
@@ -329,8 +367,10 @@ def check_failures_name_call_kernel_and_grid():
         load_kernels(SOURCE, 0)  # the second image is taken
     cuda_runtime.compile_kernels = compile_kernels
     load_kernels.cache_clear()
-    assert re.search("cuModuleGetFunction .wce_row_fp8.: CUDA_ERROR_NOT_FOUND",
-                     error_of(cuda_row_cross_entropy, *rows, kernel=("wce_row_fp8", 128)))
+    assert re.search(
+        "cuModuleGetFunction .wce_row_fp8.: CUDA_ERROR_NOT_FOUND",
+        error_of(cuda_row_cross_entropy, *rows, kernel=("wce_row_fp8", 128)),
+    )
     assert_rows_agree(*rows)
 
 
@@ -353,8 +393,9 @@ def check_an_image_that_the_driver_refuses_is_compiled_again():
 def check_devices_of_other_generations():
     with environment(FAKE_DRIVER_CAPABILITY="5.0"):
         load_kernels.cache_clear()
-        assert re.search(r"compiles for compute capability 7\.5 and later, found a device of 5\.0",
-                         error_of(load_kernels, SOURCE, 0))
+        assert re.search(
+            r"compiles for compute capability 7\.5 and later, found a device of 5\.0", error_of(load_kernels, SOURCE, 0)
+        )
     compile_kernels = cuda_runtime.compile_kernels
     cuda_runtime.compile_kernels = lambda _, arch: f".target {arch}\0".encode()
     with environment(FAKE_DRIVER_CAPABILITY="9.9", TL_TRAINING_KERNEL_CACHE="off"):  # newer than NVRTC knows: PTX
@@ -375,7 +416,8 @@ def check_the_check_at_the_start_of_a_run():
         cuda_cross_entropy.cuda_row_cross_entropy = lambda *each, change=change: change(right(*each))
         assert "disagree on cpu for torch.float32" in error_of(check_kernels, cpu, torch.float32, 1000)
     cuda_cross_entropy.cuda_row_cross_entropy = lambda logits, targets, weights, gradient: right(
-        logits, targets, weights)
+        logits, targets, weights
+    )
     assert "disagree" in error_of(check_kernels, cpu, torch.float32, 1000)  # no gradient came back
     cuda_cross_entropy.cuda_row_cross_entropy = right
 
@@ -426,9 +468,20 @@ def fake_driver(tmp_path_factory) -> Path:
 def run_child(code: str, driver: Path, cache: Path, **variables: str) -> str:
     """Last line that a Python process prints in which the fake driver is the machine's."""
     result = subprocess.run(
-        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=600, check=False,
-        env={**os.environ, "LD_LIBRARY_PATH": str(driver), "TL_TRAINING_KERNEL_CACHE": str(cache),
-             "OMP_NUM_THREADS": "1", **variables})
+        [sys.executable, "-c", code],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=600,
+        check=False,
+        env={
+            **os.environ,
+            "LD_LIBRARY_PATH": str(driver),
+            "TL_TRAINING_KERNEL_CACHE": str(cache),
+            "OMP_NUM_THREADS": "1",
+            **variables,
+        },
+    )
     assert result.returncode == 0, result.stderr
     return result.stdout.splitlines()[-1]
 
@@ -492,12 +545,20 @@ def test_rows_off_16_bytes_go_to_the_streaming_kernel():
         assert choose_kernel(torch.bfloat16, 1003, *matrices)[0] == "wce_stream_bf16"
 
 
-@pytest.mark.parametrize(("place", "wrong", "message"), [
-    (0, lambda each: each.double(), "logits"), (0, lambda each: each.T, "logits"), (0, lambda each: each[0], "logits"),
-    (1, lambda each: each.int(), "target ids"), (1, lambda each: each[:2], "target ids"),
-    (2, lambda each: each.double(), "loss weights"), (2, lambda each: each.repeat(2)[::2], "loss weights"),
-    (3, lambda each: each.half(), "gradient"), (3, lambda each: each[:2], "gradient"),
-])
+@pytest.mark.parametrize(
+    ("place", "wrong", "message"),
+    [
+        (0, lambda each: each.double(), "logits"),
+        (0, lambda each: each.T, "logits"),
+        (0, lambda each: each[0], "logits"),
+        (1, lambda each: each.int(), "target ids"),
+        (1, lambda each: each[:2], "target ids"),
+        (2, lambda each: each.double(), "loss weights"),
+        (2, lambda each: each.repeat(2)[::2], "loss weights"),
+        (3, lambda each: each.half(), "gradient"),
+        (3, lambda each: each[:2], "gradient"),
+    ],
+)
 def test_tensors_that_a_kernel_cannot_take_are_refused(place, wrong, message):
     arguments = [*random_rows(torch.float32, 3, 8), torch.empty(3, 8)]
     arguments[place] = wrong(arguments[place])
@@ -557,8 +618,16 @@ def test_each_ingredient_has_its_own_entry(tmp_path, monkeypatch, compilations):
     assert len(list(tmp_path.glob("*.cubin"))) == 4 and len(list(tmp_path.glob("*.ptx"))) == 1
 
 
-@pytest.mark.parametrize("damage", [lambda content: content[:-1], lambda content: content[:20], lambda content: b"",
-                                    lambda content: content[:40] + b"x" + content[41:], lambda content: content[:32]])
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda content: content[:-1],
+        lambda content: content[:20],
+        lambda content: b"",
+        lambda content: content[:40] + b"x" + content[41:],
+        lambda content: content[:32],
+    ],
+)
 def test_damaged_entry_is_compiled_anew(tmp_path, monkeypatch, compilations, damage):
     monkeypatch.setenv("TL_TRAINING_KERNEL_CACHE", str(tmp_path / "kernels"))
     cached_kernels(SOURCE_OF_NOTHING, "sm_90")
@@ -663,17 +732,26 @@ def test_compile_error_is_one_line_and_a_file(tmp_path, monkeypatch):
     broken = KernelSource("broken.cu", b'extern "C" __global__ void k(float* x) {\n  x[0] = lost;\n  also_lost();\n}\n')
     with pytest.raises(CudaKernelError) as caught:
         compile_kernels(broken, "sm_90")
-    match = re.fullmatch(r'NVRTC cannot compile broken.cu for sm_90: broken.cu\(2\): error: identifier "lost" is '
-                         r"undefined \(whole log: (.*)\)", str(caught.value))
+    match = re.fullmatch(
+        r'NVRTC cannot compile broken.cu for sm_90: broken.cu\(2\): error: identifier "lost" is '
+        r"undefined \(whole log: (.*)\)",
+        str(caught.value),
+    )
     assert match and "also_lost" in Path(match[1]).read_text(encoding="utf-8")
 
 
 def test_architecture_of_a_device(monkeypatch):
     monkeypatch.setattr(cuda_runtime, "_nvrtc", lambda name: ([75, 80, 90, 120],) if "Archs" in name else (13, 0))
     assert [cuda_runtime.choose_architecture(each) for each in ((8, 0), (9, 0), (12, 0))] == [
-        "sm_80", "sm_90", "sm_120"]
+        "sm_80",
+        "sm_90",
+        "sm_120",
+    ]
     assert [cuda_runtime.choose_architecture(each) for each in ((8, 9), (10, 3), (13, 0))] == [
-        "compute_80", "compute_90", "compute_120"]
+        "compute_80",
+        "compute_90",
+        "compute_120",
+    ]
     with pytest.raises(CudaKernelError, match=r"NVRTC 13.0 .* capability 7.5 and later, found a device of 7.0"):
         cuda_runtime.choose_architecture((7, 0))
 
@@ -690,7 +768,9 @@ def test_fallback_states_its_reason_and_cuda_refuses(monkeypatch):
         choose_loss_backend("cuda", device)
     monkeypatch.setattr(cuda_cross_entropy, "check_kernels", lambda *_: None)
     assert choose_loss_backend("auto", device) == (
-        "cuda", "kernels of weighted_cross_entropy.cu, checked against PyTorch on cuda")
+        "cuda",
+        "kernels of weighted_cross_entropy.cu, checked against PyTorch on cuda",
+    )
 
 
 def test_a_kernel_that_breaks_the_device_ends_the_run(monkeypatch):

@@ -5,6 +5,7 @@ launch of the text as it is must pass under the same tool. Tools: `value` (float
 (equal bits in all thread orders), `shim` (divergent barriers), `asan`, `ubsan`, `tsan` (g++ 12; the run time of newer
 compilers can miss races between more than 256 fibers without a word, so a build of every race stays here).
 """
+
 import math
 import os
 import re
@@ -31,13 +32,17 @@ pytestmark = [pytest.mark.slow, pytest.mark.skipif(why_no_gxx() != "", reason=wh
 
 VARIANT_OF_TOOL = {"value": "quick", "bits": "quick", "shim": "quick", "asan": "asan", "ubsan": "asan", "tsan": "tsan"}
 MESSAGES = {  # what a tool prints when it has found something
-    "value": r"^value: ", "shim": r"^shim: ", "asan": r"ERROR: AddressSanitizer", "ubsan": r"runtime error: ",
+    "value": r"^value: ",
+    "shim": r"^shim: ",
+    "asan": r"ERROR: AddressSanitizer",
+    "ubsan": r"runtime error: ",
     "tsan": r"WARNING: ThreadSanitizer: data race",
 }
 
 
 class Case(NamedTuple):
     """Arguments of run_checks.cpp: strides and offset in elements."""
+
     kernel: str
     threads: int
     vocabulary_size: int
@@ -82,44 +87,104 @@ MUTANTS = (
     Mutant("no barrier 2, by value", NO_BARRIER_2, "value", "nan, expected"),
     Mutant("no barrier 1 in the stream kernel", NO_BARRIER_1, "value", "value: loss of row", STREAM),
     Mutant("maxima and sums in one array", ONE_ARRAY, "tsan", SHARED_RACE),
-    Mutant("barrier for half of the block",
-           (("__syncthreads();  // barrier 2", "if (threadIdx.x < 64) __syncthreads();  // barrier 2"),),
-           "shim", r"waits at __syncthreads in line \d+, thread \d+ has returned"),
-    Mutant("return before a barrier",
-           (("    // 3. Sum of", "    if (threadIdx.x >= 96) return;\n    // 3. Sum of"),),
-           "shim", r"waits at __syncthreads in line \d+, thread \d+ has returned"),
-    Mutant("barrier in two branches",
-           (("__syncthreads();  // barrier 1",
-             "if (threadIdx.x / 32 == 1) __syncthreads();\nelse\n__syncthreads();  // barrier 1"),),
-           "shim", r"__syncthreads in line \d+ by thread \d+, in line \d+ by thread \d+"),
+    Mutant(
+        "barrier for half of the block",
+        (("__syncthreads();  // barrier 2", "if (threadIdx.x < 64) __syncthreads();  // barrier 2"),),
+        "shim",
+        r"waits at __syncthreads in line \d+, thread \d+ has returned",
+    ),
+    Mutant(
+        "return before a barrier",
+        (("    // 3. Sum of", "    if (threadIdx.x >= 96) return;\n    // 3. Sum of"),),
+        "shim",
+        r"waits at __syncthreads in line \d+, thread \d+ has returned",
+    ),
+    Mutant(
+        "barrier in two branches",
+        (
+            (
+                "__syncthreads();  // barrier 1",
+                "if (threadIdx.x / 32 == 1) __syncthreads();\nelse\n__syncthreads();  // barrier 1",
+            ),
+        ),
+        "shim",
+        r"__syncthreads in line \d+ by thread \d+, in line \d+ by thread \d+",
+    ),
     # Shared memory and rows: one place too far.
-    Mutant("shared index + 1, written", (("warp_sums[threadIdx.x / 32] =", "warp_sums[threadIdx.x / 32 + 1] ="),),
-           "asan", "use-after-poison"),
-    Mutant("shared index + 1, read",
-           (("warp_maxima[threadIdx.x % (THREADS / 32)]", "warp_maxima[threadIdx.x % (THREADS / 32) + 1]"),),
-           "asan", "use-after-poison"),
-    Mutant("end of the row taken for a whole vector",
-           (("n_vectors = call.vocabulary_size / PER_VECTOR",
-             "n_vectors = (call.vocabulary_size + PER_VECTOR - 1) / PER_VECTOR"),),
-           "asan", "use-after-poison"),
-    Mutant("row of weight 0 is read",
-           (("row.weight != 0.f && target >= 0 && target < call.vocabulary_size",
-             "row.weight == 0.f || (target >= 0 && target < call.vocabulary_size)"),),
-           "asan", "use-after-poison", ROW_OUT),
+    Mutant(
+        "shared index + 1, written",
+        (("warp_sums[threadIdx.x / 32] =", "warp_sums[threadIdx.x / 32 + 1] ="),),
+        "asan",
+        "use-after-poison",
+    ),
+    Mutant(
+        "shared index + 1, read",
+        (("warp_maxima[threadIdx.x % (THREADS / 32)]", "warp_maxima[threadIdx.x % (THREADS / 32) + 1]"),),
+        "asan",
+        "use-after-poison",
+    ),
+    Mutant(
+        "end of the row taken for a whole vector",
+        (
+            (
+                "n_vectors = call.vocabulary_size / PER_VECTOR",
+                "n_vectors = (call.vocabulary_size + PER_VECTOR - 1) / PER_VECTOR",
+            ),
+        ),
+        "asan",
+        "use-after-poison",
+    ),
+    Mutant(
+        "row of weight 0 is read",
+        (
+            (
+                "row.weight != 0.f && target >= 0 && target < call.vocabulary_size",
+                "row.weight == 0.f || (target >= 0 && target < call.vocabulary_size)",
+            ),
+        ),
+        "asan",
+        "use-after-poison",
+        ROW_OUT,
+    ),
     Mutant("rows misaligned for vectors", (), "ubsan", "misaligned address", ROW._replace(stride=1995)),
     Mutant("first row misaligned for vectors", (), "ubsan", "misaligned address", ROW._replace(offset=1)),
     # Strides.
-    Mutant("logits stride too long", (("i * call.logits_stride", "i * (call.logits_stride + 8)"),),
-           "asan", "use-after-poison|heap-buffer-overflow"),
-    Mutant("rows without their padding", (("i * call.logits_stride", "i * call.vocabulary_size"),), "ubsan",
-           "misaligned address"),
-    Mutant("rows without their padding, by value", (("i * call.logits_stride", "i * call.vocabulary_size"),), "value",
-           "value: ", STREAM._replace(stride=4104, place="out")),
-    Mutant("gradient rows overlap by one vector", (("i * call.gradient_stride", "i * (call.gradient_stride - 8)"),),
-           "tsan", ROW_RACE, ROW_OUT._replace(vocabulary_size=2000)),
-    Mutant("32-bit offsets", (("const long long i = blockIdx.x;", "const int i = blockIdx.x;"),
-                              ("i * call.logits_stride", "i * (int)call.logits_stride")),
-           "ubsan", "signed integer overflow", ROW._replace(stride=2**30)),
+    Mutant(
+        "logits stride too long",
+        (("i * call.logits_stride", "i * (call.logits_stride + 8)"),),
+        "asan",
+        "use-after-poison|heap-buffer-overflow",
+    ),
+    Mutant(
+        "rows without their padding",
+        (("i * call.logits_stride", "i * call.vocabulary_size"),),
+        "ubsan",
+        "misaligned address",
+    ),
+    Mutant(
+        "rows without their padding, by value",
+        (("i * call.logits_stride", "i * call.vocabulary_size"),),
+        "value",
+        "value: ",
+        STREAM._replace(stride=4104, place="out"),
+    ),
+    Mutant(
+        "gradient rows overlap by one vector",
+        (("i * call.gradient_stride", "i * (call.gradient_stride - 8)"),),
+        "tsan",
+        ROW_RACE,
+        ROW_OUT._replace(vocabulary_size=2000),
+    ),
+    Mutant(
+        "32-bit offsets",
+        (
+            ("const long long i = blockIdx.x;", "const int i = blockIdx.x;"),
+            ("i * call.logits_stride", "i * (int)call.logits_stride"),
+        ),
+        "ubsan",
+        "signed integer overflow",
+        ROW._replace(stride=2**30),
+    ),
     # The target's column.
     Mutant("target's logit read after the stores", LATE_READ, "value", "value: loss of row 0"),
     Mutant("the same in the stream kernel", LATE_READ, "value", "value: loss of row 0", STREAM),
@@ -127,16 +192,34 @@ MUTANTS = (
     Mutant("target's column written by another thread", WRONG_OWNER, "tsan", ROW_RACE),
     Mutant("the same by value", WRONG_OWNER, "value", "value: gradient", every_order=False),
     # Formulas and rounding.
-    Mutant("sum in the order of arrival",
-           (("if (threadIdx.x % 32 == 0) warp_sums[threadIdx.x / 32] = value;",
-             "if (threadIdx.x == 0) *warp_sums = 0; __syncthreads(); if (threadIdx.x % 32 == 0) *warp_sums += value;"),
-            ("value = warp_sums[threadIdx.x % (THREADS / 32)];", "return *warp_sums;")), "bits", "", FP32),
-    Mutant("softmax without the one-hot", (("fmaf(row.factor / sum, term, -row.factor)", "row.factor / sum * term"),),
-           "value", "value: gradient of row 0, column 0"),
+    Mutant(
+        "sum in the order of arrival",
+        (
+            (
+                "if (threadIdx.x % 32 == 0) warp_sums[threadIdx.x / 32] = value;",
+                "if (threadIdx.x == 0) *warp_sums = 0; __syncthreads(); "
+                "if (threadIdx.x % 32 == 0) *warp_sums += value;",
+            ),
+            ("value = warp_sums[threadIdx.x % (THREADS / 32)];", "return *warp_sums;"),
+        ),
+        "bits",
+        "",
+        FP32,
+    ),
+    Mutant(
+        "softmax without the one-hot",
+        (("fmaf(row.factor / sum, term, -row.factor)", "row.factor / sum * term"),),
+        "value",
+        "value: gradient of row 0, column 0",
+    ),
     Mutant("upstream forgotten", (("(call.upstream ? *call.upstream : 1.f)", "1.f"),), "value", "value: gradient"),
     Mutant("upstream in the loss", (("row.weight * loss", "row.factor * loss"),), "value", "value: loss"),
-    Mutant("last logits not in the sum",
-           (("float sum = exp2_approximate(score_of(tail, shift));", "float sum = 0.f;"),), "value", "value: "),
+    Mutant(
+        "last logits not in the sum",
+        (("float sum = exp2_approximate(score_of(tail, shift));", "float sum = 0.f;"),),
+        "value",
+        "value: ",
+    ),
     Mutant("logsumexp without the maximum", (("fmaf(LN_2, shift, log_sum)", "log_sum"),), "value", "value: logsumexp"),
 )
 
@@ -151,9 +234,14 @@ def mutate(text: str, replacements) -> str:
 
 
 CLEAN_CASES = (  # the text as it is, under every tool
-    ROW, ROW_OUT, ROW._replace(place="none"),
-    Case("wce_row_fp16_128x1", 128, 1003, 1008), FP32,
-    STREAM, STREAM_OUT, Case("wce_stream_fp32", 512, 31, 33, offset=3),
+    ROW,
+    ROW_OUT,
+    ROW._replace(place="none"),
+    Case("wce_row_fp16_128x1", 128, 1003, 1008),
+    FP32,
+    STREAM,
+    STREAM_OUT,
+    Case("wce_stream_fp32", 512, 31, 33, offset=3),
 )
 TSAN_CASES = (ROW, ROW_OUT, CLEAN_CASES[3], STREAM)  # a fiber costs ThreadSanitizer a millisecond
 MISALIGNED = [mutant for mutant in MUTANTS if not mutant.replacements]
@@ -183,8 +271,14 @@ def run_case(programs: dict, name: str, variant: str, case: Case, order: str) ->
     if why_no_sanitizer(variant):
         pytest.skip(why_no_sanitizer(variant))
     options = {"ASAN_OPTIONS": "detect_leaks=0", "UBSAN_OPTIONS": "print_stacktrace=0", "TSAN_OPTIONS": "exitcode=66"}
-    result = subprocess.run([programs[name, variant], *map(str, case), str(ORDERS[order])], capture_output=True,
-                            text=True, timeout=60, env={**os.environ, **options}, check=False)
+    result = subprocess.run(
+        [programs[name, variant], *map(str, case), str(ORDERS[order])],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        env={**os.environ, **options},
+        check=False,
+    )
     if result.returncode == 2 and "mmap: " in result.stderr:
         pytest.skip(f"no 8 GiB of address space for far rows: {result.stderr.strip()}")
     return result.returncode, result.stdout + result.stderr
@@ -211,8 +305,12 @@ def test_mutant_is_caught(programs, mutant):
         assert all(code == 0 for code, _ in results)
         assert len({said for _, said in results}) > 1
         return
-    caught = [code != 0 and re.search(MESSAGES[mutant.tool], said, re.MULTILINE) is not None
-              and re.search(mutant.message, said) is not None for code, said in results]
+    caught = [
+        code != 0
+        and re.search(MESSAGES[mutant.tool], said, re.MULTILINE) is not None
+        and re.search(mutant.message, said) is not None
+        for code, said in results
+    ]
     shown = "\n".join(said[:1500] for _, said in results)
     assert all(caught) if mutant.every_order else any(caught), shown
     if not mutant.every_order:  # why one order is not enough
@@ -239,7 +337,12 @@ def test_a_rounded_product_costs_the_digits_of_large_logits():
     for source in (text, separate):
         logits = torch.tensor([[1e4, 1e4 + 1, -1e4, 0.0]])
         loss = torch.zeros(1)
-        launch(emulated_library(source), "wce_row_fp32_128x1", grid=1, block=128,
-               arguments=[logits, 4, None, 0, 4, torch.tensor([0]), torch.tensor([1.0]), None, loss, None, None])
+        launch(
+            emulated_library(source),
+            "wce_row_fp32_128x1",
+            grid=1,
+            block=128,
+            arguments=[logits, 4, None, 0, 4, torch.tensor([0]), torch.tensor([1.0]), None, loss, None, None],
+        )
         errors.append(abs(loss.item() - math.log(1 + math.e)))
     assert errors[0] < 2e-6 and errors[1] > 1e-4

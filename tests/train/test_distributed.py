@@ -23,7 +23,6 @@ def batch_loss(model, batch, device):
     return linear_weighted_cross_entropy(hidden_BTD[0], model.head_weight(), batch.target_ids_T, batch.loss_weights_T)
 
 
-
 def plain_gradients(model, batches, denominator):
     """Gradients of an unsharded model through full logits and torch's own cross-entropy: none of our training code."""
     total = 0.0
@@ -64,8 +63,9 @@ def test_sharded_gradients_equal_a_plain_model(world, tied, checkpointing, sync)
     model.activation_checkpointing = checkpointing
     optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
     before = {name: local_part(parameter).detach().clone() for name, parameter in model.named_parameters()}
-    result = train_step(model, optimizer, batches, world, step=1, loss_normalization="token_mean", max_grad_norm=0.0,
-                        gradient_sync=sync)  # fmt: skip
+    result = train_step(
+        model, optimizer, batches, world, step=1, loss_normalization="token_mean", max_grad_norm=0.0, gradient_sync=sync
+    )
     assert result.denominator == pytest.approx(denominator)
     for name, parameter in model.named_parameters():
         moved = before[name] - local_part(parameter)  # SGD with rate 1: the step is the gradient

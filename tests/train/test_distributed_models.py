@@ -217,8 +217,9 @@ def test_keep_on_cpu_changes_nothing_without_cuda(world, tmp_path):
     make_folders(tmp_path)
     logits = []
     for keep_on_cpu in (False, True):
-        model = load_sharded_model(str(tmp_path / "policy"), world, dtype="float32", tokenizer_size=VOCAB_SIZE,
-                                   keep_on_cpu=keep_on_cpu)  # fmt: skip
+        model = load_sharded_model(
+            str(tmp_path / "policy"), world, dtype="float32", tokenizer_size=VOCAB_SIZE, keep_on_cpu=keep_on_cpu
+        )
         logits.append(model(random_ids(6)))
     assert torch.equal(*logits)
 

@@ -1,4 +1,5 @@
 """The loss as operators of torch.library: torch's own checks, torch.compile of a train step, one differentiation."""
+
 import json
 import math
 
@@ -7,9 +8,9 @@ import torch
 from torch.library import opcheck
 
 from run_sft import main
-from tests.train.test_weighted_cross_entropy import make_rows, oracle
 from tests.support.tiny_ppo import run_ppo_here
 from tests.support.tiny_run import random_batch, tiny_files, tiny_model
+from tests.train.test_weighted_cross_entropy import make_rows, oracle
 from train import weighted_cross_entropy as module_file
 from train.cuda.launch import LossBackendError, agree_on_loss_backend, choose_loss_backend
 from train.distributed import init_world
@@ -27,9 +28,12 @@ def trained_rows(dtype=torch.float64, requires_grad=True):
     hidden_MD, head_weight_VD, target_ids_M, loss_weights_M = make_rows(dtype, n_rows=21)
     index_K = loss_weights_M.nonzero().squeeze(1)
     compute = torch.float64 if dtype == torch.float64 else torch.float32
-    rows = (hidden_MD.detach()[index_K].requires_grad_(requires_grad),
-            head_weight_VD.detach().requires_grad_(requires_grad),
-            target_ids_M[index_K], loss_weights_M[index_K].to(compute))
+    rows = (
+        hidden_MD.detach()[index_K].requires_grad_(requires_grad),
+        head_weight_VD.detach().requires_grad_(requires_grad),
+        target_ids_M[index_K],
+        loss_weights_M[index_K].to(compute),
+    )
     return rows, index_K
 
 
@@ -43,8 +47,10 @@ def test_operators_pass_opcheck():
     opcheck(module_file._in_chunks, (hidden_KD.detach(), *rows[1:], None, 5, False, True, "torch"))
     opcheck(module_file._token_logprobs, (*rows[:3], 5, "torch"))
     opcheck(module_file._logits_loss, (logits_KV, target_ids_K, loss_weights_K, "torch"))
-    opcheck(module_file._logits_gradient,
-            (torch.ones((), dtype=loss_weights_K.dtype), logits_KV.detach(), target_ids_K, loss_weights_K, "torch"))
+    opcheck(
+        module_file._logits_gradient,
+        (torch.ones((), dtype=loss_weights_K.dtype), logits_KV.detach(), target_ids_K, loss_weights_K, "torch"),
+    )
     opcheck(module_file._checked_index, (loss_weights_K, torch.arange(12)))
 
 
@@ -54,8 +60,9 @@ def test_operators_of_the_linear_loss_save_no_second_copy():
     sizes = {}
     for name, max_rows in (("one piece", 12), ("chunks", 5)):
         saved = []
-        with torch.autograd.graph.saved_tensors_hooks(lambda each, saved=saved: saved.append(each) or each,
-                                                      lambda each: each):
+        with torch.autograd.graph.saved_tensors_hooks(
+            lambda each, saved=saved: saved.append(each) or each, lambda each: each
+        ):
             linear_weighted_cross_entropy(*rows, chunk_rows=max_rows)
         sizes[name] = [tuple(each.shape) for each in saved]
     assert sizes == {"one piece": [(12, 11), (12, 5), (11, 5)], "chunks": [(12, 5), (11, 5)]}
@@ -74,8 +81,9 @@ def test_compiled_loss_is_one_graph_with_equal_bits(chunk_rows, dynamic):
     index_K = loss_weights_M.nonzero().squeeze(1)
 
     def loss_of(hidden_MD, head_weight_VD, target_ids_M, loss_weights_M, index_K):
-        return 0.5 * linear_weighted_cross_entropy(hidden_MD, head_weight_VD, target_ids_M, loss_weights_M,
-                                                   trained_index_K=index_K, chunk_rows=chunk_rows)
+        return 0.5 * linear_weighted_cross_entropy(
+            hidden_MD, head_weight_VD, target_ids_M, loss_weights_M, trained_index_K=index_K, chunk_rows=chunk_rows
+        )
 
     inputs = (hidden_MD, head_weight_VD, target_ids_M, loss_weights_M, index_K)
     eager = loss_of(*inputs)
@@ -106,8 +114,9 @@ def test_checks_of_the_data_still_speak_from_inside_the_graph():
     target_ids_M[4] = 11
 
     def loss_of(index_K):
-        return linear_weighted_cross_entropy(hidden_MD, head_weight_VD, target_ids_M, loss_weights_M,
-                                             trained_index_K=index_K)
+        return linear_weighted_cross_entropy(
+            hidden_MD, head_weight_VD, target_ids_M, loss_weights_M, trained_index_K=index_K
+        )
 
     loss_of = compiled(loss_of, fullgraph=True)
     with pytest.raises(ValueError, match=r"target id 11 at row 4 .*\[0, 11\)"):
@@ -132,18 +141,29 @@ def test_compiled_train_steps_equal_eager_ones(backend):
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
 
         def loss_of(input_ids_T, position_ids_T, target_ids_T, loss_weights_T, index_K, lengths, model=model):
-            hidden_BTD = model(input_ids_T[None], position_ids_BT=position_ids_T[None], segment_lengths=lengths,
-                               return_hidden=True)
-            return linear_weighted_cross_entropy(hidden_BTD[0], model.head_weight(), target_ids_T, loss_weights_T,
-                                                 trained_index_K=index_K)
+            hidden_BTD = model(
+                input_ids_T[None], position_ids_BT=position_ids_T[None], segment_lengths=lengths, return_hidden=True
+            )
+            return linear_weighted_cross_entropy(
+                hidden_BTD[0], model.head_weight(), target_ids_T, loss_weights_T, trained_index_K=index_K
+            )
 
         if use_compiler:
             torch._dynamo.reset()
             loss_of = torch.compile(loss_of, backend=backend, fullgraph=True)
         losses = []
         for batch in batches:
-            loss = loss_of(batch.input_ids_T, batch.position_ids_T, batch.target_ids_T, batch.loss_weights_T,
-                           batch.trained_index_K, batch.segment_lengths) / batch.denominator
+            loss = (
+                loss_of(
+                    batch.input_ids_T,
+                    batch.position_ids_T,
+                    batch.target_ids_T,
+                    batch.loss_weights_T,
+                    batch.trained_index_K,
+                    batch.segment_lengths,
+                )
+                / batch.denominator
+            )
             loss.backward()
             optimizer.step()
             optimizer.zero_grad()
@@ -211,9 +231,11 @@ def test_gradient_is_scaled_before_it_is_rounded_to_fp16():
 # -------------------------------------------------------------------------------------------------- choice of a backend
 def test_unknown_backend_is_refused():
     rows = make_rows()
-    for call in (lambda: linear_weighted_cross_entropy(*rows, backend="triton"),
-                 lambda: linear_token_logprobs(*rows[:3], backend="auto"),
-                 lambda: weighted_cross_entropy(rows[0] @ rows[1].T, *rows[2:], backend="")):
+    for call in (
+        lambda: linear_weighted_cross_entropy(*rows, backend="triton"),
+        lambda: linear_token_logprobs(*rows[:3], backend="auto"),
+        lambda: weighted_cross_entropy(rows[0] @ rows[1].T, *rows[2:], backend=""),
+    ):
         with pytest.raises(ValueError, match="backend: found"):
             call()
 
@@ -288,11 +310,22 @@ def test_ppo_hands_its_backend_to_every_log_probability(tmp_path, monkeypatch):
 
 def test_train_step_passes_the_backend_on(monkeypatch):
     world, model = init_world("cpu"), tiny_model()
-    monkeypatch.setattr("train.sft_loop.linear_weighted_cross_entropy", lambda *_, backend, **__: 1 / 0 if backend ==
-                        "cuda" else math.nan)
+    monkeypatch.setattr(
+        "train.sft_loop.linear_weighted_cross_entropy",
+        lambda *_, backend, **__: 1 / 0 if backend == "cuda" else math.nan,
+    )
     with pytest.raises(ZeroDivisionError):
-        train_step(model, torch.optim.SGD(model.parameters()), [random_batch(0)], world, step=1, max_grad_norm=0.0,
-                   loss_normalization="token_mean", gradient_sync="last", loss_backend="cuda")
+        train_step(
+            model,
+            torch.optim.SGD(model.parameters()),
+            [random_batch(0)],
+            world,
+            step=1,
+            max_grad_norm=0.0,
+            loss_normalization="token_mean",
+            gradient_sync="last",
+            loss_backend="cuda",
+        )
 
 
 def test_oracle_agrees_with_the_operators_on_all_rows():

@@ -34,18 +34,32 @@ def sharded(world, **changes):
 
 
 def one_step(model, optimizer, batches, world, *, normalization="token_mean", step=1):
-    return train_step(model, optimizer, batches, world, step=step, loss_normalization=normalization, max_grad_norm=0.0,
-                      gradient_sync="last")  # fmt: skip
+    return train_step(
+        model,
+        optimizer,
+        batches,
+        world,
+        step=step,
+        loss_normalization=normalization,
+        max_grad_norm=0.0,
+        gradient_sync="last",
+    )
 
 
 def encoded_rows(normalization):
     model_dir, data = tiny_files()
     tokenizer = load_tokenizer(model_dir)
     return [
-        encode_trajectory(trajectory, tokenizer, error_filter="structured", key_tokens=True, max_key_token_weight=9.0,
-                          loss_normalization=normalization)
+        encode_trajectory(
+            trajectory,
+            tokenizer,
+            error_filter="structured",
+            key_tokens=True,
+            max_key_token_weight=9.0,
+            loss_normalization=normalization,
+        )
         for trajectory in read_trajectories(data)[:5]
-    ]  # fmt: skip
+    ]
 
 
 def oracle_loss(normalization):
@@ -133,8 +147,15 @@ def run_loop(world, output, *, optimizer=None, total_steps=6, **settings):
     shard_model(model, world, dtype="float32")
     optimizer = optimizer(model) if optimizer else torch.optim.SGD(model.parameters(), lr=0.1)
     config = SFTConfig(output=str(output), loss_normalization="token_mean", plot="off", **settings)
-    result = train_sft(config, model, optimizer, world, step_batches=lambda step: [random_batch(step)],
-                       total_steps=total_steps, sources={"data": "random"})  # fmt: skip
+    result = train_sft(
+        config,
+        model,
+        optimizer,
+        world,
+        step_batches=lambda step: [random_batch(step)],
+        total_steps=total_steps,
+        sources={"data": "random"},
+    )
     return result, model, optimizer
 
 

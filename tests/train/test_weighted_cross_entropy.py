@@ -1,4 +1,5 @@
 """Weighted cross-entropy: hand-worked numbers, PyTorch's loss, finite differences, promises about rows."""
+
 import math
 
 import pytest
@@ -144,10 +145,15 @@ def test_bf16_head_gradient_is_accumulated_in_fp32():
 @pytest.mark.parametrize("chunk_rows", CHUNKS)
 def test_gradcheck(chunk_rows):
     hidden_MD, head_weight_VD, target_ids_M, loss_weights_M = make_rows()
-    assert gradcheck(lambda hidden, head: linear_weighted_cross_entropy(
-        hidden, head, target_ids_M, loss_weights_M, chunk_rows=chunk_rows), (hidden_MD, head_weight_VD))
-    assert gradcheck(lambda hidden, head: linear_token_logprobs(hidden, head, target_ids_M, chunk_rows),
-                     (hidden_MD, head_weight_VD))
+    assert gradcheck(
+        lambda hidden, head: linear_weighted_cross_entropy(
+            hidden, head, target_ids_M, loss_weights_M, chunk_rows=chunk_rows
+        ),
+        (hidden_MD, head_weight_VD),
+    )
+    assert gradcheck(
+        lambda hidden, head: linear_token_logprobs(hidden, head, target_ids_M, chunk_rows), (hidden_MD, head_weight_VD)
+    )
 
 
 def test_gradcheck_on_logits():
@@ -213,8 +219,9 @@ def test_inf_in_a_weighted_row_is_not_hidden():
 def test_no_trained_row_gives_a_connected_zero(n_rows):
     hidden_MD, head_weight_VD, target_ids_M, _ = make_rows(torch.float32, n_rows=n_rows)
     empty = torch.zeros(0, dtype=torch.long)
-    loss = linear_weighted_cross_entropy(hidden_MD, head_weight_VD, target_ids_M, torch.zeros(n_rows),
-                                         trained_index_K=empty)
+    loss = linear_weighted_cross_entropy(
+        hidden_MD, head_weight_VD, target_ids_M, torch.zeros(n_rows), trained_index_K=empty
+    )
     assert loss.item() == 0 and loss.dtype == torch.float32
     (loss / 3).backward()
     assert torch.equal(hidden_MD.grad, torch.zeros(n_rows, 5)) and torch.equal(head_weight_VD.grad, torch.zeros(11, 5))

@@ -5,6 +5,7 @@ alignment, the checks that keep a wrong pointer from reaching it, and the launch
 
 Shape legend: C rows of logits, V vocabulary.
 """
+
 from __future__ import annotations
 
 from pathlib import Path
@@ -79,8 +80,10 @@ def _obstacle(device: torch.device) -> str | None:
     except CudaKernelError as error:
         return str(error)
     except RuntimeError as error:  # torch met a fault of a kernel; after that nothing works on this device any more
-        raise LossBackendError(f"--loss_backend: the check of the kernels broke off on {device}, start again with "
-                               f"torch ({' '.join(str(error).split())})") from None
+        raise LossBackendError(
+            f"--loss_backend: the check of the kernels broke off on {device}, start again with "
+            f"torch ({' '.join(str(error).split())})"
+        ) from None
     return None
 
 
@@ -98,7 +101,8 @@ def check_kernels(device: torch.device, dtype: torch.dtype, vocab_size: int) -> 
     loss_C = cuda_chunk_loss_and_gradient_(found_CV, target_ids_C.to(device), loss_weights_C.to(device), True)
     rounding = torch.finfo(dtype).eps * exact_CV.abs() + 1e-5
     is_right = ((loss_C.cpu() - exact_loss_C).abs() <= 1e-5 * exact_loss_C.abs() + 1e-5).all() and (
-        (found_CV.cpu() - exact_CV).abs() <= rounding).all()
+        (found_CV.cpu() - exact_CV).abs() <= rounding
+    ).all()
     if not is_right:
         raise CudaKernelError(f"the kernels of {SOURCE.name} and PyTorch disagree on {device} for {dtype}")
 
@@ -113,8 +117,10 @@ def choose_kernel(dtype: torch.dtype, vocab_size: int, *matrices: Tensor) -> tup
     Row kernels move 16 bytes at a time: rows that do not all begin at a multiple of that, or are too long for the
     registers of 1024 threads, go to the streaming kernel.
     """
-    is_aligned = all(each.data_ptr() % VECTOR_BYTES == 0 and each.stride(0) * each.element_size() % VECTOR_BYTES == 0
-                     for each in matrices)
+    is_aligned = all(
+        each.data_ptr() % VECTOR_BYTES == 0 and each.stride(0) * each.element_size() % VECTOR_BYTES == 0
+        for each in matrices
+    )
     if is_aligned:
         for threads, vectors in ROW_KERNELS:
             if vocab_size * dtype.itemsize <= threads * vectors * VECTOR_BYTES:
@@ -123,8 +129,14 @@ def choose_kernel(dtype: torch.dtype, vocab_size: int, *matrices: Tensor) -> tup
 
 
 def cuda_row_cross_entropy(
-    logits_CV: Tensor, target_ids_C: Tensor, loss_weights_C: Tensor, gradient_CV: Tensor | None = None, *,
-    upstream: Tensor | None = None, logsumexps_C: Tensor | None = None, bad_row: Tensor | None = None,
+    logits_CV: Tensor,
+    target_ids_C: Tensor,
+    loss_weights_C: Tensor,
+    gradient_CV: Tensor | None = None,
+    *,
+    upstream: Tensor | None = None,
+    logsumexps_C: Tensor | None = None,
+    bad_row: Tensor | None = None,
     kernel: tuple[str, int] | None = None,
 ) -> Tensor:
     """Weighted cross-entropy of each row, (C,) fp32 (E9); gradient_CV, if given, receives its gradient (E10).
@@ -150,13 +162,26 @@ def cuda_row_cross_entropy(
     matrices = (logits_CV,) if gradient_CV is None else (logits_CV, gradient_CV)
     name, threads = kernel or choose_kernel(logits_CV.dtype, vocab_size, *matrices)
     device_index, stream = device_and_stream(logits_CV)
-    launch(load_kernels(SOURCE, device_index), name, grid=n_rows, block=threads, stream=stream, parameters=(
-        (POINTER, logits_CV.data_ptr()), (INT64, logits_CV.stride(0)),
-        (POINTER, _address(gradient_CV)), (INT64, 0 if gradient_CV is None else gradient_CV.stride(0)),
-        (INT32, vocab_size), (POINTER, target_ids_C.data_ptr()), (POINTER, loss_weights_C.data_ptr()),
-        (POINTER, _address(upstream)), (POINTER, losses_C.data_ptr()), (POINTER, _address(logsumexps_C)),
-        (POINTER, _address(bad_row)),
-    ))  # fmt: skip
+    launch(
+        load_kernels(SOURCE, device_index),
+        name,
+        grid=n_rows,
+        block=threads,
+        stream=stream,
+        parameters=(
+            (POINTER, logits_CV.data_ptr()),
+            (INT64, logits_CV.stride(0)),
+            (POINTER, _address(gradient_CV)),
+            (INT64, 0 if gradient_CV is None else gradient_CV.stride(0)),
+            (INT32, vocab_size),
+            (POINTER, target_ids_C.data_ptr()),
+            (POINTER, loss_weights_C.data_ptr()),
+            (POINTER, _address(upstream)),
+            (POINTER, losses_C.data_ptr()),
+            (POINTER, _address(logsumexps_C)),
+            (POINTER, _address(bad_row)),
+        ),
+    )
     return losses_C
 
 
@@ -182,9 +207,14 @@ def cuda_scale_(values: Tensor, factor: Tensor) -> None:
         return
     device_index, stream = device_and_stream(values)
     grid = min(-(-values.numel() * values.element_size() // (VECTOR_BYTES * SCALE_THREADS)), SCALE_MAX_BLOCKS)
-    launch(load_kernels(SOURCE, device_index), f"wce_scale_{DTYPES[values.dtype]}", grid=grid, block=SCALE_THREADS,
-           stream=stream, parameters=((POINTER, values.data_ptr()), (INT64, values.numel()),
-                                      (POINTER, factor.data_ptr())))
+    launch(
+        load_kernels(SOURCE, device_index),
+        f"wce_scale_{DTYPES[values.dtype]}",
+        grid=grid,
+        block=SCALE_THREADS,
+        stream=stream,
+        parameters=((POINTER, values.data_ptr()), (INT64, values.numel()), (POINTER, factor.data_ptr())),
+    )
 
 
 def _address(tensor: Tensor | None) -> int:
@@ -193,15 +223,25 @@ def _address(tensor: Tensor | None) -> int:
 
 def _check_matrix(name: str, matrix: Tensor, logits_CV: Tensor) -> None:
     if matrix.dtype not in DTYPES or matrix.dim() != 2 or matrix.shape[1] == 0 or matrix.stride(1) != 1:
-        raise ValueError(f"{name} {tuple(matrix.shape)}, {matrix.dtype}, stride {matrix.stride()}: expected bf16, fp16 "
-                         "or fp32 of two dimensions with contiguous rows")
+        raise ValueError(
+            f"{name} {tuple(matrix.shape)}, {matrix.dtype}, stride {matrix.stride()}: expected bf16, fp16 "
+            "or fp32 of two dimensions with contiguous rows"
+        )
     if (matrix.shape, matrix.dtype, matrix.device) != (logits_CV.shape, logits_CV.dtype, logits_CV.device):
-        raise ValueError(f"{name} {tuple(matrix.shape)}, {matrix.dtype} on {matrix.device}, expected as the logits "
-                         f"{tuple(logits_CV.shape)}, {logits_CV.dtype} on {logits_CV.device}")
+        raise ValueError(
+            f"{name} {tuple(matrix.shape)}, {matrix.dtype} on {matrix.device}, expected as the logits "
+            f"{tuple(logits_CV.shape)}, {logits_CV.dtype} on {logits_CV.device}"
+        )
 
 
 def _check_vector(name: str, vector: Tensor | None, dtype: torch.dtype, length: int, logits: Tensor) -> None:
-    if vector is not None and (vector.dtype != dtype or vector.numel() != length or not vector.is_contiguous()
-                               or vector.device != logits.device):
-        raise ValueError(f"{name} {tuple(vector.shape)}, {vector.dtype} on {vector.device}, expected {length} of "
-                         f"{dtype}, contiguous, on {logits.device}")
+    if vector is not None and (
+        vector.dtype != dtype
+        or vector.numel() != length
+        or not vector.is_contiguous()
+        or vector.device != logits.device
+    ):
+        raise ValueError(
+            f"{name} {tuple(vector.shape)}, {vector.dtype} on {vector.device}, expected {length} of "
+            f"{dtype}, contiguous, on {logits.device}"
+        )

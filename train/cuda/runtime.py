@@ -36,8 +36,9 @@ def _bindings() -> tuple[ModuleType, ModuleType]:
     try:
         from cuda.bindings import driver, nvrtc
     except ImportError as error:
-        raise CudaKernelError("cuda-bindings is not installed, see requirements-cuda.txt "
-                              f"({_one_line(error)})") from None
+        raise CudaKernelError(
+            f"cuda-bindings is not installed, see requirements-cuda.txt ({_one_line(error)})"
+        ) from None
     return driver, nvrtc
 
 
@@ -81,8 +82,10 @@ def choose_architecture(capability: tuple[int, int]) -> str:
         return f"sm_{wanted}"
     older = [each for each in supported if each < wanted]
     if not older:
-        raise CudaKernelError(f"NVRTC {'.'.join(map(str, nvrtc_version()))} compiles for compute capability "
-                              f"{min(supported) / 10} and later, found a device of {wanted / 10}")
+        raise CudaKernelError(
+            f"NVRTC {'.'.join(map(str, nvrtc_version()))} compiles for compute capability "
+            f"{min(supported) / 10} and later, found a device of {wanted / 10}"
+        )
     return f"compute_{max(older)}"
 
 
@@ -265,8 +268,9 @@ def _check_parameters(function: object, name: str, parameter_types: Sequence[typ
                 return
             raise CudaKernelError(f"{name}: found fewer parameters than the {len(parameter_types)} expected") from None
         if tuple(found) != (offset, size):
-            raise CudaKernelError(f"{name}: parameter {number} has offset and size {tuple(found)}, "
-                                  f"expected {(offset, size)}")
+            raise CudaKernelError(
+                f"{name}: parameter {number} has offset and size {tuple(found)}, expected {(offset, size)}"
+            )
         offset += size
     if int(driver.cuFuncGetParamInfo(function, len(parameter_types))[0]) == 0:
         raise CudaKernelError(f"{name}: found more parameters than the {len(parameter_types)} expected")
@@ -281,8 +285,21 @@ def launch(module: KernelModule, name: str, *, grid: int, block: int, stream: in
     function = find_kernel(module, name, types)
     values = tuple(value for _, value in parameters)
     with _current(module.context):
-        _driver("cuLaunchKernel", function, grid, 1, 1, block, 1, 1, 0, stream, (values, types), 0,
-                place=f"{name}, {grid} blocks of {block} threads")
+        _driver(
+            "cuLaunchKernel",
+            function,
+            grid,
+            1,
+            1,
+            block,
+            1,
+            1,
+            0,
+            stream,
+            (values, types),
+            0,
+            place=f"{name}, {grid} blocks of {block} threads",
+        )
 
 
 def device_and_stream(tensor: torch.Tensor) -> tuple[int, int]:
@@ -317,5 +334,3 @@ def _driver(name: str, *arguments: object, place: str = "") -> tuple:
 def _description(driver: ModuleType, status: object) -> str:
     failed, text = driver.cuGetErrorString(status)
     return "" if int(failed) or not text else f", {text.decode(errors='replace')}"
-
-
