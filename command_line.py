@@ -11,9 +11,9 @@ import os
 import re
 import sys
 from collections.abc import Sequence
-from dataclasses import MISSING, Field, fields
+from dataclasses import MISSING, Field, field, fields
 from pathlib import Path
-from typing import NoReturn, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 Config = TypeVar("Config")
 EXIT_BAD_INPUT = 2
@@ -29,6 +29,33 @@ class _OneLineParser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         raise ConfigError(message)
+
+
+def setting(
+    default: object,
+    meaning: str,
+    *,
+    choices: tuple = (),
+    low: float | None = None,
+    high: float | None = None,
+    free: bool = False,
+) -> Any:
+    """A dataclass field with its help line, and the values it may have: one of `choices`, or low <= value <= high.
+
+    free: the field does not change what is learned, so a run may resume with another value. Paths are free, because
+    their content counts instead; micro_batch_size is free, because it changes rounding only.
+    """
+    return field(
+        default=default, metadata={"help": meaning, "choices": choices, "low": low, "high": high, "free": free}
+    )
+
+
+def run_identity(config: object, sources: dict[str, object]) -> dict:
+    """What makes two runs the same run: every field of `config` that is not free, and `sources`.
+
+    sources: fingerprints of what goes in, e.g. {"data_sha256": ...}.
+    """
+    return {each.name: getattr(config, each.name) for each in fields(config) if not each.metadata["free"]} | sources
 
 
 def read_config(

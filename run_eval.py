@@ -11,14 +11,13 @@ import fcntl
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TextIO
 
-from command_line import ConfigError, fail, read_config
+from command_line import ConfigError, fail, read_config, setting
 from data.formats.prompts import PROMPT_FORMATS, PromptError, encode_formatted_prompt
-from data.json_records import write_json_lines, write_text
-from data.trajectories import DataError
+from data.json_records import DataError, write_json_lines, write_text
 from eval.benchmark_data import BENCHMARK_COUNTS, BENCHMARK_FILES, DIALOGUE_BENCHMARKS, benchmark_file
 from eval.benchmarks import score_predictions
 from eval.dialogues.journal import DialogueJournal, DialogueTask
@@ -43,86 +42,77 @@ USER_ERRORS = (ConfigError, DataError, ModelFolderError, PromptError, OSError)
 TINY_DATA = Path("assets/tiny_data")  # of the bundled benchmarks where --benchmark_dir does not have them
 
 
-def _setting(
-    default: object, meaning: str, *, choices: tuple = (), low: float | None = None, high: float | None = None
-):
-    """A dataclass field with its help line, and the values it may have: one of `choices`, or low <= value <= high."""
-    return field(default=default, metadata={"help": meaning, "choices": choices, "low": low, "high": high})
-
-
 @dataclass(slots=True)
 class EvalConfig:
     """All settings of one evaluation."""
 
-    model: str = _setting("runs/sft/final", "folder of the model, Hugging Face layout; with --endpoint its name there")
-    benchmarks: str = _setting("tiny-seen,tiny-unseen", f"comma-separated, of {', '.join(BENCHMARK_FILES)}")
-    benchmark_dir: str = _setting("assets/tiny_data", "folder of the benchmark files (docs/benchmarks.md)")
-    check_files: str = _setting(
+    model: str = setting("runs/sft/final", "folder of the model, Hugging Face layout; with --endpoint its name there")
+    benchmarks: str = setting("tiny-seen,tiny-unseen", f"comma-separated, of {', '.join(BENCHMARK_FILES)}")
+    benchmark_dir: str = setting("assets/tiny_data", "folder of the benchmark files (docs/benchmarks.md)")
+    check_files: str = setting(
         "on", "compare published benchmark files with their sha256; off for files of your own", choices=("on", "off")
     )
-    prompt_format: str = _setting(
+    prompt_format: str = setting(
         "tl",
         "form of prompt and calls, by model: docs/prompt_formats.md; plain is that of the bundled base model",
         choices=PROMPT_FORMATS,
     )
-    endpoint: str = _setting("", "base URL of an OpenAI-compatible server, http://HOST:PORT/v1; empty = model folder")
-    endpoint_key: str = _setting("OPENAI_API_KEY", "environment variable that holds the endpoint's key")
-    endpoint_timeout: float = _setting(120.0, "seconds that the endpoint may take for one answer", low=0.1)
-    endpoint_attempts: int = _setting(6, "requests per record before the run ends, with growing pauses between", low=1)
-    endpoint_concurrency: int = _setting(8, "requests at the endpoint at a time", low=1)
-    predictions: str = _setting("", "score this file of predictions (one benchmark), no model; empty = predict")
-    rules: str = _setting(
+    endpoint: str = setting("", "base URL of an OpenAI-compatible server, http://HOST:PORT/v1; empty = model folder")
+    endpoint_key: str = setting("OPENAI_API_KEY", "environment variable that holds the endpoint's key")
+    endpoint_timeout: float = setting(120.0, "seconds that the endpoint may take for one answer", low=0.1)
+    endpoint_attempts: int = setting(6, "requests per record before the run ends, with growing pauses between", low=1)
+    endpoint_concurrency: int = setting(8, "requests at the endpoint at a time", low=1)
+    predictions: str = setting("", "score this file of predictions (one benchmark), no model; empty = predict")
+    rules: str = setting(
         "default",
         "official = the benchmark's own scorer, fair = empty arguments may be right; "
         "default is official for RoTBench, fair for the others",
         choices=("default", "official", "fair"),
     )
-    execute_code: str = _setting(
+    execute_code: str = setting(
         "off",
         "run code that the model wrote, in the sandbox (docs/sandbox.md); HumanEval needs it",
         choices=("on", "off"),
     )
-    tool_executor: str = _setting(
+    tool_executor: str = setting(
         "auto",
         "who answers the calls of a dialogue: tools of this project, a simulation by "
         "the documents, a file; auto = local where there is a tool, else simulated "
         "(docs/tool_runtime.md)",
         choices=EXECUTOR_KINDS,
     )
-    instability_rate: float = _setting(
+    instability_rate: float = setting(
         0.0, "share of simulated calls that fail as if the service were down", low=0.0, high=1.0
     )
-    call_failure_rate: float = _setting(
-        0.0, "share of simulated calls that the tool itself fails on", low=0.0, high=1.0
-    )
-    recorded_calls: str = _setting("", "file of calls and their feedback for --tool_executor recorded")
-    record_calls: str = _setting(
+    call_failure_rate: float = setting(0.0, "share of simulated calls that the tool itself fails on", low=0.0, high=1.0)
+    recorded_calls: str = setting("", "file of calls and their feedback for --tool_executor recorded")
+    record_calls: str = setting(
         "", "write every call and its feedback to this file, for --recorded_calls of other runs"
     )
-    max_turns: int = _setting(MAX_TURNS, "model outputs of a dialogue (ToolEyes and paper: 9)", low=1, high=MAX_TURNS)
-    max_dialogue_tokens: int = _setting(
+    max_turns: int = setting(MAX_TURNS, "model outputs of a dialogue (ToolEyes and paper: 9)", low=1, high=MAX_TURNS)
+    max_dialogue_tokens: int = setting(
         8192,
         "prompt and output together, at most the model's positions; a dialogue "
         "that grows beyond ends. The key/value cache holds batch_size times as many",
         low=2,
     )
-    limit: int = _setting(0, "only the first N records of each benchmark; 0 = all", low=0)
-    max_new_tokens: int = _setting(
+    limit: int = setting(0, "only the first N records of each benchmark; 0 = all", low=0)
+    max_new_tokens: int = setting(
         128, "longest output of a call, tokens; longer ones are cut and count as they are", low=1
     )
-    max_answer_tokens: int = _setting(384, "the same for gsm8k and humaneval", low=1)
-    max_turn_tokens: int = _setting(512, "the same for a turn of a dialogue, whose answer may be long", low=1)
-    batch_size: int = _setting(32, "prompts generated together on one rank; memory and speed only", low=1)
-    output: str = _setting("runs/eval", "folder of predictions, results, summary.json, report.md, plots")
-    resume: str = _setting(
+    max_answer_tokens: int = setting(384, "the same for gsm8k and humaneval", low=1)
+    max_turn_tokens: int = setting(512, "the same for a turn of a dialogue, whose answer may be long", low=1)
+    batch_size: int = setting(32, "prompts generated together on one rank; memory and speed only", low=1)
+    output: str = setting("runs/eval", "folder of predictions, results, summary.json, report.md, plots")
+    resume: str = setting(
         "auto",
         "auto keeps predictions that output already holds for this model and settings; "
         "never refuses a folder that has some",
         choices=("auto", "never"),
     )
-    seed: int = _setting(0, "seed of every random generator and of the tools; greedy calls do not depend on it", low=0)
-    dtype: str = _setting("float32", "compute type", choices=("float32", "bfloat16"))
-    device: str = _setting("auto", "auto takes CUDA where present", choices=("auto", "cpu", "cuda"))
+    seed: int = setting(0, "seed of every random generator and of the tools; greedy calls do not depend on it", low=0)
+    dtype: str = setting("float32", "compute type", choices=("float32", "bfloat16"))
+    device: str = setting("auto", "auto takes CUDA where present", choices=("auto", "cpu", "cuda"))
 
     def validate(self) -> None:
         """Checks that need more than one field's bounds; raises ValueError naming the field."""

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from command_line import ConfigError, fail, read_config
-from data.trajectories import DataError
+from data.json_records import DataError
 from model.config import ModelFolderError
 from model.pretrained_weights import check_same_shape, save_pretrained_streamed, save_value_model
 from model.pretrained_weights import read_config as read_model_config

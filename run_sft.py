@@ -11,7 +11,7 @@ from pathlib import Path
 
 from command_line import ConfigError, fail, read_config
 from data.batches import step_batches, steps_per_epoch
-from data.trajectories import DataError
+from data.json_records import DataError
 from model.config import ModelFolderError
 from model.pretrained_weights import save_pretrained_streamed
 from model.tokenizer import load_tokenizer

@@ -44,7 +44,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from command_line import ConfigError, fail
-from data.trajectories import DataError
+from data.json_records import DataError
 from model.config import ModelConfig, ModelFolderError
 from model.pretrained_weights import save_pretrained
 from model.tokenizer import load_tokenizer

@@ -19,9 +19,10 @@ import torch
 
 from data.batches import PackedBatch, pack
 from data.error_filter import ERROR_FILTERS
+from data.json_records import DataError
 from data.loss_weights import EncodedTrajectory, encode_trajectory, expand_per_turn
 from data.tool_calls import ToolCall
-from data.trajectories import DataError, Message, Trajectory, read_trajectories
+from data.trajectories import Message, Trajectory, read_trajectories
 from model.config import ModelConfig, ModelFolderError
 from model.tokenizer import Tokenizer, load_tokenizer
 from model.transformer import Transformer

@@ -11,8 +11,8 @@ from math import ceil
 
 import torch
 
+from data.json_records import DataError
 from data.loss_weights import EncodedTrajectory
-from data.trajectories import DataError
 
 
 @dataclass(frozen=True, slots=True, eq=False)

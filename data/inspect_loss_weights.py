@@ -16,10 +16,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from data.error_filter import CATEGORIES, ERROR_FILTERS, TurnDecision, compare_filters, decide_masked_turns
+from data.json_records import DataError
 from data.loss_weights import LOSS_NORMALIZATIONS, encode_trajectory
 from data.loss_weights_page import render_page
 from data.token_view import SampleView, TokenView, TurnView, printable, view_sample
-from data.trajectories import DataError, Trajectory, read_trajectories
+from data.trajectories import Trajectory, read_trajectories
 from model.tokenizer import load_tokenizer
 
 # Colours repeat what the markers say; --no_color, NO_COLOR or a pipe leave the markers alone.

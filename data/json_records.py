@@ -1,79 +1,224 @@
-"""JSONL files and JSON lists: reading with file:line errors, atomic writing."""
+"""JSON and JSON lines: the one reader of every data, answer and prediction file, and atomic writing.
+
+One file gets one verdict, whoever reads it: UTF-8 with or without a byte order mark, no key twice in an object, no NaN
+or Infinity, no integer of thousands of digits, no bottomless nesting. What is malformed raises `DataError` in one line,
+`file:line: found ..., expected ...`.
+"""
 
 import json
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from data.trajectories import DataError
+
+class DataError(ValueError):
+    """The user's data file is not what it should be; the message is one line with file, line, finding, expectation."""
 
 
-def read_json_lines(path: Path, *, drop_partial_last_line: bool) -> tuple[list[tuple[int, dict]], bool]:
-    """The objects of a JSONL file as (line number from 1, object), and whether a partial last line was dropped.
+# ---------------------------------------------------------------------------------------------------------------------
+# Reading
 
-    Blank lines are skipped. With `drop_partial_last_line`, a last line that has no line feed and is not JSON - what a
-    killed writer leaves - is left out instead of being an error. Raises DataError with `file:line`.
+
+def read_records(path: str | Path) -> Iterator[tuple[int, object]]:
+    """(line from 1, value) of the items of a JSON list, or of the lines of a JSONL file; the first character decides.
+
+    One value is in memory at a time, beside the text. Raises DataError, also for a file without any value.
     """
-    try:
-        raw = path.read_bytes()
-    except OSError as error:
-        raise DataError(f"{path}: found {error.strerror or error}, expected a readable JSONL file") from None
-    lines = raw.split(b"\n")
-    rows: list[tuple[int, dict]] = []
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line.decode("utf-8"), parse_constant=_refuse_constant)
-        except (ValueError, RecursionError) as error:  # JSONDecodeError, UnicodeDecodeError and too long integers too
-            if drop_partial_last_line and number == len(lines):
-                return rows, True
-            reason = "nested too deeply" if isinstance(error, RecursionError) else error
-            raise DataError(f"{path}:{number}: found no valid JSON ({reason}), expected one JSON object") from None
-        if not isinstance(row, dict):
-            raise DataError(f"{path}:{number}: found {type(row).__name__}, expected one JSON object")
-        rows.append((number, row))
-    return rows, False
+    text = _read_text(path)
+    start = _skip_blanks(text, 0)
+    if start == len(text):
+        raise DataError(f"{path}:1: found an empty file, expected a JSON list or one JSON object per line")
+    if text[start] == "[":
+        return _walk_list(text, start, path, allow_empty=False)
+    if text[start] == "{":
+        return _walk_lines(text, path)
+    line = text.count("\n", 0, start) + 1
+    raise DataError(f"{path}:{line}: found {shown(text[start])}, expected '[' of a JSON list or '{{' of a JSON line")
 
 
 def read_json_list(path: Path) -> list[tuple[int, object]]:
-    """The items of a file that is one JSON list, as (line where the item begins, from 1; item).
+    """(line from 1 on which the item begins, item) of a file that is one JSON list, maybe empty. Raises DataError."""
+    text = _read_text(path)
+    start = _skip_blanks(text, 0)
+    if not text.startswith("[", start):
+        raise DataError(f"{path}:1: found {shown(text[start : start + 20])}, expected a JSON list")
+    return list(_walk_list(text, start, path, allow_empty=True))
 
-    Raises DataError with `file:line`.
+
+def read_json_lines(path: Path, *, drop_partial_last_line: bool) -> tuple[list[tuple[int, dict]], bool]:
+    """(line from 1, object) of every line that is not blank, and whether a partial last line was dropped.
+
+    drop_partial_last_line: a last line without a line feed that does not parse is what a killed writer leaves; leave it
+    out instead of refusing it. Raises DataError.
     """
+    rows: list[tuple[int, dict]] = []
     try:
-        text = path.read_bytes().decode("utf-8-sig")
-    except OSError as error:
-        raise DataError(f"{path}: found {error.strerror or error}, expected a readable JSON file") from None
-    except UnicodeDecodeError as error:
-        found = f"byte {error.object[error.start]:#04x} at {error.start}"
-        raise DataError(f"{path}: found {found}, expected UTF-8") from None
-    position, line, counted = _skip_whitespace(text, 0), 1, 0
-    if not text.startswith("[", position):
-        raise DataError(f"{path}:1: found {text[position : position + 20]!a}, expected a JSON list")
-    items: list[tuple[int, object]] = []
-    mark = "["
-    while True:
-        position = _skip_whitespace(text, position + 1)
-        line, counted = line + text.count("\n", counted, position), position
-        if mark == "[" and text.startswith("]", position):
-            break
+        text, cut = _read_text(path), False
+    except DataError:
+        # a kill may cut a character in two: without the last line the rest must be sound
+        content = path.read_bytes() if drop_partial_last_line and Path(path).is_file() else b""
+        complete = content[: content.rfind(b"\n") + 1]
+        if not complete and content.count(b"\n") == 0 or _is_utf8(content) or not _is_utf8(complete):
+            raise
+        text, cut = complete.decode("utf-8-sig"), True
+    last_line = text.count("\n") + 1
+    for line, content in enumerate(text.split("\n"), 1):
+        if not content.strip():
+            continue
         try:
-            item, position = _DECODER.raw_decode(text, position)
-        except (ValueError, RecursionError) as error:
-            reason = "nested too deeply" if isinstance(error, RecursionError) else getattr(error, "msg", error)
-            line += text.count("\n", counted, getattr(error, "pos", counted))
-            raise DataError(f"{path}:{line}: found no valid JSON ({reason}), expected a JSON list") from None
-        items.append((line, item))
-        position = _skip_whitespace(text, position)
-        mark = text[position : position + 1]
-        if mark != ",":
+            value = parse_json(content, f"{path}:{line}")
+        except DataError:
+            if drop_partial_last_line and line == last_line:
+                return rows, True
+            raise
+        if not isinstance(value, dict):
+            raise DataError(f"{path}:{line}: found {kind_of(value)}, expected one JSON object")
+        rows.append((line, value))
+    return rows, cut
+
+
+def parse_json(text: str, where: str) -> object:
+    """The one JSON value that `text` is. Raises DataError prefixed by `where`."""
+    value, end = decode_value(text, _skip_blanks(text, 0), where)
+    after = _skip_blanks(text, end)
+    if after != len(text):
+        raise DataError(f"{where}: found {shown(text[after : after + 20])}, expected nothing after the JSON value")
+    return value
+
+
+def decode_value(text: str, position: int, where: str) -> tuple[object, int]:
+    """The JSON value that begins at `position` of `text`, and the position after it. Raises DataError."""
+    try:
+        return _DECODER.raw_decode(text, position)
+    except json.JSONDecodeError as error:
+        found = shown(text[error.pos : error.pos + 20]) if error.pos < len(text) else "the end"
+        raise DataError(f"{where}: found {found} at column {error.colno}, expected JSON ({error.msg})") from None
+    except _StrictError as error:
+        raise DataError(f"{where}: {error}") from None
+    except RecursionError:
+        raise DataError(f"{where}: found lists or objects nested too deeply, expected fewer levels") from None
+    except ValueError:  # Python's limit on the digits of an integer
+        raise DataError(f"{where}: found an integer of too many digits, expected fewer") from None
+
+
+def _read_text(path: str | Path) -> str:
+    try:
+        content = Path(path).read_bytes()
+    except OSError as error:
+        raise DataError(f"{path}: found {error.strerror or error}, expected a readable file") from None
+    try:
+        return content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = content.count(b"\n", 0, error.start) + 1
+        raise DataError(f"{path}:{line}: found byte {content[error.start]:#04x}, expected UTF-8 text") from None
+
+
+def _is_utf8(content: bytes) -> bool:
+    try:
+        content.decode("utf-8")
+    except UnicodeDecodeError:
+        return False
+    return True
+
+
+def _walk_list(text: str, start: int, path: str | Path, *, allow_empty: bool) -> Iterator[tuple[int, object]]:
+    """Item by item, so that a fault lies in one of them; newlines are counted only once."""
+    position, counted, line = start + 1, 0, 1
+    wanted = "a record or ']'"
+    while True:
+        position = _skip_blanks(text, position)
+        line, counted = line + text.count("\n", counted, position), position
+        character = text[position : position + 1]
+        if character == "]" and wanted != "a record":
             break
-    if not text.startswith("]", position) or _skip_whitespace(text, position + 1) != len(text):
-        line += text.count("\n", counted, position)
-        raise DataError(f"{path}:{line}: found {text[position : position + 20]!a}, expected ',' or the list's end")
-    return items
+        if wanted == "',' or ']'":
+            if character != ",":
+                raise DataError(f"{path}:{line}: found {shown(text[position : position + 20])}, expected {wanted}")
+            wanted, position = "a record", position + 1
+            continue
+        value, position = _decode_item(text, position, path, line)
+        yield line, value
+        wanted = "',' or ']'"
+    if wanted == "a record or ']'" and not allow_empty:
+        raise DataError(f"{path}:{line}: found an empty list, expected records")
+    after = _skip_blanks(text, position + 1)
+    if after != len(text):
+        line += text.count("\n", counted, after)
+        raise DataError(f"{path}:{line}: found {shown(text[after : after + 20])}, expected nothing after the list")
+
+
+def _decode_item(text: str, position: int, path: str | Path, line: int) -> tuple[object, int]:
+    """decode_value for an item that may span many lines: the message names the line of the fault."""
+    try:
+        return _DECODER.raw_decode(text, position)
+    except json.JSONDecodeError as error:
+        fault_line = line + text.count("\n", position, error.pos)
+        begins = "" if fault_line == line else f" in the record that begins at line {line}"
+        found = shown(text[error.pos : error.pos + 20]) if error.pos < len(text) else "the end"
+        raise DataError(
+            f"{path}:{fault_line}: found {found} at column {error.colno}{begins}, expected JSON ({error.msg})"
+        ) from None
+    except (ValueError, RecursionError):
+        return decode_value(text, position, f"{path}:{line}")  # raises again, with the right words
+
+
+def _walk_lines(text: str, path: str | Path) -> Iterator[tuple[int, object]]:
+    """One value per line. Only "\\n" ends a line: U+2028 and the like may be inside JSON strings."""
+    for line, content in enumerate(text.split("\n"), 1):
+        position = _skip_blanks(content, 0)
+        if position == len(content):
+            continue
+        value, position = decode_value(content, position, f"{path}:{line}")
+        after = _skip_blanks(content, position)
+        if after != len(content):
+            raise DataError(f"{path}:{line}: found {shown(content[after : after + 20])}, expected one object per line")
+        yield line, value
+
+
+class _StrictError(ValueError):
+    """JSON that Python's decoder would take without a word."""
+
+
+def _unique_keys(pairs: list[tuple[str, object]]) -> dict:
+    result = dict(pairs)
+    if len(result) != len(pairs):
+        seen: set[str] = set()
+        repeated = next(key for key, _ in pairs if key in seen or seen.add(key))
+        raise _StrictError(f"found the key {shown(repeated)} twice in one object, expected it once")
+    return result
+
+
+def _refuse_constant(name: str) -> None:
+    raise _StrictError(f"found {name}, expected JSON, which has no such number")
+
+
+_DECODER = json.JSONDecoder(object_pairs_hook=_unique_keys, parse_constant=_refuse_constant)
+_BLANKS = re.compile(r"[ \t\r\n]*")
+
+
+def _skip_blanks(text: str, position: int) -> int:
+    return _BLANKS.match(text, position).end()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Words for error messages
+
+
+def kind_of(value: object) -> str:
+    """What a JSON value is, in words: "an object", "a list", "null" ..."""
+    names = {dict: "an object", list: "a list", str: "a string", bool: "a boolean", int: "a number", float: "a number"}
+    return "null" if value is None else names.get(type(value), type(value).__name__)
+
+
+def shown(value: object) -> str:
+    """`value` as printable ASCII, at most 60 characters."""
+    text = ascii(value)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Writing
 
 
 def write_json_lines(path: Path, rows: Iterable[dict]) -> None:
@@ -87,15 +232,3 @@ def write_text(path: Path, text: str) -> None:
     unfinished = path.with_name(path.name + ".unfinished")
     unfinished.write_text(text, encoding="utf-8")
     os.replace(unfinished, path)
-
-
-def _skip_whitespace(text: str, position: int) -> int:
-    return _WHITESPACE.match(text, position).end()
-
-
-def _refuse_constant(name: str) -> None:
-    raise ValueError(f"{name} is not JSON")
-
-
-_WHITESPACE = re.compile(r"[ \t\r\n]*")
-_DECODER = json.JSONDecoder(parse_constant=_refuse_constant)

@@ -7,17 +7,12 @@ Either may stand in one JSON list or one object per line; the first record decid
 malformed raises `DataError` as `file:line: where: found ..., expected ...`, also for one record inside a long list.
 """
 
-import json
 import re
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from data.json_records import DataError, decode_value, kind_of, parse_json, read_records, shown
 from data.tool_calls import ToolCall, ToolCallError, render_tool_call
-
-
-class DataError(ValueError):
-    """The user's data file is not what it should be; the message is one line with file, line, finding, expectation."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,7 +35,6 @@ class Trajectory:
     source: str  # "file:line" where the record begins
 
 
-_WHITESPACE = re.compile(r"[ \t\r\n]*")
 _LONE_SURROGATE = re.compile(r"[\ud800-\udfff]")
 _UNPARSABLE = ("error", "mask")
 
@@ -59,13 +53,13 @@ def read_trajectories(path: str | Path, *, unparsable_calls: str = "error") -> l
     trajectories: list[Trajectory] = []
     first_seen: dict[str, str] = {}
     form = None
-    for index, (line, record) in enumerate(_records(path)):
+    for index, (line, record) in enumerate(read_records(path)):
         source = f"{path}:{line}"
         form = form or _detect_form(record, source)
         trajectory = _read_record(record, form, source, index, unparsable_calls == "mask")
         if trajectory.id in first_seen:
             raise DataError(
-                f"{source}: found id {_shown(trajectory.id)} again, expected another than that of "
+                f"{source}: found id {shown(trajectory.id)} again, expected another than that of "
                 f"{first_seen[trajectory.id]}"
             )
         first_seen[trajectory.id] = source
@@ -78,7 +72,7 @@ def _detect_form(record: object, source: str) -> str:
         for form in ("conversations", "messages"):
             if form in record:
                 return form
-    found = f"the keys {_shown(sorted(record))}" if isinstance(record, dict) else _kind(record)
+    found = f"the keys {shown(sorted(record))}" if isinstance(record, dict) else kind_of(record)
     raise DataError(
         f'{source}: found {found}, expected an object with "conversations" (the authors\' form) '
         'or "messages" and "tools" (OpenAI form)'
@@ -88,126 +82,19 @@ def _detect_form(record: object, source: str) -> str:
 def _read_record(record: object, form: str, source: str, index: int, mask: bool) -> Trajectory:
     name = "the authors' form" if form == "conversations" else "OpenAI form"
     if not isinstance(record, dict) or form not in record:
-        found = _kind(record) if not isinstance(record, dict) else f"no key {form!r}"
+        found = kind_of(record) if not isinstance(record, dict) else f"no key {form!r}"
         raise DataError(f"{source}: found {found}, expected an object with {form!r} ({name}) like the first record")
     identity = record.get("id", index)
     if isinstance(identity, bool) or not isinstance(identity, (str, int)):
-        raise DataError(f"{source}: id: found {_kind(identity)}, expected a string or an integer")
+        raise DataError(f"{source}: id: found {kind_of(identity)}, expected a string or an integer")
     if not isinstance(record[form], list) or not record[form]:
-        found = "an empty list" if record[form] == [] else _kind(record[form])
+        found = "an empty list" if record[form] == [] else kind_of(record[form])
         raise DataError(f"{source}: {form}: found {found}, expected a list of messages ({name})")
     read_messages = _read_authors_messages if form == "conversations" else _read_openai_messages
     tools, messages = read_messages(record, source, mask)
     if not any(message.role == "assistant" for message in messages):
         raise DataError(f"{source}: {form}: found no assistant message, expected at least one")
     return Trajectory(str(identity), tools, messages, source)
-
-
-# ------------------------------------------------------------------------------------------------ records and lines
-
-
-def _records(path: str | Path) -> Iterator[tuple[int, object]]:
-    """(line, parsed record) of a JSON list or of JSON lines, one record in memory at a time beside the text."""
-    try:
-        content = Path(path).read_bytes()
-    except OSError as error:
-        raise DataError(f"{path}: found {error.strerror or error}, expected a readable data file") from error
-    try:
-        text = content.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = content.count(b"\n", 0, error.start) + 1
-        raise DataError(f"{path}:{line}: found byte {content[error.start]:#04x}, expected UTF-8 text") from error
-    del content
-    start = _WHITESPACE.match(text).end()
-    if start == len(text):
-        raise DataError(f"{path}:1: found an empty file, expected a JSON list or one JSON object per line")
-    if text[start] == "[":
-        return _list_records(text, start, path)
-    if text[start] == "{":
-        return _line_records(text, path)
-    line = text.count("\n", 0, start) + 1
-    raise DataError(f"{path}:{line}: found {_shown(text[start])}, expected '[' of a JSON list or '{{' of a JSON line")
-
-
-def _list_records(text: str, start: int, path: str | Path) -> Iterator[tuple[int, object]]:
-    """Walk over the list record by record, so that a fault lies in one of them; newlines are counted only once."""
-    decoder = _strict_decoder()
-    position, counted, line = start + 1, 0, 1
-    wanted = "a record or ']'"
-    while True:
-        position = _WHITESPACE.match(text, position).end()
-        line, counted = line + text.count("\n", counted, position), position
-        character = text[position : position + 1]
-        if character == "]" and wanted != "a record":
-            break
-        if wanted == "',' or ']'":
-            if character != ",":
-                raise DataError(f"{path}:{line}: found {_shown(text[position : position + 20])}, expected {wanted}")
-            wanted, position = "a record", position + 1
-            continue
-        record, position = _decode(decoder, text, position, f"{path}:", line)
-        yield line, record
-        wanted = "',' or ']'"
-    if wanted == "a record or ']'":
-        raise DataError(f"{path}:{line}: found an empty list, expected records")
-    after = _WHITESPACE.match(text, position + 1).end()
-    if after != len(text):
-        line += text.count("\n", counted, after)
-        raise DataError(f"{path}:{line}: found {_shown(text[after : after + 20])}, expected nothing after the list")
-
-
-def _line_records(text: str, path: str | Path) -> Iterator[tuple[int, object]]:
-    """One record per line. Only "\\n" ends a line: U+2028 and the like may stand inside JSON strings."""
-    decoder = _strict_decoder()
-    for line, content in enumerate(text.split("\n"), 1):
-        position = _WHITESPACE.match(content).end()
-        if position == len(content):
-            continue
-        record, position = _decode(decoder, content, position, f"{path}:", line)
-        after = _WHITESPACE.match(content, position).end()
-        if after != len(content):
-            raise DataError(f"{path}:{line}: found {_shown(content[after : after + 20])}, expected one object per line")
-        yield line, record
-
-
-class _DuplicateKeyError(ValueError):
-    """A JSON object names a key twice; json would keep the last and say nothing."""
-
-
-def _unique_keys(pairs: list[tuple[str, object]]) -> dict:
-    result = dict(pairs)
-    if len(result) != len(pairs):
-        seen: set[str] = set()
-        repeated = next(key for key, _ in pairs if key in seen or seen.add(key))
-        raise _DuplicateKeyError(f"found the key {_shown(repeated)} twice in one object, expected it once")
-    return result
-
-
-def _reject_constant(name: str) -> None:
-    raise _DuplicateKeyError(f"found {name}, expected JSON, which has no such number")
-
-
-def _strict_decoder() -> json.JSONDecoder:
-    return json.JSONDecoder(object_pairs_hook=_unique_keys, parse_constant=_reject_constant)
-
-
-def _decode(decoder: json.JSONDecoder, text: str, position: int, prefix: str, line: int) -> tuple[object, int]:
-    """raw_decode with DataErrors; `line` is that of `position`."""
-    try:
-        return decoder.raw_decode(text, position)
-    except json.JSONDecodeError as error:
-        fault_line = line + text.count("\n", position, error.pos)
-        begins = "" if fault_line == line else f" in the record that begins at line {line}"
-        found = _shown(text[error.pos : error.pos + 20]) if error.pos < len(text) else "the end"
-        raise DataError(
-            f"{prefix}{fault_line}: found {found} at column {error.colno}{begins}, expected JSON ({error.msg})"
-        ) from error
-    except _DuplicateKeyError as error:
-        raise DataError(f"{prefix}{line}: {error}") from error
-    except RecursionError as error:
-        raise DataError(f"{prefix}{line}: found lists or objects nested too deeply, expected fewer levels") from error
-    except ValueError as error:
-        raise DataError(f"{prefix}{line}: found an integer of too many digits, expected fewer") from error
 
 
 # ------------------------------------------------------------------------------------------------------------ tools
@@ -220,37 +107,37 @@ def normalize_tools(tools: object, where: str) -> list[dict]:
     them). Raises DataError, prefixed by `where`, for anything that cannot be rendered as a document.
     """
     if not isinstance(tools, list):
-        raise DataError(f"{where}: found {_kind(tools)}, expected a list of tools")
+        raise DataError(f"{where}: found {kind_of(tools)}, expected a list of tools")
     return [_normalize_tool(tool, f"{where}[{index}]") for index, tool in enumerate(tools)]
 
 
 def _normalize_tool(tool: object, where: str) -> dict:
     function = tool.get("function", tool) if isinstance(tool, dict) else tool
     if not isinstance(function, dict):
-        raise DataError(f"{where}: found {_kind(function)}, expected a function object")
+        raise DataError(f"{where}: found {kind_of(function)}, expected a function object")
     name = function.get("name")
     if not isinstance(name, str) or not name.strip():
-        found = "no name" if "name" not in function else _shown(name)
+        found = "no name" if "name" not in function else shown(name)
         raise DataError(f"{where}: found {found}, expected a tool with a name")
-    where = f"{where} ({_shown(name)})"
+    where = f"{where} ({shown(name)})"
     parameters = _or_empty(function.get("parameters"), {})
     if not isinstance(parameters, dict):
-        raise DataError(f"{where}: parameters: found {_kind(parameters)}, expected an object")
+        raise DataError(f"{where}: parameters: found {kind_of(parameters)}, expected an object")
     properties = _or_empty(parameters.get("properties"), {})
     if not isinstance(properties, dict):
-        raise DataError(f"{where}: properties: found {_kind(properties)}, expected an object")
+        raise DataError(f"{where}: properties: found {kind_of(properties)}, expected an object")
     required = parameters.get("required")
     required = _or_empty(function.get("required") if required is None else required, [])
     if not isinstance(required, list) or not all(isinstance(entry, str) for entry in required):
-        raise DataError(f"{where}: required: found {_shown(required)}, expected a list of parameter names")
+        raise DataError(f"{where}: required: found {shown(required)}, expected a list of parameter names")
     for parameter, schema in properties.items():
         if not isinstance(schema, dict):
-            raise DataError(f"{where}: parameter {_shown(parameter)}: found {_kind(schema)}, expected an object")
-        _check_text(_or_empty(schema.get("description"), ""), f"{where}: parameter {_shown(parameter)}: description")
+            raise DataError(f"{where}: parameter {shown(parameter)}: found {kind_of(schema)}, expected an object")
+        _check_text(_or_empty(schema.get("description"), ""), f"{where}: parameter {shown(parameter)}: description")
         _check_text(parameter, f"{where}: parameter name")
     for parameter in required:
         if parameter not in properties:
-            raise DataError(f"{where}: required: found {_shown(parameter)}, expected one of the documented parameters")
+            raise DataError(f"{where}: required: found {shown(parameter)}, expected one of the documented parameters")
     _check_text(_or_empty(function.get("description"), ""), f"{where}: description")
     _check_text(name, f"{where}: name")
     parameters = {"type": "object", **parameters, "properties": properties, "required": required}
@@ -288,7 +175,7 @@ def _read_authors_messages(record: dict, source: str, mask: bool) -> tuple[list[
     for index, entry in enumerate(raw):
         where = f"{source}: conversations[{index}]"
         if not isinstance(entry, dict):
-            raise DataError(f"{where}: found {_kind(entry)}, expected a message object")
+            raise DataError(f"{where}: found {kind_of(entry)}, expected a message object")
         role = entry.get("role", entry.get("from"))
         content = entry.get("content", entry.get("value"))
         _check_order(role, previous, where, {"system", "user", "assistant", "function"})
@@ -306,13 +193,11 @@ def _read_authors_messages(record: dict, source: str, mask: bool) -> tuple[list[
 
 def _tools_of_system_message(content: object, where: str) -> list[dict]:
     if isinstance(content, str):
+        start = len(content) - len(content.lstrip(" \t\r\n"))
         try:
-            content, end = _strict_decoder().raw_decode(content, _WHITESPACE.match(content).end())
-        except (ValueError, RecursionError) as error:
-            reason = "too deep" if isinstance(error, RecursionError) else error
-            raise DataError(
-                f"{where}: found a system message that is not JSON ({reason}), expected the JSON list of tools"
-            ) from error
+            content, _ = decode_value(content, start, where)  # text after the list is the authors' and not read
+        except DataError as error:
+            raise DataError(f"{error}: the system message must begin with the JSON list of tools") from None
     return normalize_tools(content, f"{where}: tools")
 
 
@@ -320,7 +205,7 @@ def _authors_call(content: str) -> tuple[ToolCall | None, str | None]:
     """(call, None) from "name\\n{json}", the JSON on any number of lines, or (None, what is wrong)."""
     name, newline, arguments = content.partition("\n")
     if not newline:
-        return None, f"found {_shown(content)}, expected the tool's name, a newline and a JSON object"
+        return None, f"found {shown(content)}, expected the tool's name, a newline and a JSON object"
     return _build_call(name.strip(), arguments)
 
 
@@ -328,17 +213,11 @@ def _build_call(name: object, arguments: object) -> tuple[ToolCall | None, str |
     """(call, None), or (None, reason) if the arguments are no JSON object or the call cannot be rendered."""
     if isinstance(arguments, str):
         try:
-            start = _WHITESPACE.match(arguments).end()
-            parsed, end = _strict_decoder().raw_decode(arguments, start)
-        except RecursionError:
-            return None, "found arguments nested too deeply, expected fewer levels"
-        except ValueError as error:
-            return None, f"found arguments that are not JSON ({error}), expected a JSON object"
-        if arguments[end:].strip(" \t\r\n"):
-            return None, f"found {_shown(arguments[end:])} after the arguments, expected one JSON object"
-        arguments = parsed
+            arguments = parse_json(arguments, "arguments")
+        except DataError as error:
+            return None, str(error)
     if not isinstance(arguments, dict):
-        return None, f"found {_kind(arguments)} as arguments, expected a JSON object"
+        return None, f"found {kind_of(arguments)} as arguments, expected a JSON object"
     call = ToolCall(name, arguments)
     try:
         render_tool_call(call)
@@ -366,7 +245,7 @@ def _read_openai_messages(record: dict, source: str, mask: bool) -> tuple[list[d
     for index, entry in enumerate(record["messages"]):
         where = f"{source}: messages[{index}]"
         if not isinstance(entry, dict):
-            raise DataError(f"{where}: found {_kind(entry)}, expected a message object")
+            raise DataError(f"{where}: found {kind_of(entry)}, expected a message object")
         role = "system" if entry.get("role") == "developer" else entry.get("role")
         _check_order(role, previous, where, {"system", "user", "assistant", "tool"})
         if role == "tool":
@@ -391,7 +270,7 @@ def _flush_calls(calls: list, feedback: dict[int, Message], messages: list[Messa
             messages.append(feedback[index])
         elif feedback:
             raise DataError(
-                f"{where}: found no tool message for call {index} (id {_shown(identity)}), "
+                f"{where}: found no tool message for call {index} (id {shown(identity)}), "
                 "expected one for each parallel call"
             )
 
@@ -399,17 +278,17 @@ def _flush_calls(calls: list, feedback: dict[int, Message], messages: list[Messa
 def _openai_calls(entry: dict, where: str, mask: bool) -> list[tuple[object, Message]]:
     tool_calls = entry["tool_calls"]
     if not isinstance(tool_calls, list):
-        raise DataError(f"{where}: tool_calls: found {_kind(tool_calls)}, expected a list")
+        raise DataError(f"{where}: tool_calls: found {kind_of(tool_calls)}, expected a list")
     text = "" if entry.get("content") is None else _openai_text(entry, where)
     result: list[tuple[object, Message]] = []
     for index, tool_call in enumerate(tool_calls):
         place = f"{where}: tool_calls[{index}]"
         function = tool_call.get("function") if isinstance(tool_call, dict) else None
         if not isinstance(function, dict) or "name" not in function:
-            raise DataError(f'{place}: found {_shown(tool_call)}, expected "id" and "function": "name", "arguments"')
+            raise DataError(f'{place}: found {shown(tool_call)}, expected "id" and "function": "name", "arguments"')
         identity = tool_call.get("id")
         if identity is not None and any(identity == other for other, _ in result):
-            raise DataError(f"{place}: found id {_shown(identity)} again, expected another per call")
+            raise DataError(f"{place}: found id {shown(identity)} again, expected another per call")
         arguments = function.get("arguments")
         call, fault = _build_call(function["name"], {} if arguments in (None, "") else arguments)
         content = f"{function['name']}({arguments})" if fault else text
@@ -429,10 +308,10 @@ def _answered_call(entry: dict, calls: list, feedback: dict[int, Message], where
             raise DataError(f"{where}: found a tool message more than there are calls, expected one per call")
         return open_calls[0]
     if identity not in ids:
-        raise DataError(f"{where}: found tool_call_id {_shown(identity)}, expected one of {_shown(ids)}")
+        raise DataError(f"{where}: found tool_call_id {shown(identity)}, expected one of {shown(ids)}")
     index = ids.index(identity)
     if index in feedback:
-        raise DataError(f"{where}: found tool_call_id {_shown(identity)} again, expected one tool message per call")
+        raise DataError(f"{where}: found tool_call_id {shown(identity)} again, expected one tool message per call")
     return index
 
 
@@ -463,7 +342,7 @@ _MAY_FOLLOW = {
 
 def _check_order(role: object, previous: str, where: str, roles: set[str]) -> None:
     if not isinstance(role, str) or role not in roles:
-        raise DataError(f"{where}: found role {_shown(role)}, expected one of {', '.join(sorted(roles))}")
+        raise DataError(f"{where}: found role {shown(role)}, expected one of {', '.join(sorted(roles))}")
     if previous == "the start" and role != "system" and "function" in roles:
         raise DataError(f"{where}: found role {role!r} first, expected 'system' with the JSON list of tools")
     if previous not in _MAY_FOLLOW[role]:
@@ -474,16 +353,6 @@ def _check_order(role: object, previous: str, where: str, roles: set[str]) -> No
 def _check_text(content: object, where: str) -> None:
     """Raise unless `content` is text that UTF-8, and so a tokenizer, can hold."""
     if not isinstance(content, str):
-        raise DataError(f"{where}: found {_kind(content)} as text, expected a string")
+        raise DataError(f"{where}: found {kind_of(content)} as text, expected a string")
     if match := _LONE_SURROGATE.search(content):
         raise DataError(f"{where}: found the lone surrogate {match[0]!a}, expected Unicode text")
-
-
-def _kind(value: object) -> str:
-    names = {dict: "an object", list: "a list", str: "a string", bool: "a boolean", int: "a number", float: "a number"}
-    return "null" if value is None else names.get(type(value), type(value).__name__)
-
-
-def _shown(value: object) -> str:
-    text = ascii(value)
-    return text if len(text) <= 60 else text[:57] + "..."

@@ -10,9 +10,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from data.json_records import read_json_lines, read_json_list
+from data.json_records import DataError, read_json_lines, read_json_list
 from data.tool_calls import ToolCall, ToolCallError
-from data.trajectories import DataError, Message, normalize_tools
+from data.trajectories import Message, normalize_tools
 from eval.dialogues.journal import DialogueTask
 from eval.metrics import GoldAnswer, GoldCall
 from eval.predict.react_output import parse_react

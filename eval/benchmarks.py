@@ -9,8 +9,7 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from data.json_records import read_json_lines
-from data.trajectories import DataError
+from data.json_records import DataError, read_json_lines
 from eval.benchmark_data import BENCHMARK_FILES, DIALOGUE_BENCHMARKS
 from eval.confidence import Z_95, wilson_interval
 from eval.dialogues.journal import DialogueTask, RecordedDialogue, match_dialogues, read_dialogues

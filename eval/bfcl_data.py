@@ -5,9 +5,9 @@ import operator
 from collections.abc import Sequence
 from pathlib import Path
 
-from data.json_records import read_json_lines
+from data.json_records import DataError, read_json_lines
 from data.tool_calls import ToolCall
-from data.trajectories import DataError, Message, normalize_tools
+from data.trajectories import Message, normalize_tools
 from eval.benchmark_data import EvalExample, field_of
 from eval.metrics import GoldAnswer, GoldCall
 

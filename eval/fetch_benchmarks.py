@@ -24,7 +24,7 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
 
-from data.trajectories import DataError
+from data.json_records import DataError
 from eval.benchmark_data import BENCHMARK_FILES, MASKED_API_KEY
 from eval.command_line import parse_arguments, run_command
 

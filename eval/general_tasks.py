@@ -16,8 +16,7 @@ from dataclasses import dataclass, replace
 from decimal import Decimal, InvalidOperation
 from pathlib import Path
 
-from data.json_records import read_json_lines
-from data.trajectories import DataError
+from data.json_records import DataError, read_json_lines
 from eval.confidence import Z_95, wilson_interval
 from eval.predict.prediction_files import Prediction, match_predictions, read_predictions
 

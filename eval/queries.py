@@ -6,7 +6,8 @@ from pathlib import Path
 
 from data.formats.outputs import STOP_STRINGS
 from data.formats.prompts import encode_formatted_prompt
-from data.trajectories import DataError, Message
+from data.json_records import DataError
+from data.trajectories import Message
 from eval.benchmark_data import (
     BENCHMARK_FILES,
     DIALOGUE_BENCHMARKS,

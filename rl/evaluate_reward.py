@@ -20,7 +20,7 @@ import torch
 from tqdm import tqdm
 
 from data.error_filter import ERROR_FILTERS
-from data.trajectories import DataError
+from data.json_records import DataError
 from model.pretrained_weights import load_pretrained, read_config
 from model.sampling import any_unfinished, generate
 from model.tokenizer import Tokenizer, check_vocabulary_fits, load_tokenizer

@@ -1,9 +1,9 @@
-"""Settings of one PPO run, and what makes two runs the same run."""
+"""Settings of one PPO run."""
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
+from command_line import setting
 from train.optimizer import SCHEDULES
-from train.sft_config import setting
 
 
 @dataclass(slots=True)
@@ -14,22 +14,31 @@ class PPOConfig:
     """
 
     # files
-    model: str = setting("runs/sft/final", "folder of the SFT model: policy, and by default reference and critic")
+    model: str = setting(
+        "runs/sft/final", "folder of the SFT model: policy, and by default reference and critic", free=True
+    )
     data: str = setting(
         "assets/tiny_data/train.json",
         "trajectories whose turns become prompts: the authors' JSON list, OpenAI JSONL, or records with gold calls",
+        free=True,
     )
-    output: str = setting("runs/ppo", "folder of this run: config, metrics, samples, checkpoints, final model")
+    output: str = setting(
+        "runs/ppo", "folder of this run: config, metrics, samples, checkpoints, final model", free=True
+    )
     resume: str = setting(
         "auto",
         "auto goes on from the newest good checkpoint in output; never refuses a folder that has one",
         choices=("auto", "never"),
+        free=True,
     )
-    reference_model: str = setting("", "folder of the frozen reference; empty = model (paper: the SFT model)")
+    reference_model: str = setting(
+        "", "folder of the frozen reference; empty = model (paper: the SFT model)", free=True
+    )
     critic_model: str = setting(
         "",
         "folder the critic starts from, with or without value_head.safetensors; empty = "
         "model (paper: the SFT model; released code: random by a fault)",
+        free=True,
     )
     # prompts
     error_filter: str = setting(
@@ -84,7 +93,9 @@ class PPOConfig:
     entropy_coef: float = setting(0.0, "factor of the entropy bonus (paper and released code: none)", low=0.0)
     ppo_epochs: int = setting(1, "passes over each rollout (released code: 1)", low=1)
     minibatch_size: int = setting(8, "responses per optimizer step over all ranks (released code: 8)", low=1)
-    micro_batch_size: int = setting(8, "responses packed into one forward of one rank; memory only (ours)", low=1)
+    micro_batch_size: int = setting(
+        8, "responses packed into one forward of one rank; memory only (ours)", low=1, free=True
+    )
     critic_only_iterations: int = setting(40, "first iterations that train the critic alone (ours; paper: none)", low=0)
     # optimisation
     policy_learning_rate: float = setting(
@@ -114,6 +125,7 @@ class PPOConfig:
         "stop after this many optimizer steps, rounded up to whole iterations, schedule "
         "unchanged; 0 = all epochs (ours)",
         low=0,
+        free=True,
     )
     seed: int = setting(0, "seed of the prompt order, of every response and of the minibatch order (ours)", low=0)
     # machine
@@ -122,47 +134,65 @@ class PPOConfig:
         "compute type; master weights and reductions are float32 either way (released code: bfloat16)",
         choices=("float32", "bfloat16"),
     )
-    device: str = setting("auto", "auto takes CUDA where present", choices=("auto", "cpu", "cuda"))
+    device: str = setting("auto", "auto takes CUDA where present", choices=("auto", "cpu", "cuda"), free=True)
     loss_backend: str = setting(
         "auto",
         "what computes log-probabilities of tokens: our CUDA kernels, PyTorch's "
         "operators, or auto, the kernels where they work; rounding only (ours)",
         choices=("auto", "cuda", "torch"),
+        free=True,
     )
     reference_device: str = setting(
         "same",
         "keep the reference's shards in host memory, copied in when used: less "
         "device memory, slower; no effect without CUDA (ours)",
         choices=("same", "cpu"),
+        free=True,
     )
     activation_checkpointing: str = setting(
-        "off", "recompute each block in backward: less memory, a third more time (ours)", choices=("on", "off")
+        "off",
+        "recompute each block in backward: less memory, a third more time (ours)",
+        choices=("on", "off"),
+        free=True,
     )
     # run folder and watching
     checkpoint_every: int = setting(
-        50, "optimizer steps between checkpoints, rounded up to whole iterations; 0 = only at the end (ours)", low=0
+        50,
+        "optimizer steps between checkpoints, rounded up to whole iterations; 0 = only at the end (ours)",
+        low=0,
+        free=True,
     )
-    keep_checkpoints: int = setting(2, "newest checkpoints kept; 0 = all (ours)", low=0)
+    keep_checkpoints: int = setting(2, "newest checkpoints kept; 0 = all (ours)", low=0, free=True)
     final_dtype: str = setting(
         "float32",
         "dtype of output/final; bfloat16 halves it and rounds the master weights (ours)",
         choices=("float32", "bfloat16"),
+        free=True,
     )
     save_critic: str = setting(
-        "off", "write the trained critic to output/critic at the end (ours)", choices=("on", "off")
+        "off", "write the trained critic to output/critic at the end (ours)", choices=("on", "off"), free=True
     )
-    eval_data: str = setting("", "held-out prompts in any form of data, scored during training; empty = none (ours)")
+    eval_data: str = setting(
+        "", "held-out prompts in any form of data, scored during training; empty = none (ours)", free=True
+    )
     eval_every: int = setting(
-        0, "iterations between evaluations on eval_data; 0 = only before the first and after the last (ours)", low=0
+        0,
+        "iterations between evaluations on eval_data; 0 = only before the first and after the last (ours)",
+        low=0,
+        free=True,
     )
-    eval_limit: int = setting(0, "use only the first so many held-out prompts; 0 = all (ours)", low=0)
+    eval_limit: int = setting(0, "use only the first so many held-out prompts; 0 = all (ours)", low=0, free=True)
     print_ledger: str = setting(
         "off",
         "print position, token, mask, log-prob, KL, reward, value, advantage and return of the first response (ours)",
         choices=("on", "off"),
+        free=True,
     )
     plot: str = setting(
-        "on", "draw output/plots/ppo.png at the end, where matplotlib is installed (ours)", choices=("on", "off")
+        "on",
+        "draw output/plots/ppo.png at the end, where matplotlib is installed (ours)",
+        choices=("on", "off"),
+        free=True,
     )
 
     def logprob_temperature(self) -> float:
@@ -189,36 +219,3 @@ class PPOConfig:
             raise ValueError(
                 f"eval_every: found {self.eval_every} without eval_data, expected a file of held-out prompts"
             )
-
-
-# Fields that do not change what is learned: a run may go on with other values. Paths do not count, their content does.
-_FREE_FIELDS = {
-    "model",
-    "data",
-    "output",
-    "resume",
-    "reference_model",
-    "critic_model",
-    "max_steps",
-    "device",
-    "loss_backend",
-    "reference_device",
-    "activation_checkpointing",
-    "checkpoint_every",
-    "keep_checkpoints",
-    "final_dtype",
-    "save_critic",
-    "eval_data",
-    "eval_every",
-    "eval_limit",
-    "print_ledger",
-    "plot",
-    "micro_batch_size",
-}
-
-
-def run_identity(config: PPOConfig, sources: dict[str, object]) -> dict:
-    """What makes two runs the same run: every field that changes the result, and `sources`, fingerprints of what goes
-    in. micro_batch_size and the number of ranks change rounding only, so they do not count."""
-    fields = {name: value for name, value in asdict(config).items() if name not in _FREE_FIELDS}
-    return {**fields, **sources}

@@ -26,10 +26,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from command_line import run_identity
 from data.batches import epoch_order
 from model.tokenizer import Tokenizer
 from rl.advantages import compute_gae, kl_shaped_rewards, masked_sums, next_kl_coef, whiten
-from rl.ppo_config import PPOConfig, run_identity
+from rl.ppo_config import PPOConfig
 from rl.ppo_loss import policy_loss, token_entropies, value_loss
 from rl.prompts import PPOPrompt
 from rl.rollout import (

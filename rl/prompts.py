@@ -17,8 +17,9 @@ from pathlib import Path
 
 from data.error_filter import ALWAYS_OFFERED, CATEGORIES, ERROR_FILTERS, check_documents, decide_masked_turns
 from data.formats.tl import encode_prompt
+from data.json_records import DataError
 from data.tool_calls import ToolCall, ToolCallError, render_tool_call
-from data.trajectories import DataError, Message, Trajectory, normalize_tools, read_trajectories
+from data.trajectories import Message, Trajectory, normalize_tools, read_trajectories
 
 PROMPT_TURNS = ("all", "tools", "first", "last")
 UNPARSABLE_CALLS = ("error", "mask")

@@ -22,8 +22,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from data.error_filter import ALWAYS_OFFERED
+from data.json_records import DataError
 from data.tool_calls import ToolCall, ToolCallError, parse_tool_call, render_tool_call
-from data.trajectories import DataError, normalize_tools, tool_parameters
+from data.trajectories import normalize_tools, tool_parameters
 from rl.prompts import PPOPrompt, parse_json_line, read_gold_call, take_field
 
 # Each category with its reward; a call with several parameter faults has the sum of theirs.

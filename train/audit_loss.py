@@ -20,8 +20,8 @@ from pathlib import Path
 import torch
 
 from data.batches import PackedBatch, step_batches
+from data.json_records import DataError
 from data.loss_weights import EncodedTrajectory
-from data.trajectories import DataError
 from model.config import ModelFolderError
 from model.tokenizer import load_tokenizer
 from train.checkpoint import (

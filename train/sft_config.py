@@ -1,15 +1,9 @@
-"""Settings of one SFT run, and what makes two runs the same run."""
+"""Settings of one SFT run."""
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass
 
+from command_line import setting
 from train.optimizer import SCHEDULES
-
-
-def setting(
-    default: object, meaning: str, *, choices: tuple = (), low: float | None = None, high: float | None = None
-) -> object:
-    """A dataclass field with its help line, and the values it may have: one of `choices`, or low <= value <= high."""
-    return field(default=default, metadata={"help": meaning, "choices": choices, "low": low, "high": high})
 
 
 @dataclass(slots=True)
@@ -20,13 +14,18 @@ class SFTConfig:
     """
 
     # files
-    model: str = setting("assets/tiny_model", "folder of the base model, Hugging Face layout (paper: CodeLLaMA-2-7B)")
-    data: str = setting("assets/tiny_data/train.json", "training trajectories: the authors' JSON list or OpenAI JSONL")
-    output: str = setting("runs/sft", "folder of this run: config, metrics, checkpoints, final model")
+    model: str = setting(
+        "assets/tiny_model", "folder of the base model, Hugging Face layout (paper: CodeLLaMA-2-7B)", free=True
+    )
+    data: str = setting(
+        "assets/tiny_data/train.json", "training trajectories: the authors' JSON list or OpenAI JSONL", free=True
+    )
+    output: str = setting("runs/sft", "folder of this run: config, metrics, checkpoints, final model", free=True)
     resume: str = setting(
         "auto",
         "auto goes on from the newest good checkpoint in output; never refuses a folder that has one",
         choices=("auto", "never"),
+        free=True,
     )
     # method
     error_filter: str = setting(
@@ -65,10 +64,12 @@ class SFTConfig:
     )
     max_grad_norm: float = setting(1.0, "clip the global L2 norm of the gradient to this; 0 = never (ours)", low=0.0)
     global_batch_size: int = setting(4, "trajectories per optimizer step over all ranks (paper: 4)", low=1)
-    micro_batch_size: int = setting(4, "trajectories packed into one forward of one rank; memory only (ours)", low=1)
+    micro_batch_size: int = setting(
+        4, "trajectories packed into one forward of one rank; memory only (ours)", low=1, free=True
+    )
     epochs: int = setting(1, "passes over the data (paper: 1)", low=1)
     max_steps: int = setting(
-        0, "stop after this many optimizer steps, schedule unchanged; 0 = all epochs (ours)", low=0
+        0, "stop after this many optimizer steps, schedule unchanged; 0 = all epochs (ours)", low=0, free=True
     )
     max_tokens: int = setting(
         8192, "longer trajectories are dropped and listed, never cut; tokens (released code: 8192)", low=2
@@ -80,32 +81,43 @@ class SFTConfig:
         "compute type; master weights and reductions are float32 either way (paper: bfloat16)",
         choices=("float32", "bfloat16"),
     )
-    device: str = setting("auto", "auto takes CUDA where present", choices=("auto", "cpu", "cuda"))
+    device: str = setting("auto", "auto takes CUDA where present", choices=("auto", "cpu", "cuda"), free=True)
     loss_backend: str = setting(
         "auto",
         "what computes the loss: our CUDA kernels, PyTorch's operators, or auto, the "
         "kernels where they work; rounding only (ours)",
         choices=("auto", "cuda", "torch"),
+        free=True,
     )
     activation_checkpointing: str = setting(
-        "off", "recompute each block in backward: less memory, a third more time (ours)", choices=("on", "off")
+        "off",
+        "recompute each block in backward: less memory, a third more time (ours)",
+        choices=("on", "off"),
+        free=True,
     )
     gradient_sync: str = setting(
         "last",
         "reduce gradients after the last micro-batch of a step (fast), or after "
         "every one (keeps only the shard: less memory) (ours)",
         choices=("last", "every"),
+        free=True,
     )
     # run folder
-    checkpoint_every: int = setting(100, "optimizer steps between checkpoints; 0 = only at the end (ours)", low=0)
-    keep_checkpoints: int = setting(2, "newest checkpoints kept; 0 = all (ours)", low=0)
+    checkpoint_every: int = setting(
+        100, "optimizer steps between checkpoints; 0 = only at the end (ours)", low=0, free=True
+    )
+    keep_checkpoints: int = setting(2, "newest checkpoints kept; 0 = all (ours)", low=0, free=True)
     final_dtype: str = setting(
         "float32",
         "dtype of output/final; bfloat16 halves it and rounds the master weights (ours)",
         choices=("float32", "bfloat16"),
+        free=True,
     )
     plot: str = setting(
-        "on", "draw output/plots/loss.png at the end, where matplotlib is installed (ours)", choices=("on", "off")
+        "on",
+        "draw output/plots/loss.png at the end, where matplotlib is installed (ours)",
+        choices=("on", "off"),
+        free=True,
     )
 
     def validate(self) -> None:
@@ -113,32 +125,3 @@ class SFTConfig:
         for name in ("adam_beta1", "adam_beta2"):
             if getattr(self, name) >= 1.0:
                 raise ValueError(f"{name}: found {getattr(self, name)}, expected a value below 1")
-
-
-# Fields that do not change what is learned: a run may go on with other values. Paths do not count, their content does.
-_FREE_FIELDS = {
-    "model",
-    "data",
-    "output",
-    "resume",
-    "max_steps",
-    "device",
-    "loss_backend",
-    "activation_checkpointing",
-    "gradient_sync",
-    "checkpoint_every",
-    "keep_checkpoints",
-    "final_dtype",
-    "plot",
-    "micro_batch_size",
-}
-
-
-def run_identity(config: SFTConfig, sources: dict[str, object]) -> dict:
-    """What makes two runs the same run: every field that changes the result, and `sources`.
-
-    sources: fingerprints of what goes in, e.g. {"data_sha256": ...}. micro_batch_size and the number of ranks change
-    rounding only, so they do not count.
-    """
-    fields = {name: value for name, value in asdict(config).items() if name not in _FREE_FIELDS}
-    return {**fields, **sources}

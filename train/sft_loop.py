@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
+from command_line import run_identity
 from data.batches import PackedBatch, drop_unusable
 from data.loss_weights import EncodedTrajectory, TextEncoder, encode_trajectory
 from data.trajectories import read_trajectories
@@ -24,7 +25,7 @@ from train.optimizer import schedule_factor, set_learning_rates, warmup_steps_of
 from train.run_control import StopSignal, TrainingError, TrainResult, open_output, report_stop, resume_newest
 from train.run_logging import MetricsFile, fingerprint
 from train.seeding import seed_everything, use_deterministic_kernels
-from train.sft_config import SFTConfig, run_identity
+from train.sft_config import SFTConfig
 from train.weighted_cross_entropy import linear_weighted_cross_entropy
 
 # ---------------------------------------------------------------------------------------------------------------------

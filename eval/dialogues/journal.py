@@ -19,8 +19,8 @@ from pathlib import Path
 from typing import Self
 
 from data.formats.outputs import OUTPUT_FORMATS
-from data.json_records import read_json_lines, write_json_lines
-from data.trajectories import DataError, Message
+from data.json_records import DataError, read_json_lines, write_json_lines
+from data.trajectories import Message
 
 END_REASONS = ("finish", "max_turns", "prompt_too_long", "refused")
 # Who answered a call: a tool runtime, the fixed reply to ask_to_user, nobody (finish).

@@ -24,8 +24,9 @@ from data.formats.prompts import (
     react_messages,
     render_prompt,
 )
+from data.json_records import DataError
 from data.tool_calls import ToolCall, ToolCallError
-from data.trajectories import DataError, Message
+from data.trajectories import Message
 from eval.dialogues.journal import (
     DialogueJournal,
     DialogueTask,

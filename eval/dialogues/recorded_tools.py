@@ -3,8 +3,7 @@
 import json
 from pathlib import Path
 
-from data.json_records import read_json_lines
-from data.trajectories import DataError
+from data.json_records import DataError, read_json_lines
 
 
 def recording_key(name: str, arguments: object) -> str:

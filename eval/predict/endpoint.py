@@ -23,7 +23,7 @@ from dataclasses import dataclass, field
 
 from data.formats.outputs import json_text
 from data.formats.prompts import PromptError, completion_text, react_messages, render_prompt
-from data.trajectories import DataError
+from data.json_records import DataError
 from eval.general_tasks import LETTERS, MMLU_SHOTS, mmlu_prompt
 from eval.queries import ChoiceQuery, Query, cut_at
 

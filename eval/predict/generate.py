@@ -13,8 +13,7 @@ from pathlib import Path
 import torch.distributed as dist
 from tqdm import tqdm
 
-from data.json_records import read_json_lines, write_json_lines, write_text
-from data.trajectories import DataError
+from data.json_records import DataError, read_json_lines, write_json_lines, write_text
 from eval.predict.prediction_files import read_predictions
 from eval.queries import ChoiceQuery, Query, cut_at, encode_query
 from model.sampling import generate

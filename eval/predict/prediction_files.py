@@ -5,8 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from data.formats.outputs import OUTPUT_FORMATS
-from data.json_records import read_json_lines
-from data.trajectories import DataError
+from data.json_records import DataError, read_json_lines
 
 # Why generation ended, written as "stop" by generate_predictions; files of other origin need not have it.
 # "refused": an endpoint answered this request, and only such, with an error; the output is empty.

@@ -13,9 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from data.formats.outputs import parse_output
-from data.json_records import read_json_list
+from data.json_records import DataError, read_json_list
 from data.tool_calls import ToolCallError
-from data.trajectories import DataError
 from eval.predict.prediction_files import Prediction, match_predictions, read_predictions
 
 REACT = "react"  # format of the predictions of an official file; JSONL files have the formats of output_formats

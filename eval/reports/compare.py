@@ -13,8 +13,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from data.json_records import read_json_lines
-from data.trajectories import DataError
+from data.json_records import DataError, read_json_lines
 from eval.benchmark_data import benchmark_of
 from eval.benchmarks import score_predictions
 from eval.command_line import parse_arguments, run_command

@@ -17,8 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from data.error_filter import CATEGORIES, decide_masked_turns
-from data.json_records import write_json_lines
-from data.trajectories import DataError, Trajectory, read_trajectories, tool_parameters
+from data.json_records import DataError, write_json_lines
+from data.trajectories import Trajectory, read_trajectories, tool_parameters
 from eval.benchmark_data import EvalExample, benchmark_of, load_rotbench, load_tiny, load_toolalpaca
 from eval.command_line import parse_arguments, run_command
 from eval.confidence import Z_95, wilson_interval

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 
-from data.trajectories import DataError
+from data.json_records import DataError
 from eval.confidence import Z_95, are_disjoint, attainable_count, mcnemar_p_value, wilson_interval
 from eval.reports.paper_tables import paper_tables
 

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from data.batches import drop_unusable, epoch_order, idle_batch, pack, step_batches, steps_per_epoch
+from data.json_records import DataError
 from data.loss_weights import EncodedTrajectory
-from data.trajectories import DataError
 
 
 def row(row_id, input_ids, target_ids, weights, denominator=1.0):

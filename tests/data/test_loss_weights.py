@@ -5,9 +5,10 @@ import random
 import pytest
 
 from data.batches import drop_unusable, pack
+from data.json_records import DataError
 from data.loss_weights import encode_trajectory, expand_per_turn, scale_turn
 from data.tool_calls import ToolCall
-from data.trajectories import DataError, Message, Trajectory
+from data.trajectories import Message, Trajectory
 from tests.support.piece_tokenizer import PieceTokenizer
 from tests.support.random_trajectories import random_trajectory
 

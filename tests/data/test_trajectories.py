@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from data.json_records import DataError
 from data.tool_calls import ToolCall
-from data.trajectories import DataError, Message, Trajectory, normalize_tools, read_trajectories, tool_parameters
+from data.trajectories import Message, Trajectory, normalize_tools, read_trajectories, tool_parameters
 
 TOOLS = [
     {

@@ -6,9 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from data.json_records import read_json_list
+from data.json_records import DataError, read_json_list
 from data.tool_calls import ToolCall
-from data.trajectories import DataError
 from eval.benchmark_data import (
     BENCHMARK_COUNTS,
     BENCHMARK_FILES,

@@ -11,7 +11,8 @@ import time
 
 import pytest
 
-from data.trajectories import DataError, Message, read_trajectories
+from data.json_records import DataError
+from data.trajectories import Message, read_trajectories
 from eval.benchmark_data import load_tiny_multi
 from eval.collect_trajectories import authors_records, is_toolbox, main, read_queries
 from eval.dialogues.journal import DialogueTask, RecordedDialogue

@@ -8,7 +8,7 @@ import threading
 
 import pytest
 
-from data.trajectories import DataError
+from data.json_records import DataError
 from eval.dialogues.journal import (
     DialogueJournal,
     RecordedDialogue,

@@ -14,8 +14,9 @@ import pytest
 from data.error_filter import classify_feedback
 from data.formats.outputs import OUTPUT_FORMATS, STOP_STRINGS, render_output
 from data.formats.prompts import COMPLETION_FORMATS, render_prompt
+from data.json_records import DataError
 from data.tool_calls import ToolCall
-from data.trajectories import DataError, Message
+from data.trajectories import Message
 from eval.dialogues.journal import DialogueJournal, journal_file, journal_files, read_dialogues, read_journals
 from eval.dialogues.metrics import score_dialogues
 from eval.dialogues.play import (

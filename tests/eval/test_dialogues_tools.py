@@ -14,8 +14,8 @@ from pathlib import Path
 import pytest
 
 from data.error_filter import classify_feedback
+from data.json_records import DataError
 from data.tool_calls import ToolCall, parse_tool_call
-from data.trajectories import DataError
 from eval.dialogues.local_tools import (
     _PLAIN_TOOLS,
     _RANDOM_TOOLS,

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from data.formats.outputs import parse_output, render_output
+from data.json_records import DataError
 from data.tool_calls import ToolCall, render_tool_call
-from data.trajectories import DataError
 from eval.bfcl_data import CATEGORIES, load_bfcl
 from eval.bfcl_functions import FUNCTIONS, answer_call
 from eval.evaluate_bfcl import (

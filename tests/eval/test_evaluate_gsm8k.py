@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from data.trajectories import DataError
+from data.json_records import DataError
 from eval.evaluate_gsm8k import main
 from eval.general_tasks import (
     GSM8K_COUNT,

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from data.trajectories import DataError
+from data.json_records import DataError
 from eval.evaluate_mmlu import main
 from eval.general_tasks import (
     MMLU_COUNT,

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from data.formats.prompts import react_messages
-from data.trajectories import DataError, Message
+from data.json_records import DataError
+from data.trajectories import Message
 from eval.evaluate_tooleyes import evaluate_tooleyes_files, main
 from eval.tooleyes_data import load_tool_sets, load_tooleyes
 from tests.support.dialogue_doubles import TOOLS

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from data.trajectories import DataError
+from data.json_records import DataError
 from eval.benchmark_data import BENCHMARK_FILES
 from eval.fetch_benchmarks import (
     ORIGINS,

@@ -6,8 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from data.json_records import write_json_lines
-from data.trajectories import DataError
+from data.json_records import DataError, write_json_lines
 from eval.reports.compare import main as compare_main
 from eval.reports.paper_tables import read_published, unattainable_cells
 from eval.reports.plots import ENVIRONMENTS, figure4_bars, figure5_bars, write_plots

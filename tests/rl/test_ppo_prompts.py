@@ -8,9 +8,10 @@ import pytest
 
 from data.error_filter import decide_masked_turns
 from data.formats.tl import encode_prompt
+from data.json_records import DataError
 from data.loss_weights import expand_per_turn
 from data.tool_calls import ToolCall
-from data.trajectories import DataError, Message, read_trajectories
+from data.trajectories import Message, read_trajectories
 from model.tokenizer import load_tokenizer
 from rl.prompts import PPOPrompt, parse_json_line, read_prompts
 from rl.reward import check_rewards

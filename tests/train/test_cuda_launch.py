@@ -1,8 +1,8 @@
 """From Python to the kernels without a GPU: packing, driver calls, kernel source; cache, loader and their failures.
 
-A `libcuda.so.1` of ours (tests/support/cuda_shim/fake_driver.cpp, with the kernels' own text inside) stands on the
-loader's path of a child process; there train/cuda/runtime.py compiles with the real NVRTC and launches on CPU tensors. The child
-runs every `check_...` function below and reports; each is one test here. What a GPU alone can show is in
+A `libcuda.so.1` of ours (tests/support/cuda_shim/fake_driver.cpp, with the kernels' own text inside) is found first by
+the loader of a child process; there train/cuda/runtime.py compiles with the real NVRTC and launches on CPU tensors. The
+child runs every `check_...` function below and reports; each is one test here. What only a GPU can show is in
 test_cuda_gpu.py.
 """
 

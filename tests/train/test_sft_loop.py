@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from command_line import run_identity
 from data.batches import pack
 from data.loss_weights import encode_trajectory
 from data.trajectories import read_trajectories
@@ -19,7 +20,7 @@ from tests.support.tiny_run import ROOT, metrics_of, random_batch, run_here, tin
 from train.distributed import init_world, local_part, shard_model
 from train.run_control import StopSignal, TrainingError
 from train.run_logging import MetricsFile, RunFolderError, cut_metrics, open_run_folder, plot_losses
-from train.sft_loop import SFTConfig, run_identity, train_sft, train_step
+from train.sft_loop import SFTConfig, train_sft, train_step
 
 
 @pytest.fixture
