@@ -23,7 +23,7 @@ from eval.benchmarks import score_predictions
 from eval.dialogues.journal import DialogueJournal, DialogueTask
 from eval.dialogues.metrics import MAX_TURNS
 from eval.dialogues.play import complete_dialogues, run_dialogues_with_endpoint, run_dialogues_with_model
-from eval.dialogues.tools import EXECUTOR_KINDS, RecordingExecutor, ToolExecutor, make_executor
+from eval.dialogues.tools import EXECUTOR_KINDS, ToolExecutor, make_executor
 from eval.fetch_benchmarks import check_benchmark
 from eval.predict.endpoint import Endpoint, ask_records, check_url, make_endpoint
 from eval.predict.generate import answers_sha256, check_settings, complete_predictions, folder_sha256, generated_rows
@@ -76,19 +76,14 @@ class EvalConfig:
     )
     tool_executor: str = setting(
         "auto",
-        "who answers the calls of a dialogue: tools of this project, a simulation by "
-        "the documents, a file; auto = local where there is a tool, else simulated "
-        "(docs/tool_runtime.md)",
+        "who answers the calls of a dialogue: tools of this project, or a simulation by the documents; "
+        "auto = local where there is a tool, else simulated (docs/tool_runtime.md)",
         choices=EXECUTOR_KINDS,
     )
     instability_rate: float = setting(
         0.0, "share of simulated calls that fail as if the service were down", low=0.0, high=1.0
     )
     call_failure_rate: float = setting(0.0, "share of simulated calls that the tool itself fails on", low=0.0, high=1.0)
-    recorded_calls: str = setting("", "file of calls and their feedback for --tool_executor recorded")
-    record_calls: str = setting(
-        "", "write every call and its feedback to this file, for --recorded_calls of other runs"
-    )
     max_turns: int = setting(MAX_TURNS, "model outputs of a dialogue (ToolEyes and paper: 9)", low=1, high=MAX_TURNS)
     max_dialogue_tokens: int = setting(
         8192,
@@ -130,11 +125,6 @@ class EvalConfig:
             raise ValueError("endpoint: found it beside --predictions, expected one of the two")
         if self.prompt_format == "openai" and not self.endpoint:
             raise ValueError("prompt_format: found openai without --endpoint, expected the chat API of a server")
-        if (self.tool_executor == "recorded") != bool(self.recorded_calls):
-            raise ValueError(
-                f"recorded_calls: found {self.recorded_calls or 'none'!a} with --tool_executor "
-                f"{self.tool_executor}, expected a file with --tool_executor recorded, and only there"
-            )
         if self.instability_rate + self.call_failure_rate > 1.0:
             raise ValueError(
                 f"instability_rate: found {self.instability_rate + self.call_failure_rate:g} together "
@@ -300,7 +290,6 @@ def dialogue_settings(name: str, config: EvalConfig) -> dict[str, str | int | fl
     """What else decides the dialogues of a benchmark; nothing for other benchmarks."""
     if name not in DIALOGUE_BENCHMARKS:
         return {}
-    recorded = answers_sha256(Path(config.recorded_calls)) if config.recorded_calls else ""
     return {
         "max_turns": config.max_turns,
         "max_dialogue_tokens": config.max_dialogue_tokens,
@@ -308,26 +297,19 @@ def dialogue_settings(name: str, config: EvalConfig) -> dict[str, str | int | fl
         "tool_seed": config.seed,
         "instability_rate": config.instability_rate,
         "call_failure_rate": config.call_failure_rate,
-        "recorded_calls_sha256": recorded,
         "execute_code": config.execute_code,
     }
 
 
-def make_tools(config: EvalConfig, world: World) -> ToolExecutor | RecordingExecutor:
-    """Who answers the calls of the dialogues; to be closed. Raises ConfigError for several ranks writing one file."""
-    execute = make_executor(
+def make_tools(config: EvalConfig) -> ToolExecutor:
+    """Who answers the calls of the dialogues; to be closed."""
+    return make_executor(
         config.tool_executor,
         seed=config.seed,
         instability_rate=config.instability_rate,
         failure_rate=config.call_failure_rate,
-        recorded_file=Path(config.recorded_calls) if config.recorded_calls else None,
         execute_code=config.execute_code == "on",
     )
-    if not config.record_calls:
-        return execute
-    if world.size > 1:
-        raise ConfigError(f"--record_calls: found {world.size} processes, expected one to write the file")
-    return RecordingExecutor(execute, Path(config.record_calls))
 
 
 def play_dialogues(
@@ -341,7 +323,7 @@ def play_dialogues(
     }
 
     def play(missing: list[DialogueTask], journal: DialogueJournal) -> None:
-        with make_tools(config, world) as execute:
+        with make_tools(config) as execute:
             if isinstance(player, Endpoint):
                 run_dialogues_with_endpoint(missing, player, execute=execute, journal=journal, **settings)
             else:

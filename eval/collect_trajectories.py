@@ -213,11 +213,9 @@ def collect(flags: argparse.Namespace) -> str:
         if flags.endpoint
         else {"model_sha256": folder_sha256(Path(flags.model)), "dtype": flags.dtype, "device": flags.device}
     )
-    recorded = answers_sha256(flags.recorded_calls) if flags.recorded_calls else ""
     settings = {
         **source,
         "queries_sha256": answers_sha256(flags.queries),
-        "recorded_calls_sha256": recorded,
         **{name: getattr(flags, name) for name in DECIDING_FLAGS},
     }
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -305,7 +303,6 @@ def player_of(
             seed=flags.seed,
             instability_rate=flags.instability_rate,
             failure_rate=flags.call_failure_rate,
-            recorded_file=flags.recorded_calls,
             execute_code=flags.execute_code,
         ) as execute:
             if isinstance(teacher, Endpoint):
@@ -368,7 +365,6 @@ def read_flags(arguments: Sequence[str]) -> argparse.Namespace:
     add("--tool_executor", choices=EXECUTOR_KINDS, default="auto", help="who answers the calls (%(default)s)")
     add("--instability_rate", type=float, default=0.0, help="share of simulated calls that find the service down")
     add("--call_failure_rate", type=float, default=0.0, help="share of simulated calls that the tool fails on")
-    add("--recorded_calls", type=Path, help="file of calls and feedback for --tool_executor recorded")
     add("--execute_code", action="store_true", help="run code that the teacher wrote, in the sandbox")
     add("--max_turns", type=int, default=MAX_TURNS, help="outputs of a dialogue, 1 to 9 (%(default)s)")
     add("--max_new_tokens", type=int, default=512, help="longest output, tokens (%(default)s)")
@@ -412,11 +408,6 @@ def _check_flags(parser: argparse.ArgumentParser, flags: argparse.Namespace) -> 
             parser.error(f"--{name}: found {value}, expected {bounds}")
     if flags.instability_rate + flags.call_failure_rate > 1:
         parser.error("--instability_rate: found more than 1 together with --call_failure_rate, expected at most 1")
-    if (flags.tool_executor == "recorded") != (flags.recorded_calls is not None):
-        parser.error(
-            f"--recorded_calls: found {flags.recorded_calls} with --tool_executor {flags.tool_executor}, "
-            "expected a file with --tool_executor recorded, and only there"
-        )
     if flags.prompt_format == "openai" and not flags.endpoint:
         parser.error("--prompt_format: found openai without --endpoint, expected the chat API of a server")
     if flags.endpoint:

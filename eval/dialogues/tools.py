@@ -1,11 +1,10 @@
-"""Who answers a tool call: one interface, three executors (docs/tool_runtime.md).
+"""Who answers a tool call: one interface, two executors (docs/tool_runtime.md).
 
     local      our own tools, each call in a process of its own in the sandbox (local_tools.py, eval/sandbox/run.py)
     simulated  the tools' documents: exact checks, then a made-up payload shaped by the document
-    recorded   a file of calls and their feedback
 
-Before a tool comes the document check, the same for local and simulated: what it finds gets the words of ToolEyes' own
-executor. Every feedback reads, to data.error_filter.classify_feedback, as what it is meant to be: `_settle` sees to it.
+The document check comes before any tool, the same for both; what it finds gets the words of ToolEyes' own executor.
+Every feedback reads, to data.error_filter.classify_feedback, as what it is meant to be: `_settle` sees to it.
 Nothing here has a clock or global chance: a dialogue's feedback depends on its own calls alone, not on the order of
 dialogues or the number of threads.
 """
@@ -14,18 +13,16 @@ import json
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Self
 
 from data.error_filter import check_documents, classify_feedback
 from data.tool_calls import MAX_NESTING, ToolCall
 from data.trajectories import tool_parameters
 from eval.dialogues.local_tools import LOCAL_TOOLS, TOOLBOX, shell_command, shell_result
-from eval.dialogues.recorded_tools import read_recording, recording_key
 from eval.dialogues.simulated_tools import check_types, draw_outcome
 from eval.sandbox.run import LAYERS, ToolServer, ToolServerEnded
 
-EXECUTOR_KINDS = ("auto", "local", "simulated", "recorded")
+EXECUTOR_KINDS = ("auto", "local", "simulated")
 MAX_FEEDBACK_CHARACTERS = 4096  # the official executor keeps 1,023 tokens of its tokenizer
 MAX_ARGUMENT_BYTES = 1 << 20  # of a call as JSON; longer ones are refused, unseen by any tool
 TODAY = "2024-12-20"  # what the date tools call today unless they are told otherwise: the paper's month
@@ -54,7 +51,7 @@ class ToolResult:
     """What the model is told."""
 
     feedback: str  # at most MAX_FEEDBACK_CHARACTERS
-    executor: str  # who answered: "local", "simulated" or "recorded"
+    executor: str  # who answered: "local" or "simulated"
 
 
 Executor = Callable[[ToolRequest], ToolResult]  # for several threads at once
@@ -66,7 +63,6 @@ def make_executor(
     seed: int = 0,
     instability_rate: float = 0.0,
     failure_rate: float = 0.0,
-    recorded_file: Path | None = None,
     execute_code: bool = False,
     today: str = TODAY,
     seconds: float = CALL_SECONDS,
@@ -75,10 +71,9 @@ def make_executor(
     """The executor of one of EXECUTOR_KINDS; close it, or use it in a `with`.
 
     auto: local where there is a local tool, else simulated. local: as auto, but what is not local has no network.
-    recorded: answers from `recorded_file` alone. `seed` and the rates are those of the simulated tools' failures,
-    shares of all their calls. Without `execute_code` the tools that run the model's code are not local.
-    Raises ValueError for a setting that cannot be, DataError for a malformed file. The sandbox starts at the first
-    local call, which raises SandboxError if it cannot.
+    `seed` and the rates are those of the simulated tools' failures, shares of all their calls. Without `execute_code`
+    the tools that run the model's code are not local. Raises ValueError for a setting that cannot be. The sandbox
+    starts at the first local call, which raises SandboxError if it cannot.
     """
     if kind not in EXECUTOR_KINDS:
         raise ValueError(f"executor is {kind!r}, expected one of {', '.join(EXECUTOR_KINDS)}")
@@ -87,38 +82,21 @@ def make_executor(
             raise ValueError(f"{name} is {rate}, expected a share from 0 to 1")
     if instability_rate + failure_rate > 1.0:
         raise ValueError(f"instability_rate + failure_rate is {instability_rate + failure_rate:g}, expected at most 1")
-    if (kind == "recorded") != (recorded_file is not None):
-        raise ValueError(
-            f"recorded_file is {str(recorded_file)!r} with executor {kind!r}, "
-            "expected a file exactly with executor 'recorded'"
-        )
     local = LocalTools(execute_code=execute_code, today=today, seconds=seconds, servers=servers)
-    recording = read_recording(recorded_file) if recorded_file is not None else {}
-    return ToolExecutor(
-        kind, local=local, recording=recording, seed=seed, instability_rate=instability_rate, failure_rate=failure_rate
-    )
+    return ToolExecutor(kind, local=local, seed=seed, instability_rate=instability_rate, failure_rate=failure_rate)
 
 
 class ToolExecutor:
-    """An Executor with an end. State: the sandboxed processes of the local tools; the recording, read only."""
+    """An Executor with an end. State: the sandboxed processes of the local tools."""
 
     def __init__(
-        self,
-        kind: str,
-        *,
-        local: "LocalTools",
-        recording: dict,
-        seed: int,
-        instability_rate: float,
-        failure_rate: float,
+        self, kind: str, *, local: "LocalTools", seed: int, instability_rate: float, failure_rate: float
     ) -> None:
-        self.kind, self._local, self._recording = kind, local, recording
+        self.kind, self._local = kind, local
         self._seed, self._instability_rate, self._failure_rate = seed, instability_rate, failure_rate
 
     def __call__(self, request: ToolRequest) -> ToolResult:
         """Answer one call. Raises SandboxError if the sandbox is needed and does not start."""
-        if self.kind == "recorded":
-            return self._replay(request)
         is_toolbox = request.tool_set == TOOLBOX
         is_local = self.kind != "simulated" and (is_toolbox or self._local.has(request))
         is_plain = is_plain_json([request.call.name, request.call.arguments])
@@ -143,19 +121,6 @@ class ToolExecutor:
                 failure_rate=self._failure_rate,
             )
         return ToolResult(_settle(*found, request), "local" if is_local or self.kind == "local" else "simulated")
-
-    def _replay(self, request: ToolRequest) -> ToolResult:
-        """The recorded feedback, word for word; else what the documents find; else that there is no record."""
-        key = recording_key(request.call.name, request.call.arguments)
-        for tool_set in (request.tool_set, None):
-            for dialogue in (request.dialogue, None):
-                feedbacks = self._recording.get((tool_set, key, dialogue))
-                if feedbacks:
-                    # Beyond the last recorded attempt the last one speaks: the same call, the same answer.
-                    attempt = max((number for number in feedbacks if number <= request.attempt), default=min(feedbacks))
-                    return ToolResult(feedbacks[attempt][0], "recorded")
-        meant, text = find_fault(request) or ("tool_call_failure", f"{REASON}this call was not recorded")
-        return ToolResult(_settle(meant, text, request), "recorded")
 
     @property
     def notices(self) -> list[str]:
@@ -426,69 +391,3 @@ def read_answer(
         # The file tools of ToolEyes catch their errors and return the text, which then is quoted as any result.
         return "tool_call_failure", json.dumps(text) if needs == "folder" else text
     return "all_right", json.dumps(content)
-
-
-# ----------------------------------------------------------------------------------------------------------- recording
-
-
-class RecordingExecutor:
-    """An executor whose calls are written to a file that executor `recorded` can replay, one flushed line per call.
-
-    State: the open file. An existing file is continued; a partial last line, as a killed writer leaves, is cut off.
-    """
-
-    def __init__(self, executor: ToolExecutor, path: Path) -> None:
-        self._executor, self._lock = executor, threading.Lock()
-        path.parent.mkdir(parents=True, exist_ok=True)
-        self._file = open(path, "ab+")  # noqa: SIM115 - open until close()
-        self._file.seek(0)
-        content = self._file.read()
-        self._file.truncate(content.rfind(b"\n") + 1)
-
-    def __call__(self, request: ToolRequest) -> ToolResult:
-        """Answer one call and write it down."""
-        result = self._executor(request)
-        try:
-            line = json.dumps(
-                {
-                    "tool_set": request.tool_set,
-                    "dialogue": request.dialogue,
-                    "name": request.call.name,
-                    "arguments": request.call.arguments,
-                    "attempt": request.attempt,
-                    "feedback": result.feedback,
-                    "executor": result.executor,
-                },
-                allow_nan=False,
-            )
-        except (ValueError, TypeError, RecursionError):
-            return result  # arguments that JSON cannot hold: no such call can be found again
-        with self._lock:
-            self._file.write(line.encode("ascii") + b"\n")
-            self._file.flush()
-        return result
-
-    @property
-    def notices(self) -> list[str]:
-        """Those of the executor that answers."""
-        return self._executor.notices
-
-    @property
-    def limits_applied(self) -> dict[str, str]:
-        """Those of the executor that answers."""
-        return self._executor.limits_applied
-
-    def forget(self, dialogue: int) -> None:
-        """The dialogue is over: its files go."""
-        self._executor.forget(dialogue)
-
-    def close(self) -> None:
-        """Close the file and the executor that answers."""
-        self._file.close()
-        self._executor.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *details: object) -> None:
-        self.close()

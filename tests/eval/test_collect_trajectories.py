@@ -335,7 +335,7 @@ def test_toolbox_is_known_by_its_documents():
         ({"max_turns": 10}, "--max_turns: found 10, expected 1 to 9"),
         ({"temperature": -1}, "--temperature: found -1.0, expected 0 to 100"),
         ({"instability_rate": 0.6, "call_failure_rate": 0.6}, "--instability_rate: found more than 1"),
-        ({"tool_executor": "recorded"}, "--recorded_calls: found None with --tool_executor recorded"),
+        ({"tool_executor": "recorded"}, "--tool_executor: invalid choice: 'recorded'"),
         ({"prompt_format": "openai"}, "--prompt_format: found openai without --endpoint"),
         ({"endpoint": "localhost"}, "--endpoint: found 'localhost', expected the base of an API"),
         ({"nonsense": 1}, "--nonsense"),
@@ -357,7 +357,7 @@ def test_bad_flags_are_one_line_and_code_2(tmp_path, flags, expected):
         ("", "found no record"),
         ("[]", "found no record"),
         ("[3]", "found no record"),
-        ("{", ":1: found no valid JSON"),
+        ("{", ":1: found the end at column 2, expected JSON"),
         ('{"tools": []}', ":1: found nothing as 'messages', expected list"),
         ('{"messages": [{"role": "user", "content": "x"}]}', ":1: found nothing as 'tools', expected list"),
         (

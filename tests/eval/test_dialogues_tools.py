@@ -14,7 +14,6 @@ from pathlib import Path
 import pytest
 
 from data.error_filter import classify_feedback
-from data.json_records import DataError
 from data.tool_calls import ToolCall, parse_tool_call
 from eval.dialogues.local_tools import (
     _PLAIN_TOOLS,
@@ -35,7 +34,6 @@ from eval.dialogues.tools import (
     REASON,
     TODAY,
     LocalTools,
-    RecordingExecutor,
     ToolExecutor,
     ToolRequest,
     _settle,
@@ -729,105 +727,17 @@ def test_result_has_the_shape_that_the_document_suggests():
     assert len({drawn("get_team", team=str(n))["id"] for n in range(20)}) > 15
 
 
-# ------------------------------------------------------------------------------------------------------------ recorded
-
-
-def record_file(tmp_path, *rows):
-    path = tmp_path / "calls.jsonl"
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return path
-
-
-def test_recorded_calls_are_replayed_by_rule(tmp_path):
-    row = {"name": "g", "arguments": {"a": 1}}
-    path = record_file(
-        tmp_path,
-        row | {"feedback": "any set"},
-        row | {"tool_set": "Set/Name", "feedback": "first"},
-        row | {"tool_set": "Set/Name", "feedback": "second"},
-        row | {"tool_set": "Set/Name", "dialogue": 5, "attempt": 1, "feedback": "of dialogue 5"},
-        {"name": "f", "arguments": {"b": [1], "a": 2}, "feedback": "Error: word for word \ud800"},
-    )
-
-    def ask(**flags):
-        return executor(request("Set/Name", "g", {"a": 1}, tools=MANY, **flags)).feedback
-
-    with make_executor("recorded", recorded_file=path) as executor:
-        assert [ask(attempt=n) for n in (0, 1, 7)] == ["first", "second", "second"]
-        assert [ask(attempt=n, dialogue=5) for n in (0, 1, 2)] == ["of dialogue 5"] * 3
-        assert executor(request("Other/Set", "g", {"a": 1}, tools=MANY)).feedback == "any set"
-        other = executor(request("Set/Name", "f", {"a": 2, "b": [1]}, tools=MANY))
-        assert other.feedback.startswith("Error: word for word") and other.executor == "recorded"
-        # not recorded: what the documents say, else that there is no record
-        unknown = request("Set/Name", "g", {"a": 3}, tools=MANY)
-        assert executor(unknown).feedback == f"{REASON}this call was not recorded"
-        assert read_as(unknown, executor(unknown).feedback) == "tool_call_failure"
-        assert executor(request("Set/Name", "g", {}, tools=MANY)).feedback.startswith("g() missing 1 required")
-
-
-@pytest.mark.parametrize(
-    ("text", "found"),
-    [
-        ("{", "1: found no valid JSON"),
-        ("[]", "1: found list"),
-        ('{"arguments": {}, "feedback": ""}', "as 'name'"),
-        ('{"name": "f", "arguments": [], "feedback": ""}', "1: found list as 'arguments', expected a dict"),
-        ('{"name": "f", "arguments": {}}', "1: found NoneType as 'feedback', expected the feedback as text"),
-        ('{"name": "f", "arguments": {}, "feedback": "", "attempt": -1}', "1: found -1 as 'attempt'"),
-        ('{"name": "f", "arguments": {}, "feedback": "", "dialogue": true}', "1: found True as 'dialogue'"),
-        ('{"name": "f", "arguments": {}, "feedback": "", "tool_set": 3}', "1: found int as 'tool_set'"),
-        (
-            "\n".join(json.dumps({"name": "f", "arguments": {}, "feedback": text, "attempt": 0}) for text in "xxy"),
-            "3: found another feedback",
-        ),
-    ],
-)
-def test_malformed_recordings_are_one_line(tmp_path, text, found):
-    path = tmp_path / "calls.jsonl"
-    path.write_text(text + "\n")
-    with pytest.raises(DataError) as error:
-        make_executor("recorded", recorded_file=path)
-    assert found in str(error.value) and str(error.value).startswith(f"{path}:") and "\n" not in str(error.value)
-    with pytest.raises(DataError, match="expected a readable"):
-        make_executor("recorded", recorded_file=tmp_path / "missing.jsonl")
-
-
-def test_any_executors_calls_can_be_recorded_and_replayed(tmp_path):
-    path = tmp_path / "deep" / "calls.jsonl"
-    asked = [
-        request("Set/Name", "g", {"a": str(n)}, tools=MANY, dialogue=n, attempt=attempt)
-        for n in range(20)
-        for attempt in (0, 1)
-    ]
-    asked.append(request("Set/Name", "g", {"a": "1", "q": None}, tools=MANY))
-    settings = {"seed": 1, "instability_rate": 0.4, "failure_rate": 0.2}
-    with RecordingExecutor(make_executor("simulated", **settings), path) as executor:
-        live = [executor(one) for one in asked[:20]]
-        assert len(path.read_text().splitlines()) == 20  # written as they come
-    with open(path, "a") as file:
-        file.write('{"name": "g", "argu')  # a killed writer
-    with RecordingExecutor(make_executor("simulated", **settings), path) as executor:
-        live += [executor(one) for one in asked[20:]]
-    assert {row["executor"] for row in map(json.loads, path.read_text().splitlines())} == {"simulated"}
-    with make_executor("recorded", recorded_file=path) as executor:
-        replayed = [executor(one) for one in reversed(asked)][::-1]
-    assert [one.feedback for one in replayed] == [one.feedback for one in live]
-    assert {one.executor for one in replayed} == {"recorded"}
-
-
 # -------------------------------------------------------------------------------------------- settings, threads, repair
 
 
 @pytest.mark.parametrize(
     ("kind", "settings", "words"),
     [
-        ("both", {}, "expected one of auto, local, simulated, recorded"),
+        ("recorded", {}, "expected one of auto, local, simulated"),
         ("auto", {"failure_rate": 1.5}, "from 0 to 1"),
         ("auto", {"instability_rate": -0.1}, "from 0 to 1"),
         ("auto", {"instability_rate": math.nan}, "from 0 to 1"),
         ("auto", {"instability_rate": 0.6, "failure_rate": 0.5}, "at most 1"),
-        ("recorded", {}, "expected a file"),
-        ("auto", {"recorded_file": Path("x")}, "expected a file exactly with"),
     ],
 )
 def test_settings_that_cannot_be(kind, settings, words):
@@ -895,7 +805,7 @@ def test_a_server_that_is_killed_is_replaced_and_lost_files_are_told(can):
 def test_where_a_machine_permits_less_only_pure_tools_are_local(layers):
     machine = socket.gethostname()
     local = LocalTools(execute_code=True, today=TODAY, seconds=10.0, servers=1, layers=layers)
-    with ToolExecutor("auto", local=local, recording={}, seed=0, instability_rate=0.0, failure_rate=0.0) as executor:
+    with ToolExecutor("auto", local=local, seed=0, instability_rate=0.0, failure_rate=0.0) as executor:
         assert result_of(executor, "get_uuid") and executor.limits_applied
         for tool_set, name, arguments in (
             ("File/file_operation", "read_file", {"file_path": "/etc/passwd"}),
