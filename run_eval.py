@@ -48,13 +48,13 @@ class EvalConfig:
 
     model: str = setting("runs/sft/final", "folder of the model, Hugging Face layout; with --endpoint its name there")
     benchmarks: str = setting("tiny-seen,tiny-unseen", f"comma-separated, of {', '.join(BENCHMARK_FILES)}")
-    benchmark_dir: str = setting("assets/tiny_data", "folder of the benchmark files (docs/benchmarks.md)")
+    benchmark_dir: str = setting("assets/tiny_data", "folder of the benchmark files (docs/evaluation.md)")
     check_files: str = setting(
         "on", "compare published benchmark files with their sha256; off for files of your own", choices=("on", "off")
     )
     prompt_format: str = setting(
         "tl",
-        "form of prompt and calls, by model: docs/prompt_formats.md; plain is that of the bundled base model",
+        "form of prompt and calls, by model: docs/evaluation.md; plain is that of the bundled base model",
         choices=PROMPT_FORMATS,
     )
     endpoint: str = setting("", "base URL of an OpenAI-compatible server, http://HOST:PORT/v1; empty = model folder")
@@ -77,7 +77,7 @@ class EvalConfig:
     tool_executor: str = setting(
         "auto",
         "who answers the calls of a dialogue: tools of this project, or a simulation by the documents; "
-        "auto = local where there is a tool, else simulated (docs/tool_runtime.md)",
+        "auto = local where there is a tool, else simulated (docs/multi_turn.md)",
         choices=EXECUTOR_KINDS,
     )
     instability_rate: float = setting(

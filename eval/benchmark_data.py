@@ -1,7 +1,7 @@
 """Evaluation records: `EvalExample`, the loaders of the tool benchmarks, and which file each benchmark is in.
 
 The loader of BFCL, whose gold answers are Python source, is in eval/bfcl_data.py. What the loaders repair or leave as
-it is: docs/benchmarks.md.
+it is: docs/evaluation.md.
 """
 
 import json

@@ -4,7 +4,7 @@
         [--execute_code] [--output DIR]
 
 A record wants one call or several, in any order; the TL-Training paper does not say how its TS, PI and CF count those.
-The rows are scored by the primary variant of `--rules`; the summary has all variants side by side (docs/benchmarks.md).
+The rows are scored by the primary variant of `--rules`; the summary has all variants side by side (docs/evaluation.md).
 With --execute_code the records whose functions need no network are also judged as BFCL does, by the results of the
 calls. Nothing that a model wrote is run as code: its arguments go to our own functions, in the sandbox, since they can
 still ask for a factorial without end.

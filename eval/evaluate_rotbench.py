@@ -6,7 +6,7 @@
 `official` is what RoTBench's own scorer counts, record by record, quirks included. Its first rule makes every record
 wrong whose predicted arguments are empty, so that even the gold answers reach only 97 of 105 on the clean set. `fair`
 takes an empty object for arguments like any other, and tries every accepted answer on the call as it was predicted.
-The steps and quirks: docs/benchmarks.md.
+The steps and quirks: docs/evaluation.md.
 """
 
 import argparse
@@ -42,7 +42,7 @@ RATE_KEYS = ("n", *(key for metric in METRICS for key in (metric, f"{metric}_per
 
 
 def score_rotbench_call(name: str, arguments: object, example: EvalExample, rules: str) -> CallScore:
-    """Score one call by the steps of RoTBench's scorer (its Code/Evaluation/evaluate.py; docs/benchmarks.md).
+    """Score one call by the steps of RoTBench's scorer (its Code/Evaluation/evaluate.py; docs/evaluation.md).
 
     1. Arguments that Python takes for false (`{}`, `[]`, 0, null) make all three metrics wrong; `fair` lets `{}` pass.
     2. The accepted answers are tried in order. Where one calls the tool in the last place, a predicted `finish` is

@@ -5,7 +5,7 @@
 
 ToolAlpaca's own judgement is GPT-4's of whole solutions; the TL-Training paper instead applies RoTBench's metrics to
 one call, and leaves the details open. The rows are scored by the primary variant of `--rules`; the summary has all
-variants side by side (docs/benchmarks.md).
+variants side by side (docs/evaluation.md).
 """
 
 import sys

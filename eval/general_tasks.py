@@ -1,4 +1,4 @@
-"""GSM8K, HumanEval and MMLU: records, prompts and what counts as an answer (docs/general_tasks.md).
+"""GSM8K, HumanEval and MMLU: records, prompts and what counts as an answer (docs/evaluation.md).
 
 The paper's Figure 5 names the three sets without a protocol; what is chosen here follows each benchmark's own scorer:
 GSM8K 8-shot with worked solutions, HumanEval as completion of the function, MMLU 5-shot by log-probability.
@@ -281,7 +281,7 @@ STOP_TEXTS = ("\nclass", "\ndef", "\n#", "\nif", "\nprint")
 
 
 def cut_completion(output: str) -> str:
-    """A model's continuation of a HumanEval prompt up to the first stop text (docs/general_tasks.md)."""
+    """A model's continuation of a HumanEval prompt up to the first stop text (docs/evaluation.md)."""
     ends = [position for stop in STOP_TEXTS if (position := output.find(stop)) >= 0]
     return output[: min(ends)] if ends else output
 

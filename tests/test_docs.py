@@ -114,8 +114,8 @@ def test_paper_and_released_differ_exactly_where_the_page_says(section, config_c
     assert paper_keys.keys() == released_keys.keys()
     names = [each.name for each in fields(config_class)]
     differing = {name for name in names if getattr(paper, name) != getattr(released, name)}
-    page = (ROOT / "docs/paper_vs_released_code.md").read_text(encoding="utf-8")
-    table = page.partition(title)[2].partition("\n## ")[0]
+    page = (ROOT / "docs/ppo_details.md").read_text(encoding="utf-8")
+    table = page.partition(title)[2].partition("\n#")[0]
     assert differing == set(re.findall(r"\| `(\w+)`: `", table))
     for name in differing:
         row = next(line for line in table.splitlines() if f"`{name}`:" in line)

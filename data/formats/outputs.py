@@ -1,4 +1,4 @@
-"""What a model writes for its calls, per prompt format, read into ToolCalls and written again (docs/prompt_formats.md).
+"""What a model writes for its calls, per prompt format, read into ToolCalls and written again (docs/evaluation.md).
 
     tl          name(p="v")                                         one call (paper, Table 13)
     plain       name(p: "v").                                       one call (the bundled base model)

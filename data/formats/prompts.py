@@ -12,7 +12,7 @@
     react       any               ToolEyes    completion or chat without native tools, ReAct; ToolEyes' published prompt
 
 A prompt is a list of parts, ordinary text and control tokens. A control token becomes one id; text becomes the ids of
-its characters, so nobody who writes "<|im_end|>" into a query can end a turn. docs/prompt_formats.md lists what the
+its characters, so nobody who writes "<|im_end|>" into a query can end a turn. docs/evaluation.md lists what the
 tables leave open and what was decided.
 """
 

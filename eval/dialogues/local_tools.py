@@ -23,7 +23,7 @@ from toolbox.world import execute
 
 TOOLBOX = "toolbox"  # the tool set of the toolbox world, whose tools come with the request
 # What a call needs: nothing (a pure function), a folder, to run Python code there, or programs. What a machine cannot
-# give makes the tool not local there (docs/tool_runtime.md).
+# give makes the tool not local there (docs/multi_turn.md).
 LOCAL_TOOLS = {
     ("Random/Random", "get_random_number"): "nothing",
     ("Random/Random", "get_uuid"): "nothing",

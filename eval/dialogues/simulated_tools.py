@@ -4,7 +4,7 @@
     draw_outcome   a made-up result shaped by the document, or one of the failures of the paper's Table 14
 
 A result is a function of tool and arguments, a failure of seed, tool, arguments and (if it can pass) attempt. Nothing
-in a result is true: who reports figures made with it must say so (docs/tool_runtime.md).
+in a result is true: who reports figures made with it must say so (docs/multi_turn.md).
 """
 
 import json

@@ -1,4 +1,4 @@
-"""Who answers a tool call: one interface, two executors (docs/tool_runtime.md).
+"""Who answers a tool call: one interface, two executors (docs/multi_turn.md).
 
     local      our own tools, each call in a process of its own in the sandbox (local_tools.py, eval/sandbox/run.py)
     simulated  the tools' documents: exact checks, then a made-up payload shaped by the document
@@ -282,7 +282,7 @@ class LocalTools:
             for ability in (ability for ability, is_there in self._abilities.items() if not is_there):
                 self.notices.append(
                     f"tools: the sandbox of this machine can give no {ability}; what needs that is "
-                    "simulated (docs/tool_runtime.md)"
+                    "simulated (docs/multi_turn.md)"
                 )
         return self._abilities["programs" if needs == "programs" else "folder"]
 

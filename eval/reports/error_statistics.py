@@ -4,7 +4,7 @@
     python -m eval.reports.error_statistics --answers rotbench/First_Turn/clean.json --predictions FILE
         [--rules official] [--tokenizer MODEL_DIR] [--output DIR]
 
-Definitions, and what the paper leaves open: docs/error_statistics.md. A table for people, then one JSON object as the
+Definitions, and what the paper leaves open: docs/evaluation.md. A table for people, then one JSON object as the
 last line of stdout; --output writes one row per call or record to DIR/error_statistics.jsonl.
 """
 

@@ -1,7 +1,7 @@
 """When two different argument values say the same: the rule behind `Synonyms` of Table 1.
 
 The paper names the class ("synonymous with standard values") and no rule. Ours is a heuristic on words, written down in
-docs/error_statistics.md; it judges nothing but this statistic, never a score.
+docs/evaluation.md; it judges nothing but this statistic, never a score.
 """
 
 import re
