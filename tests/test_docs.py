@@ -14,7 +14,9 @@ from rl.ppo_config import PPOConfig
 from train.sft_loop import SFTConfig
 
 ROOT = Path(__file__).resolve().parent.parent
-DOCUMENTS = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("assets/*.md")])
+DOCUMENTS = sorted(
+    [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("assets/*.md"), *ROOT.glob("train/cuda/csrc/*.md")]
+)
 EQUATIONS = [f"E{number}" for number in range(1, 36)]
 PLACE = re.compile(r"`([\w/]+\.py):(\w+)`")
 TEST = re.compile(r"`(tests/[\w/]+\.py)::(\w+)`")

@@ -1,40 +1,93 @@
-"""The README and the asset page name files that exist, with the line counts and hashes that they have."""
+"""README, CONTRIBUTING, docs/ and the other pages name files, modules, flags and hashes that exist."""
 
 import hashlib
 import re
+import tomllib
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
 
+from rl.ppo_config import PPOConfig
+from run_eval import EvalConfig
+from train.sft_config import SFTConfig
+
 ROOT = Path(__file__).parent.parent
-PAGES = [ROOT / "README.md", ROOT / "assets" / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+README = (ROOT / "README.md").read_text(encoding="ascii")
+PAGES = sorted(
+    [
+        *ROOT.glob("*.md"),
+        *ROOT.glob("docs/*.md"),
+        ROOT / "assets/README.md",
+        ROOT / "train/cuda/csrc/README.md",
+        ROOT / "benchmarks/cuda_kernel_ladder/README.md",
+    ]
+)
+PACKAGES = "benchmarks|data|eval|model|rl|toolbox|train"
+SCRIPT_FLAGS = {"run_sft": SFTConfig, "run_ppo": PPOConfig, "run_eval": EvalConfig}
+each_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_links_and_paths_exist(page):
-    text = page.read_text(encoding="utf-8")
-    for link in re.findall(r"\]\((?!http)([^)#]+)", text):
-        assert (page.parent / link).exists(), f"{page.name}: link to {link}"
-    for path in re.findall(
-        r"`((?:model|train|data|rl|eval|tests|benchmarks|examples|assets|configs|docs)/[\w./]+\.\w+)(?:[:`])", text
-    ):
+def commands(text: str) -> list[tuple[str, list[str]]]:
+    """(what runs, its flags without dashes) of every `python ...` or `torchrun ...` on one line or continued by \\."""
+    lines = text.replace("\\\n", " ").splitlines()
+    pattern = re.compile(r"(?:python|torchrun[^#`]*?) (?:-m )?((?:[\w.]+/)*[\w.]+)((?: [^#`;]*)?)")
+    found = [(match[1], match[2]) for line in lines for match in pattern.finditer(line)]
+    return [(target.removesuffix(".py"), re.findall(r"--(\w+)", rest)) for target, rest in found]
+
+
+@each_page
+def test_named_paths_exist(page):
+    text = page.read_text(encoding="ascii")
+    folders = f"{PACKAGES}|assets|configs|docs|examples|tests"
+    for path in re.findall(rf"[`>]((?:{folders})/[\w./]+\.\w+)(?:[:`\"<]|$)", text, re.MULTILINE):
         assert (ROOT / path).exists(), f"{page.name}: {path}"
 
 
-def test_line_counts_of_the_reading_order():
-    rows = re.findall(r"^\| `([\w/]+\.py)` \| (\d+) \|", (ROOT / "README.md").read_text(encoding="utf-8"), re.MULTILINE)
-    assert len(rows) == 14
-    for path, stated in rows:
-        lines = len((ROOT / path).read_text(encoding="utf-8").splitlines())
-        assert lines == int(stated), f"README.md: {path} has {lines} lines, stated {stated}"
+@each_page
+def test_commands_name_modules_and_flags_that_exist(page):
+    for target, flags in commands(page.read_text(encoding="ascii")):
+        if target in SCRIPT_FLAGS:
+            known = {field.name for field in fields(SCRIPT_FLAGS[target])} | {"config", "help"}
+            assert not set(flags) - known, f"{page.name}: {target} has no {set(flags) - known}"
+        elif re.match(rf"(?:{PACKAGES})[./]", target):
+            file = ROOT / (target.replace(".", "/") + ".py")
+            assert file.is_file(), f"{page.name}: {target}"
+            source = file.read_text(encoding="utf-8") + (ROOT / "eval/command_line.py").read_text(encoding="utf-8")
+            assert all(re.search(rf"\b{flag}\b", source) for flag in flags), f"{page.name}: {target} {flags}"
 
 
-def test_modules_named_in_commands_exist():
+def test_commands_are_found():
+    found = dict(commands(README))
+    assert {"run_sft", "run_ppo", "run_eval", "data.inspect_loss_weights", "eval.evaluate_rotbench"} <= found.keys()
+    assert "endpoint" in found["eval.collect_trajectories"]
+
+
+def test_the_picture_names_the_file_of_each_stage():
+    picture = README.partition("```mermaid\n")[2].partition("```")[0]
+    files = re.findall(r"<br>([\w/]+\.py)", picture)
+    assert len(files) >= 8 and all((ROOT / file).is_file() for file in files)
+
+
+def test_all_pages_and_requirement_files_are_in_the_readme():
+    for page in ROOT.glob("docs/*.md"):
+        assert f"](docs/{page.name})" in README.partition("## All pages")[2], page.name
+    for requirements in ROOT.glob("requirements*.txt"):
+        assert f"`{requirements.name}`" in README
+
+
+@pytest.mark.parametrize("page", sorted(ROOT.glob("docs/*.md")), ids=lambda page: page.name)
+def test_each_page_begins_with_who_needs_it(page):
+    title, blank, first, *_ = page.read_text(encoding="ascii").splitlines()
+    assert title.startswith("# ") and not blank and re.match("Read this page (to|before) ", first), first
+
+
+def test_pytest_markers_that_pages_name_exist():
+    markers = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["pytest"]["ini_options"]["markers"]
+    names = {marker.partition(":")[0] for marker in markers}
     for page in PAGES:
-        for module in re.findall(
-            r"python -m ((?:data|train|rl|eval|model|benchmarks)\.\w+)", page.read_text(encoding="utf-8")
-        ):
-            assert (ROOT / (module.replace(".", "/") + ".py")).exists(), f"{page.name}: {module}"
+        for expression in re.findall(r"pytest -m \"?((?:not )?\w+)", page.read_text(encoding="ascii")):
+            assert expression.removeprefix("not ") in names, f"{page.name}: pytest -m {expression}"
 
 
 def test_asset_hashes():
