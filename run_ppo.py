@@ -15,11 +15,11 @@ from model.config import ModelFolderError
 from model.pretrained_weights import check_same_shape, save_pretrained_streamed, save_value_model
 from model.pretrained_weights import read_config as read_model_config
 from model.tokenizer import Tokenizer, load_tokenizer
+from rl.check_rewards import check_rewards
 from rl.plots import plot_ppo
 from rl.ppo_config import PPOConfig
 from rl.ppo_loop import Models, train_ppo
 from rl.prompts import PPOPrompt, read_prompts
-from rl.reward import check_rewards
 from train.checkpoint import CheckpointError
 from train.checksums import differing_tensors, folder_checksums, parameter_checksums
 from train.cuda.launch import LossBackendError, agree_on_loss_backend

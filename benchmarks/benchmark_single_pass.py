@@ -20,12 +20,13 @@ import torch
 from data.batches import PackedBatch, pack
 from data.error_filter import ERROR_FILTERS
 from data.json_records import DataError
-from data.loss_weights import EncodedTrajectory, encode_trajectory, expand_per_turn
+from data.loss_weights import EncodedTrajectory, encode_trajectory
 from data.tool_calls import ToolCall
 from data.trajectories import Message, Trajectory, read_trajectories
 from model.config import ModelConfig, ModelFolderError
 from model.tokenizer import Tokenizer, load_tokenizer
 from model.transformer import Transformer
+from tests.support.per_turn_rows import expand_per_turn
 from train.weighted_cross_entropy import linear_weighted_cross_entropy
 
 ROLES = {"user": "user", "function": "tool", "assistant": "assistant"}

@@ -39,19 +39,23 @@ def find_key_tokens(call_ids: Sequence[int], other_name_ids: Sequence[Sequence[i
 def key_token_weights(
     call_ids: Sequence[int], other_name_ids: Sequence[Sequence[int]], max_weight: float
 ) -> list[float]:
-    """One weight per id of the call: `w = clip(|NK| / |K|, 1, max_weight)` for key tokens, 1 for the rest (E4).
+    """One weight per id of the call: `weigh_key_tokens` of `find_key_tokens`, which explain arguments and errors."""
+    return weigh_key_tokens(find_key_tokens(call_ids, other_name_ids), len(call_ids), max_weight)
 
-    call_ids, other_name_ids: as in find_key_tokens; |K| + |NK| = len(call_ids), so EOS is in neither set.
-    max_weight: w_max, the paper takes 9. Raises ValueError when it is not a finite number >= 1.
+
+def weigh_key_tokens(key_positions: Sequence[int], n_ids: int, max_weight: float) -> list[float]:
+    """One weight per id of a call of n_ids ids: `w = clip(|NK| / |K|, 1, max_weight)` for key tokens, else 1 (E4).
+
+    |K| + |NK| = n_ids, so EOS is in neither set. max_weight: w_max, the paper takes 9.
+    Raises ValueError when it is not a finite number >= 1.
     """
     if not (isfinite(max_weight) and max_weight >= 1):
         raise ValueError(f"max_weight: found {max_weight}, expected a finite number >= 1")
-    key_positions = find_key_tokens(call_ids, other_name_ids)
     if not key_positions:
-        return []
-    n_normal = len(call_ids) - len(key_positions)
+        return [1.0] * n_ids
+    n_normal = n_ids - len(key_positions)
     weight = min(max(n_normal / len(key_positions), 1.0), float(max_weight))  # E4
-    weights = [1.0] * len(call_ids)
+    weights = [1.0] * n_ids
     for position in key_positions:
         weights[position] = weight
     return weights

@@ -2,7 +2,7 @@
 
 The released code writes one row per assistant turn, each with its whole prefix encoded again. Under causal attention
 one row over the whole trajectory gives the same log-probabilities, because position i sees ids 0..i in both. One detail
-makes the two exactly equal: behind a trained call the model has to say EOS, while the context of the later turns goes
+makes the two exactly equal: after a trained call the model has to say EOS, while the context of the later turns goes
 on with a newline. So `target_ids` is not `input_ids` shifted by one:
 
     input_ids   ...  Assistant :   .get  (   )    \\n  Output ...
@@ -20,7 +20,7 @@ from typing import Protocol
 
 from data.error_filter import TurnDecision, decide_masked_turns
 from data.formats.tl import encode_segments, trajectory_segments
-from data.key_tokens import find_key_tokens, key_token_weights
+from data.key_tokens import find_key_tokens, weigh_key_tokens
 from data.trajectories import Trajectory
 
 TOKEN_CLASSES = ("context", "masked", "normal", "key", "eos")
@@ -71,7 +71,7 @@ class EncodedTrajectory:
 def without_leading_blanks(ids: Sequence[int], tokenizer: TextEncoder) -> Sequence[int]:
     """`ids` from the first one that is more than whitespace: some tokenizers have the leading space as its own piece.
 
-    Such a space stands before every call, decides nothing, and must not be taken for the first token of the name.
+    Such a space precedes every call. It decides nothing and must not be taken for the first token of the name.
     """
     start = 0
     while start < len(ids) and not tokenizer.piece(ids[start]).strip():
@@ -79,35 +79,37 @@ def without_leading_blanks(ids: Sequence[int], tokenizer: TextEncoder) -> Sequen
     return ids[start:]
 
 
-def encode_other_names(call_name: str, offered_names: Sequence[str], tokenizer: TextEncoder) -> list[Sequence[int]]:
-    """Ids of every other offered name as it would stand in the sample: leading space and bracket included.
+def encode_names(names: Sequence[str], tokenizer: TextEncoder) -> dict[str, Sequence[int]]:
+    """Name -> its ids as they would be in the sample, leading space and bracket included; each name once.
 
-    Equal names are dropped by their text: merged brackets (`get()` against `get(`) would hide that they are equal.
+    Keyed by text: merged brackets (`get()` against `get(`) would hide that two names are equal.
     """
-    others = dict.fromkeys(name for name in offered_names if name != call_name)  # keeps the order, drops duplicates
-    return [without_leading_blanks(tokenizer.encode_continuation(f" {name}("), tokenizer) for name in others]
+    return {
+        name: without_leading_blanks(tokenizer.encode_continuation(f" {name}("), tokenizer)
+        for name in dict.fromkeys(names)  # keeps the order, drops duplicates
+    }
 
 
 def weigh_turn(
     target_text_ids: Sequence[int],
     call_name: str | None,
-    offered_names: Sequence[str],
+    name_ids: dict[str, Sequence[int]],
     tokenizer: TextEncoder,
     *,
-    key_tokens: bool,
-    max_key_token_weight: float,
+    max_key_token_weight: float | None,
 ) -> tuple[list[float], list[int]]:
     """Unscaled weights and class codes of one trained turn, EOS (weight 1) appended: both one longer than the ids.
 
-    call_name: None for plain text, which weighs 1 throughout.
+    call_name: None for plain text, which has weight 1 throughout. name_ids: encode_names of the offered tools.
+    max_key_token_weight: None gives every token weight 1.
     """
     weights, codes = [1.0] * len(target_text_ids), [NORMAL] * len(target_text_ids)
-    if key_tokens and call_name is not None:
+    if max_key_token_weight is not None and call_name is not None:
         call_ids = without_leading_blanks(target_text_ids, tokenizer)
         n_blank = len(target_text_ids) - len(call_ids)
-        other_name_ids = encode_other_names(call_name, offered_names, tokenizer)
-        weights[n_blank:] = key_token_weights(call_ids, other_name_ids, max_key_token_weight)  # E5
-        for position in find_key_tokens(call_ids, other_name_ids):
+        key_positions = find_key_tokens(call_ids, [ids for name, ids in name_ids.items() if name != call_name])  # E3
+        weights[n_blank:] = weigh_key_tokens(key_positions, len(call_ids), max_key_token_weight)  # E5
+        for position in key_positions:
             codes[n_blank + position] = KEY
     return weights + [1.0], codes + [EOS]
 
@@ -151,13 +153,13 @@ def encode_trajectory(
     """
     decisions = tuple(decide_masked_turns(trajectory, error_filter))
     masked = {decision.message_index: decision.masked for decision in decisions}
-    offered_names = [tool["function"]["name"] for tool in trajectory.tools]
+    name_ids = encode_names([tool["function"]["name"] for tool in trajectory.tools], tokenizer) if key_tokens else {}
     input_ids, target_ids = [], []
     loss_weights, codes, message_indices = [], [], []
     trained_turns, trained_tokens, denominator = 0, 0, 0.0
     segments = trajectory_segments(trajectory)
     for segment, ids in zip(segments, encode_segments(segments, tokenizer), strict=True):
-        # 1 for the row's first id, which nothing predicts, and behind a trained turn, where EOS is the target already.
+        # 1 for the row's first id, which nothing predicts, and after a trained turn, where EOS is the target already.
         n_filled = len(target_ids) - (len(input_ids) - 1)
         input_ids += ids
         message_index = -1 if segment.message_index is None else segment.message_index
@@ -166,10 +168,9 @@ def encode_trajectory(
             raw_weights, turn_codes = weigh_turn(
                 ids,
                 None if call is None else call.name,
-                offered_names,
+                name_ids,
                 tokenizer,
-                key_tokens=key_tokens,
-                max_key_token_weight=max_key_token_weight,
+                max_key_token_weight=max_key_token_weight if key_tokens else None,
             )
             turn_weights, share = scale_turn(raw_weights, loss_normalization)
             turn_targets = [*ids, tokenizer.eos_id]
@@ -198,56 +199,3 @@ def encode_trajectory(
         trained_tokens=trained_tokens,
         denominator=denominator,
     )
-
-
-# -------------------------------------------------------------------------------- one row per turn (oracle)
-
-
-def expand_per_turn(
-    trajectory: Trajectory,
-    tokenizer: TextEncoder,
-    *,
-    error_filter: str,
-    key_tokens: bool,
-    max_key_token_weight: float,
-    loss_normalization: str,
-) -> list[EncodedTrajectory]:
-    """The released way, for tests and benchmarks: per kept turn a row of its whole prefix, only that turn trained.
-
-    Each row is its prefix plus EOS, shifted by one; its weights are those of encode_trajectory for that turn.
-    """
-    decisions = tuple(decide_masked_turns(trajectory, error_filter))
-    masked = {decision.message_index: decision.masked for decision in decisions}
-    offered_names = [tool["function"]["name"] for tool in trajectory.tools]
-    segments, rows = trajectory_segments(trajectory), []
-    for last, segment in enumerate(segments):
-        if not segment.is_target or masked[segment.message_index]:
-            continue
-        *prefix, turn_ids = encode_segments(segments[: last + 1], tokenizer)
-        prefix_ids = [token_id for ids in prefix for token_id in ids]
-        call = trajectory.messages[segment.message_index].call
-        raw_weights, codes = weigh_turn(
-            turn_ids,
-            None if call is None else call.name,
-            offered_names,
-            tokenizer,
-            key_tokens=key_tokens,
-            max_key_token_weight=max_key_token_weight,
-        )
-        weights, share = scale_turn(raw_weights, loss_normalization)
-        row, n_context = [*prefix_ids, *turn_ids, tokenizer.eos_id], len(prefix_ids) - 1
-        rows.append(
-            EncodedTrajectory(
-                id=f"{trajectory.id}#{segment.message_index}",
-                input_ids=array("i", row[:-1]),
-                target_ids=array("i", row[1:]),
-                loss_weights=array("d", [0.0] * n_context + weights),
-                class_codes=bytes([CONTEXT] * n_context + codes),
-                message_indices=array("i", [-1] * n_context + [segment.message_index] * len(weights)),
-                turn_decisions=decisions,
-                trained_turns=1,
-                trained_tokens=len(weights),
-                denominator=share,
-            )
-        )
-    return rows

@@ -9,7 +9,6 @@ The rules, in this order; each turn is counted under the first that takes it out
     too long        the prompt has more than max_prompt_tokens tokens; it is dropped, never cut
 """
 
-import json
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -17,7 +16,7 @@ from pathlib import Path
 
 from data.error_filter import ALWAYS_OFFERED, CATEGORIES, ERROR_FILTERS, check_documents, decide_masked_turns
 from data.formats.tl import encode_prompt
-from data.json_records import DataError
+from data.json_records import DataError, parse_json, read_json_lines
 from data.tool_calls import ToolCall, ToolCallError, render_tool_call
 from data.trajectories import Message, Trajectory, normalize_tools, read_trajectories
 
@@ -54,7 +53,8 @@ class _Candidate:
     gold_calls: tuple[ToolCall, ...]
 
 
-# ---------------------------------------------------------------------------------------------------------- reading
+# ---------------------------------------------------------------------------------------------------------------------
+# Reading
 
 
 def read_prompts(
@@ -117,7 +117,8 @@ def _notes(counts: Counter, n_prompts: int, n_records: int, settings: str) -> li
     ]
 
 
-# ----------------------------------------------------------------------------------------------------- trajectories
+# ---------------------------------------------------------------------------------------------------------------------
+# Trajectories
 
 
 def _trajectory_records(
@@ -146,7 +147,8 @@ def _is_offered(call: ToolCall, tools: list[dict]) -> bool:
     return call.name in ALWAYS_OFFERED or any(tool["function"]["name"] == call.name for tool in tools)
 
 
-# -------------------------------------------------------------------------------------------------- held-out records
+# ---------------------------------------------------------------------------------------------------------------------
+# Held-out records
 
 
 def _is_held_out(path: str | Path) -> bool:
@@ -154,7 +156,7 @@ def _is_held_out(path: str | Path) -> bool:
     try:
         with open(path, encoding="utf-8-sig") as file:
             first = next((line for line in file if line.strip()), "")
-        record = parse_json_line(first, str(path)) if first.lstrip().startswith("{") else None
+        record = parse_json(first, str(path)) if first.lstrip().startswith("{") else None
     except (OSError, UnicodeDecodeError, DataError):
         return False
     return isinstance(record, dict) and "gold" in record
@@ -163,16 +165,9 @@ def _is_held_out(path: str | Path) -> bool:
 def _held_out_records(
     path: str | Path, error_filter: str, unparsable_calls: str, counts: Counter
 ) -> Iterator[tuple[str, str, list[dict], list[_Candidate]]]:
-    try:
-        text = Path(path).read_bytes().decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = error.object.count(b"\n", 0, error.start) + 1
-        raise DataError(f"{path}:{line}: found byte {error.object[error.start]:#04x}, expected UTF-8 text") from error
-    # Only "\n" ends a line: U+2028 and the like may stand inside JSON strings.
-    lines = [(line, content) for line, content in enumerate(text.split("\n"), 1) if content.strip()]
-    for index, (line, content) in enumerate(lines):
+    lines, _ = read_json_lines(Path(path), drop_partial_last_line=False)
+    for index, (line, record) in enumerate(lines):
         where = f"{path}:{line}"
-        record = parse_json_line(content, where)
         tools = normalize_tools(take_field(record, "tools", list, where), f"{where}: tools")
         messages = [_user_message(message, where) for message in take_field(record, "messages", list, where)]
         if not messages:
@@ -224,31 +219,8 @@ def _user_message(message: object, where: str) -> Message:
     return Message("user", take_field(message, "content", str, f"{where}: messages"))
 
 
-# -------------------------------------------------------------------------------- one line of JSON, also for rl.reward
-
-
-def parse_json_line(line: str, where: str) -> object:
-    """The JSON value of one line. Raises DataError, prefixed by `where`, also for doubled keys, NaN, deep nesting."""
-    try:
-        return json.loads(line, object_pairs_hook=_unique_keys, parse_constant=_reject_constant)
-    except json.JSONDecodeError as error:
-        found = ascii(line[error.pos : error.pos + 20]) if error.pos < len(line) else "the end"
-        raise DataError(f"{where}: found {found} at column {error.colno}, expected JSON ({error.msg})") from error
-    except RecursionError as error:
-        raise DataError(f"{where}: found lists or objects nested too deeply, expected fewer levels") from error
-    except ValueError as error:  # from the two functions below, or an integer of more digits than Python converts
-        raise DataError(f"{where}: found {error}, expected strict JSON") from error
-
-
-def _unique_keys(pairs: list[tuple[str, object]]) -> dict:
-    result = dict(pairs)
-    if len(result) != len(pairs):
-        raise ValueError("a key twice in one object")
-    return result
-
-
-def _reject_constant(name: str) -> None:
-    raise ValueError(f"{name}, which is no JSON number")
+# ---------------------------------------------------------------------------------------------------------------------
+# Fields of a record, also for rl.check_rewards
 
 
 def take_field(record: object, name: str, kind: type, where: str) -> object:

@@ -17,7 +17,7 @@ MAY_IMPORT = {  # package -> our packages that it may import besides itself
     "rl": {"data", "model", "train"},
     "eval": {"data", "model", "toolbox"},
     "toolbox": {"data", "model", "train"},
-    "benchmarks": {"data", "model", "train", "rl", "eval", "toolbox"},
+    "benchmarks": {"data", "model", "train", "rl", "eval", "toolbox", "tests"},
 }
 FORBIDDEN_PACKAGES = {
     "transformers",

@@ -4,11 +4,13 @@ import random
 
 import pytest
 
+from data import loss_weights
 from data.batches import drop_unusable, pack
 from data.json_records import DataError
-from data.loss_weights import encode_trajectory, expand_per_turn, scale_turn
+from data.loss_weights import encode_trajectory, scale_turn
 from data.tool_calls import ToolCall
 from data.trajectories import Message, Trajectory
+from tests.support.per_turn_rows import expand_per_turn
 from tests.support.piece_tokenizer import PieceTokenizer
 from tests.support.random_trajectories import random_trajectory
 
@@ -199,3 +201,14 @@ def test_random_rows_are_consistent(error_filter):
         for i in range(n - 1):
             assert row.target_ids[i] == (tokenizer.eos_id if row.token_classes[i] == "eos" else row.input_ids[i + 1])
         assert pack([row]).trained_tokens == row.trained_tokens == sum(w != 0 for w in row.loss_weights)
+
+
+def test_key_tokens_are_found_once_per_trained_turn_and_names_encoded_once_per_trajectory(monkeypatch):
+    found, named = [], []
+    find, encode_all = loss_weights.find_key_tokens, loss_weights.encode_names
+    monkeypatch.setattr(loss_weights, "find_key_tokens", lambda *each: (found.append(each), find(*each))[1])
+    monkeypatch.setattr(loss_weights, "encode_names", lambda *each: (named.append(each), encode_all(*each))[1])
+    assert encode(FIND_PAPER).trained_turns == len(found) == 2
+    assert len(named) == 1
+    assert encode(FIND_PAPER, key_tokens=False).trained_turns == 2
+    assert len(found) == 2 and len(named) == 1  # not asked for: not computed

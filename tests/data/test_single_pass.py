@@ -13,9 +13,10 @@ from torch import nn
 from benchmarks.benchmark_single_pass import read_multi_turn
 from data.batches import drop_unusable, pack, step_batches
 from data.error_filter import decide_masked_turns
-from data.loss_weights import LOSS_NORMALIZATIONS, encode_trajectory, expand_per_turn
+from data.loss_weights import LOSS_NORMALIZATIONS, encode_trajectory
 from model.config import ModelConfig
 from model.transformer import Transformer
+from tests.support.per_turn_rows import expand_per_turn
 from tests.support.piece_tokenizer import PieceTokenizer
 from tests.support.random_trajectories import random_trajectory
 

@@ -1,0 +1,189 @@
+"""Checks of the reward rule (rl/reward.py): on every prompt before training, and on one response by hand.
+
+Before training, `check_rewards` scores each gold call and one mutation of every kind that it allows; each must get its
+stated category. To see why a response gets its reward:
+
+    echo '{"tools": [...], "gold": [{"name": "f", "arguments": {"a": 1}}], "output": "f(a=1)"}' \\
+        | python -m rl.check_rewards --explain
+"""
+
+import argparse
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from data.error_filter import ALWAYS_OFFERED
+from data.json_records import DataError, parse_json, shown
+from data.tool_calls import ToolCall, ToolCallError, render_tool_call
+from data.trajectories import normalize_tools, tool_parameters
+from rl.prompts import PPOPrompt, read_gold_call, take_field
+from rl.reward import REWARDS, tool_call_reward
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Before training
+
+
+def check_rewards(prompts: Sequence[PPOPrompt]) -> list[str]:
+    """One line per gold call that does not score +1 against itself, or of which a mutation gets another category.
+
+    Empty if the rule is right on every prompt. Training on a prompt that fails would punish the right answer.
+    """
+    faults = []
+    for prompt in prompts:
+        for gold in prompt.gold_calls:
+            fault = _check_gold_call(gold, prompt.tools)
+            if fault:
+                faults.append(f"{prompt.where} turn {prompt.turn}: {fault}")
+    return faults
+
+
+def _check_gold_call(gold: ToolCall, tools: list[dict]) -> str | None:
+    """What is wrong with the first mutation that fails, or None. The gold call itself comes first."""
+    try:
+        for text, category in _mutations(gold, tools):
+            result = tool_call_reward(text, (gold,), tools)
+            if result.category != category or result.reward != REWARDS[category]:
+                return f"{shown(text)} scores {result.explanation}, expected {REWARDS[category]:g} {category}"
+    except ToolCallError as error:
+        return f"gold call of {shown(gold.name)}: {error}"
+    return None
+
+
+def _mutations(gold: ToolCall, tools: list[dict]) -> Iterator[tuple[str, str]]:
+    """(response, category it must get): the gold call itself, then one mutation of every kind that it allows."""
+    text = render_tool_call(gold)
+    yield text, "correct"
+    yield text[:-1], "unparsable"  # cut off at the length limit
+    yield f"{text}\n{text}", "unparsable"
+    names = [tool["function"]["name"] for tool in tools]
+    yield (
+        render_tool_call(ToolCall(_unused_name(gold.name, {*names, *ALWAYS_OFFERED}), gold.arguments)),
+        "hallucinated_tool",
+    )
+    other = next(name for name in (*names, *ALWAYS_OFFERED) if name != gold.name and _is_writable(name))
+    yield render_tool_call(ToolCall(other, gold.arguments)), "wrong_tool"
+    documented = [
+        name for tool in tools if tool["function"]["name"] == gold.name for name in tool_parameters(tool["function"])[0]
+    ]
+    unknown = _unused_name("parameter", {*documented, *gold.arguments})
+    yield render_tool_call(ToolCall(gold.name, {**gold.arguments, unknown: "x"})), "hallucinated_parameter"
+    surplus = next((name for name in documented if name not in gold.arguments), None)
+    if surplus is not None:
+        yield render_tool_call(ToolCall(gold.name, {**gold.arguments, surplus: "x"})), "redundant_parameter"
+    for name, value in list(gold.arguments.items())[:1]:
+        rest = {other: kept for other, kept in gold.arguments.items() if other != name}
+        yield render_tool_call(ToolCall(gold.name, rest)), "missing_parameter"
+        yield render_tool_call(ToolCall(gold.name, {**gold.arguments, name: _changed(value)})), "wrong_value"
+
+
+def _is_writable(name: str) -> bool:
+    """Whether a call of this tool can be written; "get weather" is no name of a call."""
+    try:
+        return bool(render_tool_call(ToolCall(name, {})))
+    except ToolCallError:
+        return False
+
+
+def _unused_name(name: str, taken: set[str]) -> str:
+    """`name` with as many underscores as make it differ from all that are taken."""
+    while name in taken:
+        name += "_"
+    return name
+
+
+def _changed(value: object) -> object:
+    """Another value, of the same type where such a value can surely be written (a longer number may not)."""
+    if isinstance(value, bool):
+        return not value
+    if isinstance(value, (int, float)):
+        return type(value)(0 if value else 1)
+    return f"{value}!" if isinstance(value, str) else None if value is not None else False
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Command line
+
+
+def explain(record: object, where: str) -> str:
+    """The reward of {"tools", "gold": [{"name", "arguments"}], "output"} in a few lines. Raises DataError."""
+    tools = normalize_tools(take_field(record, "tools", list, where), f"{where}: tools")
+    gold_calls = []
+    for entry in take_field(record, "gold", list, where):
+        call, fault = read_gold_call(entry, f"{where}: gold")
+        if fault is not None:
+            raise DataError(f"{where}: gold: {fault}")
+        gold_calls.append(call)
+    if not gold_calls:
+        raise DataError(f"{where}: found no gold call, expected at least one")
+    result = tool_call_reward(take_field(record, "output", str, where), gold_calls, tools)
+    return "\n".join(
+        [
+            f"reward        {result.reward:g}",
+            f"category      {result.category}",
+            f"parsed call   {'none' if result.call is None else _printable(result.call)}",
+            f"gold call     {_printable(result.gold)}",
+            *(
+                f"{title:<14}{', '.join(map(ascii, names)) or '-'}"
+                for title, names in (
+                    ("hallucinated", result.hallucinated),
+                    ("redundant", result.redundant),
+                    ("missing", result.missing),
+                    ("wrong values", result.wrong_values),
+                )
+            ),
+            f"explanation   {result.explanation}",
+        ]
+    )
+
+
+def _printable(call: ToolCall) -> str:
+    """The call on one line of ASCII, so that a response cannot send control characters to the terminal."""
+    return "".join(
+        character if " " <= character <= "~" else ascii(character)[1:-1] for character in render_tool_call(call)
+    )
+
+
+def read_line(source: Path | None, number: int) -> tuple[str, str]:
+    """Line `number` (from 1) of a file (None: stdin) and its place, "source:line". Raises DataError, OSError."""
+    content = sys.stdin.buffer.read() if source is None else source.read_bytes()
+    where = f"{source or 'stdin'}:{number}"
+    try:
+        lines = content.decode("utf-8-sig").split("\n")
+    except UnicodeDecodeError as error:
+        line = content.count(b"\n", 0, error.start) + 1
+        raise DataError(
+            f"{source or 'stdin'}:{line}: found byte {content[error.start]:#04x}, expected UTF-8 text"
+        ) from None
+    if not 1 <= number <= len(lines):
+        raise DataError(f"{where}: found {len(lines)} lines, expected --line 1 to {len(lines)}")
+    return lines[number - 1], where
+
+
+def _fail(message: str) -> None:
+    print(f"python -m rl.check_rewards: {message} (see --help)", file=sys.stderr)
+    raise SystemExit(2)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Exit code 0, or 2 with one line on stderr for bad input."""
+    parser = argparse.ArgumentParser(
+        prog="python -m rl.check_rewards", description="Explain the reward of one response."
+    )
+    parser.add_argument(
+        "--explain", action="store_true", required=True, help="print the reward of one response and why"
+    )
+    parser.add_argument("--data", type=Path, help='JSON lines of {"tools", "gold", "output"} (default: stdin)')
+    parser.add_argument("--line", type=int, default=1, help="which line, from 1")
+    parser.error = _fail
+    options = parser.parse_args(arguments)
+    try:
+        line, where = read_line(options.data, options.line)
+        print(explain(parse_json(line, where), where))
+    except (ValueError, OSError) as error:
+        print(" ".join(str(error).split("\n")), file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
