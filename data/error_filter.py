@@ -14,7 +14,8 @@ import re
 from dataclasses import dataclass
 
 from data.tool_calls import ToolCall, ToolCallError, parse_value
-from data.trajectories import Trajectory, tool_parameters
+from data.tool_documents import accepts_any_parameter, tool_parameters
+from data.trajectories import Trajectory
 
 ERROR_FILTERS = ("structured", "substring", "none")
 CATEGORIES = (
@@ -145,7 +146,7 @@ def check_documents(call: ToolCall, tools: list[dict]) -> Finding:
 def _check_document(call: ToolCall, function: dict) -> Finding:
     properties, required = tool_parameters(function)
     unknown = [name for name in call.arguments if name not in properties]
-    if unknown:
+    if unknown and not accepts_any_parameter(function):
         return Finding("parameter_hallucination", "parameter not documented", ", ".join(unknown))
     missing = [name for name in required if name not in call.arguments]
     if missing:

@@ -194,6 +194,7 @@ def _refuse_constant(name: str) -> None:
 
 
 _DECODER = json.JSONDecoder(object_pairs_hook=_unique_keys, parse_constant=_refuse_constant)
+_LONE_SURROGATE = re.compile(r"[\ud800-\udfff]")
 _BLANKS = re.compile(r"[ \t\r\n]*")
 
 
@@ -209,6 +210,14 @@ def kind_of(value: object) -> str:
     """What a JSON value is, in words: "an object", "a list", "null" ..."""
     names = {dict: "an object", list: "a list", str: "a string", bool: "a boolean", int: "a number", float: "a number"}
     return "null" if value is None else names.get(type(value), type(value).__name__)
+
+
+def check_text(content: object, where: str) -> None:
+    """Raise DataError unless `content` is text that UTF-8, and so a tokenizer, can hold."""
+    if not isinstance(content, str):
+        raise DataError(f"{where}: found {kind_of(content)} as text, expected a string")
+    if match := _LONE_SURROGATE.search(content):
+        raise DataError(f"{where}: found the lone surrogate {match[0]!a}, expected Unicode text")
 
 
 def shown(value: object) -> str:

@@ -7,12 +7,12 @@ Either may stand in one JSON list or one object per line; the first record decid
 malformed raises `DataError` as `file:line: where: found ..., expected ...`, also for one record inside a long list.
 """
 
-import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from data.json_records import DataError, decode_value, kind_of, parse_json, read_records, shown
+from data.json_records import DataError, check_text, decode_value, kind_of, parse_json, read_records, shown
 from data.tool_calls import ToolCall, ToolCallError, render_tool_call
+from data.tool_documents import normalize_tools
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,7 +35,6 @@ class Trajectory:
     source: str  # "file:line" where the record begins
 
 
-_LONE_SURROGATE = re.compile(r"[\ud800-\udfff]")
 _UNPARSABLE = ("error", "mask")
 
 
@@ -97,72 +96,6 @@ def _read_record(record: object, form: str, source: str, index: int, mask: bool)
     return Trajectory(str(identity), tools, messages, source)
 
 
-# ------------------------------------------------------------------------------------------------------------ tools
-
-
-def normalize_tools(tools: object, where: str) -> list[dict]:
-    """Tools as OpenAI function dicts with `parameters` = {"type", "properties", "required", ...}, input untouched.
-
-    Accepts bare function dicts and `required` inside `parameters` or beside it. Equal tool names are kept (RoTBench has
-    them). Raises DataError, prefixed by `where`, for anything that cannot be rendered as a document.
-    """
-    if not isinstance(tools, list):
-        raise DataError(f"{where}: found {kind_of(tools)}, expected a list of tools")
-    return [_normalize_tool(tool, f"{where}[{index}]") for index, tool in enumerate(tools)]
-
-
-def _normalize_tool(tool: object, where: str) -> dict:
-    function = tool.get("function", tool) if isinstance(tool, dict) else tool
-    if not isinstance(function, dict):
-        raise DataError(f"{where}: found {kind_of(function)}, expected a function object")
-    name = function.get("name")
-    if not isinstance(name, str) or not name.strip():
-        found = "no name" if "name" not in function else shown(name)
-        raise DataError(f"{where}: found {found}, expected a tool with a name")
-    where = f"{where} ({shown(name)})"
-    parameters = _or_empty(function.get("parameters"), {})
-    if not isinstance(parameters, dict):
-        raise DataError(f"{where}: parameters: found {kind_of(parameters)}, expected an object")
-    properties = _or_empty(parameters.get("properties"), {})
-    if not isinstance(properties, dict):
-        raise DataError(f"{where}: properties: found {kind_of(properties)}, expected an object")
-    required = parameters.get("required")
-    required = _or_empty(function.get("required") if required is None else required, [])
-    if not isinstance(required, list) or not all(isinstance(entry, str) for entry in required):
-        raise DataError(f"{where}: required: found {shown(required)}, expected a list of parameter names")
-    for parameter, schema in properties.items():
-        if not isinstance(schema, dict):
-            raise DataError(f"{where}: parameter {shown(parameter)}: found {kind_of(schema)}, expected an object")
-        _check_text(_or_empty(schema.get("description"), ""), f"{where}: parameter {shown(parameter)}: description")
-        _check_text(parameter, f"{where}: parameter name")
-    for parameter in required:
-        if parameter not in properties:
-            raise DataError(f"{where}: required: found {shown(parameter)}, expected one of the documented parameters")
-    _check_text(_or_empty(function.get("description"), ""), f"{where}: description")
-    _check_text(name, f"{where}: name")
-    parameters = {"type": "object", **parameters, "properties": properties, "required": required}
-    return {"type": "function", "function": {**_without(function, "required"), "parameters": parameters}}
-
-
-def tool_parameters(function: dict) -> tuple[dict, list[str]]:
-    """(properties, required) of the `function` part of a tool, read leniently: benchmarks have documents of all sorts.
-
-    `required` may stand inside `parameters` or beside it; what is absent or null is empty.
-    """
-    parameters = function.get("parameters") or {}
-    required = parameters.get("required")
-    required = function.get("required") if required is None else required
-    return parameters.get("properties") or {}, list(dict.fromkeys(required or []))
-
-
-def _or_empty(value: object, empty: object) -> object:
-    return empty if value is None else value
-
-
-def _without(mapping: dict, key: str) -> dict:
-    return {k: v for k, v in mapping.items() if k != key}
-
-
 # ----------------------------------------------------------------------------------------------------- authors' form
 
 
@@ -182,7 +115,7 @@ def _read_authors_messages(record: dict, source: str, mask: bool) -> tuple[list[
         if role == "system":
             tools = _tools_of_system_message(content, where)
         else:
-            _check_text(content, where)
+            check_text(content, where)
             if role == "assistant":
                 messages.append(_call_message(content, *_authors_call(content), where, mask))
             else:
@@ -237,7 +170,7 @@ def _call_message(content: str, call: ToolCall | None, fault: str | None, where:
 
 def _read_openai_messages(record: dict, source: str, mask: bool) -> tuple[list[dict], list[Message]]:
     """Tools and messages. Parallel calls become consecutive turns, each followed by its own tool message."""
-    tools = normalize_tools(_or_empty(record.get("tools"), []), f"{source}: tools")
+    tools = normalize_tools([] if record.get("tools") is None else record["tools"], f"{source}: tools")
     messages: list[Message] = []
     calls: list[tuple[object, Message]] = []  # of the latest assistant message, with their ids
     feedback: dict[int, Message] = {}  # tool messages by index into `calls`
@@ -293,7 +226,7 @@ def _openai_calls(entry: dict, where: str, mask: bool) -> list[tuple[object, Mes
         call, fault = _build_call(function["name"], {} if arguments in (None, "") else arguments)
         content = f"{function['name']}({arguments})" if fault else text
         if fault:
-            _check_text(content, place)
+            check_text(content, place)
         result.append((identity, _call_message(content, call, fault, place, mask)))
     return result
 
@@ -324,7 +257,7 @@ def _openai_text(entry: dict, where: str) -> str:
         content = "".join(part["text"] for part in content)
     if content is None and entry.get("role") == "assistant":
         raise DataError(f"{where}: found neither text nor tool_calls, expected one of them")
-    _check_text(content, where)
+    check_text(content, where)
     return content
 
 
@@ -348,11 +281,3 @@ def _check_order(role: object, previous: str, where: str, roles: set[str]) -> No
     if previous not in _MAY_FOLLOW[role]:
         after = " or ".join(_MAY_FOLLOW[role]).replace("assistant or", "a call or")
         raise DataError(f"{where}: found role {role!r} after {previous}, expected it only after {after}")
-
-
-def _check_text(content: object, where: str) -> None:
-    """Raise unless `content` is text that UTF-8, and so a tokenizer, can hold."""
-    if not isinstance(content, str):
-        raise DataError(f"{where}: found {kind_of(content)} as text, expected a string")
-    if match := _LONE_SURROGATE.search(content):
-        raise DataError(f"{where}: found the lone surrogate {match[0]!a}, expected Unicode text")

@@ -12,7 +12,8 @@ from pathlib import Path
 
 from data.json_records import DataError, read_json_lines, read_json_list
 from data.tool_calls import ToolCall, ToolCallError
-from data.trajectories import Message, normalize_tools
+from data.tool_documents import normalize_tools
+from data.trajectories import Message
 from eval.dialogues.journal import DialogueTask
 from eval.metrics import GoldAnswer, GoldCall
 from eval.predict.react_output import parse_react

@@ -7,7 +7,8 @@ from pathlib import Path
 
 from data.json_records import DataError, read_json_lines
 from data.tool_calls import ToolCall
-from data.trajectories import Message, normalize_tools
+from data.tool_documents import normalize_tools
+from data.trajectories import Message
 from eval.benchmark_data import EvalExample, field_of
 from eval.metrics import GoldAnswer, GoldCall
 

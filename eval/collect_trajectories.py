@@ -26,7 +26,8 @@ import torch
 
 from data.formats.prompts import PROMPT_FORMATS, PromptError, encode_formatted_prompt
 from data.json_records import DataError, read_json_lines, read_json_list, write_text
-from data.trajectories import Message, normalize_tools, read_trajectories
+from data.tool_documents import normalize_tools
+from data.trajectories import Message, read_trajectories
 from eval.benchmark_data import field_of, load_rotbench
 from eval.command_line import parse_arguments, run_command
 from eval.dialogues.journal import DialogueJournal, DialogueTask, RecordedDialogue, match_dialogues, read_dialogues

@@ -8,7 +8,8 @@ from pathlib import Path
 from data.formats.outputs import parse_output
 from data.json_records import DataError, read_json_lines, read_json_list
 from data.tool_calls import ToolCallError
-from data.trajectories import Message, normalize_tools
+from data.tool_documents import normalize_tools
+from data.trajectories import Message
 from eval.benchmark_data import field_of
 from eval.dialogues.journal import DialogueTask, RecordedDialogue
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from data.error_filter import ALWAYS_OFFERED
 from data.json_records import DataError, parse_json, shown
 from data.tool_calls import ToolCall, ToolCallError, render_tool_call
-from data.trajectories import normalize_tools, tool_parameters
+from data.tool_documents import accepts_any_parameter, normalize_tools, tool_parameters
 from rl.prompts import PPOPrompt, read_gold_call, take_field
 from rl.reward import REWARDS, tool_call_reward
 
@@ -66,7 +66,9 @@ def _mutations(gold: ToolCall, tools: list[dict]) -> Iterator[tuple[str, str]]:
         name for tool in tools if tool["function"]["name"] == gold.name for name in tool_parameters(tool["function"])[0]
     ]
     unknown = _unused_name("parameter", {*documented, *gold.arguments})
-    yield render_tool_call(ToolCall(gold.name, {**gold.arguments, unknown: "x"})), "hallucinated_parameter"
+    is_open = any(accepts_any_parameter(tool["function"]) for tool in tools if tool["function"]["name"] == gold.name)
+    surplus_category = "redundant_parameter" if is_open else "hallucinated_parameter"
+    yield render_tool_call(ToolCall(gold.name, {**gold.arguments, unknown: "x"})), surplus_category
     surplus = next((name for name in documented if name not in gold.arguments), None)
     if surplus is not None:
         yield render_tool_call(ToolCall(gold.name, {**gold.arguments, surplus: "x"})), "redundant_parameter"

@@ -18,7 +18,8 @@ from data.error_filter import ALWAYS_OFFERED, CATEGORIES, ERROR_FILTERS, check_d
 from data.formats.tl import encode_prompt
 from data.json_records import DataError, parse_json, read_json_lines
 from data.tool_calls import ToolCall, ToolCallError, render_tool_call
-from data.trajectories import Message, Trajectory, normalize_tools, read_trajectories
+from data.tool_documents import normalize_tools
+from data.trajectories import Message, Trajectory, read_trajectories
 
 PROMPT_TURNS = ("all", "tools", "first", "last")
 UNPARSABLE_CALLS = ("error", "mask")

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from data.error_filter import ALWAYS_OFFERED
 from data.json_records import shown
 from data.tool_calls import ToolCall, ToolCallError, parse_tool_call
-from data.trajectories import tool_parameters
+from data.tool_documents import accepts_any_parameter, tool_parameters
 
 # Each category with its reward; a call with several parameter faults has the sum of theirs.
 REWARDS = {
@@ -56,8 +56,8 @@ def tool_call_reward(output_text: str, gold_calls: Sequence[ToolCall], tools: li
 
     tools: OpenAI function dicts. `finish` and `ask_to_user` count as offered even if not listed, as in the error
     filter; if such a tool has no document, the parameters of its gold calls count as documented. If several tools have
-    one name, a parameter is documented if one of them has it. Values are compared with their types: 1 is not 1.0.
-    Raises ValueError if there is no gold call.
+    one name, a parameter is documented if one of them has it; a tool that accepts any parameter documents all of them.
+    Values are compared with their types: 1 is not 1.0. Raises ValueError if there is no gold call.
     """
     if not gold_calls:
         raise ValueError("found no gold call, expected at least one")
@@ -69,6 +69,8 @@ def tool_call_reward(output_text: str, gold_calls: Sequence[ToolCall], tools: li
     if not functions and call.name not in ALWAYS_OFFERED:
         return _judge_tool("hallucinated_tool", call, gold_calls[0])
     documented = {name for function in functions for name in tool_parameters(function)[0]}
+    if any(map(accepts_any_parameter, functions)):
+        documented |= call.arguments.keys()
     if not functions:
         documented = {name for gold in gold_calls if gold.name == call.name for name in gold.arguments}
     results = [_compare(call, gold, documented) for gold in gold_calls]

@@ -23,7 +23,8 @@ from dataclasses import dataclass
 from data.formats.outputs import OUTPUT_FORMATS, json_text, openai_tool_call, render_output
 from data.formats.tl import ASSISTANT_HEADER, encode_prompt, message_segments, render_tools
 from data.tool_calls import ToolCall
-from data.trajectories import Message, tool_parameters
+from data.tool_documents import tool_parameters
+from data.trajectories import Message
 from model.tokenizer import Tokenizer
 
 PROMPT_FORMATS = OUTPUT_FORMATS  # every format has both sides

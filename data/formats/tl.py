@@ -14,7 +14,8 @@ prefix of the ids of the training sample, and no token spans the border of a tur
 from dataclasses import dataclass
 
 from data.tool_calls import render_tool_call
-from data.trajectories import Message, Trajectory, tool_parameters
+from data.tool_documents import tool_parameters
+from data.trajectories import Message, Trajectory
 
 # No space behind the colon: the LLaMA tokenizer puts it into the first token of the call (`_get`). A prompt that ends
 # with the space makes the model start with a token it never saw there; symptom: names without their first letters.

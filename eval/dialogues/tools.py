@@ -17,7 +17,7 @@ from typing import Self
 
 from data.error_filter import check_documents, classify_feedback
 from data.tool_calls import MAX_NESTING, ToolCall
-from data.trajectories import tool_parameters
+from data.tool_documents import tool_parameters
 from eval.dialogues.local_tools import LOCAL_TOOLS, TOOLBOX, shell_command, shell_result
 from eval.dialogues.simulated_tools import check_types, draw_outcome
 from eval.sandbox.run import LAYERS, ToolServer, ToolServerEnded

@@ -18,7 +18,8 @@ from pathlib import Path
 
 from data.error_filter import CATEGORIES, decide_masked_turns
 from data.json_records import DataError, write_json_lines
-from data.trajectories import Trajectory, read_trajectories, tool_parameters
+from data.tool_documents import accepts_any_parameter, tool_parameters
+from data.trajectories import Trajectory, read_trajectories
 from eval.benchmark_data import EvalExample, benchmark_of, load_rotbench, load_tiny, load_toolalpaca
 from eval.command_line import parse_arguments, run_command
 from eval.confidence import Z_95, wilson_interval
@@ -210,6 +211,7 @@ def _parameter_error(arguments: dict, gold: GoldCall, example: EvalExample) -> E
     for tool in example.tools:
         if tool["function"].get("name") == gold.name:
             documented |= tool_parameters(tool["function"])[0].keys()
+            documented |= arguments.keys() if accepts_any_parameter(tool["function"]) else set()
     surplus = [key for key in arguments if key not in gold.arguments]
     by_kind = {
         "Redundancy": [key for key in surplus if key in documented],

@@ -9,7 +9,8 @@ import pytest
 
 from data.json_records import DataError
 from data.tool_calls import ToolCall
-from data.trajectories import Message, Trajectory, normalize_tools, read_trajectories, tool_parameters
+from data.tool_documents import normalize_tools, tool_parameters
+from data.trajectories import Message, Trajectory, read_trajectories
 
 TOOLS = [
     {
@@ -350,7 +351,7 @@ def test_missing_file_and_folder(tmp_path):
         (("conversations", 1, "content", None), "null as text"),
         (("conversations", 3, "content", {"a": 1}), "an object as text"),
         (("conversations", 1, "content", "\ud800"), "lone surrogate"),
-        (("conversations", 0, "content", "You are kind."), "not JSON"),
+        (("conversations", 0, "content", "You are kind."), "must begin with the JSON list of tools"),
         (("conversations", 0, "content", "{}"), "expected a list of tools"),
         (("conversations", 0, "content", None), "expected a list of tools"),
         (("conversations", 0, "content", "[" * 100_000), "too deep"),
@@ -358,7 +359,8 @@ def test_missing_file_and_folder(tmp_path):
         (("conversations", 0, "content", [{}]), "found no name"),
         (("conversations", 0, "content", [{"name": " "}]), "expected a tool with a name"),
         (("conversations", 0, "content", [{"type": "function", "function": {"description": "d"}}]), "found no name"),
-        (("conversations", 0, "content", [{"name": "f", "parameters": []}]), "parameters: found a list"),
+        (("conversations", 0, "content", [{"name": "f", "parameters": 3}]), "parameters: found a number"),
+        (("conversations", 0, "content", [{"name": "f", "parameters": [3]}]), "parameters[0]: found 3"),
         (
             ("conversations", 0, "content", [{"name": "f", "parameters": {"properties": []}}]),
             "properties: found a list",

@@ -18,7 +18,8 @@ import torch.multiprocessing as mp
 
 from data.formats.tl import encode_prompt
 from data.tool_calls import ToolCall, render_tool_call
-from data.trajectories import Message, normalize_tools
+from data.tool_documents import normalize_tools
+from data.trajectories import Message
 from model.pretrained_weights import save_pretrained
 from model.tokenizer import load_tokenizer
 from model.transformer import Transformer
