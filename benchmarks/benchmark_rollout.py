@@ -9,7 +9,7 @@ of the rounds' ratios. Prefill is included on all sides. On a machine with other
 OMP_NUM_THREADS=1: seconds of processor time, which waiting for the processor does not lengthen. Sides:
     hf       LlamaForCausalLM.generate (sdpa, inference mode, dynamic cache)
     default  generate with its default arguments, whose output does not depend on the batch
-    fitted   generate with rows_per_forward = batch size (output then belongs to that batch size)
+    fitted   rows_per_forward = batch size (output then belongs to that batch size)
 Models: tiny (the bundled one) and 135m (random, 30 layers, D 576, 9 query and 3 key/value heads, V 49152, tied).
 Goal, default over hf: tiny >= 2.0, 135m >= 1.3, at batch 1 and 8. Exit code 1 if missed.
 
@@ -33,7 +33,7 @@ import torch
 
 from model.config import ModelConfig
 from model.pretrained_weights import load_pretrained, save_pretrained
-from model.sampling import generate
+from model.sampling import RowDecoder, continue_prompts, generate
 from model.transformer import Transformer
 
 TINY_MODEL = Path(__file__).parents[1] / "assets" / "tiny_model"
@@ -95,8 +95,22 @@ def transformers_generate(peer: torch.nn.Module, prompts: list[list[int]], new_t
     return out_BT[:, longest:].tolist()
 
 
-def our_generate(model: Transformer, prompts: list[list[int]], new_tokens: int, **settings: int) -> list[list[int]]:
-    return [ids for ids, _ in generate(model, prompts, max_new_tokens=new_tokens, eos_id=None, **settings)]
+def our_generate(model: Transformer, prompts: list[list[int]], new_tokens: int) -> list[list[int]]:
+    return [ids for ids, _ in generate(model, prompts, max_new_tokens=new_tokens, eos_id=None)]
+
+
+def our_generate_fitted(model: Transformer, prompts: list[list[int]], new_tokens: int) -> list[list[int]]:
+    """With as many rows per forward as there are prompts."""
+    decoder = RowDecoder(
+        model,
+        n_rows=len(prompts),
+        max_tokens=max(map(len, prompts)) + new_tokens,
+        max_new_tokens=new_tokens,
+        stop_ids=(),
+        temperature=0.0,
+        rows_per_forward=len(prompts),
+    )
+    return [ids for ids, _ in continue_prompts(decoder, prompts)]
 
 
 def read_rate(clock) -> float:
@@ -135,7 +149,7 @@ def measure(args, name: str, models: tuple, batch: int, clock) -> dict:
         {
             "hf": lambda: transformers_generate(peer, prompts, new_tokens),
             "default": lambda: our_generate(model, prompts, new_tokens),
-            "fitted": lambda: our_generate(model, prompts, new_tokens, rows_per_forward=batch),
+            "fitted": lambda: our_generate_fitted(model, prompts, new_tokens),
         },
         args.repeats,
         clock,

@@ -1,6 +1,6 @@
 """Generation with a key/value cache, greedy or by temperature, over any number of prompts of any lengths.
 
-Shape suffixes: B prompts, R rows, V vocabulary, D model dim, O outputs of a matrix.
+Shape suffixes: B prompts, R rows, V vocabulary, D inputs and O outputs of a matrix.
 
 A prompt is prefilled alone, in a row of the cache of its own; then all rows decode together, one token each. generate()
 gives the row of a response that ended to the next waiting prompt; model/dialogue_decoding.py keeps it for the
@@ -23,16 +23,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from model.config import ModelConfig
-from model.decode import KVCache
+from model.decode import KVCache, check_whole, decode_step, prefill
 from model.transformer import Transformer
 
 ROWS_PER_FORWARD = 16  # a multiple of 8, so that BLAS treats the rows alike at every place in the batch
 ROW_STEP = 4  # smaller forwards have a multiple of this many rows; fewer make BLAS change its kernel
-
-
-def any_unfinished(finished_B: Tensor) -> bool:
-    """The local rule for going on: some prompt has not ended."""
-    return not bool(finished_B.all())
 
 
 def generate(
@@ -41,48 +36,56 @@ def generate(
     *,
     max_new_tokens: int,
     temperature: float = 0.0,
-    eos_id: int | None,
+    eos_id: int | Collection[int] | None,
     generator: torch.Generator | list[torch.Generator] | None = None,
-    rows_per_forward: int = ROWS_PER_FORWARD,
-    stop_ids: Collection[int] = (),
-    should_continue: Callable[[Tensor], bool] = any_unfinished,
+    should_continue: Callable[[Tensor], bool] = lambda finished_B: True,
 ) -> list[tuple[list[int], list[float]]]:
     """Continues each prompt (token ids, at least one) and returns (response_ids, logprobs) per prompt, in order.
 
-    A response ends with eos_id or one of stop_ids, which is then its last id, or after max_new_tokens. temperature 0
-    takes the most likely token (the lowest id of an exact tie); above 0 draws from softmax(logits / temperature), one
-    uniform number of `generator` per token. A list holds one generator per prompt: then a response depends on its own
-    generator and prompt alone, not on what else is sampled beside it, in which order or on which rank. logprobs are
+    A response ends with eos_id (or one of them), which is then its last id, or after max_new_tokens. temperature 0
+    takes the most likely token (the lowest id of an exact tie); above 0 it draws from softmax(logits / temperature),
+    one uniform number of `generator` per token. A list holds one generator per prompt: then a response depends on its
+    own generator and prompt alone, not on what else is sampled beside it, in which order or on which rank. logprobs are
     natural logs under the distribution drawn from, at temperature 1 when greedy (E19).
 
-    rows_per_forward is the number of prompts that decode together. Output is the same, bit for bit, for every batching
-    at one value of it; across values it may differ where two tokens nearly tie. 1 suits a single long answer.
+    should_continue(finished_B) is asked before every forward; once it answers False the unfinished responses come back
+    as they are. Raises ValueError for an empty prompt, a setting out of range, a list of generators of another length
+    than prompts, or a sharded model.
+    """
+    decoder = RowDecoder(
+        model,
+        n_rows=ROWS_PER_FORWARD,
+        max_tokens=max(map(len, prompts), default=0) + max_new_tokens,
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        rows_per_forward=ROWS_PER_FORWARD,
+        stop_ids=() if eos_id is None else (eos_id,) if isinstance(eos_id, int) else eos_id,
+    )
+    return continue_prompts(decoder, prompts, generator, should_continue)
 
-    should_continue(finished_B) is asked before every forward. Under FSDP each forward is a collective, so all ranks
-    must run equally many: pass a function that answers True until the prompts of every rank are finished; a rank that
-    is done then runs empty forwards. Raises ValueError for an empty prompt, a setting out of range or a list of
-    generators of another length than prompts.
+
+def continue_prompts(
+    decoder: "RowDecoder",
+    prompts: list[list[int]],
+    generator: torch.Generator | list[torch.Generator] | None = None,
+    should_continue: Callable[[Tensor], bool] = lambda finished_B: True,
+) -> list[tuple[list[int], list[float]]]:
+    """generate() with a decoder of the caller's own, all rows of which are free.
+
+    Output is the same, bit for bit, for every batching at one value of the decoder's rows_per_forward; across values
+    it may differ where two tokens nearly tie. 1 suits a single long answer.
     """
     empty = [index for index, prompt in enumerate(prompts) if not len(prompt)]
     if empty:
         raise ValueError(f"prompts {empty} are empty, expected at least one token (BOS) each")
     if isinstance(generator, list) and len(generator) != len(prompts):
         raise ValueError(f"{len(generator)} generators for {len(prompts)} prompts, expected one each")
-    generators = generator if isinstance(generator, list) else [generator] * len(prompts)
-    decoder = RowDecoder(
-        model,
-        n_rows=rows_per_forward,
-        max_tokens=max(map(len, prompts), default=0) + max_new_tokens,
-        max_new_tokens=max_new_tokens,
-        temperature=temperature,
-        rows_per_forward=rows_per_forward,
-        stop_ids={*stop_ids, *(() if eos_id is None else (eos_id,))},
-    )
-    responses = [Response(each) for each in generators]
+    responses = [Response(each) for each in (generator if isinstance(generator, list) else [generator] * len(prompts))]
     finished_B = torch.zeros(len(prompts), dtype=torch.bool)
-    prompt_of_row: list[int | None] = [None] * rows_per_forward
-    waiting = sorted(range(len(prompts)), key=lambda prompt: len(prompts[prompt]))  # neighbours of like length attend
-    while should_continue(finished_B):  # in one call; longest first
+    prompt_of_row: list[int | None] = [None] * len(decoder.cache.lengths)
+    # Longest first: neighbours of like length attend in one call.
+    waiting = sorted(range(len(prompts)), key=lambda prompt: len(prompts[prompt]))
+    while should_continue(finished_B) and not finished_B.all():
         if waiting and None in prompt_of_row:
             row = prompt_of_row.index(None)
             prompt_of_row[row] = waiting.pop()
@@ -99,7 +102,7 @@ def generate(
 
 @dataclass(slots=True)
 class Response:
-    """What has been sampled behind one prompt so far."""
+    """What has been sampled after one prompt so far."""
 
     generator: torch.Generator | None = None  # None: PyTorch's global one; unused when greedy
     ids: list[int] = field(default_factory=list)
@@ -131,6 +134,7 @@ class RowDecoder:
             raise ValueError(f"temperature is {temperature}, expected 0 (greedy) or a positive number")
         if rows_per_forward < 1:
             raise ValueError(f"rows_per_forward is {rows_per_forward}, expected at least 1 (above it, a multiple of 8)")
+        check_whole(model)
         self.model = model
         self.max_new_tokens, self.stop_ids, self.temperature = max_new_tokens, frozenset(stop_ids), temperature
         self.cache = KVCache(model.config, n_rows, max_tokens)
@@ -156,27 +160,29 @@ class RowDecoder:
         """Runs one forward and returns the rows whose responses it ended.
 
         It prefills the prompt that waits longest, or, when none waits, decodes one token for each row under way (for
-        rows_per_forward of them at most, in turn). With nothing to do it is empty, but runs: under FSDP all ranks must.
+        rows_per_forward of them at most, in turn). At least one row must be under way.
         """
         if self.waiting:
-            row, n_kept, tokens = self.waiting.popleft()
+            row, n_kept, token_ids = self.waiting.popleft()
+            rows = [row]
             self.cache.lengths[row] = n_kept
-            rows, segment_lengths = [row], [len(tokens)]
-            self.tokens_forwarded += len(tokens)
+            logits_RV = prefill(self.model, self.cache, row, token_ids)[None]
             self.tokens_reused += n_kept
         else:
             rows = self._next_rows()
-            segment_lengths = [1] * min(count for count in self.row_counts if count >= len(rows))
-            tokens = [self.responses[row].ids[-1] for row in rows]
-            tokens += [0] * (len(segment_lengths) - len(rows))  # rows that only fill the shape
-            self.tokens_forwarded += len(rows)
-        self.cache.selected_rows = rows
+            token_ids = [self.responses[row].ids[-1] for row in rows]
+            n_rows = min(count for count in self.row_counts if count >= len(rows))
+            logits_RV = decode_step(self.model, self.cache, rows, token_ids, n_rows)
+        self.tokens_forwarded += len(token_ids)
+        uniforms = None
+        if self.temperature > 0:
+            uniforms = [_draw_uniform(self.responses[row].generator) for row in rows]
         ended = []
-        for row, token, logprob in zip(rows, *self._sample(rows, tokens, segment_lengths), strict=True):
+        for row, token_id, logprob in zip(rows, *_choose_tokens(logits_RV, self.temperature, uniforms), strict=True):
             response = self.responses[row]
-            response.ids.append(token)
+            response.ids.append(token_id)
             response.logprobs.append(logprob)
-            if token in self.stop_ids or len(response.ids) == self.max_new_tokens:
+            if token_id in self.stop_ids or len(response.ids) == self.max_new_tokens:
                 del self.responses[row]
                 ended.append(row)
         return ended
@@ -188,23 +194,8 @@ class RowDecoder:
             self.last_row = rows[-1]
         return rows
 
-    def _sample(self, rows: list[int], tokens: list[int], segment_lengths: list[int]) -> tuple[list[int], list[float]]:
-        """One id and its log-probability for each selected row of the cache."""
-        input_ids_1T = torch.tensor([tokens], device=self.model.head_weight().device)
-        # Sharded parameters are gathered during a forward and stay: inference tensors would spoil later training.
-        with torch.inference_mode() if self.model.is_plain() else torch.no_grad():
-            logits_RV = self.model(input_ids_1T, segment_lengths=segment_lengths, kv_cache=self.cache, last_only=True)[
-                0, : len(rows)
-            ]
-            uniforms = None
-            if self.temperature > 0:
-                uniforms = [_draw_uniform(self.responses[row].generator) for row in rows]
-            return _choose_tokens(logits_RV, self.temperature, uniforms)
-
 
 def _row_counts(model: Transformer, rows_per_forward: int) -> tuple[int, ...]:
-    if not model.is_plain():  # sharded: the dtype it computes in may not be the parameters'
-        return (rows_per_forward,)
     weight = model.head_weight()
     return interchangeable_row_counts(
         model.config, weight.dtype, weight.device, torch.get_num_threads(), rows_per_forward

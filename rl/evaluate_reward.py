@@ -22,7 +22,7 @@ from tqdm import tqdm
 from data.error_filter import ERROR_FILTERS
 from data.json_records import DataError
 from model.pretrained_weights import load_pretrained, read_config
-from model.sampling import any_unfinished, generate
+from model.sampling import generate
 from model.tokenizer import Tokenizer, check_vocabulary_fits, load_tokenizer
 from model.transformer import Transformer
 from rl.prompts import PROMPT_TURNS, UNPARSABLE_CALLS, PPOPrompt, read_prompts
@@ -70,7 +70,7 @@ def evaluate_reward(
 
         def should_continue(finished_B: torch.Tensor) -> bool:
             bar.update(int(finished_B.sum()) - bar.n)
-            return any_unfinished(finished_B)
+            return True
 
         responses = generate(
             model,

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from data.batches import epoch_order
-from model.sampling import any_unfinished, generate
+from model.sampling import generate
 from model.tokenizer import Tokenizer
 from model.transformer import Transformer
 from rl.prompts import PPOPrompt
@@ -107,7 +107,7 @@ def sample_responses(
         temperature=temperature,
         eos_id=eos_id,
         generator=list(generators),
-        should_continue=lambda finished_B: any_unfinished(finished_B) and not must_stop(),
+        should_continue=lambda finished_B: not must_stop(),
     )
 
 

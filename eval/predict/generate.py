@@ -240,13 +240,7 @@ def generated_rows(
     def rows_of(batch: list[int]) -> Iterator[dict]:
         fitting = [index for index in batch if len(prompts[index]) <= room]
         responses = (
-            generate(
-                model,
-                [prompts[index] for index in fitting],
-                max_new_tokens=max_new_tokens,
-                eos_id=tokenizer.eos_id,
-                stop_ids=stop_ids,
-            )
+            generate(model, [prompts[index] for index in fitting], max_new_tokens=max_new_tokens, eos_id=stop_ids)
             if fitting
             else []
         )

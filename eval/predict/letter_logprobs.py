@@ -13,7 +13,7 @@ import torch
 
 from eval.general_tasks import LETTERS, choose_letter, fit_mmlu_prompt
 from eval.queries import ChoiceQuery, encode_text
-from model.decode import KVCache
+from model.decode import KVCache, prefill
 from model.tokenizer import Tokenizer
 from model.transformer import Transformer
 
@@ -77,7 +77,6 @@ class _Prefix:
 
     @torch.inference_mode()
     def _forward(self, n_kept: int, ids: list[int]) -> torch.Tensor:
-        """log softmax behind `ids`, which follow the first `n_kept` cached tokens. (V,)"""
+        """log softmax after `ids`, which follow the first `n_kept` cached tokens. (V,)"""
         self.cache.lengths[0] = n_kept
-        input_ids_1T = torch.tensor([ids], device=self.model.head_weight().device)
-        return self.model(input_ids_1T, kv_cache=self.cache, last_only=True)[0, -1].float().log_softmax(-1)
+        return prefill(self.model, self.cache, 0, ids).float().log_softmax(-1)

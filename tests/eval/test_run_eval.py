@@ -227,8 +227,8 @@ def test_generation_is_told_the_control_tokens_that_end_it(benchmark_dir, monkey
     tokenizer, calls = load_tokenizer(tiny_files()[0]), []
     ids, bos = tokenizer.encode("search(city"), tokenizer.control_id("<s>")
 
-    def scripted(model, prompts, *, stop_ids, eos_id, max_new_tokens):
-        calls.append((set(stop_ids), eos_id, max_new_tokens))
+    def scripted(model, prompts, *, eos_id, max_new_tokens):
+        calls.append((eos_id, max_new_tokens))
         return [([*ids, bos], [0.0] * (len(ids) + 1)) for _ in prompts]
 
     monkeypatch.setattr(generate_predictions, "generate", scripted)
@@ -246,7 +246,7 @@ def test_generation_is_told_the_control_tokens_that_end_it(benchmark_dir, monkey
             world_size=1,
         )
     )
-    assert calls == [({bos, tokenizer.eos_id}, tokenizer.eos_id, 12)]
+    assert calls == [({bos, tokenizer.eos_id}, 12)]
     assert [(row["output"], row["stop"]) for row in rows] == [("search", "end")] * 3
 
 

@@ -153,7 +153,7 @@ def test_more_rows_than_a_forward_takes_advance_in_turn():
 def test_turns_equal_generate_on_the_whole_prompt(changes):
     model = tiny_model(**changes)
     for turns in run_dialogues(model, list(range(12)), n_rows=8, order=random.Random(5)).values():
-        whole = generate(model, [prompt for prompt, _, _ in turns], max_new_tokens=MAX_NEW, eos_id=3, stop_ids=STOPS)
+        whole = generate(model, [prompt for prompt, _, _ in turns], max_new_tokens=MAX_NEW, eos_id=STOPS)
         for (_, ids, logprobs), (whole_ids, whole_logprobs) in zip(turns, whole, strict=True):
             assert ids == whole_ids
             assert logprobs == pytest.approx(whole_logprobs, abs=2e-4)
@@ -183,8 +183,7 @@ def test_sampled_turns_equal_generate_on_the_whole_prompt():
             model,
             [prompt for prompt, _, _ in turns],
             max_new_tokens=MAX_NEW,
-            eos_id=3,
-            stop_ids=STOPS,
+            eos_id=STOPS,
             temperature=0.8,
             generator=[torch.Generator().manual_seed(1000 * number + turn) for turn in range(len(turns))],
         )
@@ -210,7 +209,7 @@ def answer(decoder: DialogueDecoder, dialogue: int, prompt: list[int]) -> list[i
 def test_only_what_lies_behind_the_common_prefix_is_forwarded():
     model = tiny_model()
     forwards = []
-    model.register_forward_pre_hook(lambda module, args: forwards.append(args[0].tolist()[0]))
+    model.tok_embeddings.register_forward_pre_hook(lambda module, args: forwards.append(args[0].flatten().tolist()))
     decoder = DialogueDecoder(model, n_rows=2, max_tokens=60, max_new_tokens=3, stop_ids=frozenset())
 
     def prefilled_by(prompt: list[int]) -> list[int]:
@@ -259,7 +258,7 @@ def test_nothing_runs_when_no_dialogue_is_answering():
     model = tiny_model()
     decoder = DialogueDecoder(model, n_rows=1, max_tokens=60, max_new_tokens=4, stop_ids=frozenset())
     forwards = []
-    model.register_forward_pre_hook(lambda module, args: forwards.append(args))
+    model.tok_embeddings.register_forward_pre_hook(lambda module, args: forwards.append(args))
     assert decoder.step() == [] and decoder.is_idle() and not forwards
 
 

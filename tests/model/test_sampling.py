@@ -1,4 +1,4 @@
-"""model/sampling.py: greedy ids, independence of batching, log-probs, stops, the hook for several ranks."""
+"""model/sampling.py and model/decode.py: greedy ids, independence of batching, log-probs, stops."""
 
 import json
 import math
@@ -7,9 +7,9 @@ import random
 import pytest
 import torch
 
-from model.decode import KVCache
+from model.decode import KVCache, decode_step, prefill
 from model.pretrained_weights import load_pretrained
-from model.sampling import _choose_tokens, any_unfinished, generate, interchangeable_row_counts
+from model.sampling import RowDecoder, _choose_tokens, continue_prompts, generate, interchangeable_row_counts
 from tests.model.test_transformer import STORIES, tiny_model
 
 
@@ -73,26 +73,35 @@ def test_greedy_does_not_depend_on_batching_with_two_threads():
         torch.set_num_threads(n_threads)
 
 
-def test_decoding_without_module_calls_equals_decoding_through_them():
-    """With gradients on, forward goes through the modules; without, a plain model takes the short way."""
-    model = tiny_model(qkv_bias=True)
-    prompts, found = random_prompts(5, 61, 30), []
-    for has_grad in (True, False):
-        cache = KVCache(model.config, 8, 64)
-        with torch.no_grad():
-            for row, prompt in enumerate(prompts):
-                cache.selected_rows = [row + (row > 2)]  # a gap: two runs of rows
-                model(torch.tensor([prompt]), kv_cache=cache)
-        cache.selected_rows = [0, 1, 2, 4, 5]
-        for storage in cache.keys_RLKH + cache.values_RLKH:
-            storage.requires_grad_(False)
-        model.requires_grad_(False)  # in-place writes into the cache are then no part of a graph
-        with torch.set_grad_enabled(has_grad):
-            tokens = torch.tensor([[5, 6, 7, 8, 9, 0, 0, 0]])
-            found.append(model(tokens, segment_lengths=[1] * 8, kv_cache=cache, last_only=True)[0, :5])
-    separate = torch.stack([model(torch.tensor([prompt + [5 + i]]))[0, -1] for i, prompt in enumerate(prompts)])
-    assert torch.allclose(found[0], separate, rtol=1e-5, atol=1e-4)
-    assert torch.allclose(found[1], separate, rtol=1e-5, atol=1e-4)
+def test_a_decoding_step_equals_the_whole_forward():
+    """Rows with a gap between them (two runs), lengths of their own, and rows that only fill the shape."""
+    model, rows = tiny_model(qkv_bias=True), [0, 1, 2, 4, 5]
+    cache, prompts = KVCache(model.config, 8, 64), random_prompts(5, 61, 30)
+    for row, prompt in zip(rows, prompts, strict=True):
+        prefill(model, cache, row, prompt)
+    found = decode_step(model, cache, rows, [5, 6, 7, 8, 9], n_rows=8)
+    assert cache.lengths == [len(prompts[0]) + 1, len(prompts[1]) + 1, len(prompts[2]) + 1, 0] + [
+        len(prompts[3]) + 1,
+        len(prompts[4]) + 1,
+        0,
+        0,
+    ]
+    with torch.no_grad():
+        whole = torch.stack([model(torch.tensor([prompt + [5 + i]]))[0, -1] for i, prompt in enumerate(prompts)])
+    assert torch.allclose(found, whole, rtol=1e-5, atol=1e-4)
+
+
+def test_a_sharded_model_is_refused():
+    """A parameter of another type than nn.Parameter is what FSDP2 leaves; its matrices cannot be read here."""
+
+    class Sharded(torch.nn.Parameter):
+        pass
+
+    model = tiny_model()
+    for block in model.layers:
+        block.attention.wq.weight = Sharded(block.attention.wq.weight.data)
+    with pytest.raises(ValueError, match="the model is sharded, expected one with whole parameters"):
+        generate(model, [[5]], max_new_tokens=2, eos_id=None)
 
 
 @pytest.mark.parametrize("n_kept", [0, 2])
@@ -102,14 +111,15 @@ def test_nan_of_a_finished_response_does_not_reach_the_next_one(n_kept, n_behind
     model = tiny_model()
     cache = KVCache(model.config, 1, 64)
     ids = [5, 6, 7, 8, 9][: n_kept + n_behind]
-    with torch.no_grad():
-        model(torch.tensor([ids[:n_kept] + [5] * (20 - n_kept)]), kv_cache=cache)
+    prefill(model, cache, 0, ids[:n_kept] + [5] * (20 - n_kept))
+    with torch.inference_mode():
         for storage_RLKH in cache.keys_RLKH + cache.values_RLKH:
             storage_RLKH[:, n_kept:20] = float("nan")
-        cache.lengths = [n_kept]
-        model(torch.tensor([ids[n_kept:]]), kv_cache=cache)
-        logits = model(torch.tensor([[7]]), kv_cache=cache)[0, -1]
-        assert torch.allclose(logits, model(torch.tensor([[*ids, 7]]))[0, -1], rtol=1e-5, atol=1e-4)
+    cache.lengths = [n_kept]
+    prefill(model, cache, 0, ids[n_kept:])
+    logits_V = decode_step(model, cache, [0], [7], n_rows=1)[0]
+    with torch.no_grad():
+        assert torch.allclose(logits_V, model(torch.tensor([[*ids, 7]]))[0, -1], rtol=1e-5, atol=1e-4)
 
 
 def test_row_counts_give_equal_bits():
@@ -121,7 +131,16 @@ def test_row_counts_give_equal_bits():
 @pytest.mark.parametrize("rows_per_forward", [1, 3, 8])
 def test_any_number_of_rows_gives_the_greedy_ids(rows_per_forward):
     model, prompts = tiny_model(), random_prompts(5, 61, 12)
-    found = generate(model, prompts, max_new_tokens=8, eos_id=3, rows_per_forward=rows_per_forward)
+    decoder = RowDecoder(
+        model,
+        n_rows=rows_per_forward,
+        max_tokens=20,
+        max_new_tokens=8,
+        stop_ids={3},
+        temperature=0.0,
+        rows_per_forward=rows_per_forward,
+    )
+    found = continue_prompts(decoder, prompts)
     assert [ids for ids, _ in found] == [slow_greedy(model, prompt, 8, 3)[0] for prompt in prompts]
 
 
@@ -160,7 +179,7 @@ def test_any_of_several_ids_stops_a_row():
     prompts = random_prompts(12, 61, 10)
     free = generate(model, prompts, max_new_tokens=10, eos_id=None)
     eos_id, *stop_ids = free[0][0][2], free[1][0][4], free[2][0][3]
-    stopped = generate(model, prompts, max_new_tokens=10, eos_id=eos_id, stop_ids=stop_ids)
+    stopped = generate(model, prompts, max_new_tokens=10, eos_id=[eos_id, *stop_ids])
     seen = set()
     for (free_ids, free_logprobs), (ids, logprobs) in zip(free, stopped, strict=True):
         ends = [position for position, token in enumerate(free_ids) if token in (eos_id, *stop_ids)]
@@ -168,7 +187,6 @@ def test_any_of_several_ids_stops_a_row():
         assert (ids, logprobs) == (free_ids[:length], free_logprobs[:length])
         seen.add(ids[-1] if ends else None)
     assert seen == {eos_id, *stop_ids, None}
-    assert generate(model, prompts, max_new_tokens=10, eos_id=None, stop_ids=[eos_id, *stop_ids]) == stopped
 
 
 def test_logprobs_are_those_of_the_sampling_temperature():
@@ -241,23 +259,18 @@ def test_with_a_generator_per_prompt_samples_do_not_depend_on_batching():
     assert len({tuple(ids) for ids, _ in sample([4] * 3)}) == 1  # equal seeds, equal responses: nothing else is drawn
 
 
-def test_hook_keeps_a_finished_rank_in_step():
-    """A rank that is done goes on with empty forwards as long as the hook says so, and its responses do not change."""
-    model = tiny_model()
-    forwards, asked = [], []
-    model.register_forward_pre_hook(lambda module, args: forwards.append(args[0].shape[1]))
+def test_generation_stops_when_it_is_told_to():
+    """Two prefills and three decoding steps, then the answer False: the first four ids of each whole response."""
+    model, prompts, seen = tiny_model(), [[5, 6, 7], [8, 9, 10]], []
 
-    def until_hundred(finished_B: torch.Tensor) -> bool:
-        asked.append(any_unfinished(finished_B))
-        return len(forwards) < 100  # more than the cache has slots: idle rows must not fill it
+    def should_continue(finished_B: torch.Tensor) -> bool:
+        seen.append(finished_B.tolist())
+        return len(seen) <= 5
 
-    found = generate(model, [[5, 6, 7]], max_new_tokens=4, eos_id=None, should_continue=until_hundred)
-    assert len(forwards) == 100 and not asked[-1]
-    assert found == generate(model, [[5, 6, 7]], max_new_tokens=4, eos_id=None)
-    empty_from = len(forwards)
-    more = generate(model, [], max_new_tokens=4, eos_id=None, should_continue=lambda f: len(forwards) < empty_from + 3)
-    assert more == []
-    assert len(forwards) == empty_from + 3
+    whole = generate(model, prompts, max_new_tokens=9, eos_id=None)
+    short = generate(model, prompts, max_new_tokens=9, eos_id=None, should_continue=should_continue)
+    assert short == [(ids[:4], logprobs[:4]) for ids, logprobs in whole]
+    assert seen == [[False, False]] * 6
 
 
 def test_no_prompts_is_no_work():

@@ -18,7 +18,7 @@ from model.config import (
     config_to_hf,
     count_parameters,
 )
-from model.decode import KVCache
+from model.decode import KVCache, decode_step, prefill
 from model.pretrained_weights import load_pretrained
 from model.transformer import FeedForward, RMSNorm, Transformer, apply_rope, rope_cos_sin, rope_inverse_frequencies
 
@@ -217,48 +217,57 @@ def test_no_token_sees_a_later_one_or_another_segment():
     assert changed == [False] * 6 + [True] * 4
 
 
-@pytest.mark.parametrize("chunks", [[12], [1] * 12, [5, 1, 6], [3, 4, 5]], ids=str)
+@pytest.mark.parametrize("chunks", [[12], [1] * 12, [5, 1, 6], [3, 4, 5], [2, 8, 2], [9, 3]], ids=str)
 def test_cache_equals_full_forward(chunks):
+    """Three rows, fed in chunks: the logits after each chunk are those of the full forward at its last token."""
     model = tiny_model()
-    ids = torch.randint(0, 61, (3, 12), generator=torch.Generator().manual_seed(3))
-    cache = KVCache(model.config, 3, 12)
+    ids_BT = torch.randint(0, 61, (3, 12), generator=torch.Generator().manual_seed(3))
+    cache, ends = KVCache(model.config, 3, 12), torch.tensor(chunks).cumsum(0) - 1
+    found = [[prefill(model, cache, row, part.tolist()) for part in ids_BT[row].split(chunks)] for row in range(3)]
     with torch.no_grad():
-        full = model(ids)
-        parts = [model(part, kv_cache=cache) for part in ids.split(chunks, dim=1)]
-    assert torch.allclose(torch.cat(parts, dim=1), full, rtol=1e-5, atol=2e-5)
+        expected = model(ids_BT)[:, ends]
+    assert torch.allclose(torch.stack([torch.stack(row) for row in found]), expected, rtol=1e-5, atol=2e-5)
     assert cache.lengths == [12, 12, 12]
+
+
+def test_cache_of_rows_that_decode_together_equals_full_forward():
+    model = tiny_model()
+    ids_BT = torch.randint(0, 61, (3, 12), generator=torch.Generator().manual_seed(3))
+    cache = KVCache(model.config, 3, 12)
+    found = [decode_step(model, cache, [0, 1, 2], ids_BT[:, t].tolist(), n_rows=3) for t in range(12)]
+    with torch.no_grad():
+        assert torch.allclose(torch.stack(found, dim=1), model(ids_BT), rtol=1e-5, atol=2e-5)
 
 
 def test_cache_grows_with_its_longest_row():
     model = tiny_model()
     ids = torch.randint(0, 61, (1, 520), generator=torch.Generator().manual_seed(8))
-    cache, slots, logits = KVCache(model.config, 2, 600), [], {0: [], 1: []}
     with torch.no_grad():
-        for row, start, end in ((0, 0, 100), (1, 0, 128), (0, 100, 101), (1, 128, 129), (1, 129, 257), (0, 101, 520)):
-            cache.selected_rows = [row]
-            logits[row].append(model(ids[:, start:end], kv_cache=cache))
-            slots.append(cache.keys_RLKH[1].shape[1])
-        full = model(ids)
+        full = model(ids)[0]
+    cache, slots = KVCache(model.config, 2, 600), []
+    for row, start, end in ((0, 0, 100), (1, 0, 128), (0, 100, 101), (1, 128, 129), (1, 129, 257), (0, 101, 520)):
+        logits_V = prefill(model, cache, row, ids[0, start:end].tolist())
+        assert torch.allclose(logits_V, full[end - 1], rtol=1e-5, atol=5e-5)
+        slots.append(cache.keys_RLKH[1].shape[1])
     assert slots == [128, 128, 128, 256, 512, 640]  # steps of 128, at least twofold, at most 600 rounded up
-    assert torch.allclose(torch.cat(logits[0], dim=1), full, rtol=1e-5, atol=5e-5)
-    assert torch.allclose(torch.cat(logits[1], dim=1), full[:, :257], rtol=1e-5, atol=5e-5)
 
 
-def test_cache_overflow_is_an_error():
+@pytest.mark.parametrize("n_cached", [0, 127, 128])
+def test_cache_overflow_is_an_error(n_cached):
     model = tiny_model()
     cache = KVCache(model.config, 1, 64)
-    with torch.no_grad(), pytest.raises(ValueError, match="holds 128 tokens, 129 are needed"):
-        model(torch.zeros(1, 129, dtype=torch.long), kv_cache=cache)
+    if n_cached:
+        prefill(model, cache, 0, [5] * n_cached)
+    with pytest.raises(ValueError, match="row 0 holds 128 tokens, 129 are needed"):
+        prefill(model, cache, 0, [5] * (129 - n_cached))
 
 
-def test_last_only_and_hidden():
+def test_hidden_states_times_the_head_are_the_logits():
     model = tiny_model()
     ids = torch.randint(0, 61, (1, 9), generator=torch.Generator().manual_seed(4))
     with torch.no_grad():
         full = model(ids, segment_lengths=[4, 5])
-        last = model(ids, segment_lengths=[4, 5], last_only=True)
         hidden = model(ids, segment_lengths=[4, 5], return_hidden=True)
-    assert torch.allclose(last[0], full[0, [3, 8]], atol=1e-5)
     assert torch.allclose(hidden @ model.head_weight().T, full, atol=1e-5)
 
 
