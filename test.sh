@@ -1,8 +1,12 @@
 #!/usr/bin/env bash
-# The whole test suite in its own environment: ./test.sh [pytest arguments]
+# The test suite in its own environment. Arguments go to pytest:
+#   ./test.sh                      format, lint, all tests on two cores
+#   ./test.sh -m "not slow"        the same without the tests of more than 10 s
+#   ./test.sh tests/x/test_y.py    one file, in one process, without format and lint
+#   ./test.sh --fresh              build the CUDA emulation and run the kernel mutants again (no cache)
 set -euo pipefail
 cd "$(dirname "$0")"
-. ./setup_venv.sh requirements.txt
+. ./setup_venv.sh requirements.txt requirements-dev.txt
 # Peers and extras make more tests run; without them those tests skip and say why.
 extras=(requirements-optional.txt requirements-peers.txt)
 # A CUDA build of torch has the bindings and NVRTC already, in versions that torch itself pins: leave them alone.
@@ -10,4 +14,10 @@ extras=(requirements-optional.txt requirements-peers.txt)
 for extra in "${extras[@]}"; do
     (. ./setup_venv.sh "$extra") || echo "could not install $extra: its tests will be skipped"
 done
-exec "$python" -m pytest "$@"
+
+for argument in "$@"; do
+    if [ -e "${argument%%::*}" ]; then exec "$python" -m pytest "$@"; fi
+done
+"$python" -m ruff format --check . || { echo "the format differs: run .venv/bin/ruff format ." >&2; exit 1; }
+"$python" -m ruff check . || { echo "the linter objects, see above; .venv/bin/ruff check --fix . mends some" >&2; exit 1; }
+exec "$python" -m pytest -n 2 --dist loadfile --no-loadscope-reorder "$@"
