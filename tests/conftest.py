@@ -29,7 +29,7 @@ def pytest_configure(config):
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items):
-    """`-m "not slow"` leaves out very_slow and gpu too. Files with slow tests start first, so that no worker ends late."""
+    """`-m "not slow"` leaves out very_slow and gpu too. Files with slow tests start first."""
     for item in items:
         if item.get_closest_marker("very_slow") or item.get_closest_marker("gpu"):
             item.add_marker("slow")

@@ -1,34 +1,31 @@
-"""Builds kernel texts for the CPU (g++ and tests/support/cuda_shim), launches them there, and builds cubins with nvcc.
+"""Builds kernel texts for the CPU (g++ and tests/support/cuda_shim) and launches them there.
 
     library = emulated_library(SOURCE)                      # a shared library of all kernels of the text
     launch(library, "wce_row_bf16_128x1", grid=3, block=128, arguments=[logits, 8, ...], order="random", seed=1)
     with counted(counting_library, logits=logits) as traffic: launch(...)      # bytes read and written per array
 
-Each build happens once per test session, in a temporary folder; equal text and options give the same file.
+Equal texts and options are built once per machine (build_cache.py).
 """
 
 from __future__ import annotations
 
-import atexit
 import ctypes
 import functools
-import hashlib
 import re
 import shutil
 import subprocess
 import sys
-import tempfile
-import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 
+from tests.support.build_cache import made_once
+
 ROOT = Path(__file__).resolve().parents[2]
-SHIM = ROOT / "tests" / "cuda_shim"
-SOURCE = ROOT / "train" / "csrc" / "weighted_cross_entropy.cu"
+SHIM = Path(__file__).parent / "cuda_shim"
 ORDERS = {"ascending": 0, "descending": 1, "random": 2}  # simt_api.h
 VARIANTS = {  # name -> (flags of the compiler, flags of the linker)
     "plain": (["-O1"], []),
@@ -74,27 +71,20 @@ def why_no_gxx() -> str:
 @functools.cache
 def why_no_sanitizer(variant: str) -> str:
     """Why programs of this variant cannot be built or run here; empty if they can."""
-    source, program = session_folder() / f"empty_{variant}.cpp", session_folder() / f"empty_{variant}"
-    source.write_text("int main() {}\n", encoding="utf-8")
     compile_flags, link_flags = VARIANTS[variant]
-    commands = (["g++", *compile_flags, str(source), *link_flags, "-o", str(program)], [str(program)])
-    for command in commands:
-        result = subprocess.run(command, capture_output=True, text=True, check=False)
-        if result.returncode != 0:
-            return f"{variant}: {(result.stderr.strip().splitlines() or ['no message'])[-1]}"
-    return ""
 
+    def make(folder: Path) -> None:
+        source, program = folder / "empty.cpp", folder / "empty"
+        source.write_text("int main() {}\n", encoding="utf-8")
+        for command in (["g++", *compile_flags, str(source), *link_flags, "-o", str(program)], [str(program)]):
+            result = subprocess.run(command, capture_output=True, text=True, check=False)
+            if result.returncode:
+                last_line = (result.stderr.strip().splitlines() or ["no message"])[-1]
+                (folder / "why_not").write_text(f"{variant}: {last_line}", encoding="utf-8")
+                return
 
-@functools.cache
-def why_no_nvcc() -> str:
-    return "" if shutil.which("nvcc") else "nvcc is not installed"
-
-
-@functools.cache
-def session_folder() -> Path:
-    folder = tempfile.mkdtemp(prefix="cuda_build_")
-    atexit.register(shutil.rmtree, folder, ignore_errors=True)
-    return Path(folder)
+    why_not = made_once("sanitizer", [*compile_flags, *link_flags], make) / "why_not"
+    return why_not.read_text(encoding="utf-8") if why_not.exists() else ""
 
 
 # --------------------------------------------------------------------------------------------------------------- builds
@@ -124,32 +114,16 @@ def keep_kernels(text: str, names: set[str]) -> str:
 
 
 def kernel_names(preprocessed: str) -> list[str]:
-    """Launched names, read behind the preprocessor, because macros write most of them."""
+    """Launched names, read after the preprocessor has run, because macros write most of them."""
     return re.findall(r'extern "C"\s+void\s+(\w+)\s*\(', preprocessed)
 
 
-@functools.cache
-def precompiled_shim(variant: str) -> Path:
-    """Folder with the shim's header as the compiler has read it: half of the time of a small mutant."""
-    folder = session_folder() / f"header_{variant}"
-    folder.mkdir(exist_ok=True)
-    run_compiler(
-        [
-            "g++",
-            *COMMON_FLAGS,
-            *VARIANTS[variant][0],
-            "-x",
-            "c++-header",
-            str(SHIM / "simt_shim.h"),
-            "-o",
-            str(folder / "simt_shim.h.gch"),
-        ]
-    )
-    return folder
+def shim_texts() -> list[str]:
+    return [path.read_text(encoding="utf-8") for path in sorted(SHIM.iterdir())]
 
 
-def translation_unit(text: str, folder: Path, flags: list[str]) -> Path:
-    """Writes kernels.cu (the text) and unit.cpp: the shim, the text, one registration per kernel."""
+def translation_unit(text: str, folder: Path, flags: list[str]) -> list[str]:
+    """Writes kernels.cu (the text) and unit.cpp: the shim, the text, one registration per kernel. Returns the names."""
     kernels = folder / "kernels.cu"
     kernels.write_text(text, encoding="utf-8")
     head = f'#include "simt_shim.h"\n#include "element_host.h"\n#include "{kernels}"\n'
@@ -157,67 +131,60 @@ def translation_unit(text: str, folder: Path, flags: list[str]) -> Path:
     unit.write_text(head, encoding="utf-8")
     names = kernel_names(run_compiler(["g++", "-E", "-P", *flags, f"-I{SHIM}", str(unit)]))
     unit.write_text(head + "".join(f"SIMT_KERNEL({name})\n" for name in names), encoding="utf-8")
-    return unit
+    return names
 
 
-def compiled(source: Path, flags: list[str]) -> Path:
-    """Object file of a C++ file; the same file is compiled once for all mutants."""
-    key = hashlib.sha256("\0".join([*flags, source.read_text(encoding="utf-8")]).encode()).hexdigest()[:16]
-    result = session_folder() / f"{source.stem}_{key}.o"
-    if not result.exists():
-        partial = result.with_suffix(f".{threading.get_ident()}.o")  # two threads may compile it at once
-        run_compiler(["g++", *flags, f"-I{SHIM}", "-c", str(source), "-o", str(partial)])
-        partial.rename(result)
-    return result
+def unit_of_texts(texts: Mapping[str, str], kernels: Mapping[str, Sequence[str]], folder: Path) -> None:
+    """Writes unit.cpp with many texts, each in a namespace: kernel k of text t is launched as "t:k"."""
+
+    def macros(text: str) -> set[str]:
+        return set(re.findall(r"^#define (\w+)", text, re.MULTILINE))
+
+    unit, of_the_shim = '#include "simt_shim.h"\n#include "element_host.h"\n', macros("".join(shim_texts()))
+    for label, text in texts.items():
+        file = folder / f"{label}.cu"
+        file.write_text(text.replace('extern "C"', ""), encoding="utf-8")  # or all texts would share their kernels
+        unit += f'namespace {label} {{\n#include "{file}"\n'
+        unit += "".join(f'SIMT_KERNEL_AS("{label}:{name}", {name})\n' for name in kernels[label]) + "}\n"
+        unit += "".join(f"#undef {macro}\n" for macro in sorted(macros(text) - of_the_shim))
+    (folder / "unit.cpp").write_text(unit, encoding="utf-8")
 
 
-def build(
-    source: Path | str,
-    variant: str = "plain",
-    *,
-    more_sources: Iterable[Path] = (),
-    program: bool = False,
-    name: str = "",
-) -> Path:
-    """Shared library (or program) of a kernel text for the CPU; `more_sources` are C++ files linked with it."""
+def compile_and_link(sources: Sequence[Path], variant: str, result: Path) -> None:
+    """Compiled and linked apart: the "count" variant must not link the sanitizer that it compiles for."""
     compile_flags, link_flags = VARIANTS[variant]
-    text, more_sources = source_text(source), list(more_sources)
-    shim_texts = [path.read_text(encoding="utf-8") for path in sorted(SHIM.glob("*.h")) + more_sources]
-    key = hashlib.sha256("\0".join([variant, str(program), name, text, *shim_texts]).encode()).hexdigest()[:16]
-    folder = session_folder() / key
-    result = folder / (name or ("program" if program else "libkernels.so"))
-    if not result.exists():
-        folder.mkdir(exist_ok=True)
-        flags = [*COMMON_FLAGS, *compile_flags, *([f"-I{precompiled_shim(variant)}"] if program else [])]
-        unit = translation_unit(text, folder, flags)
-        # Compiled and linked apart: the "count" variant must not link the sanitizer that it compiles for.
-        objects = [compiled(unit, flags), *(compiled(path, flags) for path in more_sources)]
-        kind = [] if program else ["-shared"]
-        run_compiler(["g++", *kind, *map(str, objects), *link_flags, "-ldl", "-o", str(result)])
-    return result
+    objects = [str(result.parent / f"{source.stem}.o") for source in sources]
+    for source, target in zip(sources, objects, strict=True):
+        run_compiler(["g++", *COMMON_FLAGS, *compile_flags, f"-I{SHIM}", "-c", str(source), "-o", target])
+    kind = ["-shared"] if result.suffix == ".so" else []
+    run_compiler(["g++", *kind, *objects, *link_flags, "-ldl", "-o", str(result)])
 
 
-def build_all(requests: Iterable[dict]) -> list[Path]:
-    """`build(**request)` for each request, two at a time."""
-    requests = list(requests)
-    for variant in {request["variant"] for request in requests if request.get("program")}:
-        precompiled_shim(variant)  # here, and not in both threads at once
-    with ThreadPoolExecutor(2) as pool:
-        return list(pool.map(lambda request: build(**request), requests))
-
-
-def compile_cubin(source: Path | str, architecture: str, name: str = "kernels") -> tuple[Path, str]:
-    """nvcc to a cubin for e.g. "sm_90": the file and what ptxas said (registers, spills)."""
+def build_library(source: Path | str, variant: str = "plain") -> Path:
+    """Shared library of a kernel text for the CPU."""
     text = source_text(source)
-    folder = session_folder() / hashlib.sha256(f"{architecture}\0{text}".encode()).hexdigest()[:16]
-    cubin, log = folder / f"{name}.cubin", folder / f"{name}.log"
-    if not log.exists():
-        folder.mkdir(exist_ok=True)
-        kernels = folder / f"{name}.cu"
-        kernels.write_text(text, encoding="utf-8")
-        command = ["nvcc", "-cubin", f"-arch={architecture}", "-Xptxas", "-v", "-o", str(cubin), str(kernels)]
-        log.write_text(run_compiler(command), encoding="utf-8")
-    return cubin, log.read_text(encoding="utf-8")
+
+    def make(folder: Path) -> None:
+        translation_unit(text, folder, [*COMMON_FLAGS, *VARIANTS[variant][0]])
+        compile_and_link([folder / "unit.cpp"], variant, folder / "kernels.so")
+
+    return made_once("library", [text, variant, *shim_texts()], make) / "kernels.so"
+
+
+def build_program(texts: Mapping[str, str], kernels: Mapping[str, Sequence[str]], variant: str) -> Path:
+    """run_checks.cpp with the kernels of all texts; each label is one of C++."""
+
+    def make(folder: Path) -> None:
+        unit_of_texts(texts, kernels, folder)
+        compile_and_link([folder / "unit.cpp", SHIM / "run_checks.cpp"], variant, folder / "program")
+
+    return made_once("program", [repr(texts), repr(kernels), variant, *shim_texts()], make) / "program"
+
+
+def build_all(requests: Iterable[tuple[Path | str, str]]) -> None:
+    """`build_library(source, variant)` for each request, two at a time."""
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(lambda request: build_library(*request), requests))
 
 
 # ------------------------------------------------------------------------------------------------------------- launches
@@ -240,7 +207,7 @@ def load_library(path: Path) -> ctypes.CDLL:
 @functools.cache
 def emulated_library(source: Path | str, variant: str = "plain") -> ctypes.CDLL:
     """Kernels of the text, ready for `launch`; `variant` "plain" or "count" (a process cannot load the sanitizers)."""
-    return load_library(build(source, variant))
+    return load_library(build_library(source, variant))
 
 
 class LaunchError(Exception):

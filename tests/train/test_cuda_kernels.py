@@ -14,7 +14,6 @@ import torch
 
 from tests.support.cuda_build import (
     ORDERS,
-    SOURCE,
     LaunchError,
     build_all,
     counted,
@@ -24,7 +23,7 @@ from tests.support.cuda_build import (
     launch,
     why_no_gxx,
 )
-from train.cuda.launch import ROW_KERNELS, STREAM_THREADS, choose_kernel
+from train.cuda.launch import ROW_KERNELS, SOURCE, STREAM_THREADS, choose_kernel
 
 pytestmark = pytest.mark.skipif(why_no_gxx() != "", reason=why_no_gxx() or "g++ is there")
 
@@ -38,13 +37,7 @@ each_vocabulary = pytest.mark.parametrize("vocabulary_size", VOCABULARIES)
 @pytest.fixture(scope="module", autouse=True)
 def libraries():
     """The plain build and two others, made side by side."""
-    build_all(
-        [
-            {"source": SOURCE, "variant": "plain"},
-            {"source": SOURCE, "variant": "count"},
-            {"source": long_row_kernels(), "variant": "rough"},
-        ]
-    )
+    build_all([(SOURCE, "plain"), (SOURCE, "count"), (long_row_kernels(), "rough")])
 
 
 # ----------------------------------------------------------------------------------------------------------- the oracle

@@ -20,7 +20,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.support.cuda_build import COMMON_FLAGS, ROOT, SHIM, run_compiler, translation_unit, why_no_gxx
+from tests.support.build_cache import made_once
+from tests.support.cuda_build import COMMON_FLAGS, ROOT, SHIM, run_compiler, shim_texts, translation_unit, why_no_gxx
 from tests.support.tiny_run import random_batch, tiny_model
 from tests.train.test_weighted_cross_entropy import make_rows, oracle
 from train.cuda import launch as cuda_cross_entropy
@@ -451,18 +452,21 @@ def why_no_child() -> str:
 
 
 @pytest.fixture(scope="session")
-def fake_driver(tmp_path_factory) -> Path:
+def fake_driver() -> Path:
     """Folder with libcuda.so.1."""
     if reason := why_no_child():
         pytest.skip(reason)
-    folder = tmp_path_factory.mktemp("driver")
-    flags = [*COMMON_FLAGS, "-O1"]
-    unit = translation_unit(SOURCE.read_text(encoding="utf-8"), folder, flags)
-    text = unit.read_text(encoding="utf-8")
-    names = re.findall(r"^SIMT_KERNEL\((\w+)\)$", text, re.MULTILINE)
-    unit.write_text(text + '#include "fake_driver.cpp"\n' + "".join(f"FAKE_KERNEL({name})\n" for name in names))
-    run_compiler(["g++", *flags, f"-I{SHIM}", "-shared", str(unit), "-o", str(folder / "libcuda.so.1")])
-    return folder
+    text = SOURCE.read_text(encoding="utf-8")
+
+    def make(folder: Path) -> None:
+        flags = [*COMMON_FLAGS, "-O0"]  # rows are short: compiling costs more than running
+        names = translation_unit(text, folder, flags)
+        with open(folder / "unit.cpp", "a", encoding="utf-8") as unit:
+            unit.write('#include "fake_driver.cpp"\n' + "".join(f"FAKE_KERNEL({name})\n" for name in names))
+        library = str(folder / "libcuda.so.1")
+        run_compiler(["g++", *flags, f"-I{SHIM}", "-shared", str(folder / "unit.cpp"), "-o", library])
+
+    return made_once("driver", [text, "-O0", *shim_texts()], make)
 
 
 def run_child(code: str, driver: Path, cache: Path, **variables: str) -> str:

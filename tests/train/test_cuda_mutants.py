@@ -4,8 +4,13 @@ A check that has never failed proves nothing. Every mutant below is the kernels'
 launch of the text as it is must pass under the same tool. Tools: `value` (float64 loop of run_checks.cpp), `bits`
 (equal bits in all thread orders), `shim` (divergent barriers), `asan`, `ubsan`, `tsan` (g++ 12; the run time of newer
 compilers can miss races between more than 256 fibers without a word, so a build of every race stays here).
+
+All mutants of a tool are one program. A verdict holds as long as the kernels, the shim, this file and the compiler are
+the same: the next run skips what has passed and says so; `--fresh` runs everything again.
 """
 
+import functools
+import hashlib
 import math
 import os
 import re
@@ -16,17 +21,19 @@ from typing import NamedTuple
 import pytest
 import torch
 
+from tests.support import cuda_build
+from tests.support.build_cache import made_once
 from tests.support.cuda_build import (
     ORDERS,
-    SHIM,
-    SOURCE,
-    build_all,
+    build_program,
     emulated_library,
     keep_kernels,
     launch,
+    shim_texts,
     why_no_gxx,
     why_no_sanitizer,
 )
+from train.cuda.launch import SOURCE
 
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(why_no_gxx() != "", reason=why_no_gxx() or "g++ is there")]
 
@@ -247,32 +254,44 @@ TSAN_CASES = (ROW, ROW_OUT, CLEAN_CASES[3], STREAM)  # a fiber costs ThreadSanit
 MISALIGNED = [mutant for mutant in MUTANTS if not mutant.replacements]
 
 
-def build_request(mutant: Mutant | None, variant: str) -> dict:
-    if mutant is None or not mutant.replacements:
-        text = keep_kernels(SOURCE.read_text(encoding="utf-8"), {case.kernel for case in CLEAN_CASES})
-    else:
-        text = keep_kernels(SOURCE.read_text(encoding="utf-8"), {mutant.case.kernel})
-        text = mutate(text, mutant.replacements)
-    return {"source": text, "variant": variant, "program": True, "more_sources": [SHIM / "run_checks.cpp"]}
+def label_of(mutant: Mutant | None) -> str:
+    """Namespace of the mutant's text in the program; that of the text as it is for None and for misaligned rows."""
+    return f"mutant_{MUTANTS.index(mutant)}" if mutant and mutant.replacements else "as_it_is"
 
 
-@pytest.fixture(scope="module")
-def programs() -> dict[tuple[str, str], Path]:
-    """(mutant's name, or "" for the text as it is; variant) -> program, two compilers at a time."""
-    wanted = [(None, variant) for variant in ("asan", "tsan", "quick")]  # the longest first
-    wanted += sorted(((mutant, VARIANT_OF_TOOL[mutant.tool]) for mutant in MUTANTS), key=lambda pair: pair[1])
-    wanted = [(mutant, variant) for mutant, variant in wanted if not why_no_sanitizer(variant)]
-    paths = build_all(build_request(mutant, variant) for mutant, variant in wanted)
-    return {(mutant.name if mutant else "", variant): path for (mutant, variant), path in zip(wanted, paths)}
+@functools.cache
+def program(variant: str) -> Path:
+    """One program with the text as it is and all mutants that this build of the compiler has to show."""
+    whole = SOURCE.read_text(encoding="utf-8")
+    clean_kernels = sorted({case.kernel for case in CLEAN_CASES})
+    texts, kernels = {"as_it_is": keep_kernels(whole, set(clean_kernels))}, {"as_it_is": clean_kernels}
+    for mutant in MUTANTS:
+        if mutant.replacements and VARIANT_OF_TOOL[mutant.tool] == variant:
+            kernels[label_of(mutant)] = [mutant.case.kernel]
+            texts[label_of(mutant)] = mutate(keep_kernels(whole, {mutant.case.kernel}), mutant.replacements)
+    return build_program(texts, kernels, variant)
 
 
-def run_case(programs: dict, name: str, variant: str, case: Case, order: str) -> tuple[int, str]:
+@pytest.fixture(autouse=True)
+def remember(request):
+    """Skips a test that has passed with these sources, this compiler and this processor; call it when it passes."""
+    sources = [SOURCE.read_text(encoding="utf-8"), *shim_texts(), Path(__file__).read_text(encoding="utf-8")]
+    sources.append(Path(cuda_build.__file__).read_text(encoding="utf-8"))
+    verdicts = made_once("mutants", sources, lambda folder: None)
+    verdict = verdicts / hashlib.sha256(request.node.name.encode()).hexdigest()[:16]
+    if verdict.exists():
+        pytest.skip("mutants: verdict of an earlier run with the same sources, caught; --fresh runs them again")
+    return verdict.touch
+
+
+def run_case(mutant: Mutant | None, variant: str, case: Case, order: str) -> tuple[int, str]:
     """Exit code and all that was printed."""
     if why_no_sanitizer(variant):
         pytest.skip(why_no_sanitizer(variant))
     options = {"ASAN_OPTIONS": "detect_leaks=0", "UBSAN_OPTIONS": "print_stacktrace=0", "TSAN_OPTIONS": "exitcode=66"}
+    kernel, *others = map(str, case)
     result = subprocess.run(
-        [programs[name, variant], *map(str, case), str(ORDERS[order])],
+        [program(variant), f"{label_of(mutant)}:{kernel}", *others, str(ORDERS[order])],
         capture_output=True,
         text=True,
         timeout=60,
@@ -286,24 +305,26 @@ def run_case(programs: dict, name: str, variant: str, case: Case, order: str) ->
 
 # ---------------------------------------------------------------------------------------------------------------- tests
 @pytest.mark.parametrize("variant", ["quick", "asan", "tsan"])
-def test_the_text_as_it_is_passes_under_every_tool(programs, variant):
+def test_the_text_as_it_is_passes_under_every_tool(variant, remember):
     for number, case in enumerate(TSAN_CASES if variant == "tsan" else CLEAN_CASES):
         orders = ORDERS if variant == "quick" else [list(ORDERS)[number % 3]]
-        results = [run_case(programs, "", variant, case, order) for order in orders]
+        results = [run_case(None, variant, case, order) for order in orders]
         for code, said in results:
             assert code == 0, f"{case}: {said[:2000]}"
             assert not any(re.search(message, said, re.MULTILINE) for message in MESSAGES.values()), said[:2000]
         assert len({re.search(r"^ok (\w+)$", said, re.MULTILINE)[1] for _, said in results}) == 1
+    remember()
 
 
 @pytest.mark.parametrize("mutant", MUTANTS, ids=lambda mutant: f"{mutant.tool}: {mutant.name}")
-def test_mutant_is_caught(programs, mutant):
+def test_mutant_is_caught(mutant, remember):
     variant = VARIANT_OF_TOOL[mutant.tool]
     orders = ORDERS if mutant.tool in ("value", "bits", "shim") else ["random"]
-    results = [run_case(programs, mutant.name, variant, mutant.case, order) for order in orders]
+    results = [run_case(mutant, variant, mutant.case, order) for order in orders]
     if mutant.tool == "bits":  # right within every tolerance, and yet not the same
         assert all(code == 0 for code, _ in results)
         assert len({said for _, said in results}) > 1
+        remember()
         return
     caught = [
         code != 0
@@ -315,6 +336,7 @@ def test_mutant_is_caught(programs, mutant):
     assert all(caught) if mutant.every_order else any(caught), shown
     if not mutant.every_order:  # why one order is not enough
         assert not all(caught)
+    remember()
 
 
 def test_every_tool_has_caught_something():
@@ -328,7 +350,7 @@ def test_a_replacement_that_finds_nothing_is_an_error():
         mutate("abc", (("x", "y"),))
 
 
-def test_a_rounded_product_costs_the_digits_of_large_logits():
+def test_a_rounded_product_costs_the_digits_of_large_logits(remember):
     # Logits 1e4 and 1e4 + 1, target the first: ln(1 + e) = 1.313261688. The text keeps 7 digits with one fused
     # multiply-add (tests/train/test_cuda_kernels.py); product and difference, rounded one after the other, keep 3.
     text = keep_kernels(SOURCE.read_text(encoding="utf-8"), {"wce_row_fp32_128x1"})
@@ -338,7 +360,7 @@ def test_a_rounded_product_costs_the_digits_of_large_logits():
         logits = torch.tensor([[1e4, 1e4 + 1, -1e4, 0.0]])
         loss = torch.zeros(1)
         launch(
-            emulated_library(source),
+            emulated_library(source, "quick"),
             "wce_row_fp32_128x1",
             grid=1,
             block=128,
@@ -346,3 +368,4 @@ def test_a_rounded_product_costs_the_digits_of_large_logits():
         )
         errors.append(abs(loss.item() - math.log(1 + math.e)))
     assert errors[0] < 2e-6 and errors[1] > 1e-4
+    remember()

@@ -378,9 +378,10 @@ struct Registration {
     Registration(const char* name, void (*call)(void**)) { kernels.push_back({name, call}); }
 };
 
-#define SIMT_KERNEL(name) \
+#define SIMT_KERNEL_AS(label, name) \
     static const simt::Registration register_##name( \
-        #name, [](void** parameters) { simt::call_packed(name, parameters); });
+        label, [](void** parameters) { simt::call_packed(name, parameters); });
+#define SIMT_KERNEL(name) SIMT_KERNEL_AS(#name, name)
 
 }  // namespace simt
 
