@@ -3,7 +3,6 @@ of ours has such a device, so no figure of it stands anywhere in this repository
 
     python -m benchmarks.benchmark_loss_cuda                      # needs a CUDA device
     python -m benchmarks.benchmark_loss_cuda --tokens 65536 --dtypes bfloat16,float32
-    python -m benchmarks.benchmark_loss_cuda --static             # no device: registers, spills, instructions per logit
     python -m benchmarks.benchmark_loss_cuda --device cpu --tokens 64 --dim 32 --vocab_size 500  # only tries the script
 
 Part 1, the roof: a kernel reads and writes each logit once, so it can take no less time than a copy of the logits from
@@ -30,8 +29,6 @@ from torch import Tensor
 from torch.nn import LinearCrossEntropyOptions
 from torch.nn.functional import cross_entropy, linear, linear_cross_entropy
 
-from benchmarks.cuda_kernel_ladder.device_code import CompileError, ToolMissing, compile_with_nvrtc, disassemble
-from benchmarks.cuda_kernel_ladder.product import ARCHITECTURES, KERNEL_FILE, table_lines
 from train.cuda.launch import DTYPES, STREAM_THREADS, choose_kernel, choose_loss_backend, cuda_row_cross_entropy
 from train.cuda.runtime import nvrtc_version
 from train.weighted_cross_entropy import linear_weighted_cross_entropy
@@ -183,23 +180,8 @@ def print_losses(args, dtype: torch.dtype, backend: str) -> None:
             )
 
 
-# ----------------------------------------------------------------------------------------------------- without a device
-def print_static() -> None:
-    """Machine code of the kernels. Raises ToolMissing, CompileError."""
-    text = KERNEL_FILE.read_text(encoding="ascii")
-    compiled = {arch: compile_with_nvrtc(text, arch) for arch in ARCHITECTURES}
-    listings = {arch: disassemble(one.cubin) for arch, one in compiled.items()}
-    print(
-        f"registers per thread / spilled bytes / instructions per logit, {compiled[ARCHITECTURES[0]].compiler}; no "
-        "time was measured\n"
-    )
-    print("| kernel | " + " | ".join(ARCHITECTURES) + " |\n" + "|---" * (1 + len(ARCHITECTURES)) + "|")
-    print("\n".join(table_lines(compiled, listings)))
-
-
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--static", action="store_true", help="machine code only, no device needed")
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda", help="cpu: tries the script")
     parser.add_argument("--dtypes", default="bfloat16", help="of hidden, head and logits, with commas")
     parser.add_argument("--tokens", type=int, default=16384, help="rows of hidden states")
@@ -211,15 +193,8 @@ def main() -> int:
     parser.add_argument("--repeats", type=int, default=100, help="timed calls")
     parser.add_argument("--seed", type=int, default=0, help="of the random inputs")
     args = parser.parse_args()
-    try:
-        if args.static:
-            print_static()
-            return 0
-    except (ToolMissing, CompileError) as error:
-        sys.stderr.write(f"{error}\n")
-        return 2
     if args.device == "cuda" and not torch.cuda.is_available():
-        sys.stderr.write("found no CUDA device, expected one (--static works without)\n")
+        sys.stderr.write("found no CUDA device, expected one\n")
         return 2
     backend, reason = choose_loss_backend("auto", torch.device(args.device))
     print(f"torch {torch.__version__}, loss backend {backend} ({reason})")

@@ -1,6 +1,6 @@
 // A libcuda.so.1 without a GPU: what train/cuda/runtime.py needs of the CUDA driver, kernels run by simt_shim.h on the
-// CPU. Built behind the kernels' text (tests/train/test_cuda_launch.py writes the file that includes all), so that the number
-// and sizes of a kernel's parameters come from its own signature: a launch packed otherwise is noticed.
+// CPU. Compiled after the kernels' text (tests/train/test_cuda_launch.py writes the file that includes all), so that
+// the number and sizes of a kernel's parameters come from its own signature: a launch packed otherwise is noticed.
 //
 // It is strict where a real driver would crash or keep silent: every call needs the context that was pushed, streams
 // and images must be known ones. Environment:

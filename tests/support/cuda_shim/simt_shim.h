@@ -10,7 +10,8 @@
 // compiler's hooks count the bytes that a kernel reads and writes of watched arrays.
 // What it cannot show: the weak memory model inside a block, rounding of the GPU's own instructions, speed.
 //
-// Include this file, then the kernels' text, then one SIMT_KERNEL(name) per kernel; tests/support/cuda_build.py writes that.
+// Include this file, then the kernels' text, then one SIMT_KERNEL(name) per kernel; tests/support/cuda_build.py writes
+// that.
 #pragma once
 #include <ucontext.h>
 

@@ -3,8 +3,8 @@
 //   loss_i        = w_i * (ln sum_j exp(x_ij) - x_i[target_i])                                                      E9
 //   gradient_ij   = w_i * upstream * (softmax(x_i)_j - [j == target_i])                                             E10
 //
-// One text for nvcc, for NVRTC and for the CPU check in tests/support/cuda_shim: therefore no #include, no templates in the
-// names that are launched, and every line that a CPU cannot run stands in the block "What only the GPU has".
+// One text for nvcc, for NVRTC and for the CPU check in tests/support/cuda_shim: therefore no #include, no templates in
+// the names that are launched, and every line that a CPU cannot run stands in the block "What only the GPU has".
 //
 // Kernels, one block per row (grid.x = rows). Bytes per logit are those to and from device memory.
 //

@@ -1,1 +1,0 @@
-"""Four CUDA kernels of the weighted cross-entropy, from naive to rows in registers, and the tools that count them."""
