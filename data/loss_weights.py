@@ -19,7 +19,8 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from data.error_filter import TurnDecision, decide_masked_turns
-from data.formats.tl import encode_segments, trajectory_segments
+from data.formats.prompt_format import encode_segments
+from data.formats.table import DEFAULT_FORMAT, FORMATS, dialogue_segments
 from data.key_tokens import find_key_tokens, weigh_key_tokens
 from data.trajectories import Trajectory
 
@@ -157,8 +158,8 @@ def encode_trajectory(
     input_ids, target_ids = [], []
     loss_weights, codes, message_indices = [], [], []
     trained_turns, trained_tokens, denominator = 0, 0, 0.0
-    segments = trajectory_segments(trajectory)
-    for segment, ids in zip(segments, encode_segments(segments, tokenizer), strict=True):
+    segments = dialogue_segments(trajectory.tools, trajectory.messages)
+    for segment, ids in encode_segments(segments, tokenizer, FORMATS[DEFAULT_FORMAT]):
         # 1 for the row's first id, which nothing predicts, and after a trained turn, where EOS is the target already.
         n_filled = len(target_ids) - (len(input_ids) - 1)
         input_ids += ids

@@ -7,7 +7,7 @@ Either may stand in one JSON list or one object per line; the first record decid
 malformed raises `DataError` as `file:line: where: found ..., expected ...`, also for one record inside a long list.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from data.json_records import DataError, check_text, decode_value, kind_of, parse_json, read_records, shown
@@ -20,9 +20,10 @@ class Message:
     """One message. An assistant message is a call, plain text (`call` None) or a call that does not parse (`fault`)."""
 
     role: str  # "user", "assistant" or "tool"; "system" only first, for the system text of OpenAI-form data
-    content: str  # as in the file; for a call of the OpenAI form the text beside it, which is not rendered
+    content: str  # as in the file; for a call of the OpenAI form the text beside it
     call: ToolCall | None = None
     fault: str | None = None  # why the call does not parse; such a turn is context only (category `unparsable`)
+    thought: str = ""  # the text beside a call, which some prompt formats write before it
 
 
 @dataclass(frozen=True, slots=True)
@@ -227,7 +228,9 @@ def _openai_calls(entry: dict, where: str, mask: bool) -> list[tuple[object, Mes
         content = f"{function['name']}({arguments})" if fault else text
         if fault:
             check_text(content, place)
-        result.append((identity, _call_message(content, call, fault, place, mask)))
+        message = _call_message(content, call, fault, place, mask)
+        is_spoken = index == 0 and call is not None  # the text belongs to the first of parallel calls
+        result.append((identity, replace(message, thought=text) if is_spoken else message))
     return result
 
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from data.error_filter import ALWAYS_OFFERED, CATEGORIES, ERROR_FILTERS, check_documents, decide_masked_turns
-from data.formats.tl import encode_prompt
+from data.formats.table import encode_prompt
 from data.json_records import DataError, parse_json, read_json_lines
 from data.tool_calls import ToolCall, ToolCallError, render_tool_call
 from data.tool_documents import normalize_tools

@@ -1,4 +1,4 @@
-"""The call form of the bundled base model, `name(p: "v", q: 12).`, read into the same ToolCall as the TL form.
+"""The bundled base model: the prompt of `tl`, but calls of the form `name(p: "v", q: 12).`, which nobody renders.
 
 The base has learned no end of a turn: after its call it goes on with the next line of the dialogue. So only the first
 line of the output is read. Everything else is strict:
@@ -11,6 +11,8 @@ import json
 import math
 import re
 
+from data.formats.prompt_format import PromptFormat
+from data.formats.tl import dialogue_segments
 from data.tool_calls import ToolCall, ToolCallError
 
 _NAME = re.compile(r"""[^\s"'()\[\]{}=,:]+""")
@@ -69,3 +71,13 @@ def _take_value(line: str, position: int) -> tuple[object, int]:
     if isinstance(value, float) and not math.isfinite(value):
         raise ToolCallError(f"found value {source[:40]!a}, expected a finite number")
     return value, position
+
+
+FORMAT = PromptFormat(
+    name="plain",
+    parse_calls=lambda text: [parse_plain_call(text)],
+    render_calls=None,
+    dialogue_segments=dialogue_segments,
+    stop_strings=("\nOutput:", "\nUser:"),  # the base knows no end and goes on with a whole dialogue
+    has_one_call=True,
+)

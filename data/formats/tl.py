@@ -1,4 +1,4 @@
-"""Trajectories to prompt text (paper Table 13) and to token ids, segment by segment.
+"""TL-CodeLLaMA-2 (Table 13), the format of the paper's own models and of training.
 
     System: Function:
     def name(p: string, q: string = None):
@@ -11,24 +11,13 @@ Training and inference share one segment function, and every segment is encoded 
 prefix of the ids of the training sample, and no token spans the border of a turn, whatever the user's text holds.
 """
 
-from dataclasses import dataclass
-
-from data.tool_calls import render_tool_call
+from data.formats.prompt_format import Dialogue, PromptFormat, Segment, WrittenTurn, call_target
+from data.tool_calls import ToolCall, parse_tool_call, render_tool_call
 from data.tool_documents import tool_parameters
-from data.trajectories import Message, Trajectory
 
-# No space behind the colon: the LLaMA tokenizer puts it into the first token of the call (`_get`). A prompt that ends
+# No space after the colon: the LLaMA tokenizer puts it into the first token of the call (`_get`). A prompt that ends
 # with the space makes the model start with a token it never saw there; symptom: names without their first letters.
 ASSISTANT_HEADER = "\nAssistant:"
-
-
-@dataclass(frozen=True, slots=True)
-class Segment:
-    """A piece of the prompt that is encoded by itself."""
-
-    text: str
-    message_index: int | None  # index into the messages; None for the system segment with the tools
-    is_target: bool  # the assistant's own words, which training predicts (with EOS after them)
 
 
 def render_tools(tools: list[dict]) -> str:
@@ -64,40 +53,41 @@ def _type_name(schema: dict) -> str:
     return "|".join(str(entry) for entry in kind) if isinstance(kind, list) else str(kind)
 
 
-def trajectory_segments(trajectory: Trajectory) -> list[Segment]:
-    """The trajectory as segments; joined, their texts are the prompt of Table 13 without BOS and EOS.
+def dialogue_segments(tools: list[dict], messages: Dialogue) -> list[Segment]:
+    """The dialogue as segments; joined, their texts are the prompt of Table 13 without BOS and EOS.
 
-    A call is rendered by `render_tool_call`; a plain text turn and an unparsable call stand as they are in the file.
+    A call is rendered by `render_tool_call`; plain text and an unparsable call keep the words of the file. Raises
+    ValueError for an unknown role.
     """
-    return message_segments(trajectory.tools, trajectory.messages)
-
-
-def message_segments(tools: list[dict], messages: list[Message]) -> list[Segment]:
-    """`trajectory_segments` for tools and messages that are not (yet) a trajectory."""
     system = [message.content for message in messages if message.role == "system"]
-    segments = [Segment("System: " + "\n\n".join([*system, render_tools(tools)]), None, False)]
+    segments = [Segment("System: " + "\n\n".join([*system, render_tools(tools)]))]
     for index, message in enumerate(messages):
         if message.role == "user":
-            segments.append(Segment(f"\nUser: {message.content}", index, False))
+            segments.append(Segment(f"\nUser: {message.content}", index))
         elif message.role == "tool":
-            segments.append(Segment(f"\nOutput: {message.content}", index, False))
+            segments.append(Segment(f"\nOutput: {message.content}", index))
         elif message.role == "assistant":
-            words = message.content if message.call is None else render_tool_call(message.call)
-            segments.append(Segment(ASSISTANT_HEADER, index, False))
-            segments.append(Segment(f" {words}", index, True))
+            segments.append(Segment(ASSISTANT_HEADER, index))
+            if message.call is not None:
+                before, name, after = call_pieces(message.call)
+                segments.append(call_target(index, (f" {before}", name, after)))
+            else:  # a model's own turn has the space already
+                words = message.content.removeprefix(" ") if isinstance(message, WrittenTurn) else message.content
+                segments.append(Segment(f" {words}", index, True))
         elif message.role != "system":
             raise ValueError(f"message {index} has role {message.role!r}, expected system, user, assistant or tool")
     return segments
 
 
-def encode_segments(segments: list[Segment], tokenizer) -> list[list[int]]:
-    """Token ids per segment. BOS, where the tokenizer has one, opens the first; later ones continue a line of text."""
-    first, *rest = segments
-    bos = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
-    return [bos + tokenizer.encode(first.text), *(tokenizer.encode_continuation(segment.text) for segment in rest)]
+def call_pieces(call: ToolCall) -> tuple[str, str, str]:
+    """A call in the call form: what comes before its name (nothing), the name, the arguments in their brackets."""
+    return "", call.name, render_tool_call(call).removeprefix(call.name)
 
 
-def encode_prompt(tools: list[dict], messages: list[Message], tokenizer) -> list[int]:
-    """Ids from BOS to the header "\\nAssistant:" that asks for the next turn: what the model is given at inference."""
-    segments = [*message_segments(tools, messages), Segment(ASSISTANT_HEADER, None, False)]
-    return [token for ids in encode_segments(segments, tokenizer) for token in ids]
+FORMAT = PromptFormat(
+    name="tl",
+    parse_calls=lambda text: [parse_tool_call(text)],
+    render_calls=lambda calls: render_tool_call(calls[0]),
+    dialogue_segments=dialogue_segments,
+    has_one_call=True,
+)

@@ -1,4 +1,4 @@
-"""data/formats/outputs.py: each format's own outputs, faults with a reason, round trips, hostile text."""
+"""data/formats/: each format's own outputs, faults with a reason, round trips, hostile text."""
 
 import json
 import random
@@ -6,11 +6,12 @@ import time
 
 import pytest
 
-from data.formats.outputs import MAX_CALLS, OUTPUT_FORMATS, STOP_STRINGS, parse_output, render_output
+from data.formats.call_text import MAX_CALLS
+from data.formats.table import FORMATS, PROMPT_FORMATS, parse_output, render_output
 from data.tool_calls import ToolCall, ToolCallError
 from tests.data.test_tool_calls import PARAMETERS, random_value, short_id, strictly_equal
 
-RENDERED = [name for name in OUTPUT_FORMATS if name != "plain"]
+RENDERED = [name for name in PROMPT_FORMATS if name != "plain"]
 PARALLEL = ["nexusraven", "chatglm4", "llama31", "qwen25", "openai"]
 ADVICE = ToolCall("random_advice", {})
 # Outputs of the paper's Table 14, quotes straightened; it prints all of them on one line.
@@ -150,9 +151,9 @@ REFUSED = [
             (name, ACTION + '{"a": 1} ok', "end of the text"),
             (name, ACTION + "[1]", "dict"),
             (name, ACTION + '"x"', "dict"),
-            (name, ACTION + '{"a": NaN}', "finite"),
+            (name, ACTION + '{"a": NaN}', "no such number"),
             (name, ACTION + '{"a": 1e999}', "finite"),
-            (name, ACTION + '{"a": 1, "a": 2}', "again"),
+            (name, ACTION + '{"a": 1, "a": 2}', "twice"),
             (name, ACTION + '{"a": "raw\nbreak"}', "JSON"),
             (name, "Action: two words\nAction Input: {}", "name"),
             (name, "Action: \nAction Input: {}", "name"),
@@ -279,7 +280,7 @@ def test_malformed_outputs_fail_with_a_reason(output_format, output, reason):
 
 
 def test_every_format_has_cases():
-    assert {case[0] for case in ACCEPTED} == {case[0] for case in REFUSED} == set(OUTPUT_FORMATS) == set(STOP_STRINGS)
+    assert {case[0] for case in ACCEPTED} == {case[0] for case in REFUSED} == set(PROMPT_FORMATS)
 
 
 def test_unknown_formats_and_outputs_that_are_no_text():
@@ -288,7 +289,7 @@ def test_unknown_formats_and_outputs_that_are_no_text():
             parse_output("f()", name)
         with pytest.raises(ValueError, match="expected one of"):
             render_output([ADVICE], name)
-    for output_format in OUTPUT_FORMATS:
+    for output_format in PROMPT_FORMATS:
         for value in (None, 5, ["f()"], {"name": "f"}):
             assert "expected" in fault_of(value, output_format)
 
@@ -312,7 +313,7 @@ def test_round_trip_keeps_calls_and_types(output_format):
         calls = random_calls(rng, output_format)
         text = render_output(calls, output_format)
         text.encode()  # no lone surrogate is left raw
-        for ending in ("", "\n", *(mark for mark in STOP_STRINGS[output_format] if mark.startswith("<"))):
+        for ending in ("", "\n", *(mark for mark in FORMATS[output_format].stop_strings if mark.startswith("<"))):
             found = parse_output(text + ending, output_format)
             assert len(found) == len(calls)
             for call, expected in zip(found, calls, strict=True):
@@ -355,7 +356,7 @@ def test_rendered_forms():
 # ------------------------------------------------------------------------------------------------------------- hostile
 
 
-@pytest.mark.parametrize("output_format", OUTPUT_FORMATS)
+@pytest.mark.parametrize("output_format", PROMPT_FORMATS)
 def test_hostile_outputs_fail_fast_with_a_reason(output_format):
     for text in HOSTILE:
         start = time.process_time()
@@ -363,7 +364,7 @@ def test_hostile_outputs_fail_fast_with_a_reason(output_format):
         assert time.process_time() - start < 2, (output_format, text[:30])
 
 
-@pytest.mark.parametrize("output_format", OUTPUT_FORMATS)
+@pytest.mark.parametrize("output_format", PROMPT_FORMATS)
 def test_mutated_outputs_never_crash(output_format):
     rng = random.Random(5)
     sources = [output for name, output, _ in ACCEPTED if name == output_format]

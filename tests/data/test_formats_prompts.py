@@ -1,4 +1,4 @@
-"""data/formats/prompts.py: the tables of the paper's Appendix B, dialogues of several turns, control tokens."""
+"""data/formats/: the tables of the paper's Appendix B, dialogues of several turns, control tokens."""
 
 import json
 import random
@@ -7,25 +7,32 @@ from pathlib import Path
 
 import pytest
 
-from data.formats.outputs import parse_output, render_output
-from data.formats.prompts import (
+from data.formats.prompt_format import PromptError, WrittenTurn
+from data.formats.table import (
     COMPLETION_FORMATS,
+    FORMATS,
     PROMPT_FORMATS,
-    PromptError,
-    WrittenTurn,
-    completion_text,
-    encode_formatted_prompt,
-    prompt_parts,
-    react_messages,
-    render_prompt,
+    encode_prompt,
+    parse_output,
+    prompt_text,
+    render_output,
 )
-from data.formats.tl import encode_prompt
 from data.tool_calls import ToolCall
 from data.trajectories import Message
 from tests.support.piece_tokenizer import PieceTokenizer
 
 PAPER = Path(__file__).resolve().parents[2] / "../shared/paper.txt"
 CHAT_FORMATS = ("chatglm4", "qwen2", "llama31", "qwen25")
+
+
+def prompt_with_start(tools, messages, prompt_format):
+    """The text as the paper's tables show it: that of LLaMA-3.1 with its start."""
+    start = "<|begin_of_text|>" if prompt_format == "llama31" else ""
+    return start + prompt_text(tools, messages, prompt_format)
+
+
+def chat_request(tools, messages, prompt_format):
+    return FORMATS[prompt_format].chat_request(tools, messages)
 
 
 def tool(name, description, properties, required):
@@ -193,7 +200,7 @@ Assistant:'''
 
 @pytest.mark.parametrize("prompt_format", TABLES)
 def test_example_of_the_paper(prompt_format):
-    text = render_prompt([ADVICE], QUERY, prompt_format)
+    text = prompt_with_start([ADVICE], QUERY, prompt_format)
     pieces = TABLES[prompt_format]
     assert text.startswith(pieces[0]) and text.endswith(pieces[-1]) and all(piece in text for piece in pieces)
     if len(pieces) == 1:
@@ -201,10 +208,10 @@ def test_example_of_the_paper(prompt_format):
 
 
 def test_table_12_is_messages_and_tools():
-    messages, tools = render_prompt([ADVICE], QUERY, "openai")
+    messages, tools = chat_request([ADVICE], QUERY, "openai")
     assert messages == [{"role": "user", "content": "Can you fetch some random advice for me?"}] and tools == [ADVICE]
     with pytest.raises(ValueError, match="expected one of tl, plain"):
-        prompt_parts([ADVICE], QUERY, "openai")
+        prompt_text([ADVICE], QUERY, "openai")
 
 
 # Table -> format, and what its text in the paper differs in: (found there, meant).
@@ -242,7 +249,7 @@ def test_letters_are_those_of_the_papers_text(number):
     for wrong, right in repairs:
         assert found.count(wrong) == 1
         found = found.replace(wrong, right)
-    assert re.sub(r"\s", "", render_prompt([ADVICE], QUERY, prompt_format)) == found
+    assert re.sub(r"\s", "", prompt_with_start([ADVICE], QUERY, prompt_format)) == found
 
 
 # ------------------------------------------------------------------------------------------------- dialogues and tools
@@ -251,8 +258,8 @@ def test_letters_are_those_of_the_papers_text(number):
 AFTER_QUERY = {  # what follows the text of the first query, up to the place where the model goes on
     "tl": '\nAssistant: get_weather(city="Oslo")\nOutput: {"rain": "yes"}\nAssistant: It rains.\nUser: And Rome?'
     "\nAssistant:",
-    "toolllama": '\nAssistant: Thought: \nAction: get_weather\nAction Input: {"city": "Oslo"}\nFunction: '
-    '{"rain": "yes"}\nAssistant: It rains.\nUser: And Rome?\nAssistant:\n',
+    "toolllama": '\nAssistant:\nThought: \nAction: get_weather\nAction Input: {"city": "Oslo"}\nFunction: '
+    '{"rain": "yes"}\nAssistant:\nIt rains.\nUser: And Rome?\nAssistant:\n',
     "react": '\nAssistant: Thought: \nAction: get_weather\nAction Input: {"city": "Oslo"}\nFunction: {"rain": "yes"}'
     "\nAssistant: It rains.\nUser: And Rome?\nAssistant:",
     "nexusraven": '<human_end>\nCall: get_weather(city="Oslo")<bot_end>\nOutput: {"rain": "yes"}<human_end>\nIt rains.'
@@ -275,16 +282,16 @@ AFTER_QUERY = {  # what follows the text of the first query, up to the place whe
 
 @pytest.mark.parametrize("prompt_format", AFTER_QUERY)
 def test_dialogue_of_several_turns(prompt_format):
-    text = render_prompt([WEATHER], DIALOGUE, prompt_format)
+    text = prompt_with_start([WEATHER], DIALOGUE, prompt_format)
     assert text.partition("Oslo?")[2] == AFTER_QUERY[prompt_format]
 
 
 def test_observation_leaves_the_turn_of_qwen2_open():
-    text = render_prompt([WEATHER], DIALOGUE[:3], "qwen2")
+    text = prompt_with_start([WEATHER], DIALOGUE[:3], "qwen2")
     assert text.endswith('Action Input: {"city": "Oslo"}\nObservation: {"rain": "yes"}\n')
     two = [DIALOGUE[0], DIALOGUE[1], DIALOGUE[1]]  # a call that nobody answered
-    assert render_prompt([WEATHER], two, "qwen2").endswith(
-        '"Oslo"}\nThought: \nAction: get_weather\nAction Input: {"city": "Oslo"}'
+    assert prompt_with_start([WEATHER], two, "qwen2").endswith(
+        '"Oslo"}\nThought: \nAction: get_weather\nAction Input: {"city": "Oslo"}\n'
     )
 
 
@@ -302,30 +309,32 @@ def test_documents_of_parameters():
     """
 
 Function:
-def random_advice():''' in render_prompt([WEATHER, ADVICE], QUERY, "nexusraven")
-    text = render_prompt([WEATHER, ADVICE], QUERY, "qwen2")
+def random_advice():''' in prompt_with_start([WEATHER, ADVICE], QUERY, "nexusraven")
+    text = prompt_with_start([WEATHER, ADVICE], QUERY, "qwen2")
     assert (
         'Parameters: [{"name": "city", "description": "its name", "required": true, "schema": {"type": "string"}}, '
         '{"name": "days", "description": "how many", "required": false, "schema": {"type": "integer"}}] Format '
         "the arguments as a JSON object.\n\nrandom_advice: Call"
     ) in text
     assert "should be one of [get_weather,random_advice]\n" in text
-    documents = re.search(r"<tools>\n(.*)\n</tools>", render_prompt([WEATHER, ADVICE], QUERY, "qwen25"), re.DOTALL)[1]
+    documents = re.search(r"<tools>\n(.*)\n</tools>", prompt_with_start([WEATHER, ADVICE], QUERY, "qwen25"), re.DOTALL)[
+        1
+    ]
     assert [json.loads(line) for line in documents.split("\n")] == [WEATHER, ADVICE]
     assert '"properties": {"city": {"description": "its name", "type": "string"}, "days"' in documents
-    documents = render_prompt([WEATHER, ADVICE], QUERY, "llama31").partition("variables.\n\n")[2]
+    documents = prompt_with_start([WEATHER, ADVICE], QUERY, "llama31").partition("variables.\n\n")[2]
     first, length = json.JSONDecoder().raw_decode(documents)
     assert first == WEATHER and json.JSONDecoder().raw_decode(documents, length + 2)[0] == ADVICE
-    text = render_prompt([WEATHER, ADVICE], QUERY, "chatglm4")
+    text = prompt_with_start([WEATHER, ADVICE], QUERY, "chatglm4")
     assert text.count("\u53c2\u6570\u3002\n\n## ") == 1
     assert f"## get_weather\n\n{json.dumps(WEATHER['function'])}\n" in text
-    documents = render_prompt([WEATHER], QUERY, "toolllama").partition("following APIs: ")[2]
+    documents = prompt_with_start([WEATHER], QUERY, "toolllama").partition("following APIs: ")[2]
     function = json.JSONDecoder().raw_decode(documents)[0][0]["function"]
     assert function["required"] == ["city"] and "required" not in function["parameters"]
 
 
 def test_openai_dialogue():
-    messages, _ = render_prompt([WEATHER], [Message("system", "Be brief."), *DIALOGUE], "openai")
+    messages, _ = chat_request([WEATHER], [Message("system", "Be brief."), *DIALOGUE], "openai")
     assert messages == [
         {"role": "system", "content": "Be brief."},
         {"role": "user", "content": "Oslo?"},
@@ -349,7 +358,7 @@ def test_openai_dialogue():
         Message("assistant", "", ToolCall("ask_to_user", {"question": "Where?"})),
         Message("user", "Oslo"),
     ]
-    assert render_prompt([WEATHER], asked, "openai")[0][2] == {
+    assert chat_request([WEATHER], asked, "openai")[0][2] == {
         "role": "tool",
         "tool_call_id": "call_1",
         "content": "Oslo",
@@ -361,34 +370,36 @@ def test_turns_that_the_model_wrote_stand_as_they_are():
     for prompt_format in (name for name in PROMPT_FORMATS if name not in ("plain", "openai")):
         output = render_output([DIALOGUE[1].call], prompt_format)
         written = [DIALOGUE[0], WrittenTurn(output, (DIALOGUE[1].call,)), *DIALOGUE[2:]]
-        assert render_prompt([WEATHER], written, prompt_format) == render_prompt([WEATHER], DIALOGUE, prompt_format)
+        assert prompt_with_start([WEATHER], written, prompt_format) == prompt_with_start(
+            [WEATHER], DIALOGUE, prompt_format
+        )
         odd = [DIALOGUE[0], WrittenTurn("I think:\n\n get ( ", ()), Message("user", "What?")]
-        assert "I think:\n\n get ( " in render_prompt([WEATHER], odd, prompt_format)
+        assert "I think:\n\n get ( " in prompt_with_start([WEATHER], odd, prompt_format)
     # The model's first token has the space that the template writes; a second one was never seen in training.
     for prompt_format, header in (
         ("tl", "\nAssistant: "),
         ("plain", "\nAssistant: "),
         ("react", "\nAssistant: "),
-        ("toolllama", "\nAssistant: "),
+        ("toolllama", "\nAssistant:\n"),
         ("nexusraven", "<human_end>\n"),
     ):
         space = "\n" if prompt_format == "nexusraven" else " "
-        text = render_prompt([WEATHER], [DIALOGUE[0], WrittenTurn(f"{space}f()", ()), DIALOGUE[2]], prompt_format)
+        text = prompt_with_start([WEATHER], [DIALOGUE[0], WrittenTurn(f"{space}f()", ()), DIALOGUE[2]], prompt_format)
         assert f"{header}f()" in text
-    text = render_prompt([WEATHER], [DIALOGUE[0], WrittenTurn("\nIt rains.", ()), Message("user", "?")], "chatglm4")
+    text = prompt_with_start([WEATHER], [DIALOGUE[0], WrittenTurn("\nIt rains.", ()), Message("user", "?")], "chatglm4")
     assert "<|assistant|>\nIt rains.<|user|>" in text  # it wrote that line break itself
 
 
 def test_ids_of_written_turns_are_those_of_training():
     tokenizer = PieceTokenizer()
     written = [DIALOGUE[0], WrittenTurn(' get_weather(city="Oslo")', (DIALOGUE[1].call,)), *DIALOGUE[2:]]
-    assert encode_formatted_prompt([WEATHER], written, "tl", tokenizer) == encode_prompt([WEATHER], DIALOGUE, tokenizer)
+    assert encode_prompt([WEATHER], written, tokenizer, "tl") == encode_prompt([WEATHER], DIALOGUE, tokenizer)
 
 
 def test_written_turns_of_the_chat_api():
     first, second = DIALOGUE[1].call, ToolCall("ask_to_user", {"question": "When?"})
     output = json.dumps({"content": "I look.", "tool_calls": [{"id": "same"}, {"id": "same"}]})
-    messages, _ = render_prompt(
+    messages, _ = chat_request(
         [WEATHER],
         [
             DIALOGUE[0],
@@ -425,7 +436,7 @@ def test_written_turns_of_the_chat_api():
 
 
 def test_published_prompt_as_chat():
-    messages = react_messages([WEATHER], [Message("system", "Be brief."), *DIALOGUE])
+    messages = chat_request([WEATHER], [Message("system", "Be brief."), *DIALOGUE], "react")[0]
     assert messages[0]["content"].startswith("Be brief.\n\nYou are an expert in using tools")
     assert messages[0]["content"].endswith(f"tools:\n{json.dumps([WEATHER['function']])}\n\nLet's Begin!")
     assert messages[1:] == [
@@ -435,10 +446,13 @@ def test_published_prompt_as_chat():
         {"role": "assistant", "content": "It rains."},
         {"role": "user", "content": "And Rome?"},
     ]
-    text = render_prompt([WEATHER], QUERY, "react")
-    assert text == f"System: {react_messages([WEATHER], QUERY)[0]['content']}\nUser: {QUERY[0].content}\nAssistant:"
+    text = prompt_with_start([WEATHER], QUERY, "react")
+    assert (
+        text
+        == f"System: {chat_request([WEATHER], QUERY, 'react')[0][0]['content']}\nUser: {QUERY[0].content}\nAssistant:"
+    )
     with pytest.raises(PromptError):
-        react_messages([WEATHER], [])
+        chat_request([WEATHER], [], "react")
 
 
 def test_system_text_of_the_dialogue():
@@ -453,7 +467,7 @@ def test_system_text_of_the_dialogue():
         "llama31": TABLES["llama31"][0].partition("<|eot_id|>")[0] + "Be brief.<|eot_id|>",
     }
     for prompt_format, start in starts.items():
-        assert render_prompt([ADVICE], messages, prompt_format).startswith(start), prompt_format
+        assert prompt_with_start([ADVICE], messages, prompt_format).startswith(start), prompt_format
 
 
 @pytest.mark.parametrize("prompt_format", COMPLETION_FORMATS)
@@ -466,7 +480,7 @@ def test_random_dialogues_hold_every_word_and_call(prompt_format):
         before = json.dumps(tools)
         call = ToolCall("tool_1", {"a": text, "b": [rng.random(), None]})
         messages = [Message("user", text), Message("assistant", "", call), Message("tool", "done")]
-        prompt = render_prompt(tools, messages, prompt_format)
+        prompt = prompt_with_start(tools, messages, prompt_format)
         assert text in prompt and all(name in prompt for name in ("tool_0", "tool_1", "tool_2"))
         form = "tl" if prompt_format == "plain" else prompt_format
         written = render_output([call], form)
@@ -476,16 +490,17 @@ def test_random_dialogues_hold_every_word_and_call(prompt_format):
 
 @pytest.mark.parametrize("prompt_format", [name for name in PROMPT_FORMATS if name not in ("tl", "plain")])
 def test_dialogues_without_prompt_are_refused(prompt_format):
+    ask = chat_request if prompt_format == "openai" else prompt_text
     for messages in ([], [Message("system", "x")], [Message("assistant", "x")], [Message("tool", "x"), *QUERY]):
         with pytest.raises(PromptError, match="expected the user's query"):
-            render_prompt([ADVICE], messages, prompt_format)
+            ask([ADVICE], messages, prompt_format)
     with pytest.raises(PromptError, match="found role 'function'"):
-        render_prompt([ADVICE], [*QUERY, Message("function", "x")], prompt_format)
+        ask([ADVICE], [*QUERY, Message("function", "x")], prompt_format)
 
 
 def test_unknown_format():
     with pytest.raises(ValueError, match="found format 'xml', expected one of tl, plain, toolllama"):
-        render_prompt([ADVICE], QUERY, "xml")
+        prompt_with_start([ADVICE], QUERY, "xml")
 
 
 # ------------------------------------------------------------------------------------------------------ control tokens
@@ -537,9 +552,9 @@ def test_only_the_template_writes_control_tokens(prompt_format):
             Message("assistant", text),
             Message("user", text),
         ]
-        ids = encode_formatted_prompt([hostile_tool], messages, prompt_format, tokenizer)
+        ids = encode_prompt([hostile_tool], messages, tokenizer, prompt_format)
         counts.append([token_id for token_id in ids if token_id >= 2_000_000])
-        rendered = render_prompt([hostile_tool], messages, prompt_format)
+        rendered = prompt_with_start([hostile_tool], messages, prompt_format)
         start = "[gMASK]<sop>" if prompt_format == "chatglm4" else ""
         assert tokenizer.decode(ids).replace(" ", "") == (start + rendered).replace(" ", "")
     assert counts[0] == counts[1]
@@ -547,23 +562,25 @@ def test_only_the_template_writes_control_tokens(prompt_format):
 
 
 def test_start_of_the_ids():
-    ids = encode_formatted_prompt([ADVICE], QUERY, "toolllama", CharacterTokenizer((), bos_id=1))
+    ids = encode_prompt([ADVICE], QUERY, CharacterTokenizer((), bos_id=1), "toolllama")
     assert ids[:9] == [1, 32, *map(ord, "System:")] and ids.count(1) == 1
     llama31 = CharacterTokenizer(CONTROL_TOKENS["llama31"], bos_id=2_000_000)
-    ids = encode_formatted_prompt([ADVICE], QUERY, "llama31", llama31)
+    ids = encode_prompt([ADVICE], QUERY, llama31, "llama31")
     assert ids[:2] == [2_000_000, 2_000_001] and ids.count(2_000_000) == 1
-    ids = encode_formatted_prompt([ADVICE], QUERY, "chatglm4", CharacterTokenizer(CONTROL_TOKENS["chatglm4"], bos_id=1))
+    ids = encode_prompt([ADVICE], QUERY, CharacterTokenizer(CONTROL_TOKENS["chatglm4"], bos_id=1), "chatglm4")
     assert ids[:3] == [2_000_000, 2_000_001, 2_000_002] and 1 not in ids
     qwen25 = CharacterTokenizer(CONTROL_TOKENS["qwen25"])
-    ids = encode_formatted_prompt([ADVICE], QUERY, "qwen25", qwen25)
+    ids = encode_prompt([ADVICE], QUERY, qwen25, "qwen25")
     # The space that the tokenizer puts at the start of a sequence stands before the first text and no other.
-    assert qwen25.decode(ids) == render_prompt([ADVICE], QUERY, "qwen25").replace("<|im_start|>", "<|im_start|> ", 1)
+    assert qwen25.decode(ids) == prompt_with_start([ADVICE], QUERY, "qwen25").replace(
+        "<|im_start|>", "<|im_start|> ", 1
+    )
 
 
 def test_tl_ids_are_those_of_training():
     tokenizer = CharacterTokenizer((), bos_id=1)
     for prompt_format in ("tl", "plain"):
-        assert encode_formatted_prompt([WEATHER], DIALOGUE, prompt_format, tokenizer) == encode_prompt(
+        assert encode_prompt([WEATHER], DIALOGUE, tokenizer, prompt_format) == encode_prompt(
             [WEATHER], DIALOGUE, tokenizer
         )
 
@@ -571,16 +588,20 @@ def test_tl_ids_are_those_of_training():
 def test_tokenizer_of_another_model_is_refused():
     for prompt_format in CHAT_FORMATS:
         with pytest.raises(PromptError, match=f"{prompt_format}: found no token .* in the tokenizer"):
-            encode_formatted_prompt([ADVICE], QUERY, prompt_format, CharacterTokenizer((), bos_id=1))
-    ids = encode_formatted_prompt([ADVICE], QUERY, "nexusraven", CharacterTokenizer((), bos_id=1))
-    assert ids == [1, 32, *map(ord, render_prompt([ADVICE], QUERY, "nexusraven"))]  # one text, its mark in characters
+            encode_prompt([ADVICE], QUERY, CharacterTokenizer((), bos_id=1), prompt_format)
+    ids = encode_prompt([ADVICE], QUERY, CharacterTokenizer((), bos_id=1), "nexusraven")
+    assert ids == [
+        1,
+        32,
+        *map(ord, prompt_with_start([ADVICE], QUERY, "nexusraven")),
+    ]  # one text, its mark in characters
 
 
 def test_endpoints_put_the_start_token_themselves():
     for prompt_format in COMPLETION_FORMATS:
-        text, prompt = completion_text([ADVICE], QUERY, prompt_format), render_prompt([ADVICE], QUERY, prompt_format)
+        text, prompt = prompt_text([ADVICE], QUERY, prompt_format), prompt_with_start([ADVICE], QUERY, prompt_format)
         assert prompt == ("<|begin_of_text|>" if prompt_format == "llama31" else "") + text
     forged = [Message("user", "<|begin_of_text|>")]
-    assert completion_text([ADVICE], forged, "llama31").count("<|begin_of_text|>") == 1
+    assert prompt_text([ADVICE], forged, "llama31").count("<|begin_of_text|>") == 1
     forged = [Message("system", "<|begin_of_text|>"), *QUERY]
-    assert completion_text([ADVICE], forged, "nexusraven").startswith("<|begin_of_text|>\n\nFunction:")
+    assert prompt_text([ADVICE], forged, "nexusraven").startswith("<|begin_of_text|>\n\nFunction:")

@@ -7,18 +7,13 @@ from pathlib import Path
 import pytest
 import sentencepiece
 
-from data.formats.tl import (
-    ASSISTANT_HEADER,
-    Segment,
-    encode_prompt,
-    encode_segments,
-    message_segments,
-    render_tools,
-    trajectory_segments,
-)
+from data.formats.prompt_format import Segment
+from data.formats.table import FORMATS, encode_prompt, encode_segments
+from data.formats.tl import ASSISTANT_HEADER, dialogue_segments, render_tools
 from data.tool_calls import ToolCall, parse_tool_call
-from data.trajectories import Message, Trajectory
+from data.trajectories import Message
 from model.tokenizer import load_tokenizer
+from tests.support.hostile_dialogues import hostile_messages
 
 LLAMA2 = Path(__file__).resolve().parents[2] / "../shared/fixtures/llama2-tokenizer/tokenizer.model"
 
@@ -104,7 +99,7 @@ MESSAGES = [
 
 
 def test_a_trajectory_reads_as_in_the_paper():
-    segments = trajectory_segments(Trajectory("t", [ADVICE, SEARCH], MESSAGES, "file:1"))
+    segments = dialogue_segments([ADVICE, SEARCH], MESSAGES)
     assert "".join(segment.text for segment in segments) == (
         "System: " + DOCUMENTS + "\nUser: query"
         '\nAssistant: name(p="value", q=3)\nOutput: feedback\nAssistant: finish(answer="...")'
@@ -112,7 +107,7 @@ def test_a_trajectory_reads_as_in_the_paper():
     assert segments[1:4] == [
         Segment("\nUser: query", 0, False),
         Segment("\nAssistant:", 1, False),
-        Segment(' name(p="value", q=3)', 1, True),
+        Segment(' name(p="value", q=3)', 1, True, name_span=(1, 5)),
     ]
     assert [segment.message_index for segment in segments] == [None, 0, 1, 1, 2, 3, 3]
     assert [segment.is_target for segment in segments] == [False, False, False, True, False, False, True]
@@ -126,77 +121,17 @@ def test_text_turns_unparsable_calls_and_system_text_stand_as_they_are():
         Message("user", "r"),
         Message("assistant", "f\n{broken", None, "broken"),
     ]
-    text = "".join(segment.text for segment in message_segments([ADVICE], messages))
+    text = "".join(segment.text for segment in dialogue_segments([ADVICE], messages))
     assert text.startswith("System: Be kind.\n\nFunction:\ndef random_advice")
     assert text.endswith("\nUser: q\nAssistant: Hello\nUser: r\nAssistant: f\n{broken")
 
 
 def test_unknown_roles_are_refused():
     with pytest.raises(ValueError, match="role 'function'"):
-        message_segments([], [Message("function", "x")])
+        dialogue_segments([], [Message("function", "x")])
 
 
 # ----------------------------------------------------------------------------------------------------------------- ids
-
-HOSTILE = [
-    "\nAssistant:",
-    "\nAssistant: f()",
-    "</s>",
-    "<s>",
-    "<unk>",
-    "Function:",
-    "\nOutput: x",
-    "\nUser: ",
-    "System: ",
-    "\n",
-    " ",
-    "  ",
-    "\n\n",
-    "\t",
-    "\r\n",
-    "\u2028",
-    "\u4e2d\u6587",
-    "\U0001f600",
-    "\x00",
-    "e\u0301",
-    "\u2581",
-    "\u2581\u2581",
-    "<0x0A>",
-    "word",
-    " word",
-    ":",
-    "\nAssistant",
-    "A",
-    "(",
-    ")",
-    '"',
-    "'",
-    "\\",
-    "_get",
-    "12345",
-    "\ufeff",
-]
-
-
-def random_messages(rng: random.Random) -> list[Message]:
-    def text() -> str:
-        return "".join(rng.choice(HOSTILE) for _ in range(rng.randrange(6)))
-
-    messages = [Message("system", text())] if rng.random() < 0.2 else []
-    messages.append(Message("user", text()))
-    for _ in range(rng.randrange(1, 5)):
-        if rng.random() < 0.15:
-            messages += [Message("assistant", text()), Message("user", text())]
-        else:
-            messages += [
-                Message(
-                    "assistant",
-                    "",
-                    ToolCall(rng.choice(("f", "_get", "search-all")), {"a": text(), "b": [text(), None, 1.5]}),
-                ),
-                Message("tool", text()),
-            ]
-    return [*messages, Message("assistant", "", ToolCall("finish", {"answer": text()}))]
 
 
 def llama2():
@@ -251,31 +186,11 @@ def tokenizer(request):
     return llama2() if request.param == "llama2" else request.getfixturevalue("small")
 
 
-def test_prompt_ids_are_a_prefix_of_the_training_ids_at_every_turn(tokenizer):
-    rng = random.Random(11)
-    for _ in range(60):
-        messages = random_messages(rng)
-        tools = rng.choice(([], [ADVICE], [ADVICE, SEARCH]))
-        segments = trajectory_segments(Trajectory("t", tools, messages, "f:1"))
-        encoded = encode_segments(segments, tokenizer)
-        training = [token for ids in encoded for token in ids]
-        assert training.count(tokenizer.bos_id) == 1 and training[0] == tokenizer.bos_id
-        assert tokenizer.eos_id not in training  # no text of the user's can forge the end of a turn
-        for index, message in enumerate(messages):
-            if message.role == "assistant":
-                prompt = encode_prompt(tools, messages[:index], tokenizer)
-                assert training[: len(prompt)] == prompt
-                own = [segment.message_index == index and segment.is_target for segment in segments].index(True)
-                assert len(prompt) == sum(map(len, encoded[:own]))
-                assert training[len(prompt) :][: len(encoded[own])] == encoded[own]
-
-
 def test_decoded_targets_parse_to_the_call(tokenizer):
     rng = random.Random(12)
     for _ in range(40):
-        messages = random_messages(rng)
-        segments = message_segments([SEARCH], messages)
-        for segment, ids in zip(segments, encode_segments(segments, tokenizer), strict=True):
+        messages = hostile_messages(rng)
+        for segment, ids in encode_segments(dialogue_segments([SEARCH], messages), tokenizer, FORMATS["tl"]):
             call = messages[segment.message_index].call if segment.is_target else None
             # SentencePiece writes spaces as U+2581, so a U+2581 in the text comes back as a space.
             if call and "\u2581" not in repr(call):
@@ -285,10 +200,11 @@ def test_decoded_targets_parse_to_the_call(tokenizer):
 def test_ordinary_text_has_the_ids_of_the_whole_string():
     """With the LLaMA-2 tokenizer the cut changes nothing: a newline is a byte piece, and no piece holds `: `."""
     tokenizer = llama2()
-    segments = message_segments([ADVICE, SEARCH], MESSAGES)
-    joined = [token for ids in encode_segments(segments, tokenizer) for token in ids]
+    segments = dialogue_segments([ADVICE, SEARCH], MESSAGES)
+    encoded = encode_segments(segments, tokenizer, FORMATS["tl"])
+    joined = [token for _, ids in encoded for token in ids]
     assert joined == [tokenizer.bos_id, *tokenizer.encode("".join(segment.text for segment in segments))]
-    call = encode_segments(segments, tokenizer)[3]
+    _, call = encoded[3]
     assert tokenizer.piece(call[0]) == " name"  # the space is part of the call's first token, not of the header
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from data.formats.tl import encode_prompt
+from data.formats.table import encode_prompt
 from data.tool_calls import ToolCall, render_tool_call
 from eval.benchmark_data import load_tiny
 from eval.predict import generate as generate_predictions

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from data.error_filter import decide_masked_turns
-from data.formats.tl import encode_prompt
+from data.formats.table import encode_prompt
 from data.json_records import DataError
 from data.tool_calls import ToolCall
 from data.trajectories import Message, read_trajectories

@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from data.formats.tl import encode_prompt
+from data.formats.table import encode_prompt
 from data.tool_calls import ToolCall, render_tool_call
 from data.tool_documents import normalize_tools
 from data.trajectories import Message

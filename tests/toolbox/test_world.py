@@ -9,7 +9,7 @@ import pytest
 
 from data.error_filter import decide_masked_turns
 from data.formats.plain import parse_plain_call
-from data.formats.tl import encode_prompt
+from data.formats.table import encode_prompt
 from data.trajectories import Message, read_trajectories
 from model.tokenizer import load_tokenizer
 from toolbox.corpus import draw_document, encode_document, render_plain_call
