@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import TextIO
 
 from command_line import ConfigError, fail, read_config, setting
-from data.formats.prompts import PROMPT_FORMATS, PromptError, encode_formatted_prompt
+from data.formats.prompt_format import PromptError
+from data.formats.table import COMPLETION_FORMATS, DEFAULT_FORMAT, PROMPT_FORMATS, encode_prompt
 from data.json_records import DataError, write_json_lines, write_text
 from eval.benchmark_data import BENCHMARK_COUNTS, BENCHMARK_FILES, DIALOGUE_BENCHMARKS, benchmark_file
 from eval.benchmarks import score_predictions
@@ -119,12 +120,14 @@ class EvalConfig:
             raise ValueError(f"benchmarks: found {self.benchmarks}, expected each benchmark once")
         if self.predictions and len(names) != 1:
             raise ValueError(f"benchmarks: found {len(names)} benchmarks, expected one, that of --predictions")
-        if self.predictions and self.prompt_format != "tl":
+        if self.predictions and self.prompt_format != DEFAULT_FORMAT:
             raise ValueError('prompt_format: found it beside --predictions, expected "format" in that file\'s lines')
         if self.predictions and self.endpoint:
             raise ValueError("endpoint: found it beside --predictions, expected one of the two")
-        if self.prompt_format == "openai" and not self.endpoint:
-            raise ValueError("prompt_format: found openai without --endpoint, expected the chat API of a server")
+        if self.prompt_format not in COMPLETION_FORMATS and not self.endpoint:
+            raise ValueError(
+                f"prompt_format: found {self.prompt_format} without --endpoint, expected the chat API of a server"
+            )
         if self.instability_rate + self.call_failure_rate > 1.0:
             raise ValueError(
                 f"instability_rate: found {self.instability_rate + self.call_failure_rate:g} together "
@@ -204,7 +207,7 @@ def predict(
     else:
         model, tokenizer = load_model(config, world)
         for task in (queries[name][0] for name in predictions if name in DIALOGUE_BENCHMARKS):  # before any bar
-            encode_formatted_prompt(task.tools, task.messages, config.prompt_format, tokenizer)
+            encode_prompt(task.tools, task.messages, tokenizer, config.prompt_format)
         source = {"model_sha256": folder_sha256(Path(config.model)), "dtype": config.dtype, "device": world.device.type}
     with lock_folder(Path(config.output) / "predictions", world):
         for name, path in predictions.items():
@@ -228,7 +231,9 @@ def predict(
                     if config.endpoint
                     else generate_missing(name, config, world, model, tokenizer)
                 )
-                has_format = name not in (*TEXT_BENCHMARKS, *CHOICE_BENCHMARKS) and config.prompt_format != "tl"
+                has_format = (
+                    name not in (*TEXT_BENCHMARKS, *CHOICE_BENCHMARKS) and config.prompt_format != DEFAULT_FORMAT
+                )
                 notices = complete_predictions(
                     path,
                     asked,

@@ -5,11 +5,15 @@ or Infinity, no integer of thousands of digits, no bottomless nesting. What is m
 `file:line: found ..., expected ...`.
 """
 
+import gzip
 import json
 import os
 import re
+import zlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+
+MAX_UNPACKED_BYTES = 64 << 20  # of a gzip file; HumanEval unpacks to 0.2 MB
 
 
 class DataError(ValueError):
@@ -49,19 +53,13 @@ def read_json_list(path: Path) -> list[tuple[int, object]]:
 def read_json_lines(path: Path, *, drop_partial_last_line: bool) -> tuple[list[tuple[int, dict]], bool]:
     """(line from 1, object) of every line that is not blank, and whether a partial last line was dropped.
 
-    drop_partial_last_line: a last line without a line feed that does not parse is what a killed writer leaves; leave it
-    out instead of refusing it. Raises DataError.
+    drop_partial_last_line: leave out a last line that has no line feed and does not parse, as a killed writer leaves
+    it, even cut inside a character; False refuses it like any other. Raises DataError.
     """
     rows: list[tuple[int, dict]] = []
-    try:
-        text, cut = _read_text(path), False
-    except DataError:
-        # a kill may cut a character in two: without the last line the rest must be sound
-        content = path.read_bytes() if drop_partial_last_line and Path(path).is_file() else b""
-        complete = content[: content.rfind(b"\n") + 1]
-        if not complete and content.count(b"\n") == 0 or _is_utf8(content) or not _is_utf8(complete):
-            raise
-        text, cut = complete.decode("utf-8-sig"), True
+    content = _read_bytes(path)
+    cut = drop_partial_last_line and _ends_inside_a_character(content)
+    text = _decode(content[: content.rfind(b"\n") + 1] if cut else content, path)
     last_line = text.count("\n") + 1
     for line, content in enumerate(text.split("\n"), 1):
         if not content.strip():
@@ -103,10 +101,26 @@ def decode_value(text: str, position: int, where: str) -> tuple[object, int]:
 
 
 def _read_text(path: str | Path) -> str:
+    return _decode(_read_bytes(path), path)
+
+
+def _read_bytes(path: str | Path) -> bytes:
+    """The content of a file, unpacked where its name ends in .gz."""
     try:
-        content = Path(path).read_bytes()
+        if not str(path).endswith(".gz"):
+            return Path(path).read_bytes()
+        with gzip.open(path, "rb") as file:
+            content = file.read(MAX_UNPACKED_BYTES + 1)
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise DataError(f"{path}: found {error}, expected a readable gzip file") from None
     except OSError as error:
         raise DataError(f"{path}: found {error.strerror or error}, expected a readable file") from None
+    if len(content) > MAX_UNPACKED_BYTES:
+        raise DataError(f"{path}: found more than {MAX_UNPACKED_BYTES} bytes when unpacked, expected fewer")
+    return content
+
+
+def _decode(content: bytes, path: str | Path) -> str:
     try:
         return content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -114,12 +128,13 @@ def _read_text(path: str | Path) -> str:
         raise DataError(f"{path}:{line}: found byte {content[error.start]:#04x}, expected UTF-8 text") from None
 
 
-def _is_utf8(content: bytes) -> bool:
+def _ends_inside_a_character(content: bytes) -> bool:
+    """Whether the content is UTF-8 but for a character that its end has cut."""
     try:
         content.decode("utf-8")
-    except UnicodeDecodeError:
-        return False
-    return True
+    except UnicodeDecodeError as error:
+        return error.reason == "unexpected end of data"
+    return False
 
 
 def _walk_list(text: str, start: int, path: str | Path, *, allow_empty: bool) -> Iterator[tuple[int, object]]:

@@ -24,7 +24,8 @@ from pathlib import Path
 
 import torch
 
-from data.formats.prompts import PROMPT_FORMATS, PromptError, encode_formatted_prompt
+from data.formats.prompt_format import PromptError
+from data.formats.table import COMPLETION_FORMATS, DEFAULT_FORMAT, PROMPT_FORMATS, encode_prompt
 from data.json_records import DataError, read_json_lines, read_json_list, write_text
 from data.tool_documents import normalize_tools
 from data.trajectories import Message, read_trajectories
@@ -267,7 +268,7 @@ def _shown(counts: dict[str, int]) -> str:
 def load_teacher(flags: argparse.Namespace, first: DialogueTask) -> tuple[Transformer, Tokenizer]:
     """The model of --model on its device, and its tokenizer. Raises ModelFolderError, DataError, PromptError."""
     tokenizer = load_tokenizer(flags.model)
-    encode_formatted_prompt(first.tools, first.messages, flags.prompt_format, tokenizer)  # has it the format's tokens?
+    encode_prompt(first.tools, first.messages, tokenizer, flags.prompt_format)  # has it the format's tokens?
     model = load_pretrained(
         flags.model, dtype=torch.bfloat16 if flags.dtype == "bfloat16" else torch.float32, device=flags.device
     )
@@ -362,7 +363,7 @@ def read_flags(arguments: Sequence[str]) -> argparse.Namespace:
         'or JSON lines {"id", "tools", "messages"}',
     )
     add("--output", type=Path, required=True, help="file of the trajectories, authors' form")
-    add("--prompt_format", choices=PROMPT_FORMATS, default="tl", help="form of prompt and calls (%(default)s)")
+    add("--prompt_format", choices=PROMPT_FORMATS, default=DEFAULT_FORMAT, help="prompts and calls (%(default)s)")
     add("--tool_executor", choices=EXECUTOR_KINDS, default="auto", help="who answers the calls (%(default)s)")
     add("--instability_rate", type=float, default=0.0, help="share of simulated calls that find the service down")
     add("--call_failure_rate", type=float, default=0.0, help="share of simulated calls that the tool fails on")
@@ -409,8 +410,10 @@ def _check_flags(parser: argparse.ArgumentParser, flags: argparse.Namespace) -> 
             parser.error(f"--{name}: found {value}, expected {bounds}")
     if flags.instability_rate + flags.call_failure_rate > 1:
         parser.error("--instability_rate: found more than 1 together with --call_failure_rate, expected at most 1")
-    if flags.prompt_format == "openai" and not flags.endpoint:
-        parser.error("--prompt_format: found openai without --endpoint, expected the chat API of a server")
+    if flags.prompt_format not in COMPLETION_FORMATS and not flags.endpoint:
+        parser.error(
+            f"--prompt_format: found {flags.prompt_format} without --endpoint, expected the chat API of a server"
+        )
     if flags.endpoint:
         try:
             check_url(flags.endpoint)

@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from data.formats.outputs import parse_output
+from data.formats.table import parse_output
 from data.tool_calls import ToolCall, ToolCallError
 from eval.benchmark_data import BENCHMARK_COUNTS, EvalExample
 from eval.bfcl_data import CATEGORIES, load_bfcl, properties_of, required_of

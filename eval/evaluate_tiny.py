@@ -12,7 +12,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from data.formats.outputs import parse_output
+from data.formats.table import parse_output
 from data.json_records import write_json_lines
 from data.tool_calls import ToolCallError
 from eval.benchmark_data import BENCHMARK_FILES, EvalExample, load_tiny

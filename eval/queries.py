@@ -4,8 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from data.formats.outputs import STOP_STRINGS
-from data.formats.prompts import encode_formatted_prompt
+from data.formats.table import FORMATS, encode_prompt
 from data.json_records import DataError
 from data.trajectories import Message
 from eval.benchmark_data import (
@@ -94,7 +93,7 @@ def encode_query(query: Query, prompt_format: str, tokenizer: Tokenizer) -> list
     return (
         encode_text(query.text, tokenizer)
         if query.text
-        else encode_formatted_prompt(query.tools, query.messages, prompt_format, tokenizer)
+        else encode_prompt(query.tools, query.messages, tokenizer, prompt_format)
     )
 
 
@@ -105,7 +104,7 @@ def encode_text(text: str, tokenizer: Tokenizer) -> list[int]:
 
 def stop_texts_of(name: str, prompt_format: str) -> tuple[str, ...]:
     """Where an answer to a query of benchmark `name` ends, beside the model's own end of a turn."""
-    return TEXT_BENCHMARKS.get(name, STOP_STRINGS[prompt_format])
+    return TEXT_BENCHMARKS.get(name, FORMATS[prompt_format].stop_strings)
 
 
 def cut_at(text: str, stop_texts: Sequence[str]) -> tuple[str, bool]:

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path
 
-from data.formats.outputs import parse_output
+from data.formats.table import parse_output
 from data.json_records import DataError, read_json_lines, read_json_list
 from data.tool_calls import ToolCallError
 from data.tool_documents import normalize_tools

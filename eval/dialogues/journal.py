@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Self
 
-from data.formats.outputs import OUTPUT_FORMATS
+from data.formats.table import DEFAULT_FORMAT, PROMPT_FORMATS
 from data.json_records import DataError, read_json_lines, write_json_lines
 from data.trajectories import Message
 
@@ -108,9 +108,9 @@ def _dialogue(row: dict, line: int, where: str) -> RecordedDialogue:
     turns = row.get("turns")
     if not isinstance(turns, list):
         raise DataError(f"{where}: found {_kind(turns)} as 'turns', expected a list of turns")
-    output_format = row.get("format", "tl")
-    if output_format not in OUTPUT_FORMATS:
-        raise DataError(f"{where}: found format {_shown(output_format)}, expected one of {', '.join(OUTPUT_FORMATS)}")
+    output_format = row.get("format", DEFAULT_FORMAT)
+    if output_format not in PROMPT_FORMATS:
+        raise DataError(f"{where}: found format {_shown(output_format)}, expected one of {', '.join(PROMPT_FORMATS)}")
     return RecordedDialogue(
         index=_index(row, where),
         turns=[_turn(turn, f"{where}: turn {number}") for number, turn in enumerate(turns, 1)],

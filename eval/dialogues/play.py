@@ -15,15 +15,8 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-from data.formats.outputs import STOP_STRINGS, json_text, parse_output
-from data.formats.prompts import (
-    REACT_FORM,
-    WrittenTurn,
-    completion_text,
-    encode_formatted_prompt,
-    react_messages,
-    render_prompt,
-)
+from data.formats.prompt_format import WrittenTurn
+from data.formats.table import FORMATS, encode_prompt, parse_output, prompt_text
 from data.json_records import DataError
 from data.tool_calls import ToolCall, ToolCallError
 from data.trajectories import Message
@@ -38,7 +31,16 @@ from eval.dialogues.journal import (
 )
 from eval.dialogues.metrics import MAX_TURNS
 from eval.dialogues.tools import MAX_FEEDBACK_CHARACTERS, Executor, ToolRequest
-from eval.predict.endpoint import MAX_STOPS, REFUSALS_TO_STOP, Answer, Endpoint, EndpointError, ask
+from eval.predict.endpoint import (
+    REFUSALS_TO_STOP,
+    Answer,
+    Endpoint,
+    EndpointError,
+    chat,
+    complete,
+    completed_text,
+    message_text,
+)
 from eval.predict.generate import read_response
 from eval.queries import cut_at
 from model.dialogue_decoding import DialogueDecoder
@@ -53,7 +55,8 @@ FORMAT_REMINDER = (
 
 def format_reminder(prompt_format: str) -> str:
     """The user message after an output that is no call; data.error_filter takes it for `unparsable`."""
-    return f"{FORMAT_REMINDER}\n\n{REACT_FORM}" if prompt_format == "react" else FORMAT_REMINDER
+    form = FORMATS[prompt_format].reminder
+    return f"{FORMAT_REMINDER}\n\n{form}" if form else FORMAT_REMINDER
 
 
 def is_finish(name: str) -> bool:
@@ -282,7 +285,7 @@ def run_dialogues_with_model(
         raise DataError(
             f"--max_dialogue_tokens: found room for {room} tokens, expected more than the {max_new_tokens} of one turn"
         )
-    stop_texts = STOP_STRINGS[prompt_format]
+    stop_texts = FORMATS[prompt_format].stop_strings
     stop_ids = {
         token_id for token_id in (tokenizer.eos_id, *map(tokenizer.control_id, stop_texts)) if token_id is not None
     }
@@ -301,7 +304,7 @@ def run_dialogues_with_model(
         """Ask for the dialogue's next turn; False if it has none."""
         if dialogue.end:
             return False
-        prompt_ids = encode_formatted_prompt(dialogue.task.tools, dialogue.messages, prompt_format, tokenizer)
+        prompt_ids = encode_prompt(dialogue.task.tools, dialogue.messages, tokenizer, prompt_format)
         if len(prompt_ids) + max_new_tokens > room:
             dialogue.close("prompt_too_long")
             return False
@@ -353,10 +356,10 @@ def run_dialogues_with_endpoint(
 ) -> None:
     """Run dialogues with a server, one thread each, `endpoint.concurrency` at a time.
 
-    `openai` is asked by chat with native tools, `react` by chat without, every other format by a completion of its
-    text. Recorded turns are taken from the journal and not asked again. A request that the server refuses ends its
-    dialogue ("prompt_too_long" or "refused"). Raises EndpointError when a request fails for good, or when nothing but
-    refusals came; dialogues go to the end of their turn before.
+    Formats with messages of the chat API are asked by chat, every other format by a completion of its text. Recorded
+    turns are taken from the journal and not asked again. A request that the server refuses ends its dialogue
+    ("prompt_too_long" or "refused"). Raises EndpointError when a request fails for good, or when nothing but refusals
+    came; dialogues go to the end of their turn before.
     """
     waiting, running, failure, has_answered = list(reversed(tasks)), set(), None, False
     refused: list[tuple[Dialogue, str]] = []  # at the first turn, while nothing else came: the settings may be wrong
@@ -430,35 +433,14 @@ def _ask_turn(
     endpoint: Endpoint, dialogue: Dialogue, prompt_format: str, max_new_tokens: int, temperature: float
 ) -> tuple[str, Answer]:
     """The model's next output, cut at the format's stop texts, and the server's whole answer."""
-    tools, stop_texts = dialogue.task.tools, STOP_STRINGS[prompt_format]
-    body: dict = {"model": endpoint.model, "max_tokens": max_new_tokens, "temperature": temperature}
-    if stop_texts:
-        body["stop"] = list(stop_texts[:MAX_STOPS])
-    if prompt_format == "openai":
-        messages, offered = render_prompt(tools, dialogue.messages, "openai")
-        answer = ask(endpoint, "/chat/completions", {**body, "messages": messages, "tools": offered})
-        output = _message_json(answer)
-    elif prompt_format == "react":
-        messages = react_messages(tools, dialogue.messages)
-        answer = ask(endpoint, "/chat/completions", {**body, "messages": messages})
-        output = _message_of(answer).get("content")
+    tools, entry = dialogue.task.tools, FORMATS[prompt_format]
+    if entry.chat_request:
+        messages, offered = entry.chat_request(tools, dialogue.messages)
+        answer = chat(endpoint, messages, offered, max_new_tokens, entry.stop_strings, temperature)
+        output = message_text(answer, bool(offered))
     else:
-        prompt = completion_text(tools, dialogue.messages, prompt_format)
-        answer = ask(endpoint, "/completions", {**body, "prompt": prompt})
-        output = answer.choice.get("text")
-    output, has_stop = cut_at(output if isinstance(output, str) else "", stop_texts)
+        prompt = prompt_text(tools, dialogue.messages, prompt_format)
+        answer = complete(endpoint, prompt, max_new_tokens, entry.stop_strings, temperature=temperature)
+        output = completed_text(answer)
+    output, has_stop = cut_at(output, entry.stop_strings)
     return output, Answer(answer.choice, "end", "") if has_stop else answer
-
-
-def _message_of(answer: Answer) -> dict:
-    message = answer.choice.get("message")
-    return message if isinstance(message, dict) else {}
-
-
-def _message_json(answer: Answer) -> str:
-    """The message with its calls as JSON, the output of the format `openai`."""
-    message = _message_of(answer)
-    try:
-        return json_text({key: message[key] for key in ("content", "tool_calls") if key in message}) if message else ""
-    except RecursionError:  # nested so deeply that it cannot be written again; no call is
-        return ""

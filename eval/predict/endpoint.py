@@ -21,8 +21,9 @@ from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 
-from data.formats.outputs import json_text
-from data.formats.prompts import PromptError, completion_text, react_messages, render_prompt
+from data.formats.call_text import json_text
+from data.formats.prompt_format import PromptError
+from data.formats.table import FORMATS, prompt_text
 from data.json_records import DataError
 from eval.general_tasks import LETTERS, MMLU_SHOTS, mmlu_prompt
 from eval.queries import ChoiceQuery, Query, cut_at
@@ -250,39 +251,38 @@ def ask_record(
     stop_texts: Sequence[str],
     temperature: float = 0.0,
 ) -> dict:
-    """The predictions row for one record: `openai` and `react` by chat, every other format by a completion of its text.
+    """The predictions row for one record: by chat where the format has messages, else by a completion of its text.
 
     `temperature` 0 asks for the likeliest tokens; a choice always does. Raises EndpointError.
     """
     if isinstance(query, ChoiceQuery):
         return _ask_choice(endpoint, query, prompt_format)
-    if prompt_format in ("openai", "react"):
-        messages, tools = [{"role": "user", "content": query.text}], []
-        if not query.text and prompt_format == "openai":
-            messages, tools = render_prompt(query.tools, query.messages, "openai")
-        elif not query.text:
-            messages = react_messages(query.tools, query.messages)
-        answer = _chat(endpoint, messages, tools, max_new_tokens, stop_texts, temperature)
-        return _row(query.index, _message_text(answer, bool(tools)), answer, stop_texts)
-    text = query.text or completion_text(query.tools, query.messages, prompt_format)
-    answer = _complete(endpoint, text, max_new_tokens, stop_texts, temperature=temperature)
-    return _row(query.index, _completed_text(answer), answer, stop_texts)
+    if chat_request := FORMATS[prompt_format].chat_request:
+        text_alone = [{"role": "user", "content": query.text}], []
+        messages, tools = text_alone if query.text else chat_request(query.tools, query.messages)
+        answer = chat(endpoint, messages, tools, max_new_tokens, stop_texts, temperature)
+        return _row(query.index, message_text(answer, bool(tools)), answer, stop_texts)
+    text = query.text or prompt_text(query.tools, query.messages, prompt_format)
+    answer = complete(endpoint, text, max_new_tokens, stop_texts, temperature=temperature)
+    return _row(query.index, completed_text(answer), answer, stop_texts)
 
 
-def _complete(
+def complete(
     endpoint: Endpoint,
     prompt: str,
     max_tokens: int,
     stop_texts: Sequence[str],
     *,
     temperature: float = 0.0,
-    **options: int,
+    logprobs: int = 0,
 ) -> Answer:
-    body = {"model": endpoint.model, "prompt": prompt, "max_tokens": max_tokens, "temperature": temperature, **options}
+    """The server's completion of a text, with so many log-probabilities per token. Raises EndpointError."""
+    body = {"model": endpoint.model, "prompt": prompt, "max_tokens": max_tokens, "temperature": temperature}
+    body |= {"logprobs": logprobs} if logprobs else {}
     return ask(endpoint, "/completions", _with_stops(body, stop_texts))
 
 
-def _chat(
+def chat(
     endpoint: Endpoint,
     messages: list[dict],
     tools: list[dict],
@@ -290,6 +290,7 @@ def _chat(
     stop_texts: Sequence[str],
     temperature: float = 0.0,
 ) -> Answer:
+    """The server's answer to messages of the chat API, with native `tools` if there are any. Raises EndpointError."""
     body = {"model": endpoint.model, "messages": messages, "max_tokens": max_tokens, "temperature": temperature}
     return ask(endpoint, "/chat/completions", _with_stops({**body, "tools": tools} if tools else body, stop_texts))
 
@@ -298,18 +299,22 @@ def _with_stops(body: dict, stop_texts: Sequence[str]) -> dict:
     return {**body, "stop": list(stop_texts[:MAX_STOPS])} if stop_texts else body
 
 
-def _completed_text(answer: Answer) -> str:
+def completed_text(answer: Answer) -> str:
+    """The text of a completion, "" if the answer has none."""
     text = answer.choice.get("text")
     return text if isinstance(text, str) else ""
 
 
-def _message_text(answer: Answer, has_tools: bool) -> str:
+def message_text(answer: Answer, has_tools: bool) -> str:
     """The message of a chat: with tools as JSON, so that its calls can be read again; without, its text."""
     message = answer.choice.get("message")
     message = message if isinstance(message, dict) else {}
     if not has_tools:
         return message["content"] if isinstance(message.get("content"), str) else ""
-    return json_text({key: message[key] for key in ("content", "tool_calls") if key in message}) if message else ""
+    try:
+        return json_text({key: message[key] for key in ("content", "tool_calls") if key in message}) if message else ""
+    except RecursionError:  # nested so deeply that it cannot be written again; no call is
+        return ""
 
 
 def _row(index: int, text: str, answer: Answer, stop_texts: Sequence[str]) -> dict:
@@ -325,12 +330,12 @@ def _ask_choice(endpoint: Endpoint, query: ChoiceQuery, prompt_format: str) -> d
     """
     for kept in range(min(MMLU_SHOTS, len(query.shots)), -1, -1):
         text = mmlu_prompt(query.question, query.shots[:kept])
-        if prompt_format in ("openai", "react"):
-            answer = _chat(endpoint, [{"role": "user", "content": text}], [], 16, ())
-            output = _message_text(answer, has_tools=False)
+        if FORMATS[prompt_format].chat_request:
+            answer = chat(endpoint, [{"role": "user", "content": text}], [], 16, ())
+            output = message_text(answer, has_tools=False)
         else:
-            answer = _complete(endpoint, text, 1, (), logprobs=TOP_LOGPROBS)
-            output = _likeliest_letter(answer.choice) or _completed_text(answer)
+            answer = complete(endpoint, text, 1, (), logprobs=TOP_LOGPROBS)
+            output = _likeliest_letter(answer.choice) or completed_text(answer)
         if answer.stop != "prompt_too_long":
             break
     row = {"index": query.index, "output": output, "stop": "end" if answer.choice else answer.stop}

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from data.formats.outputs import OUTPUT_FORMATS
+from data.formats.table import DEFAULT_FORMAT, PROMPT_FORMATS
 from data.json_records import DataError, read_json_lines
 
 # Why generation ended, written as "stop" by generate_predictions; files of other origin need not have it.
@@ -18,7 +18,7 @@ class Prediction:
 
     index: int  # position of the record in the benchmark, from 0
     output: str  # raw text, not parsed
-    format: str  # one of OUTPUT_FORMATS
+    format: str  # one of PROMPT_FORMATS
     stop: str  # one of STOP_REASONS, "" where unknown
     line: int  # line in its file, from 1, for messages
 
@@ -38,9 +38,9 @@ def _prediction(row: dict, line: int, where: str) -> Prediction:
         raise DataError(f"{where}: found index {index!a}, expected the record's number, an integer from 0")
     if not isinstance(output, str):
         raise DataError(f"{where}: found {type(output).__name__} as 'output', expected the raw model text")
-    output_format, stop = row.get("format", "tl"), row.get("stop", "")
-    if output_format not in OUTPUT_FORMATS:
-        raise DataError(f"{where}: found format {output_format!a}, expected one of {', '.join(OUTPUT_FORMATS)}")
+    output_format, stop = row.get("format", DEFAULT_FORMAT), row.get("stop", "")
+    if output_format not in PROMPT_FORMATS:
+        raise DataError(f"{where}: found format {output_format!a}, expected one of {', '.join(PROMPT_FORMATS)}")
     if stop not in ("", *STOP_REASONS):
         raise DataError(f"{where}: found stop {stop!a}, expected one of {', '.join(STOP_REASONS)}")
     return Prediction(index=index, output=output, format=output_format, stop=stop, line=line)

@@ -12,7 +12,7 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-from data.formats.outputs import parse_output
+from data.formats.table import parse_output
 from data.json_records import DataError, read_json_list
 from data.tool_calls import ToolCallError
 from eval.predict.prediction_files import Prediction, match_predictions, read_predictions

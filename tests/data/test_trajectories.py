@@ -354,7 +354,7 @@ def test_missing_file_and_folder(tmp_path):
         (("conversations", 0, "content", "You are kind."), "must begin with the JSON list of tools"),
         (("conversations", 0, "content", "{}"), "expected a list of tools"),
         (("conversations", 0, "content", None), "expected a list of tools"),
-        (("conversations", 0, "content", "[" * 100_000), "too deep"),
+        (("conversations", 0, "content", "[" * 100_000), "nested too deeply"),
         (("conversations", 0, "content", [3]), "tools[0]: found a number"),
         (("conversations", 0, "content", [{}]), "found no name"),
         (("conversations", 0, "content", [{"name": " "}]), "expected a tool with a name"),

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from data.json_records import DataError, read_json_list
+from data.json_records import DataError
 from data.tool_calls import ToolCall
 from eval.benchmark_data import (
     BENCHMARK_COUNTS,
@@ -28,53 +28,6 @@ needs_real_files = pytest.mark.skipif(
 def write(path: Path, records: object, indent: int | None = 1) -> Path:
     path.write_text(json.dumps(records, indent=indent))
     return path
-
-
-# ----------------------------------------------------------------------------------------------------------- JSON lists
-
-
-def test_json_list_gives_the_line_where_each_item_begins(tmp_path):
-    path = tmp_path / "list.json"
-    path.write_text('\n[ {"a":\n 1},\n\n "x", [2]\n]\n')
-    assert read_json_list(path) == [(2, {"a": 1}), (5, "x"), (5, [2])]
-    for text in ("[]", " [ ] \n", "\ufeff[]"):
-        path.write_text(text, encoding="utf-8")
-        assert read_json_list(path) == []
-
-
-@pytest.mark.parametrize(
-    "text, expected",
-    [
-        ("", ":1: found '', expected a JSON list"),
-        ('{"a": 1}', ":1: found '{\"a\": 1}', expected a JSON list"),
-        ("[1,\n2,\n]", ":3: found no valid JSON"),
-        ("[1\n 2]", ":2: found '2]', expected ',' or"),
-        ("[1,", ":1: found no"),
-        ("[1", ":1: found '', expected ','"),
-        ("[1] x", ":1: found '] x'"),
-        ("[NaN]", "NaN is not JSON"),
-        ("[\n\n" + "[" * 9999, ":3: found no valid JSON (nested"),
-        ('["\n"]', ":1: found no valid JSON"),
-        ("[\n" + "9" * 5000 + "]", ":2: found no valid"),
-    ],
-)
-def test_malformed_lists_name_the_line(tmp_path, text, expected):
-    path = tmp_path / "list.json"
-    path.write_text(text)
-    with pytest.raises(DataError) as caught:
-        read_json_list(path)
-    assert str(caught.value).startswith(f"{path}:") and expected in str(caught.value) and "\n" not in str(caught.value)
-
-
-def test_unreadable_lists_are_named(tmp_path):
-    (tmp_path / "latin.json").write_bytes(b'["\xe9"]')
-    for path, expected in (
-        (tmp_path, "Is a directory"),
-        (tmp_path / "none", "No such file"),
-        (tmp_path / "latin.json", "found byte 0xe9 at 2, expected UTF-8"),
-    ):
-        with pytest.raises(DataError, match=expected):
-            read_json_list(path)
 
 
 # ------------------------------------------------------------------------------------------------------------- RoTBench

@@ -12,8 +12,7 @@ from types import SimpleNamespace
 import pytest
 
 from data.error_filter import classify_feedback
-from data.formats.outputs import OUTPUT_FORMATS, STOP_STRINGS, render_output
-from data.formats.prompts import COMPLETION_FORMATS, render_prompt
+from data.formats.table import COMPLETION_FORMATS, FORMATS, PROMPT_FORMATS, prompt_text, render_output
 from data.json_records import DataError
 from data.tool_calls import ToolCall
 from data.trajectories import Message
@@ -78,7 +77,7 @@ def test_two_turns(tmp_path):
         {"name": "finish", "arguments": {"answer": "It rains."}, "feedback": None, "executor": ""}
     ]
     first, second = (prompt for _, _, prompt in decoder.prompts)
-    assert first == render_prompt(TOOLS, [Message("user", "Weather in Oslo?")], "tl")
+    assert first == prompt_text(TOOLS, [Message("user", "Weather in Oslo?")], "tl")
     assert second == f'{first} {WEATHER}\nOutput: {{"result": "get_weather 0"}}\nAssistant:'
     row = json.loads((tmp_path / "p.jsonl").read_text())
     assert row["index"] == 0 and row["format"] == "tl" and row["end"] == "finish" and row["error"] == ""
@@ -122,7 +121,7 @@ def test_output_that_is_no_call_gets_the_reminder(tmp_path):
     assert len(dialogue.turns[0]["output"]) == 60
 
 
-@pytest.mark.parametrize("prompt_format", OUTPUT_FORMATS)
+@pytest.mark.parametrize("prompt_format", PROMPT_FORMATS)
 def test_reminder_reads_as_unparsable(prompt_format):
     assert classify_feedback(format_reminder(prompt_format), ToolCall("get_news", {}), TOOLS) == "unparsable"
 
@@ -198,7 +197,7 @@ def test_long_feedback_is_cut(tmp_path):
 
 
 def test_prompts_that_no_longer_fit(tmp_path):
-    length = len(render_prompt(TOOLS, task().messages, "tl"))
+    length = len(prompt_text(TOOLS, task().messages, "tl"))
     dialogue, decoder = one(tmp_path, NEWS, positions=length + 5, max_new_tokens=6)
     assert (dialogue.end, dialogue.turns, decoder.prompts) == ("prompt_too_long", [], [])
     path = tmp_path / "later" / "p.jsonl"
@@ -573,7 +572,7 @@ def test_completions_are_what_a_model_of_ours_gets(serve, tmp_path, prompt_forma
 
     def script(number, path, body):
         turn = sum(body["prompt"].count(word) for word in ("get_weather 0", "get_news 0")) + 1
-        stop = (STOP_STRINGS[prompt_format] or ("",))[-1]
+        stop = (FORMATS[prompt_format].stop_strings or ("",))[-1]
         return 200, {"choices": [{"text": policy(0, turn, "") + stop + "more" * bool(stop)}]}, {}
 
     tasks = [task(index, f"Query {index}?") for index in range(6)]

@@ -7,8 +7,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
-from data.formats.outputs import STOP_STRINGS, parse_output, render_output
-from data.formats.prompts import COMPLETION_FORMATS, completion_text
+from data.formats.table import COMPLETION_FORMATS, FORMATS, parse_output, prompt_text, render_output
 from data.tool_calls import ToolCall
 from data.trajectories import Message
 from eval.general_tasks import ChoiceQuestion
@@ -101,7 +100,7 @@ def ask_one(server, prompt_format, asked=None, stop_texts=None, **changes):
         asked or query(),
         prompt_format=prompt_format,
         max_new_tokens=9,
-        stop_texts=STOP_STRINGS[prompt_format] if stop_texts is None else stop_texts,
+        stop_texts=FORMATS[prompt_format].stop_strings if stop_texts is None else stop_texts,
     )
 
 
@@ -111,7 +110,7 @@ def ask_one(server, prompt_format, asked=None, stop_texts=None, **changes):
 @pytest.mark.parametrize("prompt_format", [name for name in COMPLETION_FORMATS if name not in ("plain", "react")])
 def test_completion_formats(serve, prompt_format):
     output = render_output([CALL], prompt_format)
-    stops = STOP_STRINGS[prompt_format]
+    stops = FORMATS[prompt_format].stop_strings
     server = serve(lambda *_: completion(output + (stops[-1] + "more" if stops else "")))
     row = ask_one(server, prompt_format)
     assert row["stop"] == "end" and parse_output(row["output"], prompt_format) == [CALL]
@@ -119,7 +118,7 @@ def test_completion_formats(serve, prompt_format):
     assert path == "/v1/completions" and headers["Authorization"] == f"Bearer {KEY}"
     assert body == {
         "model": "m",
-        "prompt": completion_text(TOOLS, query().messages, prompt_format),
+        "prompt": prompt_text(TOOLS, query().messages, prompt_format),
         "max_tokens": 9,
         "temperature": 0,
         **({"stop": list(stops)} if stops else {}),

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from data.formats.outputs import parse_output, render_output
+from data.formats.table import parse_output, render_output
 from data.json_records import DataError
 from data.tool_calls import ToolCall, render_tool_call
 from eval.bfcl_data import CATEGORIES, load_bfcl

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from data.formats.prompts import react_messages
+from data.formats.table import FORMATS
 from data.json_records import DataError
 from data.trajectories import Message
 from eval.evaluate_tooleyes import evaluate_tooleyes_files, main
@@ -106,9 +106,9 @@ def test_published_prompt_letter_by_letter():
     path = REAL / "Test_Data/scenario_data_zero_processed.json"
     records = json.loads(path.read_text(encoding="utf-8"))
     for task, source in zip(load_tooleyes(path), records, strict=True):
-        assert [(each["role"], each["content"]) for each in react_messages(task.tools, task.messages)] == [
-            (each["from"], each["value"]) for each in source["conversations"]
-        ]
+        assert [
+            (each["role"], each["content"]) for each in FORMATS["react"].chat_request(task.tools, task.messages)[0]
+        ] == [(each["from"], each["value"]) for each in source["conversations"]]
 
 
 def test_duplicates_stay_apart(tmp_path):

@@ -8,7 +8,7 @@ import json
 import pytest
 import torch
 
-from data.formats.outputs import render_output
+from data.formats.table import render_output
 from data.tool_calls import ToolCall
 from eval.general_tasks import LETTERS, load_mmlu, mmlu_prompt
 from eval.predict import endpoint as endpoint_module

@@ -8,7 +8,7 @@ import time
 
 import pytest
 
-from data.formats.outputs import render_output
+from data.formats.table import render_output
 from data.tool_calls import ToolCall
 from eval.benchmark_data import load_tiny_multi
 from eval.benchmarks import add_right_answers, is_answer_right

@@ -4,7 +4,7 @@ import json
 import random
 from types import SimpleNamespace
 
-from data.formats.outputs import render_output
+from data.formats.table import render_output
 from data.tool_calls import ToolCall
 from data.trajectories import Message
 from eval.dialogues.journal import DialogueTask, read_dialogues
