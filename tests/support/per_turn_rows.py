@@ -3,7 +3,8 @@
 from array import array
 
 from data.error_filter import decide_masked_turns
-from data.formats.tl import encode_segments, trajectory_segments
+from data.formats.prompt_format import encode_segments
+from data.formats.table import DEFAULT_FORMAT, FORMATS, dialogue_segments
 from data.loss_weights import CONTEXT, EncodedTrajectory, TextEncoder, encode_names, scale_turn, weigh_turn
 from data.trajectories import Trajectory
 
@@ -24,12 +25,12 @@ def expand_per_turn(
     decisions = tuple(decide_masked_turns(trajectory, error_filter))
     masked = {decision.message_index: decision.masked for decision in decisions}
     name_ids = encode_names([tool["function"]["name"] for tool in trajectory.tools], tokenizer)
-    segments, rows = trajectory_segments(trajectory), []
+    segments, rows = dialogue_segments(trajectory.tools, trajectory.messages), []
     for last, segment in enumerate(segments):
         if not segment.is_target or masked[segment.message_index]:
             continue
-        *prefix, turn_ids = encode_segments(segments[: last + 1], tokenizer)
-        prefix_ids = [token_id for ids in prefix for token_id in ids]
+        *prefix, (_, turn_ids) = encode_segments(segments[: last + 1], tokenizer, FORMATS[DEFAULT_FORMAT])
+        prefix_ids = [token_id for _, ids in prefix for token_id in ids]
         call = trajectory.messages[segment.message_index].call
         raw_weights, codes = weigh_turn(
             turn_ids,
