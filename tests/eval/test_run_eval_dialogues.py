@@ -393,7 +393,7 @@ def test_runs_are_compared_with_lower_is_better(reference, folder, tmp_path, cap
             lambda row: {**row, "meta": {**row["meta"], "scenario": 1}},
             ":1: meta: found int as 'scenario', expected str",
         ),
-        (lambda row: [row], ":1: found list, expected one JSON object"),
+        (lambda row: [row], ":1: found a list, expected one JSON object"),
     ],
 )
 def test_bad_lines_are_one_line_and_code_2(folder, tmp_path, spoil, expected):
