@@ -11,7 +11,7 @@
     openai      GPT series        Table 12    chat API  {"tool_calls": [..]}
     react       any               ToolEyes    text or chat API, as toolllama
 
-To add a format, write data/formats/NAME.py with a record FORMAT and list it here. docs/prompt_formats.md says what the
+To add a format, write data/formats/NAME.py with a record FORMAT and list it here. docs/evaluation.md says what the
 paper's tables leave open and what was decided.
 """
 

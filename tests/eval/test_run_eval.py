@@ -446,7 +446,10 @@ def test_copied_model_folder_counts_as_the_same_model(reference, benchmark_dir, 
 @pytest.mark.parametrize(
     "spoil, expected",
     [
-        (lambda lines: [lines[0], b'{"index": 1, "out\n', *lines[2:]], "tiny-seen.jsonl:2: found '\"out' at column 14, expected JSON"),
+        (
+            lambda lines: [lines[0], b'{"index": 1, "out\n', *lines[2:]],
+            "tiny-seen.jsonl:2: found '\"out' at column 14, expected JSON",
+        ),
         (
             lambda lines: [*lines, lines[0].replace(b'"output": "', b'"output": "!')],
             "a second, different output for index 0",
