@@ -9,6 +9,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+import torch
+
 from command_line import ConfigError, fail, read_config
 from data.batches import step_batches, steps_per_epoch
 from data.json_records import DataError
@@ -17,11 +19,12 @@ from model.pretrained_weights import save_pretrained_streamed
 from model.tokenizer import load_tokenizer
 from train.checkpoint import CheckpointError
 from train.cuda.launch import LossBackendError, agree_on_loss_backend
-from train.distributed import DTYPES, DeviceError, close_world, init_world, load_sharded_model
+from train.distributed import DeviceError, close_world, init_world, load_sharded_model
 from train.optimizer import make_adamw
 from train.run_control import TrainingError
 from train.run_logging import RunFolderError, file_sha256, log_line, model_fingerprint, plot_losses
-from train.sft_loop import SFTConfig, encode_data, train_sft
+from train.sft_config import SFTConfig
+from train.sft_loop import SFTData, encode_data, train_sft
 
 USER_ERRORS = (
     ConfigError,
@@ -55,11 +58,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             epsilon=config.adam_epsilon,
             weight_decay=config.weight_decay,
         )
-        result = train_sft(
-            config,
-            model,
-            optimizer,
-            world,
+        data = SFTData(
             step_batches=lambda step: step_batches(
                 encoded,
                 step,
@@ -71,12 +70,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
             ),
             total_steps=config.epochs * steps_per_epoch(len(encoded), config.global_batch_size),
             sources={"data_sha256": file_sha256(Path(config.data)), "model_sha256": model_fingerprint(config.model)},
-            loss_backend=loss_backend,
         )
+        result = train_sft(config, data, model, optimizer, world, loss_backend=loss_backend)
         if result.stopped_by:
             return 128 + result.stopped_by
         final = Path(config.output) / "final"
-        save_pretrained_streamed(model, final, dtype=DTYPES[config.final_dtype], companions_from=config.model)
+        save_pretrained_streamed(model, final, dtype=torch.float32, companions_from=config.model)
         if world.is_main and config.plot == "on":
             say(plot_losses(Path(config.output)))
         say(f"trained {result.step} steps; model: {final}")

@@ -36,6 +36,7 @@ from model.config import ModelConfig
 from model.transformer import Transformer
 from train.distributed import close_world, init_world, shard_model
 from train.optimizer import make_adamw
+from train.sft_config import SFTConfig
 from train.sft_loop import train_step
 from train.weighted_cross_entropy import linear_weighted_cross_entropy
 
@@ -181,14 +182,12 @@ def make_sides(args, dtype: torch.dtype, world) -> dict:
     if "loop" in models:
         sides["loop"] = lambda batch: (
             train_step(
+                SFTConfig(loss_normalization="token_mean", max_grad_norm=MAX_GRAD_NORM),
                 models["loop"],
                 optimizers["loop"],
                 [batch],
                 world,
                 step=1,
-                loss_normalization="token_mean",
-                max_grad_norm=MAX_GRAD_NORM,
-                gradient_sync="last",
             ).loss
         )
     return sides

@@ -11,7 +11,7 @@ import pytest
 
 from command_line import read_config
 from rl.ppo_config import PPOConfig
-from train.sft_loop import SFTConfig
+from train.sft_config import SFTConfig
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCUMENTS = sorted(

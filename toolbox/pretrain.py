@@ -23,7 +23,8 @@ from toolbox.muon import MuonAdamW
 from toolbox.world import held_out_pairs
 from train.distributed import close_world, init_world, load_sharded_model
 from train.run_logging import file_sha256
-from train.sft_loop import SFTConfig, train_sft
+from train.sft_config import SFTConfig
+from train.sft_loop import SFTData, train_sft
 
 TOKENIZER_FILE = Path("assets/tiny_model/tokenizer.model")
 OUTPUT = Path("runs/base")
@@ -137,15 +138,8 @@ def main() -> int:
             )
         ]
 
-    result = train_sft(
-        config,
-        model,
-        optimizer,
-        world,
-        step_batches=step_batches,
-        total_steps=TOTAL_STEPS,
-        sources={"tokenizer_sha256": file_sha256(TOKENIZER_FILE)},
-    )
+    data = SFTData(step_batches, TOTAL_STEPS, {"tokenizer_sha256": file_sha256(TOKENIZER_FILE)})
+    result = train_sft(config, data, model, optimizer, world)
     if result.stopped_by:
         return 128 + result.stopped_by
     save_pretrained_streamed(model, OUTPUT / "final", dtype=torch.bfloat16, companions_from=TOKENIZER_FILE.parent)

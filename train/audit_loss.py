@@ -34,7 +34,8 @@ from train.checkpoint import (
 )
 from train.distributed import close_world, init_world, load_sharded_model
 from train.run_logging import file_sha256, model_fingerprint, read_metrics
-from train.sft_loop import SFTConfig, encode_data
+from train.sft_config import SFTConfig
+from train.sft_loop import encode_data
 from train.weighted_cross_entropy import linear_token_logprobs
 
 # relative difference of two ways to add up the same step: fp32 rounding, or bf16's 8 bits averaged over the tokens

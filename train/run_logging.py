@@ -151,9 +151,22 @@ def describe_environment(world_size: int, device: torch.device) -> dict:
         "world_size": world_size,
         "threads_per_rank": torch.get_num_threads(),
         "git_commit": commit or None,
-        "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
+        "command": [Path(sys.argv[0]).name, *map(without_absolute_path, sys.argv[1:])],
         "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
     }
+
+
+def without_absolute_path(argument: str) -> str:
+    """A command-line argument whose path says nothing about this machine.
+
+    An absolute path, also after `--flag=`, becomes relative where it lies in the working directory, else its last part.
+    """
+    flag, equals, value = argument.partition("=") if argument.startswith("-") else ("", "", argument)
+    path = Path(value).expanduser()
+    if not path.is_absolute():
+        return argument
+    path = path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else Path(path.name)
+    return f"{flag}{equals}{path}"
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -95,24 +95,11 @@ class SFTConfig:
         choices=("on", "off"),
         free=True,
     )
-    gradient_sync: str = setting(
-        "last",
-        "reduce gradients after the last micro-batch of a step (fast), or after "
-        "every one (keeps only the shard: less memory) (ours)",
-        choices=("last", "every"),
-        free=True,
-    )
     # run folder
     checkpoint_every: int = setting(
         100, "optimizer steps between checkpoints; 0 = only at the end (ours)", low=0, free=True
     )
     keep_checkpoints: int = setting(2, "newest checkpoints kept; 0 = all (ours)", low=0, free=True)
-    final_dtype: str = setting(
-        "float32",
-        "dtype of output/final; bfloat16 halves it and rounds the master weights (ours)",
-        choices=("float32", "bfloat16"),
-        free=True,
-    )
     plot: str = setting(
         "on",
         "draw output/plots/loss.png at the end, where matplotlib is installed (ours)",

@@ -75,21 +75,20 @@ class StepResult:
 
 
 def train_step(
+    config: SFTConfig,
     model: torch.nn.Module,
     optimizer: torch.optim.Optimizer,
     batches: list[PackedBatch],
     world: World,
     *,
     step: int,
-    loss_normalization: str,
-    max_grad_norm: float,
-    gradient_sync: str,
     loss_backend: str = "torch",
 ) -> StepResult:
     """One optimizer step over this rank's micro-batches of the global batch; a collective. `step` counts from 1.
 
     1 denominators over all ranks, before any backward; 2 forward and backward of each micro-batch; 3 global loss;
     4 clip; 5 refuse non-finite values on all ranks alike; 6 update. Raises TrainingError before the update.
+    Of `config` it reads loss_normalization and max_grad_norm.
     """
     # 1. counts of the whole global batch
     local = [
@@ -99,7 +98,7 @@ def train_step(
         sum(len(batch.input_ids_T) for batch in batches),
     ]
     weight_sum, trained_tokens, trained_turns, input_tokens = global_sum(local)
-    denominator = 1.0 if loss_normalization == "sum" else weight_sum  # E6, E7, E8
+    denominator = 1.0 if config.loss_normalization == "sum" else weight_sum  # E6, E7, E8
     if trained_tokens == 0 or not denominator > 0:
         raise TrainingError(
             f"step {step}: found {trained_tokens:.0f} trained tokens and denominator {denominator}, expected at least "
@@ -109,7 +108,7 @@ def train_step(
     loss_sum = torch.zeros((), dtype=torch.float64, device=world.device)
     for number, batch in enumerate(batches, start=1):
         is_last = number == len(batches)
-        set_gradient_sync(model, synchronize=is_last or gradient_sync == "every", is_last=is_last)
+        set_gradient_sync(model, synchronize=is_last, is_last=is_last)
         batch = batch.to(world.device)
         hidden_BTD = model(
             batch.input_ids_T[None],
@@ -130,7 +129,7 @@ def train_step(
         loss_sum += weighted_sum.detach()
     # 3. - 4.
     loss = global_sum([loss_sum.item()])[0] / denominator
-    grad_norm = clip_gradients(model.parameters(), max_grad_norm)
+    grad_norm = clip_gradients(model.parameters(), config.max_grad_norm)
     # 5. both values are global sums, so all ranks decide alike; no parameter has changed yet
     if not (math.isfinite(loss) and math.isfinite(grad_norm)):
         optimizer.zero_grad(set_to_none=True)
@@ -152,30 +151,34 @@ def _ids_of(batches: list[PackedBatch]) -> str:
 # The loop
 
 
+@dataclass(frozen=True, slots=True)
+class SFTData:
+    """What a run trains on, and for how long."""
+
+    step_batches: Callable[[int], list[PackedBatch]]  # this rank's micro-batches of step s, from 0; a pure function
+    total_steps: int  # length of the schedule; config.max_steps ends the run earlier, not the schedule
+    sources: dict[str, str]  # fingerprints of what goes in, part of the run's identity
+
+
 def train_sft(
     config: SFTConfig,
+    data: SFTData,
     model: torch.nn.Module,
     optimizer: torch.optim.Optimizer,
     world: World,
     *,
-    step_batches: Callable[[int], list[PackedBatch]],
-    total_steps: int,
-    sources: dict[str, str],
     loss_backend: str = "torch",
 ) -> TrainResult:
     """Train from the newest good checkpoint (or from the given weights) to the end; a collective.
 
     model: sharded by train.distributed.shard_model; optimizer: built after that, one or more groups, each with its own
-    peak `lr`, which the schedule scales. step_batches(s): this rank's micro-batches of optimizer step s, from 0 on,
-    a pure function of s. total_steps: length of the schedule; config.max_steps ends the run earlier, not the schedule.
-    sources: fingerprints of what goes in, part of the run's identity. loss_backend: "cuda" or "torch", the answer to
-    config.loss_backend. Files: docs/checkpoints.md, docs/metrics.md.
-    Raises RunFolderError, CheckpointError, TrainingError.
+    peak `lr`, which the schedule scales. loss_backend: "cuda" or "torch", the answer to config.loss_backend.
+    Files: docs/checkpoints.md, docs/metrics.md. Raises RunFolderError, CheckpointError, TrainingError.
     """
     seed_everything(config.seed, world.rank)
     use_deterministic_kernels()
     output = Path(config.output)
-    identity = run_identity(config, {**sources, "total_steps": total_steps})
+    identity = run_identity(config, {**data.sources, "total_steps": data.total_steps})
     run_hash = fingerprint(identity)
     open_output(output, asdict(config), identity, world, resume=config.resume)
     model.activation_checkpointing = config.activation_checkpointing == "on"
@@ -183,27 +186,23 @@ def train_sft(
     parts = {"model": (model, optimizer)}
     state = resume_newest(output, parts, world, identity=run_hash, journals=("metrics.jsonl",))
     step = state.step if state else 0
-    last_step = min(total_steps, config.max_steps or total_steps)
+    last_step = min(data.total_steps, config.max_steps or data.total_steps)
+    warmup_steps = warmup_steps_of(config.warmup_ratio, data.total_steps)
     metrics_file = MetricsFile(output / "metrics.jsonl") if world.is_main else None
     # disable=None: no bar when stderr is not a terminal, so that logs and error lines stay clean
     bar = tqdm(total=last_step, initial=step, unit="step", disable=None if world.is_main else True)
     stopping = False
     with StopSignal() as stop, bar:
         while step < last_step and not stopping:
-            metrics = _timed_step(
-                config,
-                model,
-                optimizer,
-                world,
-                step_batches,
-                step=step,
-                total_steps=total_steps,
-                loss_backend=loss_backend,
-            )
+            began = time.perf_counter()
+            batches = data.step_batches(step)
             step += 1
+            factor = schedule_factor(step, data.total_steps, warmup_steps, config.schedule)
+            learning_rate = set_learning_rates(optimizer, factor)
+            result = train_step(config, model, optimizer, batches, world, step=step, loss_backend=loss_backend)
             if metrics_file is not None:
-                metrics_file.write(metrics)
-            bar.set_postfix(loss=f"{metrics['sft/loss']:.4f}", refresh=False)
+                metrics_file.write(step_metrics(step, result, learning_rate, time.perf_counter() - began))
+            bar.set_postfix(loss=f"{result.loss:.4f}", refresh=False)
             bar.update(1)
             stopping = any_rank(stop.number != 0)
             if step == last_step or stopping or (config.checkpoint_every and step % config.checkpoint_every == 0):
@@ -216,36 +215,6 @@ def train_sft(
     if stopping and step < last_step:
         return report_stop(stop.number, step, last_step, output, world)
     return TrainResult(step=step, last_step=last_step, stopped_by=0)
-
-
-def _timed_step(
-    config: SFTConfig,
-    model: torch.nn.Module,
-    optimizer: torch.optim.Optimizer,
-    world: World,
-    step_batches: Callable[[int], list[PackedBatch]],
-    *,
-    step: int,
-    total_steps: int,
-    loss_backend: str,
-) -> dict[str, float]:
-    """Optimizer step `step` (from 0) with the schedule's rate; returns its line for metrics.jsonl."""
-    began = time.perf_counter()
-    warmup_steps = warmup_steps_of(config.warmup_ratio, total_steps)
-    factor = schedule_factor(step + 1, total_steps, warmup_steps, config.schedule)
-    learning_rate = set_learning_rates(optimizer, factor)
-    result = train_step(
-        model,
-        optimizer,
-        step_batches(step),
-        world,
-        step=step + 1,
-        loss_normalization=config.loss_normalization,
-        max_grad_norm=config.max_grad_norm,
-        gradient_sync=config.gradient_sync,
-        loss_backend=loss_backend,
-    )
-    return step_metrics(step + 1, result, learning_rate, time.perf_counter() - began)
 
 
 def step_metrics(step: int, result: StepResult, learning_rate: float, seconds: float) -> dict[str, float]:

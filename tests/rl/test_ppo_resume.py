@@ -56,13 +56,15 @@ def start(output, **changes) -> subprocess.Popen:
     )
 
 
-def kill_and_resume(output, generator, kills):
+def kill_and_resume(output, seed, kills):
     """SIGKILL `kills` times at random steps and random moments within them, then run to the end in this process."""
-    done = 0
+    generator, done = random.Random(seed), 0
     for _ in range(kills):
+        step, seconds = done + generator.randrange(0, 7), generator.random() * 0.3
+        print(f"seed {seed}: SIGKILL {seconds:.3f} s after step {step}")
         process = start(output)
-        if wait_for_step(process, output, done + generator.randrange(0, 7)):
-            time.sleep(generator.random() * 0.3)
+        if wait_for_step(process, output, step):
+            time.sleep(seconds)
         process.kill()
         process.communicate()
         assert process.returncode == -signal.SIGKILL
@@ -123,14 +125,14 @@ def test_a_finished_run_is_not_trained_again(straight):
 
 @pytest.mark.slow
 def test_sigkill_at_a_random_moment_is_bit_exact(straight, tmp_path):
-    kill_and_resume(tmp_path / "run", random.Random(), kills=1)
+    kill_and_resume(tmp_path / "run", 0, kills=1)
     assert_same_run(tmp_path / "run", straight)
 
 
 @pytest.mark.very_slow
 @pytest.mark.parametrize("number", range(3))
 def test_runs_killed_five_times_are_bit_exact(straight, tmp_path, number):
-    kill_and_resume(tmp_path / "run", random.Random(number), kills=5)
+    kill_and_resume(tmp_path / "run", number + 1, kills=5)
     assert_same_run(tmp_path / "run", straight)
 
 

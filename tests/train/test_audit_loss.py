@@ -57,7 +57,8 @@ def test_lines_hold_the_key_token_weights_and_the_real_logprobs(run):
     first = lines[0]  # the first trained token of a row, scored through full logits
     model = load_pretrained(tiny_files()[0])
     from model.tokenizer import load_tokenizer
-    from train.sft_loop import SFTConfig, encode_data
+    from train.sft_config import SFTConfig
+    from train.sft_loop import encode_data
 
     encoded, _ = encode_data(SFTConfig(data=str(tiny_files()[1])), load_tokenizer(tiny_files()[0]))
     row = next(row for row in encoded if row.id == first["id"])

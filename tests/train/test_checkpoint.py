@@ -22,6 +22,7 @@ from train.checkpoint import (
 from train.distributed import init_world, local_part, shard_model
 from train.optimizer import make_adamw
 from train.seeding import random_state, restore_random_state
+from train.sft_config import SFTConfig
 from train.sft_loop import train_step
 
 
@@ -44,16 +45,8 @@ def make_trained(world, *, steps: int, optimizer_class=None, seed: int = 0, **ch
 
 def advance(model, optimizer, world, steps):
     for step in steps:
-        train_step(
-            model,
-            optimizer,
-            [random_batch(step)],
-            world,
-            step=step + 1,
-            loss_normalization="token_mean",
-            max_grad_norm=1.0,
-            gradient_sync="last",
-        )
+        config = SFTConfig(loss_normalization="token_mean", max_grad_norm=1.0)
+        train_step(config, model, optimizer, [random_batch(step)], world, step=step + 1)
 
 
 def save(folder, step, model, optimizer, world, *, keep):

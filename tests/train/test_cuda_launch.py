@@ -40,6 +40,7 @@ from train.cuda.launch import (
 )
 from train.cuda.runtime import CudaKernelError, KernelSource, cached_kernels, compile_kernels, load_kernels
 from train.distributed import init_world, shard_model
+from train.sft_config import SFTConfig
 from train.sft_loop import train_step
 from train.weighted_cross_entropy import linear_token_logprobs, linear_weighted_cross_entropy, weighted_cross_entropy
 
@@ -245,14 +246,12 @@ def check_train_steps_of_a_sharded_model():
         optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
         steps = [
             train_step(
+                SFTConfig(loss_normalization="token_mean", max_grad_norm=1.0),
                 model,
                 optimizer,
                 [random_batch(each), random_batch(each + 1)],
                 world,
                 step=1,
-                loss_normalization="token_mean",
-                max_grad_norm=1.0,
-                gradient_sync="last",
                 loss_backend=backend,
             )
             for each in (0, 2)

@@ -7,6 +7,7 @@ import torch
 
 from tests.support.tiny_run import command, metrics_of, random_batch, run_process, tiny_model
 from train.distributed import any_rank, clip_gradients, gather_objects, global_sum, init_world, local_part, shard_model
+from train.sft_config import SFTConfig
 from train.sft_loop import train_step
 from train.weighted_cross_entropy import linear_weighted_cross_entropy
 
@@ -53,8 +54,7 @@ def test_cuda_without_a_device_is_refused(monkeypatch):
 
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("checkpointing", [False, True])
-@pytest.mark.parametrize("sync", ["last", "every"])
-def test_sharded_gradients_equal_a_plain_model(world, tied, checkpointing, sync):
+def test_sharded_gradients_equal_a_plain_model(world, tied, checkpointing):
     batches = [random_batch(1), random_batch(2, n_tokens=25), random_batch(3, n_tokens=60)]
     denominator = sum(batch.denominator for batch in batches)
     expected = plain_gradients(tiny_model(tie_embeddings=tied), batches, denominator)
@@ -63,9 +63,8 @@ def test_sharded_gradients_equal_a_plain_model(world, tied, checkpointing, sync)
     model.activation_checkpointing = checkpointing
     optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
     before = {name: local_part(parameter).detach().clone() for name, parameter in model.named_parameters()}
-    result = train_step(
-        model, optimizer, batches, world, step=1, loss_normalization="token_mean", max_grad_norm=0.0, gradient_sync=sync
-    )
+    config = SFTConfig(loss_normalization="token_mean", max_grad_norm=0.0)
+    result = train_step(config, model, optimizer, batches, world, step=1)
     assert result.denominator == pytest.approx(denominator)
     for name, parameter in model.named_parameters():
         moved = before[name] - local_part(parameter)  # SGD with rate 1: the step is the gradient

@@ -14,6 +14,7 @@ from tests.train.test_weighted_cross_entropy import make_rows, oracle
 from train import weighted_cross_entropy as module_file
 from train.cuda.launch import LossBackendError, agree_on_loss_backend, choose_loss_backend
 from train.distributed import init_world
+from train.sft_config import SFTConfig
 from train.sft_loop import train_step
 from train.weighted_cross_entropy import (
     chunk_loss_and_gradient_,
@@ -316,14 +317,12 @@ def test_train_step_passes_the_backend_on(monkeypatch):
     )
     with pytest.raises(ZeroDivisionError):
         train_step(
+            SFTConfig(loss_normalization="token_mean", max_grad_norm=0.0),
             model,
             torch.optim.SGD(model.parameters()),
             [random_batch(0)],
             world,
             step=1,
-            max_grad_norm=0.0,
-            loss_normalization="token_mean",
-            gradient_sync="last",
             loss_backend="cuda",
         )
 

@@ -30,13 +30,15 @@ def start(output, **flags) -> subprocess.Popen:
     return subprocess.Popen(line, cwd=ROOT, env=environment, stdout=pipe, stderr=pipe, text=True)
 
 
-def kill_and_resume(output, generator, kills):
+def kill_and_resume(output, seed, kills):
     """SIGKILL `kills` times at random steps and random moments within them, then run to the end in this process."""
-    done = 0
+    generator, done = random.Random(seed), 0
     for _ in range(kills):
+        step, seconds = done + generator.randrange(1, 14), generator.random() * 0.2
+        print(f"seed {seed}: SIGKILL {seconds:.3f} s after step {step}")
         process = start(output)
-        if wait_for_step(process, output, done + generator.randrange(1, 14)):
-            time.sleep(generator.random() * 0.2)
+        if wait_for_step(process, output, step):
+            time.sleep(seconds)
         process.kill()
         process.communicate()
         assert process.returncode == -signal.SIGKILL
@@ -102,7 +104,7 @@ def test_without_any_good_checkpoint_the_run_refuses_to_start_anew(tmp_path):
 
 @pytest.mark.slow
 def test_sigkill_at_random_moments_is_bit_exact(straight, tmp_path):
-    kill_and_resume(tmp_path / "run", random.Random(), kills=2)
+    kill_and_resume(tmp_path / "run", 0, kills=2)
     assert_same_run(tmp_path / "run", straight)
 
 
@@ -110,7 +112,7 @@ def test_sigkill_at_random_moments_is_bit_exact(straight, tmp_path):
 @pytest.mark.parametrize("number", range(10))
 def test_ten_runs_killed_and_resumed(straight, tmp_path, number):
     """The proof of the closing note: `pytest -m very_slow tests/train/test_resume.py`."""
-    kill_and_resume(tmp_path / "run", random.Random(number), kills=2)
+    kill_and_resume(tmp_path / "run", number + 1, kills=2)
     assert_same_run(tmp_path / "run", straight)
 
 

@@ -20,7 +20,8 @@ from tests.support.tiny_run import ROOT, metrics_of, random_batch, run_here, tin
 from train.distributed import init_world, local_part, shard_model
 from train.run_control import StopSignal, TrainingError
 from train.run_logging import MetricsFile, RunFolderError, cut_metrics, open_run_folder, plot_losses
-from train.sft_loop import SFTConfig, train_sft, train_step
+from train.sft_config import SFTConfig
+from train.sft_loop import SFTData, train_sft, train_step
 
 
 @pytest.fixture
@@ -35,16 +36,8 @@ def sharded(world, **changes):
 
 
 def one_step(model, optimizer, batches, world, *, normalization="token_mean", step=1):
-    return train_step(
-        model,
-        optimizer,
-        batches,
-        world,
-        step=step,
-        loss_normalization=normalization,
-        max_grad_norm=0.0,
-        gradient_sync="last",
-    )
+    config = SFTConfig(loss_normalization=normalization, max_grad_norm=0.0)
+    return train_step(config, model, optimizer, batches, world, step=step)
 
 
 def encoded_rows(normalization):
@@ -148,15 +141,8 @@ def run_loop(world, output, *, optimizer=None, total_steps=6, **settings):
     shard_model(model, world, dtype="float32")
     optimizer = optimizer(model) if optimizer else torch.optim.SGD(model.parameters(), lr=0.1)
     config = SFTConfig(output=str(output), loss_normalization="token_mean", plot="off", **settings)
-    result = train_sft(
-        config,
-        model,
-        optimizer,
-        world,
-        step_batches=lambda step: [random_batch(step)],
-        total_steps=total_steps,
-        sources={"data": "random"},
-    )
+    data = SFTData(lambda step: [random_batch(step)], total_steps, {"data": "random"})
+    result = train_sft(config, data, model, optimizer, world)
     return result, model, optimizer
 
 
@@ -196,7 +182,7 @@ def test_a_signal_finishes_the_step_saves_and_says_so(world, tmp_path, capsys):
     shard_model(model, world, dtype="float32")
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     config = SFTConfig(output=str(tmp_path), loss_normalization="token_mean", checkpoint_every=0)
-    result = train_sft(config, model, optimizer, world, step_batches=batches, total_steps=6, sources={})
+    result = train_sft(config, SFTData(batches, 6, {}), model, optimizer, world)
     assert (result.step, result.stopped_by) == (3, signal.SIGTERM)
     assert (tmp_path / "checkpoints" / "step_00000003").is_dir()
     assert "stopped by SIGTERM after step 3 of 6" in capsys.readouterr().out
@@ -228,7 +214,7 @@ def test_non_finite_stop_keeps_the_last_checkpoint(world, tmp_path):
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     config = SFTConfig(output=str(tmp_path), loss_normalization="token_mean", checkpoint_every=1)
     with pytest.raises(TrainingError, match="step 4: found loss nan"):
-        train_sft(config, model, optimizer, world, step_batches=batches, total_steps=6, sources={})
+        train_sft(config, SFTData(batches, 6, {}), model, optimizer, world)
     assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["step_00000002", "step_00000003"]
     assert [row["step"] for row in metrics_of(tmp_path)] == [1, 2, 3]
 

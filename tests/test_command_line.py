@@ -10,7 +10,7 @@ import pytest
 from command_line import ConfigError, read_config
 from rl.ppo_config import PPOConfig
 from tests.support.tiny_run import ROOT, run_process
-from train.sft_loop import SFTConfig
+from train.sft_config import SFTConfig
 
 
 def read(*arguments: str) -> SFTConfig:
