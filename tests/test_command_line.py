@@ -68,7 +68,7 @@ def test_wrong_flags(arguments, message):
     ("text", "line", "message"),
     [
         ('{\n "seed": 1,\n "sede": 2\n}', 3, "found unknown key 'sede', expected one of activation_checkpointing"),
-        ('{\n "seed": 1,\n}', 3, "found malformed JSON"),
+        ('{\n "seed": 1\n "epochs": 2\n}', 3, "found malformed JSON"),
         ('{\n "seed": true}', 2, "found seed = true, expected a whole number"),
         ('{"seed": "1"}', 1, 'found seed = "1", expected a whole number'),
         ('{"seed": 1.0}', 1, "found seed = 1.0, expected a whole number"),
@@ -87,6 +87,13 @@ def test_wrong_files_name_file_and_line(tmp_path, text, line, message):
     with pytest.raises(ConfigError) as caught:
         read("--config", str(path))
     assert str(caught.value).startswith(f"{path}:{line}: ") and message in str(caught.value)
+
+
+def test_a_trailing_comma_is_an_error_at_the_comma_or_after_it(tmp_path):
+    """Python 3.13 points at the comma, earlier versions at the brace that follows it."""
+    path = write(tmp_path, '{\n "seed": 1,\n}')
+    with pytest.raises(ConfigError, match=rf"^{re.escape(str(path))}:[23]: found malformed JSON "):
+        read("--config", str(path))
 
 
 def test_deeply_nested_json_is_an_error_not_a_crash(tmp_path):
