@@ -4,11 +4,13 @@ Adverse-effect masking, key-token weights and normalisation all arrive as one fl
 computes `sum_i w_i * (logsumexp_i - logit_i[target_i])` and its gradients (docs/math.md, E9-E11).
 
 Public functions choose rows. Operators (torch.library) hold forward and backward: torch.compile sees one node each, and
-what depends on the data (checks of targets, number of chunks) stays inside. One seam touches logits: PyTorch's
-operators, or with backend="cuda" the kernels of train/cuda/launch.py.
+what depends on the data (checks of targets, number of chunks) stays inside. Only `chunk_loss_and_gradient_` touches a
+chunk of logits, or with backend="cuda" its twin in train/cuda/launch.py.
 
 Shape legend: M rows (tokens of a micro-batch), K rows with weight != 0, C rows of one chunk, D model dim, V vocabulary.
 """
+
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -26,7 +28,10 @@ MAX_LOGITS_BYTES = {"cpu": 64 * 2**20, "cuda": 256 * 2**20}
 HALF_IS_SLOW = torch.backends.cpu.get_cpu_capability() in ("DEFAULT", "AVX2")
 
 
-# ---------------------------------------------------------------------------------------------------- public functions
+# ---------------------------------------------------------------------------------------------------------------------
+# Public functions
+
+
 def weighted_cross_entropy(
     logits_MV: Tensor, target_ids_M: Tensor, loss_weights_M: Tensor, *, backend: str = "torch"
 ) -> Tensor:
@@ -73,19 +78,17 @@ def linear_weighted_cross_entropy(
     _check_backend(backend)
     loss_weights_M = loss_weights_M.detach()
     may_inspect = trained_index_K is None or hidden_MD.device.type == "cpu"
-    if trained_index_K is None:
-        index_K = loss_weights_M.nonzero().squeeze(1)
-    else:
-        index_K = _checked_index(loss_weights_M, trained_index_K) if may_inspect else trained_index_K
+    index_K = loss_weights_M.nonzero().squeeze(1) if trained_index_K is None else trained_index_K
+    if may_inspect:
+        index_K = _checked_index(target_ids_M, loss_weights_M, index_K, head_weight_VD.shape[0])
     hidden_KD, target_ids_K, loss_weights_K = _select_rows(hidden_MD, target_ids_M, loss_weights_M, index_K)
     max_rows = _max_rows(hidden_MD, head_weight_VD, chunk_rows, backend)
     loss_weights_K = loss_weights_K.to(_compute_dtype(hidden_MD))
-    row_numbers_K = index_K if may_inspect else None
-    need_hidden, need_head = (torch.is_grad_enabled() and each.requires_grad for each in (hidden_KD, head_weight_VD))
-    inputs = (hidden_KD, head_weight_VD, target_ids_K.long(), loss_weights_K, row_numbers_K)
-    if (need_hidden or need_head) and hidden_KD.shape[0] <= max_rows:
+    needs = [torch.is_grad_enabled() and each.requires_grad for each in (hidden_KD, head_weight_VD)]
+    inputs = (hidden_KD, head_weight_VD, target_ids_K.long(), loss_weights_K)
+    if any(needs) and hidden_KD.shape[0] <= max_rows:
         return _one_piece(*inputs, backend)[0]
-    return _in_chunks(*inputs, max_rows, need_hidden, need_head, backend)[0]
+    return _in_chunks(*inputs, max_rows, needs, backend)[0]
 
 
 def linear_token_logprobs(
@@ -109,7 +112,10 @@ def linear_token_logprobs(
     return _token_logprobs(hidden_MD, head_weight_VD, target_ids_M.long(), max_rows, backend)
 
 
-# -------------------------------------------------------------------------------------------- one chunk of logits: seam
+# ---------------------------------------------------------------------------------------------------------------------
+# One chunk of logits
+
+
 def chunk_loss_and_gradient_(
     logits_CV: Tensor, target_ids_C: Tensor, loss_weights_C: Tensor, need_gradient: bool
 ) -> Tensor:
@@ -130,8 +136,8 @@ def chunk_loss_and_gradient_(
     return loss_C
 
 
-def _seam(backend: str):
-    """The function of a backend for a chunk of logits: same arguments, same result."""
+def _chunk_function(backend: str) -> Callable[[Tensor, Tensor, Tensor, bool], Tensor]:
+    """chunk_loss_and_gradient_ of a backend: same arguments, same result."""
     return cuda_chunk_loss_and_gradient_ if backend == "cuda" else chunk_loss_and_gradient_
 
 
@@ -140,24 +146,24 @@ def _loss_and_gradients(
     head_weight_VD: Tensor,
     target_ids_K: Tensor,
     loss_weights_K: Tensor,
-    *,
     max_rows: int,
-    need_hidden: bool,
-    need_head: bool,
+    needs: list[bool],
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Row losses (K,), gradient of their sum for hidden (hidden's dtype) and for the head (dtype of the arithmetic);
-    a gradient that is not needed has no elements."""
+    """Row losses (K,), gradient of their sum for hidden (hidden's dtype) and for the head (dtype of the arithmetic).
+
+    needs: whether hidden and head need their gradient; one that is not needed has no elements.
+    """
+    need_hidden, need_head = needs
     n_rows = hidden_KD.shape[0]
     chunk_rows = _chunk_rows(n_rows, max_rows)
-    loss_K, grad_hidden_KD, grad_head_VD = _empty_results(
-        hidden_KD, head_weight_VD, loss_weights_K, need_hidden, need_head
-    )
+    loss_K, grad_hidden_KD, grad_head_VD = _empty_results(hidden_KD, head_weight_VD, loss_weights_K, needs)
     grad_head_VD.zero_()
+    in_place = _chunk_function(backend)
     for start in range(0, n_rows, chunk_rows):
         rows = slice(start, start + chunk_rows)
         logits_CV = _matmul(hidden_KD[rows], head_weight_VD.T)
-        loss_K[rows] = _seam(backend)(logits_CV, target_ids_K[rows], loss_weights_K[rows], need_hidden or need_head)
+        loss_K[rows] = in_place(logits_CV, target_ids_K[rows], loss_weights_K[rows], any(needs))
         if need_hidden:
             _matmul(logits_CV, head_weight_VD, out=grad_hidden_KD[rows])  # E11
         if need_head:
@@ -166,9 +172,10 @@ def _loss_and_gradients(
 
 
 def _empty_results(
-    hidden_KD: Tensor, head_weight_VD: Tensor, loss_weights_K: Tensor, need_hidden: bool, need_head: bool
+    hidden_KD: Tensor, head_weight_VD: Tensor, loss_weights_K: Tensor, needs: list[bool]
 ) -> tuple[Tensor, Tensor, Tensor]:
     """What _loss_and_gradients fills."""
+    need_hidden, need_head = needs
     return (
         torch.empty_like(loss_weights_K),
         torch.empty_like(hidden_KD) if need_hidden else hidden_KD.new_empty(0),
@@ -194,7 +201,10 @@ def _add_matmul_(total_VD: Tensor, left_VC: Tensor, right_CD: Tensor) -> None:
         total_VD.addmm_(left_VC.to(total_VD.dtype), right_CD.to(total_VD.dtype))
 
 
-# ------------------------------------------------------------------------------------- operator: loss of given logits
+# ---------------------------------------------------------------------------------------------------------------------
+# Operator: loss of given logits
+
+
 @custom_op("tl_training::logits_loss", mutates_args=())
 def _logits_loss(logits_MV: Tensor, target_ids_M: Tensor, loss_weights_M: Tensor, backend: str) -> Tensor:
     if backend == "cuda":
@@ -247,29 +257,25 @@ def _logits_backward(ctx, grad_loss):
 _logits_loss.register_autograd(_logits_backward, setup_context=_save_logits)
 
 
-# ------------------------------------------------------------------------- operators: linear loss, in one piece or more
+# ---------------------------------------------------------------------------------------------------------------------
+# Operators: linear loss, in one piece or more
+
+
 # Gradients are made in the forward pass, while a chunk's logits are at hand: three matmuls in all, none twice. In one
 # piece the logits' gradient is kept instead and the two matmuls wait for the backward pass, where the factor of the
 # incoming gradient goes into the small matrix: no second copy of the head's gradient.
 @custom_op("tl_training::linear_loss_in_one_piece", mutates_args=())
 def _one_piece(
-    hidden_KD: Tensor,
-    head_weight_VD: Tensor,
-    target_ids_K: Tensor,
-    loss_weights_K: Tensor,
-    row_numbers_K: Tensor | None,
-    backend: str,
+    hidden_KD: Tensor, head_weight_VD: Tensor, target_ids_K: Tensor, loss_weights_K: Tensor, backend: str
 ) -> tuple[Tensor, Tensor]:
     """(loss, gradient of the logits)."""
-    if row_numbers_K is not None:
-        _check_targets(target_ids_K, row_numbers_K, head_weight_VD.shape[0])
     logits_KV = _matmul(hidden_KD, head_weight_VD.T)
-    loss_K = _seam(backend)(logits_KV, target_ids_K, loss_weights_K, True)
+    loss_K = _chunk_function(backend)(logits_KV, target_ids_K, loss_weights_K, True)
     return loss_K.sum(), logits_KV  # E1: over the tokens of a micro-batch; E2-E8 are in the weights
 
 
 @_one_piece.register_fake
-def _(hidden_KD, head_weight_VD, target_ids_K, loss_weights_K, row_numbers_K, backend):
+def _(hidden_KD, head_weight_VD, target_ids_K, loss_weights_K, backend):
     return loss_weights_K.new_empty(()), hidden_KD.new_empty(hidden_KD.shape[0], head_weight_VD.shape[0])
 
 
@@ -284,12 +290,12 @@ def _save_one_piece(ctx, inputs, output) -> None:
 def _one_piece_backward(ctx, grad_loss, _):
     _refuse_double_backward()
     if grad_loss is None:
-        return (None,) * 6
+        return (None,) * 5
     need_hidden, need_head = ctx.needs_input_grad[:2]
     grad_logits_KV, hidden_KD, head_weight_VD = ctx.saved_tensors
     grad_hidden_KD = _matmul(grad_logits_KV, head_weight_VD).mul_(grad_loss) if need_hidden else None  # E11
     grad_head_VD = _matmul(grad_logits_KV.T, hidden_KD * grad_loss) if need_head else None  # E11
-    return grad_hidden_KD, grad_head_VD, None, None, None, None
+    return grad_hidden_KD, grad_head_VD, None, None, None
 
 
 _one_piece.register_autograd(_one_piece_backward, setup_context=_save_one_piece)
@@ -301,33 +307,20 @@ def _in_chunks(
     head_weight_VD: Tensor,
     target_ids_K: Tensor,
     loss_weights_K: Tensor,
-    row_numbers_K: Tensor | None,
     max_rows: int,
-    need_hidden: bool,
-    need_head: bool,
+    needs: list[bool],
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(loss, its gradient for hidden, for the head); see _loss_and_gradients."""
-    if row_numbers_K is not None:
-        _check_targets(target_ids_K, row_numbers_K, head_weight_VD.shape[0])
     loss_K, *gradients = _loss_and_gradients(
-        hidden_KD,
-        head_weight_VD,
-        target_ids_K,
-        loss_weights_K,
-        max_rows=max_rows,
-        need_hidden=need_hidden,
-        need_head=need_head,
-        backend=backend,
+        hidden_KD, head_weight_VD, target_ids_K, loss_weights_K, max_rows, needs, backend
     )
     return loss_K.sum(), *gradients
 
 
 @_in_chunks.register_fake
-def _(
-    hidden_KD, head_weight_VD, target_ids_K, loss_weights_K, row_numbers_K, max_rows, need_hidden, need_head, backend
-):
-    _, *gradients = _empty_results(hidden_KD, head_weight_VD, loss_weights_K, need_hidden, need_head)
+def _(hidden_KD, head_weight_VD, target_ids_K, loss_weights_K, max_rows, needs, backend):
+    _, *gradients = _empty_results(hidden_KD, head_weight_VD, loss_weights_K, needs)
     return loss_weights_K.new_empty(()), *gradients
 
 
@@ -341,7 +334,7 @@ def _save_chunks(ctx, inputs, output) -> None:
 def _chunks_backward(ctx, grad_loss, *_):
     _refuse_double_backward()
     if grad_loss is None:
-        return (None,) * 9
+        return (None,) * 7
     need_hidden, need_head = ctx.needs_input_grad[:2]
     grad_hidden_KD, grad_head_VD = ctx.saved_tensors
     if ctx.backend == "cuda":  # in place: a second backward of this graph is refused by autograd's version counter
@@ -352,7 +345,7 @@ def _chunks_backward(ctx, grad_loss, *_):
     return (
         grad_hidden_KD if need_hidden else None,
         grad_head_VD.to(ctx.head_dtype) if need_head else None,
-        *(None,) * 7,
+        *(None,) * 5,
     )
 
 
@@ -364,22 +357,19 @@ def _scale_(values: Tensor, factor: Tensor) -> None:
     cuda_scale_(values, factor.contiguous())
 
 
-# ------------------------------------------------------------------------------------------ operator: log-probabilities
+# ---------------------------------------------------------------------------------------------------------------------
+# Operator: log-probabilities
+
+
 @custom_op("tl_training::token_logprobs", mutates_args=())
 def _token_logprobs(
     hidden_MD: Tensor, head_weight_VD: Tensor, target_ids_M: Tensor, max_rows: int, backend: str
 ) -> Tensor:
     if backend == "torch":
         _check_targets(target_ids_M, None, head_weight_VD.shape[0])
+    no_gradients = [False, False]
     loss_M, _, _ = _loss_and_gradients(
-        hidden_MD,
-        head_weight_VD,
-        target_ids_M,
-        _ones(hidden_MD),
-        max_rows=max_rows,
-        need_hidden=False,
-        need_head=False,
-        backend=backend,
+        hidden_MD, head_weight_VD, target_ids_M, _ones(hidden_MD), max_rows, no_gradients, backend
     )
     return -loss_M
 
@@ -401,18 +391,10 @@ def _save_token_logprobs(ctx, inputs, output) -> None:
 def _token_logprobs_backward(ctx, grad_logprobs_M):
     """Unreduced: the weighted loss with the incoming gradient, negated, as weights."""
     _refuse_double_backward()
-    need_hidden, need_head = ctx.needs_input_grad[:2]
+    need_hidden, need_head = needs = list(ctx.needs_input_grad[:2])
     hidden_MD, head_weight_VD, target_ids_M = ctx.saved_tensors
     _, grad_hidden_MD, grad_head_VD = _in_chunks(
-        hidden_MD,
-        head_weight_VD,
-        target_ids_M,
-        -grad_logprobs_M,
-        None,
-        ctx.max_rows,
-        need_hidden,
-        need_head,
-        ctx.backend,
+        hidden_MD, head_weight_VD, target_ids_M, -grad_logprobs_M, ctx.max_rows, needs, ctx.backend
     )
     return (
         grad_hidden_MD if need_hidden else None,
@@ -426,7 +408,10 @@ def _token_logprobs_backward(ctx, grad_logprobs_M):
 _token_logprobs.register_autograd(_token_logprobs_backward, setup_context=_save_token_logprobs)
 
 
-# --------------------------------------------------------------------------------------------------- checks and choices
+# ---------------------------------------------------------------------------------------------------------------------
+# Checks and choices
+
+
 def _refuse_double_backward() -> None:
     """Gradients that were made in forward are constants to autograd: their derivative would silently be 0."""
     if torch.is_grad_enabled():
@@ -461,19 +446,23 @@ def _select_rows(rows_MX: Tensor, target_ids_M: Tensor, loss_weights_M: Tensor, 
 
 
 @custom_op("tl_training::checked_index", mutates_args=())
-def _checked_index(loss_weights_M: Tensor, trained_index_K: Tensor) -> Tensor:
-    """The rows with weight != 0, ascending. A wrong index given by the caller would silently train other tokens."""
+def _checked_index(target_ids_M: Tensor, loss_weights_M: Tensor, trained_index_K: Tensor, vocab_size: int) -> Tensor:
+    """The rows with weight != 0, ascending, whose targets are in [0, vocab_size); a ValueError if that is not so.
+
+    A wrong index given by the caller would silently train other tokens.
+    """
     index_K = loss_weights_M.nonzero().squeeze(1)
     if not torch.equal(index_K, trained_index_K):
         raise ValueError(
             f"trained_index_K holds {trained_index_K.numel()} rows, expected the {index_K.numel()} rows "
             "with loss weight != 0 in ascending order"
         )
+    _check_targets(target_ids_M[index_K], index_K, vocab_size)
     return index_K
 
 
 @_checked_index.register_fake
-def _(loss_weights_M, trained_index_K):
+def _(target_ids_M, loss_weights_M, trained_index_K, vocab_size):
     return torch.empty_like(trained_index_K)
 
 

@@ -18,6 +18,7 @@ from tests.train.test_weighted_cross_entropy import make_rows, oracle
 from train.cuda.launch import (
     DTYPES,
     ROW_KERNELS,
+    RowExtras,
     choose_loss_backend,
     cuda_chunk_loss_and_gradient_,
     cuda_row_cross_entropy,
@@ -87,7 +88,9 @@ def test_rows_of_weight_0_and_bad_targets(dtype):
         logits_CV[1] = float("nan")
         target_ids_C[1], target_ids_C[3] = -100, vocab_size
         bad_row = torch.zeros(1, dtype=torch.int32, device=DEVICE)
-        losses_C = cuda_row_cross_entropy(logits_CV, target_ids_C, loss_weights_C, logits_CV, bad_row=bad_row)
+        losses_C = cuda_row_cross_entropy(
+            logits_CV, target_ids_C, loss_weights_C, logits_CV, extras=RowExtras(bad_row=bad_row)
+        )
         assert losses_C.isnan().tolist() == [False, False, False, True, False, False] and losses_C[1] == 0
         assert not logits_CV[1].any() and not logits_CV[3].any() and logits_CV.isfinite().all() and bad_row.item() == 4
 

@@ -32,6 +32,7 @@ from train.cuda.launch import (
     SOURCE,
     STREAM_THREADS,
     LossBackendError,
+    RowExtras,
     check_kernels,
     choose_kernel,
     choose_loss_backend,
@@ -106,8 +107,7 @@ def assert_rows_agree(logits_CV, target_ids_C, loss_weights_C, kernel=None, in_p
         loss_weights_C,
         gradient_CV,
         upstream=upstream,
-        logsumexps_C=found_lse_C,
-        bad_row=bad_row,
+        extras=RowExtras(found_lse_C, bad_row),
         kernel=kernel,
     )
     torch.testing.assert_close(found_C.double(), losses_C, rtol=1e-5, atol=1e-5)
@@ -178,7 +178,9 @@ def check_rows_of_weight_0_are_not_read_and_bad_targets_are_named():
         logits_CV[1] = float("nan")
         target_ids_C[1], target_ids_C[3] = -100, vocab_size
         bad_row = torch.zeros(1, dtype=torch.int32)
-        losses_C = cuda_row_cross_entropy(logits_CV, target_ids_C, loss_weights_C, logits_CV, bad_row=bad_row)
+        losses_C = cuda_row_cross_entropy(
+            logits_CV, target_ids_C, loss_weights_C, logits_CV, extras=RowExtras(bad_row=bad_row)
+        )
         assert losses_C.isnan().tolist() == [False, False, False, True, False, False] and losses_C[1] == 0
         assert not logits_CV[1].any() and not logits_CV[3].any() and logits_CV.isfinite().all()
         assert bad_row.item() == 4
@@ -571,9 +573,12 @@ def test_tensors_that_a_kernel_cannot_take_are_refused(place, wrong, message):
 
 def test_upstream_logsumexps_bad_row_and_factor_are_checked_too():
     rows = random_rows(torch.float32, 3, 8)
-    for name, wrong in (("upstream", torch.ones(2)), ("logsumexps_C", torch.ones(2)), ("bad_row", torch.zeros(1))):
-        with pytest.raises(ValueError, match=name.partition("_C")[0]):
-            cuda_row_cross_entropy(*rows, **{name: wrong})
+    with pytest.raises(ValueError, match="upstream"):
+        cuda_row_cross_entropy(*rows, upstream=torch.ones(2))
+    with pytest.raises(ValueError, match="logsumexps"):
+        cuda_row_cross_entropy(*rows, extras=RowExtras(logsumexps_C=torch.ones(2)))
+    with pytest.raises(ValueError, match="bad_row"):
+        cuda_row_cross_entropy(*rows, extras=RowExtras(bad_row=torch.zeros(1)))
     with pytest.raises(ValueError, match="factor"):
         cuda_scale_(torch.ones(3), torch.ones((), dtype=torch.float64))
     with pytest.raises(ValueError, match="contiguous"):

@@ -40,19 +40,19 @@ def trained_rows(dtype=torch.float64, requires_grad=True):
 
 # --------------------------------------------------------------------------------------------------- torch's own checks
 def test_operators_pass_opcheck():
-    rows, index_K = trained_rows(torch.bfloat16)  # where inputs, losses and gradients have different dtypes
+    rows, _ = trained_rows(torch.bfloat16)  # where inputs, losses and gradients have different dtypes
     hidden_KD, head_weight_VD, target_ids_K, loss_weights_K = rows
     logits_KV = (hidden_KD @ head_weight_VD.T).detach().requires_grad_()
-    opcheck(module_file._one_piece, (*rows, index_K, "torch"))
-    opcheck(module_file._in_chunks, (*rows, index_K, 5, True, True, "torch"))
-    opcheck(module_file._in_chunks, (hidden_KD.detach(), *rows[1:], None, 5, False, True, "torch"))
+    opcheck(module_file._one_piece, (*rows, "torch"))
+    opcheck(module_file._in_chunks, (*rows, 5, [True, True], "torch"))
+    opcheck(module_file._in_chunks, (hidden_KD.detach(), *rows[1:], 5, [False, True], "torch"))
     opcheck(module_file._token_logprobs, (*rows[:3], 5, "torch"))
     opcheck(module_file._logits_loss, (logits_KV, target_ids_K, loss_weights_K, "torch"))
     opcheck(
         module_file._logits_gradient,
         (torch.ones((), dtype=loss_weights_K.dtype), logits_KV.detach(), target_ids_K, loss_weights_K, "torch"),
     )
-    opcheck(module_file._checked_index, (loss_weights_K, torch.arange(12)))
+    opcheck(module_file._checked_index, (target_ids_K, loss_weights_K, torch.arange(12), len(head_weight_VD)))
 
 
 def test_operators_of_the_linear_loss_save_no_second_copy():

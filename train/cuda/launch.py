@@ -9,6 +9,7 @@ Shape legend: C rows of logits, V vocabulary.
 from __future__ import annotations
 
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -128,6 +129,13 @@ def choose_kernel(dtype: torch.dtype, vocab_size: int, *matrices: Tensor) -> tup
     return f"wce_stream_{DTYPES[dtype]}", STREAM_THREADS
 
 
+class RowExtras(NamedTuple):
+    """What a kernel also writes where there is a tensor for it."""
+
+    logsumexps_C: Tensor | None = None  # fp32
+    bad_row: Tensor | None = None  # one int32, 0 before: 1 + the last row with a weight and a target outside [0, V)
+
+
 def cuda_row_cross_entropy(
     logits_CV: Tensor,
     target_ids_C: Tensor,
@@ -135,16 +143,15 @@ def cuda_row_cross_entropy(
     gradient_CV: Tensor | None = None,
     *,
     upstream: Tensor | None = None,
-    logsumexps_C: Tensor | None = None,
-    bad_row: Tensor | None = None,
+    extras: RowExtras = RowExtras(),
     kernel: tuple[str, int] | None = None,
 ) -> Tensor:
     """Weighted cross-entropy of each row, (C,) fp32 (E9); gradient_CV, if given, receives its gradient (E10).
 
     Args: logits bf16, fp16 or fp32, rows contiguous, untouched unless gradient_CV is the same tensor; target ids int64;
-    weights fp32; upstream: one fp32 number on the device that multiplies the gradient before it is rounded. Also
-    written, where given: logsumexps_C fp32; bad_row, one int32 that must be 0: the last row with a weight whose target
-    is outside [0, V), plus 1. Such a row has loss nan and gradient 0. kernel: another one than choose_kernel's.
+    weights fp32; upstream: one fp32 number on the device that multiplies the gradient before it is rounded; extras are
+    written where given; kernel: another one than choose_kernel's. A row with a weight whose target is outside [0, V)
+    has loss nan and gradient 0.
     Raises ValueError for tensors that a kernel cannot take, CudaKernelError for a failed launch.
     """
     _check_matrix("logits", logits_CV, logits_CV)
@@ -154,8 +161,8 @@ def cuda_row_cross_entropy(
     _check_vector("target ids", target_ids_C, torch.int64, n_rows, logits_CV)
     _check_vector("loss weights", loss_weights_C, torch.float32, n_rows, logits_CV)
     _check_vector("upstream", upstream, torch.float32, 1, logits_CV)
-    _check_vector("logsumexps", logsumexps_C, torch.float32, n_rows, logits_CV)
-    _check_vector("bad_row", bad_row, torch.int32, 1, logits_CV)
+    _check_vector("logsumexps", extras.logsumexps_C, torch.float32, n_rows, logits_CV)
+    _check_vector("bad_row", extras.bad_row, torch.int32, 1, logits_CV)
     losses_C = torch.empty(n_rows, dtype=torch.float32, device=logits_CV.device)
     if n_rows == 0:
         return losses_C
@@ -178,8 +185,8 @@ def cuda_row_cross_entropy(
             (POINTER, loss_weights_C.data_ptr()),
             (POINTER, _address(upstream)),
             (POINTER, losses_C.data_ptr()),
-            (POINTER, _address(logsumexps_C)),
-            (POINTER, _address(bad_row)),
+            (POINTER, _address(extras.logsumexps_C)),
+            (POINTER, _address(extras.bad_row)),
         ),
     )
     return losses_C
