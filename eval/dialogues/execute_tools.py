@@ -1,7 +1,7 @@
-"""Run Python code that a model wrote, as ToolEyes' `execute_pycode` does. Only for inside the sandbox.
+"""Run Python code that a model wrote, as ToolEyes' `execute_pycode` does. For use inside the sandbox only.
 
 eval/sandbox/tool_server.py calls this in the process of one call, after its limits are in force; nothing else may
-(tests/eval/test_hostile_tools.py looks). Python's own interactive interpreter runs the code.
+(tests/eval/test_hostile_tools.py checks). Python's own interactive interpreter runs the code.
 """
 
 import ast
@@ -19,7 +19,7 @@ class _Output(io.TextIOBase):
         self.text, self.room = "", MAX_TEXT_CHARACTERS
 
     def write(self, piece: str) -> int:
-        """Like that of any text file; what has no room is thrown away."""
+        """As for any text file; what does not fit is discarded."""
         kept = piece[: self.room]
         self.text += kept
         self.room -= len(kept)
@@ -27,7 +27,7 @@ class _Output(io.TextIOBase):
 
 
 class _Interpreter(code.InteractiveInterpreter):
-    """Hands on what the code raises, instead of writing a traceback."""
+    """Raises what the code raises, instead of writing a traceback."""
 
     def showtraceback(self) -> None:
         raise sys.exc_info()[1]
@@ -39,7 +39,7 @@ class _Interpreter(code.InteractiveInterpreter):
 def answer_code(source: str) -> list:
     """["value", what the code wrote] or ["raised", the text of what it raised], at most MAX_TEXT_CHARACTERS of it.
 
-    After what it prints comes the value of its last line if that is an expression, as at Python's prompt.
+    What it prints is followed by the value of its last line if that is an expression, as at Python's prompt.
     """
     output = _Output()
     kept, sys.stdout, sys.stderr = sys.stdout, output, output
@@ -51,8 +51,8 @@ def answer_code(source: str) -> list:
         if last is not None:
             interpreter.runsource(ast.unparse(last) + "\n", "code", "single")
     except SystemExit:
-        pass  # the code said that it is done
-    except BaseException as error:  # noqa: BLE001 - of any class, also one that the code wrote
+        pass  # the code ended itself
+    except BaseException as error:  # noqa: BLE001 - of any class, including one that the code defines
         return ["raised", _text_of(error)]
     finally:
         sys.stdout = kept

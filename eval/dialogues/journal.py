@@ -1,4 +1,4 @@
-"""Dialogues on disk: what is asked, the journal while they run, the finished prediction file (docs/multi_turn.md).
+"""Dialogues on disk: the tasks, the journal while they run, the finished prediction file (docs/multi_turn.md).
 
     PREDICTIONS/<name>.rank<r>.jsonl  journal of rank r (0 too): a line per turn and one per end, flushed as they come
     PREDICTIONS/<name>.jsonl          finished dialogues, one line each, sorted by index
@@ -8,7 +8,7 @@
     end    {"index": 0, "end": "finish", "error": ""}
     whole  {"index": 0, "turns": [{"output", "calls", "fault"}], "end": "finish", "error": "", "format": "tl"}
 
-A kill leaves at most one partial line per journal, which is dropped; any number of ranks can take up the rest.
+A kill leaves at most one partial line per journal, which is dropped; any number of ranks can continue.
 """
 
 import json
@@ -23,32 +23,32 @@ from data.json_records import DataError, read_json_lines, write_json_lines
 from data.trajectories import Message
 
 END_REASONS = ("finish", "max_turns", "prompt_too_long", "refused")
-# Who answered a call: a tool runtime, the fixed reply to ask_to_user, nobody (finish).
+# Who answered a call: a tool runtime, the fixed reply to ask_to_user, or no one (finish).
 EXECUTORS = ("local", "simulated", "recorded", "user", "")
 
 
 @dataclass(slots=True)
 class DialogueTask:
-    """One record of a multi-turn benchmark: what the dialogue begins with."""
+    """One record of a multi-turn benchmark: the start of a dialogue."""
 
     index: int  # position in the benchmark's file, from 0
-    id: str  # the benchmark's own name of the record; need not be unique
+    id: str  # the benchmark's own name for the record; not necessarily unique
     tools: list[dict]  # offered tools, OpenAI function dicts
     messages: list[Message]  # the user's query
     tool_set: str  # which tools answer: "toolbox", or ToolEyes' path as in "Random/Random"
-    meta: dict  # whatever else the record says, e.g. scenario
+    meta: dict  # anything else in the record, e.g. scenario
 
 
 @dataclass(slots=True)
 class RecordedDialogue:
-    """What was said in one dialogue so far."""
+    """One dialogue so far."""
 
     index: int
     turns: list[dict] = field(default_factory=list)  # {"output", "calls", "fault"}
-    end: str = ""  # one of END_REASONS, "" while it goes on
+    end: str = ""  # one of END_REASONS, "" while it runs
     error: str = ""  # the endpoint's words where it refused
     format: str = ""  # of the outputs; "" in a journal
-    line: int = 0  # where it stands in its file, for messages
+    line: int = 0  # its line in the file, for messages
 
 
 # ---------------------------------------------------------------------------------------------------- prediction files
@@ -68,7 +68,7 @@ def dialogue_row(dialogue: RecordedDialogue, prompt_format: str) -> dict:
 def read_dialogues(path: Path) -> tuple[list[RecordedDialogue], bool]:
     """The dialogues of a prediction file, and whether a partial last line was dropped.
 
-    Raises DataError with `file:line` for anything malformed, also an index twice.
+    Raises DataError with `file:line` for anything malformed, including a repeated index.
     """
     rows, has_dropped = read_json_lines(path, drop_partial_last_line=True)
     dialogues: dict[int, RecordedDialogue] = {}
@@ -88,7 +88,7 @@ def match_dialogues(
 ) -> list[RecordedDialogue]:
     """The dialogues of records 0, 1, ... in order: one for each of the first `limit` (None: all) of `count` records.
 
-    Raises DataError for an index outside the benchmark or records without dialogue.
+    Raises DataError for an index outside the benchmark, or if a record has no dialogue.
     """
     by_index = {dialogue.index: dialogue for dialogue in dialogues}
     for dialogue in dialogues:
@@ -202,7 +202,7 @@ def journal_file(path: Path, rank: int) -> Path:
 
 
 def journal_files(path: Path) -> list[Path]:
-    """The journals that there are."""
+    """The journals that exist."""
     return sorted(path.parent.glob(f"{path.stem}.rank[0-9]*.jsonl"))
 
 
@@ -231,7 +231,7 @@ def read_journals(path: Path) -> tuple[dict[int, RecordedDialogue], int]:
                     raise DataError(f"{where}: found turn {_shown(number)}, expected an integer from 1")
                 turn = _turn(row, where)
                 is_new = turns.setdefault((index, number), turn) == turn
-            if not is_new:  # equal ones come from a kill while journals were put together
+            if not is_new:  # equal ones come from a kill while journals were merged
                 raise DataError(f"{where}: found a second, different record of this turn of index {index}")
     return _in_order(path, turns, ends, finished), dropped
 
@@ -253,7 +253,7 @@ def _in_order(
 
 
 def join_journals(path: Path, dialogues: Iterable[RecordedDialogue]) -> None:
-    """Put `dialogues`, what read_journals gave, into the journal of rank 0 and remove the other ranks' journals."""
+    """Write what read_journals returned to the journal of rank 0 and remove the other ranks' journals."""
     rows: list[dict] = []
     for dialogue in dialogues:
         rows += [{"index": dialogue.index, "turn": number, **turn} for number, turn in enumerate(dialogue.turns, 1)]
@@ -283,7 +283,7 @@ def close_journals(path: Path, prompt_format: str) -> list[RecordedDialogue]:
 class DialogueJournal:
     """The journal that one rank appends to, and what all ranks had recorded when it was opened.
 
-    State: the open file, a lock (threads of an endpoint append side by side), the recorded dialogues by index.
+    State: the open file, a lock (threads of an endpoint append concurrently), the recorded dialogues by index.
     """
 
     def __init__(self, path: Path, *, rank: int, recorded: dict[int, RecordedDialogue]) -> None:
@@ -299,7 +299,7 @@ class DialogueJournal:
         return dialogue.turns[number - 1] if dialogue is not None and number <= len(dialogue.turns) else None
 
     def add_turn(self, index: int, number: int, turn: dict) -> None:
-        """Append a turn and hand it to the system at once."""
+        """Append a turn and flush it at once."""
         self._write({"index": index, "turn": number, **turn})
 
     def add_end(self, index: int, end: str, error: str = "") -> None:

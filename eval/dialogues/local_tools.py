@@ -3,9 +3,10 @@
     LOCAL_TOOLS      (tool set, tool) -> what a call of it needs from the sandbox
     answer_request   run one call whose name and parameters the documents allow; in the sandbox only
 
-Written from the tools' documents, one function per tool with the documents' parameter names. A tool has no clock and no
-chance: "today" is in the request, random tools are seeded by tool, arguments and attempt. Arguments come from models:
-numbers often as strings, as all documents of ToolEyes say. What a tool cannot do it raises; the text goes to the model.
+Written from the tools' documents, one function per tool with the documents' parameter names. A tool uses no clock and
+no global randomness: "today" is in the request, and random tools are seeded by tool, arguments and attempt. Arguments
+come from models, with numbers often as strings, as all documents of ToolEyes say. A tool raises for what it cannot do;
+the text goes to the model.
 """
 
 import hashlib
@@ -22,8 +23,8 @@ from datetime import date, timedelta
 from toolbox.world import execute
 
 TOOLBOX = "toolbox"  # the tool set of the toolbox world, whose tools come with the request
-# What a call needs: nothing (a pure function), a folder, to run Python code there, or programs. What a machine cannot
-# give makes the tool not local there (docs/multi_turn.md).
+# What a call needs: nothing (a pure function), a folder, Python code run in it, or programs. Where a machine cannot
+# provide it, the tool is not local (docs/multi_turn.md).
 LOCAL_TOOLS = {
     ("Random/Random", "get_random_number"): "nothing",
     ("Random/Random", "get_uuid"): "nothing",
@@ -47,7 +48,7 @@ MAX_LENGTH = 65535  # of a random string
 MIN_PASSWORD_LENGTH = 6
 MAX_DIGITS = 300  # of an exact result of the calculator
 MAX_NESTING = 50  # brackets in an expression
-MAX_RESULT_CHARACTERS = 16384  # beyond what any feedback shows
+MAX_RESULT_CHARACTERS = 16384  # longer than any feedback
 DEFAULT_FILE = "output.txt"  # of write_file without a path
 
 _TRUE, _FALSE = ("true", "1", "yes"), ("false", "0", "no", "none", "")
@@ -84,7 +85,7 @@ def _run(request: dict) -> object:
 
 
 def seed_of(*parts: object) -> int:
-    """An integer that depends on the JSON of `parts` alone, the order of keys in them aside."""
+    """An integer that depends only on the JSON of `parts`, not on the order of its keys."""
     text = json.dumps(parts, sort_keys=True)
     return int.from_bytes(hashlib.sha256(text.encode("ascii")).digest()[:8], "big")
 
@@ -124,7 +125,7 @@ def generate_string(rng: random.Random, len: object = 10, cnt: object = 1) -> li
 
 
 def generate_password(rng: random.Random, len: object = 12, cnt: object = 1) -> list[str]:
-    """`cnt` passwords of `len` characters, each with a letter, a digit and a punctuation mark at least."""
+    """`cnt` passwords of `len` characters, each with at least a letter, a digit and a punctuation mark."""
     length, kinds = (
         _whole(len, "len", MIN_PASSWORD_LENGTH, MAX_LENGTH),
         (string.ascii_letters, string.digits, string.punctuation),
@@ -220,9 +221,9 @@ def _file_error(error: Exception, path: object) -> str:
 
 
 def _path_inside(path: object) -> str:
-    """The real path of a file in the working folder, links followed. Outside of it there is nothing, so it says.
+    """The real path of a file in the working folder, links followed. Raises as if nothing existed outside it.
 
-    The sandbox forbids what this would let through; this is what gives the same words on every machine.
+    The sandbox forbids what this check would miss; this check gives the same words on every machine.
     """
     if not isinstance(path, str):
         raise TypeError(f"file_path must be a string, not {type(path).__name__}")
@@ -337,7 +338,7 @@ def _later(text: str, days: object) -> str:
 # ----------------------------------------------------------------------------------------------------- finance, travel
 
 
-# Symbols of the public interface that the set asks (Alpha Vantage); the descriptions are ours.
+# Symbols of the public interface that the tool set calls (Alpha Vantage); the descriptions are ours.
 INDICATORS = {
     "SMA": "Simple moving average: the mean price over a number of periods.",
     "EMA": "Exponential moving average: a mean that weighs recent prices more, with exponentially falling weights.",
@@ -351,7 +352,7 @@ INDICATORS = {
     "T3": "Tillson's T3: a smooth moving average made of several EMAs.",
     "MACD": "Moving average convergence / divergence: the difference of a fast and a slow EMA, with a signal line.",
     "MACDEXT": "MACD whose three moving averages may be of any kind.",
-    "STOCH": "Stochastic oscillator: where the close stands in the recent range, smoothed.",
+    "STOCH": "Stochastic oscillator: where the close is in the recent range, smoothed.",
     "STOCHF": "Fast stochastic oscillator: the stochastic oscillator without the second smoothing.",
     "RSI": "Relative strength index: gains against losses over a number of periods, from 0 to 100.",
     "STOCHRSI": "Stochastic RSI: the stochastic oscillator of the RSI.",
@@ -383,14 +384,14 @@ INDICATORS = {
     "TRANGE": "True range: the period's range, a gap to the last close included.",
     "ATR": "Average true range: the mean true range, a measure of volatility.",
     "NATR": "Normalised average true range: the ATR in percent of the close.",
-    "AD": "Chaikin's accumulation / distribution line: volume added up by where the close stands in the range.",
+    "AD": "Chaikin's accumulation / distribution line: volume added up by where the close is in the range.",
     "ADOSC": "Chaikin's oscillator: a fast less a slow EMA of the accumulation / distribution line.",
     "OBV": "On balance volume: volume added on days up, taken off on days down.",
     "HT_TRENDLINE": "Hilbert transform, instantaneous trend line: the price without its dominant cycle.",
     "HT_SINE": "Hilbert transform, sine wave: the phase of the dominant cycle as two sine waves.",
     "HT_TRENDMODE": "Hilbert transform, trend or cycle: 1 in a trend, 0 in a cycle.",
     "HT_DCPERIOD": "Hilbert transform, dominant cycle period: the length of the cycle in periods.",
-    "HT_DCPHASE": "Hilbert transform, dominant cycle phase: where in the cycle the price stands, in degrees.",
+    "HT_DCPHASE": "Hilbert transform, dominant cycle phase: where in the cycle the price is, in degrees.",
     "HT_PHASOR": "Hilbert transform, phasor components: the cycle as an in-phase and a quadrature part.",
 }
 
@@ -436,12 +437,12 @@ _PLAIN_TOOLS = {
 
 
 def shell_command(arguments: dict) -> list[str]:
-    """The program and its arguments for execute_bash_code: a new shell for every call, the folder stays."""
+    """The program and its arguments for execute_bash_code: a new shell for every call in the same folder."""
     return ["/bin/bash", "-c", str(arguments["commands"]).replace("\0", "")]
 
 
 def shell_result(arguments: dict, exit_code: int, output: str) -> tuple[bool, str]:
-    """(whether it succeeded, the text) of a shell's output. Its errors are told by their exit code alone, unless the
+    """(whether it succeeded, the text) of a shell's output. An error is reported by its exit code alone, unless the
     parameter that the document calls `return_err_outputpersistent=False` asks for the output."""
     if exit_code and not is_true(arguments.get("return_err_outputpersistent=False", False)):
         command = str(arguments["commands"])[:200]

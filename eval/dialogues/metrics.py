@@ -1,10 +1,10 @@
 """DE, CE and VA of dialogues (E32 to E35, docs/multi_turn.md): pure functions, no files, no model.
 
 The unit of DE and CE is one attempted call: every call of a turn but `finish` and `ask_to_user`, and every output that
-is no call at all. The documents judge it first, the feedback second (data/error_filter.py).
+is not a call at all. The documents judge it first, the feedback second (data/error_filter.py).
     DE   documentation understanding error: tool or parameter not documented, required parameter absent
     CE   tool call error: any other error of a call, and outputs that do not parse
-    VA   valid answer: the dialogue ends with the model's own `finish` in time, whose answer is one and no give-up
+    VA   valid answer: the dialogue ends in time with the model's own `finish`, whose answer is valid and not a give-up
 """
 
 import math
@@ -17,12 +17,12 @@ from data.tool_calls import ToolCall
 from eval.confidence import Z_95, wilson_interval
 from eval.dialogues.journal import EXECUTORS, DialogueTask, RecordedDialogue
 
-MAX_TURNS = 9  # outputs that a model has for one dialogue (paper, section 4.3; ToolEyes' own loop has as many)
+MAX_TURNS = 9  # outputs of a model per dialogue (paper, section 4.3; the same in ToolEyes' own loop)
 DE_CATEGORIES = ("tool_hallucination", "parameter_hallucination", "parameter_missing")
 CE_CATEGORIES = ("tool_call_failure", "tool_instability", "unparsable")
-ANSWER_KEYS = ("answer", "final_answer")  # the second is that of ToolLLaMA's own `Finish`
-# An answer that holds one of these, whatever the letter case, is none. The first is what ToolEyes' prompt asks for
-# where a task cannot be done, and what its loop writes when it breaks off; the last is ToolLLaMA's own word.
+ANSWER_KEYS = ("answer", "final_answer")  # the second belongs to ToolLLaMA's own `Finish`
+# An answer that holds one of these, in any letter case, is not valid. ToolEyes' prompt asks for the first where a task
+# cannot be done, and its loop writes it when it breaks off; the last is ToolLLaMA's own phrase.
 GIVE_UPS = (
     "cannot handle the task",
     "can not handle the task",
@@ -76,7 +76,7 @@ def _gives_up(value: object) -> bool:
 
 
 def score_dialogue(dialogue: RecordedDialogue, task: DialogueTask, max_turns: int) -> dict:
-    """The results row: attempted calls, those with DE and with CE, whether there are such (0 or 1), VA, categories."""
+    """The results row: attempted calls, calls with DE and with CE, whether there are any (0 or 1), VA, categories."""
     categories = call_categories(dialogue, task.tools)
     n_de = sum(category in DE_CATEGORIES for category in categories)  # E32
     n_ce = sum(category in CE_CATEGORIES for category in categories)  # E33
@@ -164,12 +164,12 @@ def clustered_interval(errors: Sequence[int], calls: Sequence[int], z: float) ->
 
         p = X / M,  X = sum x_i,  M = sum m_i,  D = max(1, sum (x_i - p m_i)^2 / (p (1 - p) M)),  Wilson at n = M / D
 
-    Calls of one dialogue fail together: a model that does not understand a tool calls it nine times. Taken for
-    independent they give intervals that are too narrow, so Wilson's interval is that of M / D calls instead of M, D
-    the design effect, the variance of p between dialogues over the binomial one (Kish 1965; ratio estimator, Cochran
-    1977, section 6.3). With one call per dialogue D = 1. At p = 0, at p = 1 and with one dialogue nothing shows how
-    calls hang together; n is then the number of dialogues with a call, as if each were one throw. (0, 1) without
-    calls. Raises ValueError unless 0 <= x_i <= m_i.
+    Calls of one dialogue fail together: a model that does not understand a tool calls it nine times. If they were
+    treated as independent, intervals would be too narrow. So Wilson's interval is taken for M / D calls instead of M,
+    where D is the design effect: the variance of p between dialogues over the binomial one (Kish 1965; ratio estimator,
+    Cochran 1977, section 6.3). With one call per dialogue D = 1. At p = 0, at p = 1 and with one dialogue nothing shows
+    how strongly calls depend on each other; n is then the number of dialogues with a call, as if each were one trial.
+    (0, 1) without calls. Raises ValueError unless 0 <= x_i <= m_i.
     """
     if len(errors) != len(calls) or any(not 0 <= x <= m for x, m in zip(errors, calls)):
         raise ValueError(f"found {sum(errors)} errors of {sum(calls)} calls, expected 0 <= errors <= calls everywhere")

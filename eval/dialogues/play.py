@@ -1,8 +1,8 @@
 """Dialogues with tools: a model or an endpoint, at most nine turns, batched, journaled, resumed (docs/multi_turn.md).
 
 One turn is one output of the model. Its calls are answered in order; `finish` ends the dialogue, `ask_to_user` gets a
-fixed reply, an output that is no call gets a reminder of the format. Who answers the other calls is the `execute` of
-eval/dialogues/tools.py. The model's own text stands in its later prompts word for word.
+fixed reply, an output that is not a call gets a reminder of the format. `execute` of eval/dialogues/tools.py answers
+the other calls. Later prompts repeat the model's own text word for word.
 """
 
 import hashlib
@@ -47,14 +47,14 @@ from model.dialogue_decoding import DialogueDecoder
 from model.tokenizer import Tokenizer
 from model.transformer import Transformer
 
-USER_REPLY = "Please proceed with the information I gave you."  # to every ask_to_user: there is no human
+USER_REPLY = "Please proceed with the information I gave you."  # the answer to every ask_to_user: there is no human
 FORMAT_REMINDER = (
     "Your output format does not match the specified format, please revise your answer to follow the desired format."
 )
 
 
 def format_reminder(prompt_format: str) -> str:
-    """The user message after an output that is no call; data.error_filter takes it for `unparsable`."""
+    """The user message after an output that is not a call; data.error_filter reads it as `unparsable`."""
     form = FORMATS[prompt_format].reminder
     return f"{FORMAT_REMINDER}\n\n{form}" if form else FORMAT_REMINDER
 
@@ -73,9 +73,9 @@ def is_question(name: str) -> bool:
 
 
 class Dialogue:
-    """One dialogue as it goes.
+    """One running dialogue.
 
-    State: its messages so far, the number of its turns, how often each call was made, how it ended ("" while it goes).
+    State: its messages so far, the number of its turns, how often each call was made, how it ended ("" while it runs).
     """
 
     def __init__(
@@ -102,10 +102,10 @@ class Dialogue:
         return self._journal.recorded_turn(self.task.index, self.n_turns + 1)
 
     def take_turn(self, output: str, *, is_cut: bool) -> None:
-        """Let the model have said `output`, cut at max_new_tokens or not: answer its calls, journal the turn.
+        """Take the model's `output`, cut at max_new_tokens or not: answer its calls, journal the turn.
 
-        A recorded turn is not journaled again and its feedback stands; only local tools run once more, for the files
-        that they leave for later calls. Raises DataError where the recorded output or what was read from it is another.
+        A recorded turn is not journaled again and keeps its feedback; only local tools run once more, for the files
+        that later calls may need. Raises DataError where the recorded output, or what was read from it, differs.
         """
         recorded = self.recorded_turn()
         calls, fault = self._read(output, is_cut)
@@ -132,7 +132,7 @@ class Dialogue:
             self.close("max_turns")
 
     def close(self, end: str, error: str = "") -> None:
-        """End the dialogue, in the journal too; its tools' files go."""
+        """End the dialogue, in the journal too; its tools' files are removed."""
         self.end = end
         if forget := getattr(self._execute, "forget", None):  # a bare function may answer too
             forget(self.task.index)
@@ -190,10 +190,10 @@ def complete_dialogues(
     prompt_format: str,
     rank: int,
 ) -> list[str]:
-    """Bring the prediction file `path` to one dialogue per task; what its journals hold is not asked again.
+    """Complete the prediction file `path` to one dialogue per task; what its journals hold is not asked again.
 
-    All ranks call it with the same tasks. `run(missing, journal)` has this rank's share of the missing dialogues, given
-    whole, and ends each in the journal. Returns notices for the user. Raises DataError, on all ranks, for journals that
+    All ranks call it with the same tasks. `run(missing, journal)` gets all missing dialogues, runs this rank's share of
+    them, and ends each in the journal. Returns notices for the user. Raises DataError, on all ranks, for journals that
     cannot be continued, and whatever `run` raises; the turns made before are in the journal.
     """
     # 1. What earlier processes left becomes one journal, before any rank appends to its own.
@@ -270,15 +270,16 @@ def run_dialogues_with_model(
     max_dialogue_tokens: int | None = None,
     decoder: DialogueDecoder | None = None,
 ) -> None:
-    """Run this rank's share of the dialogues with a model of ours, batch_size of them side by side.
+    """Run this rank's share of the dialogues with a model of ours, batch_size of them at a time.
 
-    Live dialogues decode together. One whose response ends gets its feedback and asks again at once; one that ends
-    gives its row to the next waiting one. A dialogue depends on its own history alone, so neither batch_size nor ranks
-    change it; recorded turns are decoded again, compared, and go on. A prompt that leaves less than max_new_tokens of
-    max_dialogue_tokens (None: the model's positions) ends its dialogue with "prompt_too_long": nothing is dropped from
-    the front. Above temperature 0 a turn draws with a generator made of seed, index and turn. A caller
-    who wants the decoder's counters makes it: for this model, with these settings. Raises DataError where a recorded
-    turn decodes differently or a turn has no room, PromptError for a tokenizer of another format.
+    Live dialogues decode together. When a response ends, its dialogue gets its feedback and asks again at once; when a
+    dialogue ends, the next waiting one takes its row. A dialogue depends on its own history alone, so neither
+    batch_size nor ranks change it; recorded turns are decoded again and compared, then the dialogue continues. A prompt
+    that leaves less than max_new_tokens of max_dialogue_tokens (None: the model's positions) ends its dialogue with
+    "prompt_too_long": nothing is dropped from the front. Above temperature 0 each turn has its own generator, made from
+    seed, index and turn. A caller that wants the decoder's counters passes one made for this model and these settings.
+    Raises DataError where a recorded turn decodes differently or a turn has no room, PromptError for a tokenizer of
+    another format.
     """
     room = min(max_dialogue_tokens or model.config.max_positions, model.config.max_positions)
     if max_new_tokens >= room:
@@ -362,7 +363,7 @@ def run_dialogues_with_endpoint(
     came; dialogues go to the end of their turn before.
     """
     waiting, running, failure, has_answered = list(reversed(tasks)), set(), None, False
-    refused: list[tuple[Dialogue, str]] = []  # at the first turn, while nothing else came: the settings may be wrong
+    refused: list[tuple[Dialogue, str]] = []  # at the first turn, before any other answer: the settings may be wrong
 
     def talk(task: DialogueTask) -> tuple[Dialogue, str, str]:
         dialogue = Dialogue(task, execute=execute, journal=journal, prompt_format=prompt_format, max_turns=max_turns)
@@ -396,7 +397,7 @@ def run_dialogues_with_endpoint(
                     )
                 if failure is not None:
                     endpoint.stopping.set()
-        except BaseException:  # interrupted: do not wait for attempts that would be made in vain
+        except BaseException:  # interrupted: do not wait for attempts that are in vain
             endpoint.stopping.set()
             raise
     if failure is not None:
@@ -413,7 +414,7 @@ def _close_refused(refused: list[tuple[Dialogue, str]]) -> None:
 def _talk(
     dialogue: Dialogue, endpoint: Endpoint, prompt_format: str, max_new_tokens: int, temperature: float
 ) -> tuple[str, str]:
-    """Let the dialogue go on to its end; ("refused", the server's words) if a request was refused, else ("", "")."""
+    """Run the dialogue to its end; ("refused", the server's words) if a request was refused, else ("", "")."""
     while not dialogue.end and not endpoint.stopping.is_set():
         recorded = dialogue.recorded_turn()
         if recorded is not None:

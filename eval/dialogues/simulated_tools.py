@@ -1,10 +1,10 @@
-"""The simulated tools: what a document alone lets one say about a call that agrees with it.
+"""The simulated tools: what a document alone allows one to say about a call that agrees with it.
 
     check_types    arguments against the documented types
     draw_outcome   a made-up result shaped by the document, or one of the failures of the paper's Table 14
 
 A result is a function of tool and arguments, a failure of seed, tool, arguments and (if it can pass) attempt. Nothing
-in a result is true: who reports figures made with it must say so (docs/multi_turn.md).
+in a result is true: reports of figures made with it must say so (docs/multi_turn.md).
 """
 
 import json
@@ -13,7 +13,7 @@ import re
 
 from eval.dialogues.local_tools import seed_of
 
-MAX_ECHO_CHARACTERS = 80  # of an argument that comes back in a result
+MAX_ECHO_CHARACTERS = 80  # of an argument that a result repeats
 MAX_RECORDS = 5
 PYTHON_TYPES = {  # documented type -> Python types that JSON gives for it
     "integer": (int,),
@@ -175,7 +175,7 @@ _SENTENCES = (
 def check_types(properties: dict, arguments: dict) -> str:
     """What is wrong with the first argument that is not of its documented type or choice; "" if none.
 
-    A documented string may be any single value; documents without a type, or with one unknown here, allow all.
+    A documented string may be any single value; documents without a type, or with an unknown one, allow all.
     """
     for name, value in arguments.items():
         document = properties.get(name)
@@ -247,7 +247,7 @@ def _instability(rng: random.Random, name: str) -> str:
 def draw_result(tool_set: str, document: dict, arguments: dict) -> object:
     """A result in the shape that name, description and parameters suggest: truth value, number, text, record, list.
 
-    Records hold what the call asked for - its arguments, secrets and paging aside - and drawn values for documented
+    Records hold what the call asked for (its arguments except secrets and paging) and drawn values for documented
     parameters that it left out.
     """
     name = str(document.get("name"))
@@ -308,7 +308,7 @@ def _count(rng: random.Random, arguments: dict) -> int:
 
 
 def _echo(value: object) -> object:
-    """An argument as it comes back: numbers and truth values as they are, other values as text, cut."""
+    """An argument as a result repeats it: numbers and truth values as they are, other values as text, cut."""
     if value is None or isinstance(value, (bool, int, float)):
         return value if not isinstance(value, int) or abs(value) < 10**15 else str(value)[:MAX_ECHO_CHARACTERS]
     text = value if isinstance(value, str) else json.dumps(value)

@@ -1,12 +1,12 @@
 """Who answers a tool call: one interface, two executors (docs/multi_turn.md).
 
-    local      our own tools, each call in a process of its own in the sandbox (local_tools.py, eval/sandbox/run.py)
+    local      our own tools, each call in its own process in the sandbox (local_tools.py, eval/sandbox/run.py)
     simulated  the tools' documents: exact checks, then a made-up payload shaped by the document
 
-The document check comes before any tool, the same for both; what it finds gets the words of ToolEyes' own executor.
-Every feedback reads, to data.error_filter.classify_feedback, as what it is meant to be: `_settle` sees to it.
-Nothing here has a clock or global chance: a dialogue's feedback depends on its own calls alone, not on the order of
-dialogues or the number of threads.
+The document check comes before any tool and is the same for both; it reports faults in the words of ToolEyes' own
+executor. data.error_filter.classify_feedback reads every feedback as the category that it is meant to have: `_settle`
+ensures that. Nothing here uses a clock or global random numbers: a dialogue's feedback depends on its own calls alone,
+not on the order of dialogues or the number of threads.
 """
 
 import json
@@ -23,12 +23,12 @@ from eval.dialogues.simulated_tools import check_types, draw_outcome
 from eval.sandbox.run import LAYERS, ToolServer, ToolServerEnded
 
 EXECUTOR_KINDS = ("auto", "local", "simulated")
-MAX_FEEDBACK_CHARACTERS = 4096  # the official executor keeps 1,023 tokens of its tokenizer
+MAX_FEEDBACK_CHARACTERS = 4096  # ToolEyes' executor keeps 1,023 tokens of its tokenizer
 MAX_ARGUMENT_BYTES = 1 << 20  # of a call as JSON; longer ones are refused, unseen by any tool
-TODAY = "2024-12-20"  # what the date tools call today unless they are told otherwise: the paper's month
+TODAY = "2024-12-20"  # the default "today" of the date tools: the paper's month
 CALL_SECONDS = 10.0  # of wall time for one local call
 CALL_MEMORY_BYTES = 512 << 20
-SERVERS = 2  # processes that local calls are shared among, dialogue by dialogue
+SERVERS = 2  # processes that share the local calls, dialogue by dialogue
 
 REASON = "The function cannot be executed successfully with the given parameters for the reason: "  # Table 14
 CALL_FAILURE = '{"error": "Response error."}'  # Table 14
@@ -70,9 +70,9 @@ def make_executor(
 ) -> "ToolExecutor":
     """The executor of one of EXECUTOR_KINDS; close it, or use it in a `with`.
 
-    auto: local where there is a local tool, else simulated. local: as auto, but what is not local has no network.
-    `seed` and the rates are those of the simulated tools' failures, shares of all their calls. Without `execute_code`
-    the tools that run the model's code are not local. Raises ValueError for a setting that cannot be. The sandbox
+    auto: local where there is a local tool, else simulated. local: as auto, but other tools answer as without network.
+    `seed` and the rates decide the simulated tools' failures, as shares of all their calls. Without `execute_code` the
+    tools that run the model's code are not local. Raises ValueError for an impossible setting. The sandbox
     starts at the first local call, which raises SandboxError if it cannot.
     """
     if kind not in EXECUTOR_KINDS:
@@ -101,7 +101,7 @@ class ToolExecutor:
         is_local = self.kind != "simulated" and (is_toolbox or self._local.has(request))
         is_plain = is_plain_json([request.call.name, request.call.arguments])
         if is_local and is_toolbox and is_plain:
-            found = self._local.run(request)  # its world checks the documents itself, in its own words
+            found = self._local.run(request)  # the toolbox world checks the documents itself, in its own words
         elif fault := find_fault(request):
             found = fault
         elif not is_plain:
@@ -133,7 +133,7 @@ class ToolExecutor:
         return dict(self._local.limits_applied)
 
     def forget(self, dialogue: int) -> None:
-        """The dialogue is over: its files go."""
+        """The dialogue is over: remove its files."""
         self._local.forget(dialogue)
 
     def close(self) -> None:
@@ -153,7 +153,7 @@ class ToolExecutor:
 def find_fault(request: ToolRequest) -> tuple[str, str] | None:
     """(category, feedback) of a call that the documents forbid, None if they allow it.
 
-    In the words of ToolEyes' executor, which are Python's: an unknown parameter is told before a missing one.
+    In the words of ToolEyes' executor, which are Python's: an unknown parameter is reported before a missing one.
     """
     name, arguments = _shown(request.call.name), request.call.arguments
     if not isinstance(arguments, dict):
@@ -186,7 +186,7 @@ def find_fault(request: ToolRequest) -> tuple[str, str] | None:
 
 
 def document_of(request: ToolRequest) -> dict | None:
-    """The `function` part of the called tool's document; of several the first that allows the call."""
+    """The `function` part of the called tool's document; if there are several, the first that allows the call."""
     documents = [tool for tool in request.tools if tool["function"].get("name") == request.call.name]
     allowing = (tool for tool in documents if check_documents(request.call, [tool]).category == "all_right")
     tool = next(allowing, documents[0] if documents else None)
@@ -194,7 +194,7 @@ def document_of(request: ToolRequest) -> dict | None:
 
 
 def no_network(name: str) -> str:
-    """What a tool of the web says on a machine without network."""
+    """What a web tool answers on a machine without network."""
     return (
         f"HTTPSConnectionPool(host='api.example.com', port=443): Max retries exceeded with url: /{_shown(name)} "
         "(Caused by NewConnectionError('Failed to establish a new connection'))"
@@ -224,15 +224,15 @@ def _shown(text: object) -> str:
 def _settle(meant: str, text: str, request: ToolRequest) -> str:
     """The feedback, cut to its length, that the error filter reads as the category `meant`.
 
-    A tool's own words stay as they are where they are read so. Else an error gets the sentence of Table 14 before it
-    or, where even its words mislead, becomes that table's plainest; a result is put under the key "result", which it
-    also is if it happens to look like an error, such as a file that holds a log.
+    A tool's own words stay as they are where the filter reads them so. Otherwise an error gets the sentence of Table 14
+    before it or, where even its words mislead, becomes that table's plainest message. A result that looks like an
+    error, such as a file that holds a log, is put under the key "result".
     """
     text = text.encode("utf-8", errors="replace").decode("utf-8")  # lone surrogates, which no tokenizer takes
     if meant == "all_right":
         inner = text
         if len(text) > MAX_FEEDBACK_CHARACTERS:
-            inner = text[: MAX_FEEDBACK_CHARACTERS // 2]  # quoting it again may double its length, or worse
+            inner = text[: MAX_FEEDBACK_CHARACTERS // 2]  # quoting it again may at least double its length
         candidates = [
             text[:MAX_FEEDBACK_CHARACTERS],
             json.dumps({"result": inner}, ensure_ascii=False),
@@ -253,7 +253,8 @@ def _settle(meant: str, text: str, request: ToolRequest) -> str:
 
 
 class LocalTools:
-    """The local tools behind a few sandboxed servers, shared by dialogue number so that a dialogue meets its files.
+    """The local tools in a few sandboxed servers; a dialogue's number picks its server, so that it finds its files
+    again.
 
     State: the servers, one lock each; which dialogues have files where.
     """
@@ -388,6 +389,6 @@ def read_answer(
             return "tool_call_failure", CALL_FAILURE
         return classify_feedback(text, request.call, request.tools), text
     if kind != "value":
-        # The file tools of ToolEyes catch their errors and return the text, which then is quoted as any result.
+        # The file tools of ToolEyes catch their errors and return the text, which is then quoted like any result.
         return "tool_call_failure", json.dumps(text) if needs == "folder" else text
     return "all_right", json.dumps(content)

@@ -1,13 +1,13 @@
-"""The inside of the sandbox: eval/sandbox/run.py starts it as a process, it limits itself, then it runs the program.
+"""The inside of the sandbox: a process that eval/sandbox/run.py starts. It limits itself, then runs the program.
 
 The job comes as JSON on stdin: {"mode", "program", "entry_point", "seconds", ...} as run.py:_start writes it.
 
     script   run the program as `__main__`
-    serve    load the program, then answer calls of its function `entry_point` until the other side hangs up
-    check    load the program, call its `check` with a stand-in for the function of a `serve` process, say what came out
+    serve    load the program, then answer calls of its function `entry_point` until the other side closes the pipe
+    check    load the program, call its `check` with a proxy for the function of a `serve` process, report the outcome
 
 `serve` and `check` talk over two pipes, in frames of four bytes length and JSON. Only values cross, never code or
-objects, so the one that runs foreign code can say nothing but results; the other alone decides what they are worth.
+objects. So the process that runs foreign code can send only results, and the other alone judges them.
 Steps: 1 namespaces and an own folder, 2 the program's file, 3 limits, 4 the report of what took effect, 5 the program.
 """
 
@@ -41,7 +41,7 @@ MEBIBYTE = 1 << 20
 
 
 class CandidateError(Exception):
-    """The function under test raised, ended its process or gave back what is no plain value."""
+    """The function under test raised, ended its process or returned something that is not a plain value."""
 
 
 # --------------------------------------------------------------------------------------------------------------- values
@@ -51,7 +51,8 @@ def encode_value(value: object) -> object:
     """A plain Python value as JSON-like data; everything but null, booleans, integers, floats and strings gets a tag.
 
     Instances of subclasses become the plain value that they hold: a string whose `==` always says yes arrives as a
-    string. Raises TypeError for what is no plain value, RecursionError for a container within itself.
+    string. Raises TypeError for anything that is not a plain value, RecursionError for a container within
+    itself.
     """
     if value is None or value is True or value is False:
         return value
@@ -105,7 +106,7 @@ def write_frame(pipe: int, message: object) -> None:
 
 
 def read_frame(pipe: int) -> object:
-    """Receive one message. Raises EOFError if the other side hung up, ValueError if it sends anything else."""
+    """Receive one message. Raises EOFError if the other side closed the pipe, ValueError if it sends anything else."""
     (length,) = struct.unpack("<I", _read_exactly(pipe, 4))
     if length > MAX_FRAME_BYTES:
         raise ValueError(f"found a frame of {length} bytes, expected at most {MAX_FRAME_BYTES}")
@@ -126,7 +127,7 @@ def _read_exactly(pipe: int, count: int) -> bytes:
 
 
 def serve_calls(function: Callable, requests: int, responses: int) -> None:
-    """Answer [positional, by name] with ["value", result] or ["raised", reason], until the other side hangs up."""
+    """Answer [positional, by name] with ["value", result] or ["raised", reason], until the pipe closes."""
     while True:
         try:
             request = read_frame(requests)
@@ -141,7 +142,7 @@ def serve_calls(function: Callable, requests: int, responses: int) -> None:
 
 
 def remote_function(requests: int, responses: int) -> Callable:
-    """A function that lets the `serve` process at the other end of the pipes compute; raises CandidateError."""
+    """A function that the `serve` process at the other end of the pipes computes; raises CandidateError."""
 
     def candidate(*positional: object, **named: object) -> object:
         try:
@@ -162,8 +163,8 @@ def remote_function(requests: int, responses: int) -> Callable:
 def run_check(program: str, job: dict) -> None:
     """Load the checker, call `check(candidate)`, write the outcome as one JSON line to the verdict pipe.
 
-    The line is only written after `check` has come back: no other end of this process, whatever its exit code, says
-    "passed". It carries the job's token, so that nothing else that may end up in the pipe is taken for it.
+    The line is only written after `check` has returned: if this process ends in any other way, whatever its exit code,
+    that is not "passed". The line carries the job's token, so that nothing else in the pipe can be mistaken for it.
     """
     checker = load_module(program, "checker")
     candidate = remote_function(job["requests"], job["responses"])
@@ -202,10 +203,10 @@ def describe_error(error: BaseException) -> str:
 
 
 def separate(job: dict, *, ends_with_parent: bool = True, second_user: int | None = None) -> dict[str, bool]:
-    """Step 1: namespaces where permitted; comes back in the process that is to run the program, and only there.
+    """Step 1: namespaces where permitted; returns only in the process that will run the program.
 
-    The kernel takes the end of the thread that started this process for the parent's: one that is to live longer
-    than that thread sets `ends_with_parent` False and must watch its pipes.
+    The kernel treats the end of the thread that started this process as the parent's end. A process that must outlive
+    that thread sets `ends_with_parent` False and must watch its pipes.
     """
     if ends_with_parent:
         die_with_parent()
@@ -214,7 +215,7 @@ def separate(job: dict, *, ends_with_parent: bool = True, second_user: int | Non
     if is_separate:
         has_memory_folder = mount_memory_folder(job["folder"], job["folder_bytes"])
         # Number 1 of the new process namespace only waits: the kernel kills whatever is left when it ends, and it
-        # ignores signals that a program takes for granted. The program is number 2.
+        # ignores signals that a program relies on. The program is number 2.
         for _ in range(2):
             child = os.fork()
             if child:
@@ -226,8 +227,8 @@ def separate(job: dict, *, ends_with_parent: bool = True, second_user: int | Non
 def _wait_for(child: int) -> int:
     """Exit code of `child`, as shells count: 137 for one killed by signal 9. SIGTERM to this process kills the child.
 
-    So the process that the parent started ends last: the end of a process namespace's number 1 is only seen when all
-    others in it are gone.
+    So the process that the parent started ends last: the end of a process namespace's number 1 becomes visible only
+    when all others in it are gone.
     """
     signal.signal(signal.SIGTERM, lambda number, frame: os.kill(child, signal.SIGKILL))
     while True:
@@ -238,7 +239,7 @@ def _wait_for(child: int) -> int:
 
 
 def restrict(job: dict, is_in: dict[str, bool]) -> dict[str, bool]:
-    """Step 3: everything that foreign code must not do. Returns `is_in` and what took effect now."""
+    """Step 3: forbid everything that foreign code must not do. Returns `is_in` and what took effect now."""
     set_resource_limits(
         cpu_seconds=math.ceil(job["seconds"]) + 1,
         memory_bytes=job["memory_bytes"],
@@ -252,14 +253,14 @@ def restrict(job: dict, is_in: dict[str, bool]) -> dict[str, bool]:
         and "landlock" in job["layers"]
         and restrict_files(job["readable"] + [job["folder"]], [job["folder"]] if is_in["memory_folder"] else [])
     )
-    # Without rules by place, or without a folder of bounded size of its own, the program may write nowhere.
+    # Without rules for places, or without its own folder of bounded size, the program may write nowhere.
     may_write = is_in["memory_folder"] and has_landlock
     has_seccomp = is_unprivileged and "seccomp" in job["layers"] and filter_system_calls(deny_writes=not may_write)
     return is_in | {"landlock": has_landlock, "seccomp": has_seccomp, "may_write": may_write}
 
 
 def describe_limits(job: dict, is_in: dict[str, bool]) -> dict[str, str]:
-    """One line per kind of limit, saying by which means, for people and for the results of an evaluation."""
+    """One line per kind of limit that says how it is enforced, for people and for the results of an evaluation."""
     without_network = [name for name, key in (("namespace", "namespaces"), ("seccomp", "seccomp")) if is_in[key]]
     if is_in["may_write"]:
         files = f"written in its own folder only (tmpfs of {job['folder_bytes'] // MEBIBYTE} MiB, Landlock)"
@@ -286,7 +287,7 @@ def describe_limits(job: dict, is_in: dict[str, bool]) -> dict[str, str]:
 
 
 def report(pipe: int, message: dict) -> None:
-    """Step 4: one JSON line. From here on the parent's clock runs; the pipe's end tells that the process ended."""
+    """Step 4: one JSON line. From here on the parent's clock runs; the end of the pipe shows that the process ended."""
     os.write(pipe, json.dumps(message).encode() + b"\n")
 
 

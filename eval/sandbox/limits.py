@@ -1,8 +1,8 @@
 """What the kernel forbids a sandboxed process: resource limits, namespaces, Landlock, a seccomp filter.
 
 Only the standard library and ctypes: this runs in the child (eval/sandbox/child.py), between its start and the first
-line of foreign code. Every layer but the resource limits may be missing on a machine; each function says whether it
-took effect. Numbers and structures are those of the Linux user-space interface (linux/seccomp.h, linux/landlock.h,
+line of foreign code. Every layer except the resource limits may be missing on a machine; each function returns whether
+it took effect. Numbers and structures are those of the Linux user-space interface (linux/seccomp.h, linux/landlock.h,
 asm/unistd.h); docs/sandbox.md says what each layer is for.
 """
 
@@ -189,7 +189,7 @@ def set_resource_limits(
 ) -> None:
     """Lower the kernel's limits of this process, hard ones too, so that it cannot raise them again.
 
-    `memory_bytes` bounds the address space, `processes` all processes and threads of this user (no limit for root).
+    `memory_bytes` limits the address space, `processes` all processes and threads of this user (no limit for root).
     """
     for which, limit in (
         (resource.RLIMIT_CPU, cpu_seconds),
@@ -211,8 +211,8 @@ def enter_namespaces(*, second_user: int | None = None) -> bool:
     """Give this process its own network (without any device), processes, mounts and IPC; False where not permitted.
 
     The caller must be single-threaded and must fork once: only children are in the new process namespace. The user
-    keeps its number, so that the files it may read are the same, but has no power over anything outside. With a
-    `second_user` root also gets that user's number to change to, where permitted (become_user tries it).
+    keeps its number, so that it may read the same files, but has no power over anything outside. With a `second_user`
+    root can also change to that user's number, where permitted (become_user tries it).
     """
     wanted = CLONE_NEWNS | CLONE_NEWNET | CLONE_NEWPID | CLONE_NEWIPC
     if second_user is not None:
@@ -234,7 +234,7 @@ def enter_namespaces(*, second_user: int | None = None) -> bool:
 def _start_mapper(second_user: int) -> tuple[int, int]:
     """A process that stays outside, to map root and a second user into the namespace that this one enters next.
 
-    A process in a new user namespace may map nobody but itself; only root outside of it may do more. Returns the
+    A process in a new user namespace may map no user but itself; only root outside it may do more. Returns the
     process and the pipe on which it waits for _let_map.
     """
     target, (read_end, write_end) = os.getpid(), os.pipe()
@@ -277,8 +277,8 @@ def _map_user(user: int, group: int) -> None:
 
 
 def _can_map_user(user: int, group: int) -> bool:
-    """Try a user namespace in a process of its own: some systems grant it and then refuse to map a user into it, and
-    who is in such a namespace is nobody, cannot get out and cannot even read Python's library."""
+    """Try a user namespace in a separate process. Some systems grant it and then refuse to map a user into it; a
+    process in such a namespace has no user, cannot get out and cannot even read Python's library."""
     child = os.fork()
     if child == 0:
         try:
@@ -312,9 +312,9 @@ def show_folder_at(folder: str, place: str) -> bool:
 
 
 def name_machine(name: str) -> None:
-    """Let the machine be called `name` in this process's own namespace of names (enter_namespaces with a second user).
+    """Set the host name that this process's own namespace sees (enter_namespaces with a second user).
 
-    Outside of one, root would rename the whole machine.
+    Outside such a namespace root would rename the whole machine.
     """
     if hasattr(_LIBC, "sethostname"):
         _LIBC.sethostname(name.encode("ascii"), ctypes.c_size_t(len(name)))
@@ -326,7 +326,7 @@ def die_with_parent() -> None:
 
 
 def drop_privileges() -> bool:
-    """No gain of rights by any program, no capabilities, memory closed to other processes; False outside Linux."""
+    """No new rights for any program, no capabilities, memory closed to other processes; False outside Linux."""
     if not _set_process_option(PR_SET_NO_NEW_PRIVS, 1):
         return False
     _set_process_option(PR_SET_DUMPABLE, 0)
@@ -346,10 +346,10 @@ def _set_process_option(option: int, value: int, more: int = 0) -> bool:
 def restrict_files(readable: Iterable[str], writable: Sequence[str], executable: Sequence[str] = ()) -> bool:
     """Allow reading only below `readable`, everything but execution below `writable`; False where not supported.
 
-    Programs may be started below `executable` only, which is read as well.
+    Programs may be started only below `executable`, which may also be read.
 
-    Needs no privileges, only drop_privileges before. It also forbids TCP (from version 4) and signals to processes
-    outside (from version 6).
+    Needs no privileges, but drop_privileges must come first. It also forbids TCP (from version 4) and signals to
+    processes outside (from version 6).
     """
     if os.uname().sysname != "Linux":
         return False
@@ -360,7 +360,8 @@ def restrict_files(readable: Iterable[str], writable: Sequence[str], executable:
     file_rights = (1 << (13 if version < 2 else 14 if version < 3 else 15 if version < 5 else 16)) - 1
     network = 0b11 if version >= 4 else 0
     scoped = 0b11 if version >= 6 else 0
-    attributes = struct.pack("QQQ", file_rights, network, scoped)  # zeros beyond what a kernel knows are accepted
+    # A kernel accepts zeros in fields that it does not know.
+    attributes = struct.pack("QQQ", file_rights, network, scoped)
     ruleset = call(LANDLOCK_CREATE_RULESET, attributes, ctypes.c_size_t(len(attributes)), 0)
     if ruleset < 0:
         return False
@@ -411,10 +412,10 @@ NUMBER_OFFSET, ARCHITECTURE_OFFSET, ARGUMENTS_OFFSET = 0, 4, 16  # in struct sec
 
 
 def filter_system_calls(*, deny_writes: bool, allow_processes: bool = False) -> bool:
-    """Let the calls of DENIED fail with EPERM from now on, for this process and for good; False where not supported.
+    """Make the calls of DENIED fail with EPERM, from now on and irrevocably; False where not supported.
 
-    Threads may be started, processes only with `allow_processes`; the only process that may be signalled is this one.
-    With `deny_writes` no file can be made, changed, removed or opened for writing, whatever its place.
+    Threads may be started, processes only with `allow_processes`; this process may signal only itself.
+    With `deny_writes` no file can be made, changed, removed or opened for writing, wherever it is.
     """
     if os.uname().machine not in ARCHITECTURES or os.uname().sysname != "Linux":
         return False
@@ -445,7 +446,7 @@ def _filter_rows(
     ]
     for name, numbers in denied.items():
         if numbers[column] is not None:
-            # `touch` takes a refusal for its own failure: it is told that the times are set, and nothing is done.
+            # `touch` would fail if refused: it is told that the times are set, and nothing is done.
             answer = FAIL if allow_processes and name == "utimensat" else FAIL | errno.EPERM
             rows += [(EQUAL, 0, 1, numbers[column]), (RETURN, 0, 0, answer)]
     for name in ("clone3", "openat2"):  # their arguments are in memory; the C library then takes clone and openat
@@ -469,7 +470,8 @@ def _filter_rows(
     for name, argument, (code, operand), is_allowed in tests:
         if CHECKED[name][column] is None:
             continue
-        # On another call skip all four; else fail or not by the low half of the argument, then load the number again.
+        # For any other call skip all four; otherwise decide by the low half of the argument, then load the number
+        # again.
         skip_if_true, skip_if_false = (1, 0) if is_allowed else (0, 1)
         rows += [
             (EQUAL, 0, 4, CHECKED[name][column]),

@@ -1,11 +1,11 @@
-"""Run foreign Python code in a child process that can neither harm the machine nor say that it was right.
+"""Run foreign Python code in a child process that can neither harm the machine nor declare itself right.
 
-    run_python   a whole program: its output and exit code, which are the program's own words
+    run_python   a whole program: its output and exit code, which the program itself controls
     run_check    a function against a test: the verdict of a second process, which the function's process cannot reach
-    ToolServer   one process for many tool calls, each in a process of its own that it forks
+    ToolServer   one process that forks a child for each of many tool calls
 
-What confines the child stands in eval/sandbox/limits.py, in which order in eval/sandbox/child.py, why in
-docs/sandbox.md. Here is the side that starts the processes, keeps the clock, collects output and kills.
+eval/sandbox/limits.py confines the child, eval/sandbox/child.py gives the order, docs/sandbox.md the reasons. This file
+is the side that starts the processes, keeps the clock, collects output and kills.
 """
 
 import json
@@ -32,8 +32,8 @@ from eval.sandbox.child import MAX_FRAME_BYTES
 from eval.sandbox.limits import LAYERS
 
 ROOT = Path(__file__).resolve().parents[2]
-START_SECONDS = 30.0  # a child that has not reported its limits by then will not; reached only on a starved machine
-ANSWER_SECONDS = 20.0  # beyond a call's own time for the tool server to end it and to answer
+START_SECONDS = 30.0  # a child that has not reported its limits by then never will; reached only on a starved machine
+ANSWER_SECONDS = 20.0  # in addition to a call's own time, for the tool server to end it and to answer
 LAUNCHER_SECONDS = 5.0  # for the launcher to kill its namespace and end; then it is killed too
 READ_BYTES = 65536
 REASON_CHARACTERS = 300
@@ -41,23 +41,23 @@ SYSTEM_FOLDERS = ("/usr", "/lib", "/lib64", "/etc/ld.so.cache", "/etc/localtime"
 
 
 class SandboxError(OSError):
-    """The sandbox itself could not start: no statement about the program."""
+    """The sandbox itself could not start; this says nothing about the program."""
 
 
 @dataclass(frozen=True, slots=True)
 class SandboxResult:
-    """What a program did; all of it under the program's control, except `timed_out` and `limits_applied`."""
+    """What a program did; the program controls all of it, except `timed_out` and `limits_applied`."""
 
     exit_code: int  # 128 + signal number if a signal ended it, as shells count; 137 when killed
     stdout: str  # at most `output_bytes` of it, undecodable bytes replaced
     stderr: str  # likewise
     timed_out: bool  # True: killed after `seconds`
-    is_output_cut: bool  # True: stdout or stderr was longer than `output_bytes`; the rest was thrown away
+    is_output_cut: bool  # True: stdout or stderr was longer than `output_bytes`; the rest was discarded
     limits_applied: dict[str, str]  # limit -> what took effect on this machine, e.g. "network": "none (seccomp)"
 
     @property
     def passed(self) -> bool:
-        """True if the program ended by itself with code 0. os._exit(0) does that too: no verdict on tests."""
+        """True if the program ended by itself with code 0: no verdict on tests, since os._exit(0) does that too."""
         return self.exit_code == 0 and not self.timed_out
 
 
@@ -72,7 +72,7 @@ class CheckResult:
 
 @dataclass(slots=True)
 class _Child:
-    """A running child: its pipes and what came out of them so far."""
+    """A running child: its pipes and what has been read from them so far."""
 
     process: subprocess.Popen
     control: BinaryIO  # one line when ready, end of file when every process of the child is gone
@@ -103,11 +103,11 @@ def run_python(
     folder_bytes: int = 16 << 20,
     layers: Sequence[str] = LAYERS,
 ) -> SandboxResult:
-    """Run the text of a Python program as `__main__`, in an empty folder of its own, with nothing on stdin.
+    """Run the text of a Python program as `__main__`, in its own empty folder, with nothing on stdin.
 
-    `seconds` of wall time from its first line, one more of CPU time; `memory_bytes` of address space; `file_bytes` per
-    file and `folder_bytes` in all, where it may write at all. `layers` can leave some out, as on a machine without.
-    Raises SandboxError if the child cannot start, or as root where there is no seccomp.
+    It gets `seconds` of wall time from its first line, one second more of CPU time, `memory_bytes` of address space,
+    and, where it may write at all, `file_bytes` per file and `folder_bytes` in all. `layers` can leave some out, as on
+    a machine without them. Raises SandboxError if the child cannot start, or as root where there is no seccomp.
     """
     job = {
         "mode": "script",
@@ -123,7 +123,7 @@ def run_python(
         limits = _wait_until_ready([child])
         timed_out = not _follow([child], time.monotonic() + seconds, lambda: child.has_ended)
         exit_code = _kill(child)
-        # What still stands in the pipes: their other ends are closed, so this ends as soon as all is read.
+        # Read what is left in the pipes: their other ends are closed, so this ends as soon as all is read.
         _follow([child], time.monotonic() + 1.0, lambda: all(stream.closed for stream in child.streams().values()))
     return SandboxResult(
         exit_code=exit_code,
@@ -138,10 +138,10 @@ def run_python(
 def run_check(
     solution: str, *, entry_point: str, checker: str, seconds: float, memory_bytes: int, layers: Sequence[str] = LAYERS
 ) -> CheckResult:
-    """Judge the function `entry_point` of the Python text `solution` by `check(candidate)` of the text `checker`.
+    """Judge the function `entry_point` of the Python text `solution` with `check(candidate)` of the text `checker`.
 
     Two sandboxed processes: one loads the solution and answers calls, the other runs the test, whose `candidate` sends
-    arguments and receives results as plain values (eval/sandbox/child.py). The solution passes if `check` comes back
+    arguments and receives results as plain values (eval/sandbox/child.py). The solution passes if `check` returns
     and its own process then ends by itself, all within `seconds`. Raises SandboxError like run_python.
     """
     token = secrets.token_hex(16)
@@ -175,7 +175,7 @@ def run_check(
         candidate = stack.enter_context(_started(serving, (request_out, response_in)))
         judge = stack.enter_context(_started(checking, (request_in, response_out, verdict_in)))
         for end in (request_out, request_in, response_out, response_in, verdict_in):
-            end.close()  # else no process would ever see that another one hung up
+            end.close()  # otherwise no process would ever see that another one closed the pipe
         limits = _wait_until_ready([candidate, judge])
         deadline = time.monotonic() + seconds
         is_judged = _follow([candidate, judge], deadline, lambda: judge.has_ended)
@@ -195,8 +195,8 @@ class ToolServerEnded(SandboxError):
 class ToolServer:
     """A sandboxed process that answers tool calls, one at a time (eval/sandbox/tool_server.py), until it is closed.
 
-    State: the process with its pipes. A call has `seconds` of wall time, `memory_bytes` of address space, a dialogue
-    `folder_bytes` for its files. Not for several threads at once. Raises SandboxError if it cannot start.
+    State: the process with its pipes. A call has `seconds` of wall time and `memory_bytes` of address space; a dialogue
+    has `folder_bytes` for its files. Only one thread at a time may use it. Raises SandboxError if it cannot start.
     """
 
     def __init__(
@@ -209,7 +209,7 @@ class ToolServer:
         layers: Sequence[str] = LAYERS,
     ) -> None:
         self._seconds, self._stack = seconds, ExitStack()
-        # Also when nobody closes it: else its empty folder would stay behind.
+        # Even if it is never closed: otherwise its empty folder would remain.
         self.close = weakref.finalize(self, self._stack.close)
         try:
             requests_out, self._requests = _pipe(self._stack)
@@ -237,13 +237,13 @@ class ToolServer:
 
     @property
     def pid(self) -> int:
-        """The process that ends last of all of them."""
+        """The process that ends last."""
         return self._child.process.pid
 
     def call(self, request: dict) -> tuple[str, int, str]:
         """(status, exit code, text) of a request as eval/sandbox/tool_server.py describes it.
 
-        Raises ToolServerEnded if the server is gone or does not answer, ValueError for a request too long.
+        Raises ToolServerEnded if the server is gone or does not answer, ValueError for a request that is too long.
         """
         body = json.dumps(request).encode("ascii")
         if len(body) > MAX_FRAME_BYTES:
@@ -295,7 +295,7 @@ def _pipe(stack: ExitStack) -> tuple[BinaryIO, BinaryIO]:
 
 @contextmanager
 def _started(job: dict, pipes: Sequence[BinaryIO], module: str = "eval.sandbox.child") -> Iterator[_Child]:
-    """A child at work on `job`, with `pipes` open in it too; afterwards it and its folder are gone in any case."""
+    """A child that works on `job`, with `pipes` open in it too; afterwards it and its folder are always gone."""
     folder = tempfile.mkdtemp(prefix="sandbox_")
     with ExitStack() as stack:
         stack.callback(shutil.rmtree, folder, ignore_errors=True)
@@ -307,7 +307,7 @@ def _started(job: dict, pipes: Sequence[BinaryIO], module: str = "eval.sandbox.c
             "readable": _readable(),
             "site_packages": sorted({sysconfig.get_path("purelib"), sysconfig.get_path("platlib")}),
         }
-        # Nothing of this process's environment: it may hold keys. -s -S: no startup files of the user or of packages.
+        # An empty environment: this process's may hold keys. -s -S: no startup files of the user or of packages.
         environment = {
             "PATH": os.defpath,
             "HOME": folder,
@@ -335,7 +335,7 @@ def _started(job: dict, pipes: Sequence[BinaryIO], module: str = "eval.sandbox.c
             process.stdin.write(json.dumps(job).encode("ascii"))
             process.stdin.close()
         except BrokenPipeError:
-            pass  # _wait_until_ready says what is wrong
+            pass  # _wait_until_ready reports what is wrong
         yield child
 
 
@@ -377,8 +377,8 @@ def _wait_until_ready(children: Sequence[_Child]) -> dict[str, str]:
 def _follow(children: Sequence[_Child], deadline: float, is_done: Callable[[], bool]) -> bool:
     """Collect what the children write until `is_done()` or the deadline (of time.monotonic); True if done.
 
-    Beyond `output_bytes` per stream output is read and thrown away: a program that prints much is no worse for it, and
-    one that prints without end is stopped by the clock.
+    Output beyond `output_bytes` per stream is read and discarded: a program that prints much does not suffer, and the
+    clock stops one that prints without end.
     """
     with selectors.DefaultSelector() as selector:
         for child in children:
@@ -398,7 +398,7 @@ def _follow(children: Sequence[_Child], deadline: float, is_done: Callable[[], b
 
 
 def _receive(child: _Child, name: str, pipe: int) -> bool:
-    """Take in what stands in a pipe, as far as there is room; False at its end."""
+    """Read the bytes available, up to the room left; False at the end of the pipe."""
     piece = os.read(pipe, READ_BYTES)
     room = child.output_bytes - len(child.received[name])
     child.received[name] += piece[:room]
@@ -410,7 +410,8 @@ def _receive(child: _Child, name: str, pipe: int) -> bool:
 def _kill(child: _Child) -> int:
     """End all processes of the child at once and wait until they are gone; the exit code as shells count."""
     if child.has_launcher:
-        # The launcher kills the namespace and ends after it. Killed itself, it would leave processes still dying.
+        # The launcher kills the namespace and ends after it. If it were killed itself, some processes would still be
+        # dying.
         child.process.terminate()
         with suppress(subprocess.TimeoutExpired):
             child.process.wait(LAUNCHER_SECONDS)
@@ -440,7 +441,7 @@ def _last_line(child: _Child) -> str:
 
 
 def _read_verdict(pipe: BinaryIO, judge: _Child, token: str) -> str:
-    """The judge's reason, "" for passed. Without a line that carries the token the test has not come to its end."""
+    """The judge's reason, "" for passed. Without a line that carries the token the test did not finish."""
     for line in (pipe.read(READ_BYTES) or b"").splitlines():
         with suppress(ValueError, TypeError, KeyError):
             message = json.loads(line)

@@ -1,19 +1,19 @@
 """The inside of the tool server: a sandboxed process that forks once per tool call (eval/sandbox/run.py:ToolServer).
 
-The server itself runs no foreign code. It keeps one folder in memory per dialogue, and for each request it forks a
-process that shuts itself in - tighter than the server, which needs rights to make folders - and runs one local tool
-with arguments that came as JSON. What that process writes is passed on unread; when it ends, or its time is over, all
-that it started is killed.
+The server itself runs no foreign code. It keeps one folder in memory per dialogue. For each request it forks a process
+that confines itself (more tightly than the server, which needs rights to make folders) and runs one local tool with
+arguments that came as JSON. The server passes on unread what that process writes. When the process ends, or its time is
+over, everything it started is killed.
 
-A request is {"dialogue", "needs", ...} or {"forget": dialogue}. By `needs` it is answered
+A request is {"dialogue", "needs", ...} or {"forget": dialogue}. `needs` decides how it is answered:
 
     nothing    by a local tool that is a pure function (local_tools.py:answer_request, for the rest of the keys)
     folder     by one that also reads and writes in the dialogue's folder
     python     by running "code", in that folder (eval/dialogues/execute_tools.py)
     programs   by the program with arguments "program", in that folder
 
-with [status, exit code, text]; status "ended", "timed out" or "no folder". The first three write JSON, if they are
-honest: "code" can write what it likes.
+The answer is [status, exit code, text]; status is "ended", "timed out" or "no folder". The first three should write
+JSON, but "code" can write what it likes.
 """
 
 import json
@@ -40,10 +40,10 @@ from eval.sandbox.limits import (
     unmount_folder,
 )
 
-NOBODY = 65534  # runs programs in place of root, whose processes no limit counts
-MAX_TEXT_BYTES = 65536  # kept of what a call writes
-MAX_PROCESSES = 16  # of one call that may start programs
-PROGRAM_MEMORY_BYTES = 128 << 20  # of each of them
+NOBODY = 65534  # runs programs instead of root, whose processes no limit counts
+MAX_TEXT_BYTES = 65536  # longest text kept from a call
+MAX_PROCESSES = 16  # per call that may start programs
+PROGRAM_MEMORY_BYTES = 128 << 20  # for each process
 CALL_FOLDERS = ("/srv", "/mnt", "/media")  # where a call sees its dialogue's folder: the first that can be used
 PROGRAM_FOLDERS = ("/usr", "/bin", "/lib", "/lib64")
 GONE_SECONDS = 5.0  # for killed processes to be gone; on a busy machine that takes a while
@@ -67,7 +67,7 @@ class Server:
         )
 
     def folder_of(self, dialogue: int) -> str | None:
-        """The folder of a dialogue, made at its first call; None if that is not permitted."""
+        """The folder of a dialogue, made at its first call; None if the machine does not permit it."""
         folder = os.path.join(self.job["folder"], str(dialogue))
         if dialogue not in self.folders:
             os.mkdir(folder)
@@ -107,13 +107,13 @@ class Server:
     def _collect(self, child: int, pipe: int, deadline: float) -> tuple[bytes, bool]:
         """What the call writes, at most MAX_TEXT_BYTES of it, and whether it ended before the deadline.
 
-        It has ended when its first process is gone, whatever that left behind to hold the pipe open. Where the kernel
-        cannot say so, the pipe's end stands for it: there no call may start processes anyway.
+        It has ended when its first process is gone, even if a child of it still holds the pipe open. Where the kernel
+        cannot report that, the end of the pipe counts instead: there no call may start processes anyway.
         """
         os.set_blocking(pipe, False)
         watched = select.poll()
         watched.register(pipe, select.POLLIN)
-        watched.register(self.job["requests"], 0)  # only whether the other side hangs up
+        watched.register(self.job["requests"], 0)  # only to see whether the other side closes the pipe
         process = _open_process(child)
         if process is not None:
             watched.register(process, select.POLLIN)
@@ -139,7 +139,7 @@ class Server:
         return bytes(text), True
 
     def _become_call(self, request: dict, folder: str | None, pipe: int) -> None:
-        """Be the process of one call: shut in, do it, end. Never comes back."""
+        """Be the process of one call: confine it, run it, end. Never returns."""
         code = 70
         try:
             os.setsid()
@@ -164,13 +164,13 @@ class Server:
             while body:
                 body = body[os.write(1, body) :]
             code = 0
-        except BaseException:  # noqa: BLE001 - the exit code says it; nothing of this process may go on as the server
+        except BaseException:  # noqa: BLE001 - the exit code reports it; this process must never continue as the server
             code = 72
         finally:
             os._exit(code)
 
     def _connect(self, pipe: int) -> None:
-        """Leave nothing open but an empty input and the call's pipe as output: the others are the server's."""
+        """Leave only an empty input and the call's pipe as output open: the others are the server's."""
         nothing = os.open(os.devnull, os.O_RDWR)
         os.dup2(nothing, 0)
         os.dup2(pipe, 1)
@@ -178,7 +178,7 @@ class Server:
         os.closerange(3, 1024)
 
     def _restrict(self, place: str, *, runs_programs: bool, may_write: bool) -> None:
-        """The limits of one call. Exits with 71 if one is refused that the call may not go without."""
+        """Apply the limits of one call. Exits with 71 if a limit that the call needs is refused."""
         job = self.job
         memory_bytes = PROGRAM_MEMORY_BYTES if runs_programs else job["memory_bytes"]
         set_resource_limits(
@@ -212,7 +212,7 @@ class Server:
 
 def kill_call(child: int) -> int:
     """End all processes of a call and wait for them; the exit code of its first one, as shells count."""
-    for kill in (os.killpg, os.kill):  # it may not have got as far as its own session
+    for kill in (os.killpg, os.kill):  # it may have ended before it made its own session
         with suppress(ProcessLookupError, PermissionError):
             kill(child, signal.SIGKILL)
     code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
@@ -235,7 +235,7 @@ def _open_process(child: int) -> int | None:
 
 
 def _take(pipe: int, text: bytearray) -> str:
-    """Take in what stands in the pipe, as far as there is room; whether there may be "more", "nothing" yet, "end"."""
+    """Read the bytes available, up to the room left; return "more", "nothing" (yet) or "end"."""
     try:
         piece = os.read(pipe, MAX_TEXT_BYTES)
     except BlockingIOError:
@@ -245,7 +245,7 @@ def _take(pipe: int, text: bytearray) -> str:
 
 
 def find_abilities(server: Server) -> dict[str, bool]:
-    """What calls can do on this machine, found by trying: "folder" (files, Python code), "programs" (a shell)."""
+    """What calls can do on this machine, found out by trying: "folder" (files, Python code), "programs" (a shell)."""
     request = {"dialogue": -1}
     can_have_folder = bool(server.is_in["memory_folder"] and server.place) and server.answer(
         request | {"needs": "folder"}
@@ -258,13 +258,15 @@ def find_abilities(server: Server) -> dict[str, bool]:
 
 
 def main() -> None:
-    """Read the job on stdin, say what is in force and what calls can do, then answer requests until none can come."""
+    """Read the job on stdin, report the limits in force and what calls can do, then answer requests until the pipe
+    closes.
+    """
     job = json.loads(sys.stdin.buffer.read())
     sys.path[:] = [entry for entry in sys.path if entry not in ("", job["root"])] + job["site_packages"]
     sys.dont_write_bytecode = True
     is_in = separate(job, ends_with_parent=False, second_user=NOBODY)
     os.chdir(job["folder"])
-    if is_in["namespaces"]:  # else the name would be that of the whole machine
+    if is_in["namespaces"]:  # otherwise the whole machine would be renamed
         name_machine(MACHINE_NAME)
     server = Server(job, is_in)
     abilities = find_abilities(server)

@@ -329,7 +329,7 @@ def test_root_is_refused_without_a_bound_on_processes():
 @needs_linux
 def test_nothing_survives_the_evaluator_itself_being_killed(tmp_path):
     program = (
-        "from eval import sandbox\nwait = sandbox._wait_until_ready\n"
+        "from eval.sandbox import run as sandbox\nwait = sandbox._wait_until_ready\n"
         "sandbox._wait_until_ready = lambda children: (wait(children), print('ready', flush=True))[0]\n"
         "sandbox.run_python('import time\\nwhile True: time.sleep(0.1)', seconds=600, memory_bytes=1 << 28)"
     )
