@@ -72,7 +72,7 @@ def encode_value(value: object) -> object:
         return ["set", [encode_value(item) for item in value]]
     if isinstance(value, dict):
         return ["dict", [[encode_value(key), encode_value(item)] for key, item in value.items()]]
-    raise TypeError(f"a {type(value).__name__} is no plain value")
+    raise TypeError(f"a {type(value).__name__} is not a plain value")
 
 
 def decode_value(coded: object) -> object:

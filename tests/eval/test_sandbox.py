@@ -90,7 +90,7 @@ def test_a_right_function_passes_and_a_wrong_one_does_not():
     assert judge("def f(x) return 9").reason == "process ended: exit code 1: SyntaxError: expected ':'"
     assert judge("def g(x):\n    return 9").reason.startswith("process ended: exit code 1: AttributeError")
     assert judge("def f(x):\n    return 1 // 0").reason.startswith("exception: ZeroDivisionError")
-    assert judge("def f(x):\n    return range(x)").reason == "exception: TypeError: a range is no plain value"
+    assert judge("def f(x):\n    return range(x)").reason == "exception: TypeError: a range is not a plain value"
 
 
 def test_test_with_an_early_end_is_no_pass():
