@@ -15,7 +15,7 @@ PHRASES = {
     r"behind\b": "after",
     r"beside\b": "next to, with, in addition to",
     r"(?:the|one) seam\b": "the only place",
-    r"(?:is|are) no (?:calls?|text|number|list|string|object|prompt|JSON|file|folder|integer|plain value)\b": "is not a",
+    r"(?:is|are) no (?:calls?|text|number|list|string|object|prompt|JSON|file|folder|plain value)\b": "is not a",
     r"what one rank skips\b": "say which rank does what",
     r"has not[,.;)]": "lacks",
     r"starts at nothing\b": "scores zero",
