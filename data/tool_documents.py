@@ -30,7 +30,7 @@ _SCHEMA_KEYS = (
     "params",
 )
 _TOOLBENCH_KEYS = ("required_parameters", "optional_parameters")
-_PARAMETER_WORDS = re.compile(r"param|arg|input|schema|propert", re.IGNORECASE)
+_PARAMETER_WORDS = re.compile(r"(?:^|_)(?:param|arg|input|schema|propert)|(?<=[a-z])(?:Param|Arg|Input|Schema|Propert)")
 _RESULT_WORDS = re.compile(r"output|return|response|result|example", re.IGNORECASE)
 _MAX_LEVELS = 100  # of a schema; also keeps the recursion far from Python's limit
 _MAX_PARTS = 20_000  # of a schema after its $ref are replaced: a few lines can refer to one another exponentially
@@ -159,7 +159,7 @@ def _parameter_keys(function: dict, where: str) -> tuple[list[str], bool]:
     if not found:
         for key, value in function.items():
             is_like = _PARAMETER_WORDS.search(key) and not _RESULT_WORDS.search(key)
-            if is_like and isinstance(value, (dict, list, str)) and value and key != "required":
+            if is_like and isinstance(value, (dict, list, str)) and value:
                 raise DataError(
                     f"{where}: found {shown(key)} and no 'parameters', expected the parameters under 'parameters', "
                     "'input_schema', 'inputSchema' or 'required_parameters'"

@@ -1,16 +1,30 @@
-"""Files of tool-use dialogues to `Trajectory` objects, whichever of two forms they come in (docs/data_format.md).
+"""Files of tool-use dialogues to `Trajectory` objects, whichever of three forms they come in (docs/data_format.md).
 
     authors' form   {"id", "conversations": [{"role", "content"}]}: tools in the system message, calls "name\\n{json}"
     OpenAI form     {"id", "tools": [...], "messages": [{"role", "content", "tool_calls", "tool_call_id"}]}
+    ShareGPT        {"id", "tools": [...], "conversations": [{"from", "value"}]} with function_call and observation
 
-Either may stand in one JSON list or one object per line; the first record decides and the rest must agree. Whatever is
+Each may be one JSON list or one object per line; the first record decides and the rest must agree. Whatever is
 malformed raises `DataError` as `file:line: where: found ..., expected ...`, also for one record inside a long list.
 """
 
-from dataclasses import dataclass, replace
+from collections import Counter
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from data.json_records import DataError, check_text, decode_value, kind_of, parse_json, read_records, shown
+from data.message_forms import (
+    call_parts,
+    is_blank,
+    is_sharegpt,
+    message_weight,
+    openai_record,
+    refuse_call_in_text,
+    result_id,
+    role_and_content,
+    unread_text_keys,
+    without_padding,
+)
 from data.tool_calls import ToolCall, ToolCallError, render_tool_call
 from data.tool_documents import normalize_tools
 
@@ -24,6 +38,7 @@ class Message:
     call: ToolCall | None = None
     fault: str | None = None  # why the call does not parse; such a turn is context only (category `unparsable`)
     thought: str = ""  # the text beside a call, which some prompt formats write before it
+    weight: int = 1  # 0: the file asks for no gradient on this turn (`weight`, `train` or `loss`)
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,8 +49,10 @@ class Trajectory:
     tools: list[dict]
     messages: list[Message]
     source: str  # "file:line" where the record begins
+    left_out: dict[str, int] = field(default_factory=dict)  # what was read and is not used, with counts, for the log
 
 
+LEFT_OUT_NULLS = "null arguments that no document has or allows"  # a key of `Trajectory.left_out`
 _UNPARSABLE = ("error", "mask")
 
 
@@ -67,58 +84,101 @@ def read_trajectories(path: str | Path, *, unparsable_calls: str = "error") -> l
     return trajectories
 
 
+_FORM_NAMES = {"authors": "the authors' form", "openai": "OpenAI form", "sharegpt": "ShareGPT"}
+
+
 def _detect_form(record: object, source: str) -> str:
     if isinstance(record, dict):
-        for form in ("conversations", "messages"):
-            if form in record:
+        if record.get("conversations") is not None:
+            return "sharegpt" if is_sharegpt(record) else "authors"
+        for form, key in (("openai", "messages"), ("authors", "conversations")):
+            if key in record:
                 return form
     found = f"the keys {shown(sorted(record))}" if isinstance(record, dict) else kind_of(record)
     raise DataError(
-        f'{source}: found {found}, expected an object with "conversations" (the authors\' form) '
+        f'{source}: found {found}, expected an object with "conversations" (the authors\' form or ShareGPT) '
         'or "messages" and "tools" (OpenAI form)'
     )
 
 
 def _read_record(record: object, form: str, source: str, index: int, mask: bool) -> Trajectory:
-    name = "the authors' form" if form == "conversations" else "OpenAI form"
-    if not isinstance(record, dict) or form not in record:
-        found = kind_of(record) if not isinstance(record, dict) else f"no key {form!r}"
-        raise DataError(f"{source}: found {found}, expected an object with {form!r} ({name}) like the first record")
-    identity = record.get("id", index)
+    key, name = "messages" if form == "openai" else "conversations", _FORM_NAMES[form]
+    if not isinstance(record, dict) or key not in record:
+        found = kind_of(record) if not isinstance(record, dict) else f"no key {key!r}"
+        raise DataError(f"{source}: found {found}, expected an object with {key!r} ({name}) like the first record")
+    identity = index if record.get("id") is None else record["id"]
     if isinstance(identity, bool) or not isinstance(identity, (str, int)):
         raise DataError(f"{source}: id: found {kind_of(identity)}, expected a string or an integer")
-    if not isinstance(record[form], list) or not record[form]:
-        found = "an empty list" if record[form] == [] else kind_of(record[form])
-        raise DataError(f"{source}: {form}: found {found}, expected a list of messages ({name})")
-    read_messages = _read_authors_messages if form == "conversations" else _read_openai_messages
-    tools, messages = read_messages(record, source, mask)
+    if not isinstance(record[key], list) or not record[key]:
+        found = "an empty list" if record[key] == [] else kind_of(record[key])
+        raise DataError(f"{source}: {key}: found {found}, expected a list of messages ({name})")
+    left_out: Counter[str] = Counter()
+    if form == "authors":
+        tools, messages = _read_authors_messages(record, source, mask, left_out)
+    else:
+        tools, messages = _read_openai_messages(record, form, source, mask, left_out)
     if not any(message.role == "assistant" for message in messages):
-        raise DataError(f"{source}: {form}: found no assistant message, expected at least one")
-    return Trajectory(str(identity), tools, messages, source)
+        raise DataError(f"{source}: {key}: found no assistant message, expected at least one")
+    return Trajectory(str(identity), tools, messages, source, dict(left_out))
+
+
+# ------------------------------------------------------------------------------------------------------------- calls
+
+
+def _read_call(
+    name: object, arguments: object, tools: list[dict], left_out: Counter[str]
+) -> tuple[ToolCall | None, str | None]:
+    """(call, None), or (None, reason) if the arguments are no JSON object or the call cannot be rendered."""
+    is_object = isinstance(arguments, dict)
+    if isinstance(arguments, str):
+        try:
+            arguments = parse_json(arguments, "arguments")
+        except DataError as error:
+            return None, str(error)
+    if not isinstance(arguments, dict):
+        return None, f"found {kind_of(arguments)} as arguments, expected a JSON object"
+    try:
+        render_tool_call(ToolCall(name, arguments))
+    except ToolCallError as error:
+        return None, str(error)
+    functions = [tool["function"] for tool in tools if tool["function"]["name"] == name]
+    arguments, n_padded = without_padding(arguments, functions, is_object=is_object)
+    if n_padded:
+        left_out[LEFT_OUT_NULLS] += n_padded
+    return ToolCall(name, arguments), None
+
+
+def _assistant_message(
+    content: str, call: ToolCall | None, fault: str | None, weight: int, where: str, mask: bool
+) -> Message:
+    if fault and not mask:
+        raise DataError(f"{where}: {fault}")
+    return Message("assistant", content, call, fault, weight=weight)
 
 
 # ----------------------------------------------------------------------------------------------------- authors' form
 
 
-def _read_authors_messages(record: dict, source: str, mask: bool) -> tuple[list[dict], list[Message]]:
+def _read_authors_messages(
+    record: dict, source: str, mask: bool, left_out: Counter[str]
+) -> tuple[list[dict], list[Message]]:
     """Tools and messages of `conversations`; the keys `from` and `value` are taken for `role` and `content`."""
-    raw = record["conversations"]
     tools: list[dict] = []
     messages: list[Message] = []
     previous = "the start"
-    for index, entry in enumerate(raw):
+    for index, entry in enumerate(record["conversations"]):
         where = f"{source}: conversations[{index}]"
         if not isinstance(entry, dict):
             raise DataError(f"{where}: found {kind_of(entry)}, expected a message object")
-        role = entry.get("role", entry.get("from"))
-        content = entry.get("content", entry.get("value"))
+        role, content = role_and_content(entry)
         _check_order(role, previous, where, {"system", "user", "assistant", "function"})
         if role == "system":
             tools = _tools_of_system_message(content, where)
         else:
             check_text(content, where)
             if role == "assistant":
-                messages.append(_call_message(content, *_authors_call(content), where, mask))
+                call, fault = _authors_call(content, tools, left_out)
+                messages.append(_assistant_message(content, call, fault, message_weight(entry, where), where, mask))
             else:
                 messages.append(Message("tool" if role == "function" else "user", content))
         previous = role
@@ -135,60 +195,42 @@ def _tools_of_system_message(content: object, where: str) -> list[dict]:
     return normalize_tools(content, f"{where}: tools")
 
 
-def _authors_call(content: str) -> tuple[ToolCall | None, str | None]:
+def _authors_call(content: str, tools: list[dict], left_out: Counter[str]) -> tuple[ToolCall | None, str | None]:
     """(call, None) from "name\\n{json}", the JSON on any number of lines, or (None, what is wrong)."""
     name, newline, arguments = content.partition("\n")
     if not newline:
         return None, f"found {shown(content)}, expected the tool's name, a newline and a JSON object"
-    return _build_call(name.strip(), arguments)
+    return _read_call(name.strip(), arguments, tools, left_out)
 
 
-def _build_call(name: object, arguments: object) -> tuple[ToolCall | None, str | None]:
-    """(call, None), or (None, reason) if the arguments are no JSON object or the call cannot be rendered."""
-    if isinstance(arguments, str):
-        try:
-            arguments = parse_json(arguments, "arguments")
-        except DataError as error:
-            return None, str(error)
-    if not isinstance(arguments, dict):
-        return None, f"found {kind_of(arguments)} as arguments, expected a JSON object"
-    call = ToolCall(name, arguments)
-    try:
-        render_tool_call(call)
-    except ToolCallError as error:
-        return None, str(error)
-    return call, None
+# ------------------------------------------------------------------------------------------- OpenAI form and ShareGPT
 
 
-def _call_message(content: str, call: ToolCall | None, fault: str | None, where: str, mask: bool) -> Message:
-    if fault and not mask:
-        raise DataError(f"{where}: {fault}")
-    return Message("assistant", content, call, fault)
-
-
-# ------------------------------------------------------------------------------------------------------ OpenAI form
-
-
-def _read_openai_messages(record: dict, source: str, mask: bool) -> tuple[list[dict], list[Message]]:
+def _read_openai_messages(
+    record: dict, form: str, source: str, mask: bool, left_out: Counter[str]
+) -> tuple[list[dict], list[Message]]:
     """Tools and messages. Parallel calls become consecutive turns, each followed by its own tool message."""
-    tools = normalize_tools([] if record.get("tools") is None else record["tools"], f"{source}: tools")
+    raw_tools, entries = openai_record(record, form, source)
+    tools = normalize_tools(raw_tools, f"{source}: tools")
     messages: list[Message] = []
     calls: list[tuple[object, Message]] = []  # of the latest assistant message, with their ids
     feedback: dict[int, Message] = {}  # tool messages by index into `calls`
     previous = "the start"
-    for index, entry in enumerate(record["messages"]):
-        where = f"{source}: messages[{index}]"
-        if not isinstance(entry, dict):
-            raise DataError(f"{where}: found {kind_of(entry)}, expected a message object")
+    for where, entry in entries:
         role = "system" if entry.get("role") == "developer" else entry.get("role")
-        _check_order(role, previous, where, {"system", "user", "assistant", "tool"})
-        if role == "tool":
+        _check_order(role, previous, where, {"system", "user", "assistant", "tool", "function"})
+        if role in ("tool", "function"):
             feedback[_answered_call(entry, calls, feedback, where)] = Message("tool", _openai_text(entry, where))
         else:
             _flush_calls(calls, feedback, messages, where)
             calls, feedback = [], {}
+            if role == "assistant":
+                for key in unread_text_keys(entry):
+                    left_out[f"texts under {shown(key)} of an assistant message"] += 1
             if role == "assistant" and entry.get("tool_calls"):
-                calls = _openai_calls(entry, where, mask)
+                calls = _openai_calls(entry, tools, where, mask, left_out)
+            elif role == "assistant":
+                messages.append(_text_message(entry, tools, where, mask))
             else:
                 messages.append(Message(role, _openai_text(entry, where)))
         previous = role if role != "assistant" or calls else "assistant text"
@@ -209,40 +251,54 @@ def _flush_calls(calls: list, feedback: dict[int, Message], messages: list[Messa
             )
 
 
-def _openai_calls(entry: dict, where: str, mask: bool) -> list[tuple[object, Message]]:
-    tool_calls = entry["tool_calls"]
-    if not isinstance(tool_calls, list):
-        raise DataError(f"{where}: tool_calls: found {kind_of(tool_calls)}, expected a list")
-    text = "" if entry.get("content") is None else _openai_text(entry, where)
+def _text_message(entry: dict, tools: list[dict], where: str, mask: bool) -> Message:
+    """An assistant's message without a call. An empty one is refused, or kept as context with `fault` set."""
+    weight = message_weight(entry, where)
+    text = "" if is_blank(entry.get("content")) else _openai_text(entry, where)
+    if not text.strip():
+        fault = "found neither text nor tool_calls, expected one of them"
+        return _assistant_message(text, None, fault, weight, where, mask)
+    refuse_call_in_text(text, tools, where)
+    return Message("assistant", text, weight=weight)
+
+
+def _openai_calls(
+    entry: dict, tools: list[dict], where: str, mask: bool, left_out: Counter[str]
+) -> list[tuple[object, Message]]:
+    """(id, message) of each call. The text beside them belongs to the first."""
+    text = "" if is_blank(entry.get("content")) else _openai_text(entry, where)
+    weight = message_weight(entry, where)
     result: list[tuple[object, Message]] = []
-    for index, tool_call in enumerate(tool_calls):
+    for index, tool_call in enumerate(entry["tool_calls"]):
         place = f"{where}: tool_calls[{index}]"
-        function = tool_call.get("function") if isinstance(tool_call, dict) else None
-        if not isinstance(function, dict) or "name" not in function:
-            raise DataError(f'{place}: found {shown(tool_call)}, expected "id" and "function": "name", "arguments"')
-        identity = tool_call.get("id")
+        identity, name, arguments = call_parts(tool_call, place)
         if identity is not None and any(identity == other for other, _ in result):
             raise DataError(f"{place}: found id {shown(identity)} again, expected another per call")
-        arguments = function.get("arguments")
-        call, fault = _build_call(function["name"], {} if arguments in (None, "") else arguments)
-        content = f"{function['name']}({arguments})" if fault else text
+        call, fault = _read_call(name, arguments, tools, left_out)
+        content = f"{name}({arguments})" if fault else "" if index else text
         if fault:
             check_text(content, place)
-        message = _call_message(content, call, fault, place, mask)
+        message = _assistant_message(content, call, fault, weight, place, mask)
         is_spoken = index == 0 and call is not None  # the text belongs to the first of parallel calls
         result.append((identity, replace(message, thought=text) if is_spoken else message))
     return result
 
 
 def _answered_call(entry: dict, calls: list, feedback: dict[int, Message], where: str) -> int:
-    """Index of the call that a tool message answers: by tool_call_id, or in order where ids are absent."""
-    identity = entry.get("tool_call_id")
+    """Index of the call that a tool message answers: by its id; without ids by the tool's name, or in order."""
+    identity = result_id(entry)
     ids = [other for other, _ in calls]
     if identity is None or all(other is None for other in ids):
         open_calls = [index for index in range(len(calls)) if index not in feedback]
         if not open_calls:
             raise DataError(f"{where}: found a tool message more than there are calls, expected one per call")
-        return open_calls[0]
+        name = entry.get("name")
+        if not isinstance(name, str) or not name or any(calls[index][1].call is None for index in open_calls):
+            return open_calls[0]
+        named = [index for index in open_calls if calls[index][1].call.name == name]
+        if not named:
+            raise DataError(f"{where}: found a result of {shown(name)}, expected one of a call that has none yet")
+        return named[0]
     if identity not in ids:
         raise DataError(f"{where}: found tool_call_id {shown(identity)}, expected one of {shown(ids)}")
     index = ids.index(identity)
@@ -254,12 +310,13 @@ def _answered_call(entry: dict, calls: list, feedback: dict[int, Message], where
 def _openai_text(entry: dict, where: str) -> str:
     """`content` as text: a string or a list of text parts."""
     content = entry.get("content")
-    if isinstance(content, list) and all(
-        isinstance(part, dict) and isinstance(part.get("text"), str) for part in content
-    ):
+    if isinstance(content, list):
+        for index, part in enumerate(content):
+            kind = part.get("type") if isinstance(part, dict) else kind_of(part)
+            if kind not in (None, "text", "input_text", "output_text") or not isinstance(part.get("text"), str):
+                found = shown(kind if kind is not None else sorted(part))
+                raise DataError(f"{where}: content[{index}]: found a part of {found}, expected a text part")
         content = "".join(part["text"] for part in content)
-    if content is None and entry.get("role") == "assistant":
-        raise DataError(f"{where}: found neither text nor tool_calls, expected one of them")
     check_text(content, where)
     return content
 
@@ -279,7 +336,7 @@ _MAY_FOLLOW = {
 def _check_order(role: object, previous: str, where: str, roles: set[str]) -> None:
     if not isinstance(role, str) or role not in roles:
         raise DataError(f"{where}: found role {shown(role)}, expected one of {', '.join(sorted(roles))}")
-    if previous == "the start" and role != "system" and "function" in roles:
+    if previous == "the start" and role != "system" and "tool" not in roles:
         raise DataError(f"{where}: found role {role!r} first, expected 'system' with the JSON list of tools")
     if previous not in _MAY_FOLLOW[role]:
         after = " or ".join(_MAY_FOLLOW[role]).replace("assistant or", "a call or")

@@ -333,7 +333,7 @@ def test_missing_file_and_folder(tmp_path):
 @pytest.mark.parametrize(
     ("steps", "words"),
     [
-        (("id", None), "id: found null"),
+        (("id", 1.5), "id: found a number"),
         (("id", True), "id: found a boolean"),
         (("id", [1]), "id: found a list"),
         (("conversations", 0, "x"), "conversations[0]: found a string"),
@@ -399,12 +399,12 @@ def test_authors_records_with_a_fault_are_located(tmp_path, steps, words):
         (("messages", 1, ...), "'tool' after user"),
         (("messages", 2, "role", "system"), "'system' after"),
         (("messages", 2, "content", None), "null as text"),
-        (("messages", 2, "content", [{"type": "image_url"}]), "a list as text"),
+        (("messages", 2, "content", [{"type": "image_url"}]), "content[0]: found a part of 'image_url'"),
         (("messages", 1, "tool_calls", ...), "neither text nor tool_calls"),
         (("messages", 1, "tool_calls", []), "neither text nor tool_calls"),
         (("messages", 1, "tool_calls", 3), "tool_calls: found a number"),
         (("messages", 1, "tool_calls", 0, 3), "tool_calls[0]: found 3"),
-        (("messages", 1, "tool_calls", 0, {"function": {}}), "tool_calls[0]"),
+        (("messages", 1, "tool_calls", 0, {"function": {"a": 1}}), "tool_calls[0]"),
         (("messages", 2, "tool_call_id", "zz"), "tool_call_id 'zz'"),
         (("messages", 3, {"role": "tool", "tool_call_id": "c1", "content": "x"}), "'c1' again"),
         (("messages", 3, {"role": "tool", "content": "x"}), "more than there are calls"),

@@ -1,0 +1,318 @@
+"""Messages of the published forms to OpenAI messages, or one line that says what cannot be read.
+
+    legacy OpenAI   `function_call` on the assistant's message, results of role `function`, tools under `functions`
+    ShareGPT        {"conversations": [{"from": "human" | "gpt" | "function_call" | "observation", "value"}]}
+    Anthropic       content blocks `tool_use` and `tool_result`
+
+A call under a key that is not known, or written into the assistant's text, is refused: read as text it would be trained
+without its documents, its error filter and its key tokens. Null counts as absent (columnar storage pads with it).
+"""
+
+import json
+import re
+from collections.abc import Iterator
+
+from data.json_records import DataError, kind_of, parse_json, shown
+from data.tool_documents import accepts_any_parameter, tool_parameters
+
+# What ShareGPT's roles mean; "call" is an assistant's message that is the JSON of one call or of a list of calls.
+_SHAREGPT_ROLES = {
+    "system": "system",
+    "human": "user",
+    "user": "user",
+    "gpt": "assistant",
+    "assistant": "assistant",
+    "function_call": "call",
+    "tool_call": "call",
+    "observation": "tool",
+    "tool": "tool",
+    "function": "tool",
+    "function_response": "tool",
+    "tool_response": "tool",
+}
+_SHAREGPT_ONLY = _SHAREGPT_ROLES.keys() - {"system", "user", "assistant", "tool", "function"}
+_TOOL_KEYS = ("tools", "functions")
+_ARGUMENT_KEYS = ("arguments", "parameters", "args", "input")
+_RESULT_ID_KEYS = ("tool_call_id", "toolCallId", "tool_use_id", "toolUseId", "call_id")
+_WEIGHT_KEYS = ("weight", "train", "loss")
+_READ_KEYS = ("role", "from", "content", "value", "name", "id", "type", "tool_calls", "function_call", *_WEIGHT_KEYS)
+_CALL_WORDS = re.compile(r"call|tool|function|action", re.IGNORECASE)
+_CALL_IN_TEXT = re.compile(
+    r"<tool_call>|<function_?calls?>|<function=|<invoke |\[TOOL_CALLS\]|<\|python_tag\|>|<\|tool_calls?[a-z_]*\|>"
+    r"|^[ \t]*Action Input[ \t]*:",
+    re.MULTILINE,
+)
+
+
+def is_blank(value: object) -> bool:
+    """Null, empty, or an object or list of nothing but such: what columnar storage leaves of an absent value."""
+    if isinstance(value, dict):
+        return all(map(is_blank, value.values()))
+    return all(map(is_blank, value)) if isinstance(value, list) else value in (None, "")
+
+
+# ------------------------------------------------------------------------------------------------------------ records
+
+
+def is_sharegpt(record: dict) -> bool:
+    """Whether `conversations` are ShareGPT's: by its roles, or by tools at the record, not in the system message."""
+    entries = record.get("conversations")
+    entries = [entry for entry in entries if isinstance(entry, dict)] if isinstance(entries, list) else []
+    if any(role in _SHAREGPT_ONLY for role, _ in map(role_and_content, entries) if isinstance(role, str)):
+        return True
+    has_tools = any(not is_blank(record.get(key)) for key in _TOOL_KEYS)
+    return has_tools and not (entries and _is_tool_list(*role_and_content(entries[0])))
+
+
+def openai_record(record: dict, form: str, source: str) -> tuple[object, list[tuple[str, dict]]]:
+    """(tools as they are, OpenAI messages each with its place) of a record of the form "openai" or "sharegpt"."""
+    key = "messages" if form == "openai" else "conversations"
+    entries = []
+    for index, entry in enumerate(record[key]):
+        where = f"{source}: {key}[{index}]"
+        if not isinstance(entry, dict):
+            raise DataError(f"{where}: found {kind_of(entry)}, expected a message object")
+        entries.append((where, entry))
+    if form == "sharegpt":
+        entries = _sharegpt_messages(entries)
+    messages = [message for where, entry in entries for message in _openai_messages(entry, where)]
+    tools = _record_tools(record, source)
+    if form == "sharegpt" and tools is None and messages and _is_tool_list("system", messages[0][1].get("content")):
+        if messages[0][1].get("role") == "system":
+            tools, messages = messages[0][1]["content"], messages[1:]
+    if not is_blank(record.get("system")):
+        messages.insert(0, (f"{source}: system", {"role": "system", "content": record["system"]}))
+    return ([] if tools is None else tools), messages
+
+
+def _record_tools(record: dict, source: str) -> object:
+    """`tools` or `functions`, None without either. Raises DataError for both, or for a list of tools elsewhere."""
+    found = [key for key in _TOOL_KEYS if not is_blank(record.get(key))]
+    if len(found) > 1:
+        raise DataError(f"{source}: found both 'tools' and 'functions', expected one of them")
+    if found:
+        return record[found[0]]
+    for key, value in record.items():
+        is_list = isinstance(value, (list, dict)) or isinstance(value, str) and value.lstrip()[:1] in ("[", "{")
+        if re.search("tool|function", key, re.IGNORECASE) and is_list and not is_blank(value):
+            if key not in (*_TOOL_KEYS, "tool_choice", "function_call"):
+                raise DataError(f"{source}: found {shown(key)} and no 'tools', expected the tools under 'tools'")
+    return next((record[key] for key in _TOOL_KEYS if record.get(key) not in (None, "")), None)
+
+
+def role_and_content(entry: dict) -> tuple[object, object]:
+    """`role` and `content`, or `from` and `value`."""
+    role, content = entry.get("role"), entry.get("content")
+    return (entry.get("from") if role is None else role, entry.get("value") if content is None else content)
+
+
+def _is_tool_list(role: object, content: object) -> bool:
+    if role != "system" or not isinstance(content, (str, list)):
+        return False
+    return isinstance(content, list) or re.match(r"\s*\[\s*[\{\]]", content) is not None
+
+
+# ------------------------------------------------------------------------------------------------------------ messages
+
+
+def _sharegpt_messages(entries: list[tuple[str, dict]]) -> list[tuple[str, dict]]:
+    """The same messages with OpenAI's roles; an assistant's text right before its call becomes the text beside it."""
+    messages: list[tuple[str, dict]] = []
+    for where, entry in entries:
+        role, content = role_and_content(entry)
+        kind = _SHAREGPT_ROLES.get(role) if isinstance(role, str) else None
+        if kind is None:
+            raise DataError(f"{where}: found role {shown(role)}, expected one of {', '.join(_SHAREGPT_ROLES)}")
+        rest = {key: value for key, value in entry.items() if key not in ("role", "from", "content", "value")}
+        if kind != "call":
+            messages.append((where, {**rest, "role": kind, "content": content}))
+            continue
+        calls = parse_json(content, where) if isinstance(content, str) else content
+        calls = calls if isinstance(calls, list) else [calls]
+        text = None
+        if messages and messages[-1][1]["role"] == "assistant" and is_blank(messages[-1][1].get("tool_calls")):
+            _, before = messages.pop()
+            text, rest = before["content"], {**before, **rest}
+        tool_calls = [{"function": call} for call in calls]
+        messages.append((where, {**rest, "role": "assistant", "content": text, "tool_calls": tool_calls}))
+    return messages
+
+
+def _openai_messages(entry: dict, where: str) -> Iterator[tuple[str, dict]]:
+    """The message as today's OpenAI messages: one, or one per Anthropic `tool_result` block and one for the rest."""
+    content = entry.get("content")
+    parts = content if isinstance(content, list) and all(isinstance(part, dict) for part in content) else []
+    results = [index for index, part in enumerate(parts) if part.get("type") == "tool_result"]
+    for index in results:
+        identity, result = parts[index].get("tool_use_id"), parts[index].get("content")
+        text = "" if result is None else result
+        yield f"{where}: content[{index}]", {"role": "tool", "tool_call_id": identity, "content": text}
+    rest = [part for part in parts if part.get("type") not in ("tool_use", "tool_result")]
+    if results:
+        if rest:
+            yield where, {**entry, "content": rest}
+        return
+    if entry.get("role") == "assistant":
+        blocks = [part for part in parts if part.get("type") == "tool_use"]
+        calls = [{"id": part.get("id"), "function": {**part, "arguments": part.get("input")}} for part in blocks]
+        calls = [{**call, "function": {k: v for k, v in call["function"].items() if k != "input"}} for call in calls]
+        entry = _with_tool_calls({**entry, "content": rest or None} if calls else entry, calls, where)
+    yield where, entry
+
+
+def _with_tool_calls(entry: dict, calls: list[dict], where: str) -> dict:
+    """The assistant's message with its calls under `tool_calls` alone, whichever of the known places they came from."""
+    for key, value in entry.items():
+        is_known = key in _READ_KEYS or not isinstance(value, (str, list, dict)) or is_blank(value)
+        if not is_known and _CALL_WORDS.search(key):
+            raise DataError(f"{where}: found the key {shown(key)}, expected calls under 'tool_calls'")
+    places = [("content", calls)] if calls else []
+    if not is_blank(entry.get("function_call")):
+        places.append(("function_call", [{"function": entry["function_call"]}]))
+    if not is_blank(entry.get("tool_calls")):
+        listed = entry["tool_calls"]
+        places.append(("tool_calls", parse_json(listed, f"{where}: tool_calls") if isinstance(listed, str) else listed))
+    if len(places) > 1:
+        names = " and ".join(repr(name) for name, _ in places)
+        raise DataError(f"{where}: found calls under {names}, expected one of them")
+    rest = {key: value for key, value in entry.items() if key not in ("tool_calls", "function_call")}
+    if not places:
+        return rest
+    listed = places[0][1]
+    if not isinstance(listed, list):
+        raise DataError(f"{where}: tool_calls: found {kind_of(listed)}, expected a list")
+    return {**rest, "tool_calls": [call for call in listed if not is_blank(call)]}
+
+
+def call_parts(tool_call: object, where: str) -> tuple[object, object, object]:
+    """(id, name, arguments) of one entry of `tool_calls`; name and arguments inside `function` or beside the id."""
+    function = tool_call.get("function") if isinstance(tool_call, dict) else None
+    function = parse_json(function, f"{where}: function") if isinstance(function, str) else function
+    if function is None and isinstance(tool_call, dict) and isinstance(tool_call.get("name"), str):
+        function = tool_call
+    if not isinstance(function, dict) or "name" not in function:
+        raise DataError(f'{where}: found {shown(tool_call)}, expected "id" and "function": "name", "arguments"')
+    found = [key for key in _ARGUMENT_KEYS if function.get(key) not in (None, "")]
+    if len(found) > 1:
+        raise DataError(f"{where}: found {' and '.join(map(repr, found))}, expected 'arguments' alone")
+    for key, value in function.items():
+        if not found and key not in ("name", "id", "function") and isinstance(value, dict) and not is_blank(value):
+            raise DataError(f"{where}: found {shown(key)} and no 'arguments', expected the arguments there")
+    return tool_call.get("id"), function["name"], function[found[0]] if found else {}
+
+
+def result_id(entry: dict) -> object:
+    """The id of the call that a tool message answers, None if it has none."""
+    return next((entry[key] for key in _RESULT_ID_KEYS if entry.get(key) is not None), None)
+
+
+def message_weight(entry: dict, where: str) -> int:
+    """0 if `weight`, `train` or `loss` of an assistant's message says 0 or false, else 1.
+
+    Raises DataError for any other value than 0, 1, false, true and null, and for two keys that disagree.
+    """
+    said = {key: entry[key] for key in _WEIGHT_KEYS if entry.get(key) is not None}
+    for key, value in said.items():
+        if not isinstance(value, (bool, int, float)) or value not in (0, 1):
+            raise DataError(f"{where}: {key}: found {shown(value)}, expected 0, 1, false, true or null")
+    if len({bool(value) for value in said.values()}) > 1:
+        raise DataError(f"{where}: found {shown(said)}, expected them to agree")
+    return int(all(said.values()))
+
+
+def unread_text_keys(entry: dict) -> list[str]:
+    """Keys of an assistant's message that hold text which nobody reads (`reasoning_content`, `refusal`, ...)."""
+    return [
+        key for key, value in entry.items() if key not in _READ_KEYS and isinstance(value, str) and not is_blank(value)
+    ]
+
+
+def refuse_call_in_text(text: str, tools: list[dict], where: str) -> None:
+    """Raise DataError if the assistant's text is, or marks, a call that should be under `tool_calls`."""
+    found = _CALL_IN_TEXT.search(text)
+    mark = found[0].strip() if found else None
+    stripped = text.strip()
+    for name in () if mark else dict.fromkeys(tool["function"]["name"] for tool in tools):
+        after = stripped[len(name) :].lstrip(" \t\r") if stripped.startswith(name) else ""
+        is_called = after[:1] == "(" and after.endswith(")") or re.match(r"\n\s*\{", after)
+        if is_called or _is_call_object(stripped, name):
+            mark = name
+    if mark is not None:
+        raise DataError(f"{where}: found a call in the text ({shown(mark)}), expected it under 'tool_calls'")
+
+
+def _is_call_object(text: str, name: str) -> bool:
+    if text[:1] not in ("{", "[") or json.dumps(name) not in text:
+        return False
+    try:
+        value = parse_json(text, "")
+    except DataError:
+        return False
+    entries = value if isinstance(value, list) else [value]
+    return any(
+        isinstance(entry, dict) and entry.get("name") == name and not {"arguments", "parameters"}.isdisjoint(entry)
+        for entry in entries
+    )
+
+
+# ---------------------------------------------------------------------------------------------------- padded arguments
+
+
+def without_padding(arguments: dict, functions: list[dict], *, is_object: bool) -> tuple[dict, int]:
+    """(arguments without the nulls that columnar storage pads with, how many there were).
+
+    functions: the documents of the called tool. Left out are null arguments that no document has; and, where the file
+    holds an object and not JSON text (is_object), those that are optional and not nullable by the document.
+    """
+    properties: dict[str, object] = {}
+    required: list[str] = []
+    for function in functions:
+        documented, names = tool_parameters(function)
+        properties |= documented
+        required += names
+    is_open = any(map(accepts_any_parameter, functions))
+    schema = {"properties": properties, "required": required, "additionalProperties": is_open and not is_object}
+    return _without_nulls(arguments, schema, is_object)
+
+
+def _without_nulls(value: object, schema: object, is_object: bool) -> tuple[object, int]:
+    if isinstance(value, list):
+        items = schema.get("items") if isinstance(schema, dict) else None
+        pairs = [_without_nulls(entry, items, is_object) for entry in value]
+        return [entry for entry, _ in pairs], sum(n for _, n in pairs)
+    if not isinstance(value, dict):
+        return value, 0
+    schema = schema if isinstance(schema, dict) else {}
+    properties = schema.get("properties")
+    is_closed = is_object if properties is None else True
+    is_closed = is_closed and schema.get("additionalProperties") in (None, False)
+    properties = properties if isinstance(properties, dict) else {}
+    required = schema["required"] if isinstance(schema.get("required"), list) else []
+    kept, n_dropped = {}, 0
+    for key, entry in value.items():
+        document = properties.get(key)
+        is_undocumented = key not in properties and is_closed
+        is_not_nullable = is_object and key in properties and key not in required and not _is_nullable(document)
+        if entry is None and (is_undocumented or is_not_nullable):
+            n_dropped += 1
+            continue
+        kept[key], n = _without_nulls(entry, document, is_object)
+        n_dropped += n
+    return kept, n_dropped
+
+
+def _is_nullable(document: object) -> bool:
+    """Whether the document of a parameter allows null: it says so, or says nothing about the type."""
+    if not isinstance(document, dict):
+        return True
+    alternatives = [entry for key in ("anyOf", "oneOf") for entry in document.get(key) or []]
+    enum = document.get("enum")
+    if document.get("nullable") is True or isinstance(enum, list) and None in enum:
+        return True
+    if "default" in document and document["default"] is None or any(map(_is_nullable, alternatives)):
+        return True
+    kind = document.get("type")
+    kinds = [str(entry).lower() for entry in (kind if isinstance(kind, list) else [kind])]
+    if kind is None:
+        return not alternatives and enum is None
+    return any(re.search(r"null|none|optional|any", entry) for entry in kinds)
