@@ -5,13 +5,14 @@ each begins; attention stays inside a segment and positions restart at 0, so pac
 Legend: T tokens of the packed row, K of them trained.
 """
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from math import ceil
 
 import torch
 
-from data.json_records import DataError
+from data.json_records import DataError, one_line
 from data.loss_weights import EncodedTrajectory
 
 
@@ -43,26 +44,41 @@ def drop_unusable(encoded: Sequence[EncodedTrajectory], max_tokens: int) -> tupl
     """Trajectories that fit into `max_tokens` and train something, and one line per reason for those that do not.
 
     A row that is too long is dropped whole: a cut one would lose its tools or its calls and still look trained. Length
-    is the number of input positions, BOS included. Raises DataError when nothing is left.
+    is the number of input positions, BOS included. Raises DataError with the reasons when nothing is left.
     """
     too_long = [row for row in encoded if len(row) > max_tokens]
     untrained = [row for row in encoded if len(row) <= max_tokens and row.trained_tokens == 0]
     kept = [row for row in encoded if len(row) <= max_tokens and row.trained_tokens > 0]
     notes = []
     if too_long:
-        listing = ", ".join(f"{row.id} ({len(row)})" for row in too_long)
+        listing = _first_few([f"{one_line(row.id)} ({len(row)})" for row in too_long])
         notes.append(
             f"dropped {len(too_long)} of {len(encoded)} trajectories, longer than {max_tokens} tokens: {listing}"
         )
     if untrained:
-        listing = ", ".join(row.id for row in untrained)
+        listing = _first_few([one_line(row.id) for row in untrained])
         notes.append(f"dropped {len(untrained)} of {len(encoded)} trajectories, without a trained turn: {listing}")
     if not kept:
         raise DataError(
             f"found {len(encoded)} trajectories, {len(too_long)} longer than {max_tokens} tokens and "
-            f"{len(untrained)} without a trained turn, expected at least one to train on"
+            f"{len(untrained)} without a trained turn{_reasons(untrained)}, expected at least one to train on"
         )
     return kept, notes
+
+
+def _first_few(names: list[str]) -> str:
+    """The first five: a log line of thousands of ids helps nobody."""
+    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+
+
+def _reasons(rows: Sequence[EncodedTrajectory]) -> str:
+    """Why the turns of `rows` are not trained, with counts, the most frequent reason first."""
+    reasons = Counter(
+        f"{turn.category}, {one_line(turn.rule)}" for row in rows for turn in row.turn_decisions if turn.masked
+    )
+    reasons["weight 0 in the data"] = sum(row.excluded_turns for row in rows)
+    listing = "; ".join(f"{count} x {reason}" for reason, count in reasons.most_common(5) if count)
+    return f" (turns: {listing})" if listing else ""
 
 
 # -------------------------------------------------------------------------------- packing
@@ -151,7 +167,9 @@ def step_batches(
     chosen = [encoded[i] for i in order[step_in_epoch * global_batch_size : (step_in_epoch + 1) * global_batch_size]]
     for row in chosen:
         if row.trained_tokens == 0:
-            raise DataError(f"trajectory {row.id}: found no trained token, expected drop_unusable to have dropped it")
+            raise DataError(
+                f"trajectory {one_line(row.id)}: found no trained token, expected drop_unusable to have dropped it"
+            )
     mine = chosen[rank::world_size]
     n_micro_batches = ceil(ceil(len(chosen) / world_size) / micro_batch_size)
     groups = [mine[i * micro_batch_size : (i + 1) * micro_batch_size] for i in range(n_micro_batches)]

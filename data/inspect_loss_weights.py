@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from data.error_filter import CATEGORIES, ERROR_FILTERS, TurnDecision, compare_filters, decide_masked_turns
-from data.json_records import DataError
+from data.json_records import DataError, one_line
 from data.loss_weights import LOSS_NORMALIZATIONS, encode_trajectory
 from data.loss_weights_page import render_page
 from data.token_view import SampleView, TokenView, TurnView, printable, view_sample
@@ -27,6 +27,7 @@ from model.tokenizer import load_tokenizer
 COLORS = {
     "context": "\x1b[2m",
     "masked": "\x1b[90;9m",
+    "excluded": "\x1b[35m",
     "normal": "\x1b[32m",
     "key": "\x1b[30;43;1m",
     "eos": "\x1b[36m",
@@ -39,6 +40,7 @@ LEGEND = (
     ("normal", "|x|", "trained with w = 1"),
     ("eos", "|</s>|", "end of turn, trained with w = 1"),
     ("masked", "~x~", "masked turn, weight 0, stays context"),
+    ("excluded", "{x}", "turn of weight 0 in the data, stays context"),
     ("context", "x", "context, not trained"),
     ("evidence", ">>x<<", "the text for which the turn before is masked"),
 )
@@ -63,6 +65,8 @@ def status_of(turn: TurnView) -> str:
     if turn.decision.masked:
         matched = f", matched {json.dumps(turn.decision.matched_text)}" if turn.decision.matched_text else ""
         return f"MASKED: {turn.decision.category} ({turn.decision.rule}{matched})"
+    if turn.is_excluded:
+        return "EXCLUDED: weight 0 in the data"
     trained = [token for token in turn.tokens if token.loss_weight]
     n_key = sum(token.kind == "key" for token in trained)
     w_sum = sum(token.key_weight for token in trained)
@@ -100,15 +104,21 @@ def format_tokens(tokens: Sequence[TokenView], *, color: bool, max_context: int 
 
 def _between(previous: str | None, kind: str | None) -> str:
     """The marker where a run of one class ends and one of another begins."""
-    closing = {"masked": "~", "evidence": "<<"}.get(previous, "")
-    opening = {"masked": "~", "evidence": ">>", "normal": "|" if previous != "eos" else "", "eos": "|"}.get(kind, "")
+    closing = {"masked": "~", "excluded": "}", "evidence": "<<"}.get(previous, "")
+    opening = {
+        "masked": "~",
+        "excluded": "{",
+        "evidence": ">>",
+        "normal": "|" if previous != "eos" else "",
+        "eos": "|",
+    }.get(kind, "")
     return closing + ("" if previous == "normal" and kind == "eos" else opening)
 
 
 def format_sample(sample: SampleView, *, color: bool, max_context: int | None) -> str:
     """The whole sample for a terminal."""
     lines = [
-        paint(f"sample {printable(sample.id)} ({printable(sample.source)})", "title", color=color),
+        paint(f"sample {one_line(sample.id)} ({printable(sample.source)})", "title", color=color),
         ", ".join(f"{name} {value}" for name, value in sample.settings.items()),
         f"{sample.n_positions} input positions, {sample.trained_turns} trained turns, "
         f"{sample.trained_tokens} trained tokens, loss weights sum {format_number(sample.loss_weight_sum)}, "
@@ -154,6 +164,7 @@ def _record(trajectory: Trajectory, decision: TurnDecision, verdict: str) -> dic
         "message": decision.message_index,
         "tool": None if call is None else call.name,
         "masked": decision.masked,
+        "excluded": trajectory.messages[decision.message_index].weight == 0,
         "category": decision.category,
         "rule": decision.rule,
         "matched_text": decision.matched_text,
@@ -165,10 +176,12 @@ def format_report(records: Sequence[dict], error_filter: str) -> str:
     """Masked and doubtful turns one by one, then totals per category over turns and over trajectories (Figure 1)."""
     lines = [f"decisions of error_filter {error_filter}"]
     for record in records:
+        where = f"{one_line(record['id'])} message {record['message']} {one_line(record['tool'] or '(text)')}"
+        if record["excluded"]:
+            lines.append(f"{where}: weight 0 in the data")
         if record["masked"] or record["verdict"]:
             state = "masked" if record["masked"] else "kept"
             verdict = f"  <- {record['verdict']}" if record["verdict"] else ""
-            where = printable(f"{record['id']} message {record['message']} {record['tool'] or '(text)'}")
             lines.append(
                 f"{where}: {state}, {record['category']}, rule {record['rule'] or '-'}, "
                 f"matched {json.dumps(record['matched_text'])}{verdict}"

@@ -241,6 +241,12 @@ def shown(value: object) -> str:
     return text if len(text) <= 60 else text[:57] + "..."
 
 
+def one_line(text: str, limit: int = 60) -> str:
+    """`text` without quotes as printable ASCII on one line, at most `limit` characters; backslashes are doubled."""
+    escaped = ascii(text)[1:-1]
+    return escaped if len(escaped) <= limit else escaped[: limit - 3] + "..."
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Writing
 

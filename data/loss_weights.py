@@ -9,7 +9,8 @@ on with a newline. So `target_ids` is not `input_ids` shifted by one:
     target_ids  ...  :         .get  (   )    EOS  Output  :  ...
     weight       0   0         9     1   1    1    0   ...
 
-Erroneous turns (MAE, E2) keep their place in the context and get weight 0. Key tokens (PKT, E5) weigh more than 1.
+Erroneous turns (MAE, E2) keep their place in the context and get weight 0 ("masked"), and so do turns of weight 0 in
+the data ("excluded"). Key tokens (PKT, E5) weigh more than 1.
 Lists here are not tensors, so they carry no shape suffix; T in the docstrings is the number of input positions.
 """
 
@@ -24,9 +25,9 @@ from data.formats.table import DEFAULT_FORMAT, FORMATS, dialogue_segments
 from data.key_tokens import find_key_tokens, weigh_key_tokens
 from data.trajectories import Trajectory
 
-TOKEN_CLASSES = ("context", "masked", "normal", "key", "eos")
+TOKEN_CLASSES = ("context", "masked", "normal", "key", "eos", "excluded")
 LOSS_NORMALIZATIONS = ("turn_mean", "token_mean", "sum")
-CONTEXT, MASKED, NORMAL, KEY, EOS = range(len(TOKEN_CLASSES))
+CONTEXT, MASKED, NORMAL, KEY, EOS, EXCLUDED = range(len(TOKEN_CLASSES))
 
 
 class TextEncoder(Protocol):
@@ -56,10 +57,11 @@ class EncodedTrajectory:
     trained_turns: int  # turns with weight
     trained_tokens: int  # target tokens with weight, EOS included
     denominator: float  # what this trajectory adds to the global denominator
+    excluded_turns: int = 0  # turns of weight 0 in the data, masked ones included
 
     @property
     def token_classes(self) -> list[str]:
-        """(T,) class name of each target token: context, masked, normal, key or eos."""
+        """(T,) class name of each target token, one of TOKEN_CLASSES."""
         return [TOKEN_CLASSES[code] for code in self.class_codes]
 
     def __len__(self) -> int:
@@ -149,7 +151,8 @@ def encode_trajectory(
 ) -> EncodedTrajectory:
     """The whole trajectory as one row (module docstring); every segment is encoded on its own, BOS once at the start.
 
-    error_filter: structured, substring or none (data.error_filter). Masked turns get weight 0 (E2) and stay context.
+    error_filter: structured, substring or none (data.error_filter). Masked turns get weight 0 (E2) and stay context;
+    so do turns for which the data itself says weight 0, whatever the filter.
     Nothing is cut: data.batches.drop_unusable drops rows that are too long or train nothing, and says so.
     """
     decisions = tuple(decide_masked_turns(trajectory, error_filter))
@@ -164,7 +167,7 @@ def encode_trajectory(
         n_filled = len(target_ids) - (len(input_ids) - 1)
         input_ids += ids
         message_index = -1 if segment.message_index is None else segment.message_index
-        if segment.is_target and not masked[message_index]:
+        if segment.is_target and not masked[message_index] and trajectory.messages[message_index].weight:
             call = trajectory.messages[message_index].call
             raw_weights, turn_codes = weigh_turn(
                 ids,
@@ -180,7 +183,8 @@ def encode_trajectory(
         else:
             turn_targets = ids[n_filled:]
             turn_weights = [0.0] * len(turn_targets)  # E2: masked turns and context train nothing
-            turn_codes = [MASKED if segment.is_target else CONTEXT] * len(turn_targets)
+            code = CONTEXT if not segment.is_target else MASKED if masked[message_index] else EXCLUDED
+            turn_codes = [code] * len(turn_targets)
         target_ids += turn_targets
         loss_weights += turn_weights
         codes += turn_codes
@@ -199,4 +203,5 @@ def encode_trajectory(
         trained_turns=trained_turns,
         trained_tokens=trained_tokens,
         denominator=denominator,
+        excluded_turns=sum(message.weight == 0 for message in trajectory.messages),
     )

@@ -10,7 +10,14 @@ from html import escape
 
 from data.token_view import SampleView, TokenView, TurnView
 
-KIND_TITLES = {"key": "key token", "normal": "trained", "eos": "end of turn", "masked": "masked", "context": "context"}
+KIND_TITLES = {
+    "key": "key token",
+    "normal": "trained",
+    "eos": "end of turn",
+    "masked": "masked",
+    "excluded": "weight 0 in the data",
+    "context": "context",
+}
 EOS_TEXT = "end of turn"
 
 # Colours: every text/background pair reaches a contrast of 4.5:1 in both schemes (test_inspect_loss_weights.py).
@@ -28,6 +35,8 @@ LIGHT = {
     "eos": "#d9e6ff",
     "masked-text": "#55585f",
     "masked": "#ececec",
+    "excluded-text": "#5b2a86",
+    "excluded": "#efe3fa",
     "evidence-text": "#8a0f0f",
     "evidence": "#ffe3e0",
     "focus": "#0b57d0",
@@ -46,6 +55,8 @@ DARK = {
     "eos": "#1d3763",
     "masked-text": "#b0b5bd",
     "masked": "#2b2f36",
+    "excluded-text": "#e2cdf7",
+    "excluded": "#43295c",
     "evidence-text": "#ffc9c4",
     "evidence": "#5a1f1f",
     "focus": "#8ab4f8",
@@ -59,6 +70,7 @@ TEXT_PAIRS = (
     ("normal-text", "normal"),
     ("eos-text", "eos"),
     ("masked-text", "masked"),
+    ("excluded-text", "excluded"),
     ("evidence-text", "evidence"),
 )
 
@@ -77,6 +89,7 @@ section { border: 1px solid var(--line); border-left-width: 6px; border-radius: 
   padding: .5rem .7rem; }
 section.trained { border-left-style: double; border-left-color: var(--normal-text); }
   section.masked { border-left-style: dashed; }
+section.excluded { border-left-style: dotted; border-left-color: var(--excluded-text); }
 .status { margin: .1rem 0 .3rem; } .status b { color: var(--text); }
 summary { cursor: pointer; }
 .tokens { white-space: pre-wrap; font: 15px/2.1 ui-monospace, Menlo, Consolas, monospace; margin: .3rem 0 0; }
@@ -92,6 +105,8 @@ summary { cursor: pointer; }
 .eos { background: var(--eos); color: var(--eos-text); border: 2px dotted var(--eos-text); padding: 2px 4px;
   margin: 0 2px; }
 .masked.t, .legend .masked { background: var(--masked); color: var(--masked-text); text-decoration: line-through; }
+.excluded.t, .legend .excluded { background: var(--excluded); color: var(--excluded-text);
+  text-decoration: underline dotted; }
 .evidence { background: var(--evidence); color: var(--evidence-text); text-decoration: underline wavy;
   font-weight: 700; }
 .t:focus-visible, summary:focus-visible { outline: 3px solid var(--focus); outline-offset: 2px; position: relative; }
@@ -207,6 +222,7 @@ def _legend() -> str:
         ('<span class="t normal">abc</span>', "trained, w = 1"),
         (f'<span class="t eos">{EOS_TEXT}</span>', "EOS, trained, w = 1"),
         ('<span class="t masked">abc</span>', "masked turn: weight 0, stays context"),
+        ('<span class="t excluded">abc</span>', "turn of weight 0 in the data, stays context"),
         ('<span class="t">abc</span>', "context, not trained"),
         ('<span class="t evidence">abc</span>', "feedback for which the turn before is masked"),
     )
@@ -222,7 +238,7 @@ def _section(turn: TurnView) -> str:
     name = f" {escape(turn.call_name)}" if turn.call_name else ""
     heading = f"<h2>{number}{escape(turn.title)}{name}</h2>"
     is_masked = turn.decision is not None and turn.decision.masked
-    state = "masked" if is_masked else "trained" if turn.is_trained else "context"
+    state = "masked" if is_masked else "trained" if turn.is_trained else "excluded" if turn.is_excluded else "context"
     first = next((i for i, token in enumerate(turn.tokens) if token.kind != "context"), 0)  # the turn's tab stop
     tokens = "".join(_token(token, is_tab_stop=i == first, is_lead=i == 0) for i, token in enumerate(turn.tokens))
     body = f'<div class="tokens" role="group" aria-label="{number}tokens">{tokens}</div>'
@@ -243,6 +259,8 @@ def _status(turn: TurnView) -> str:
             f'<p class="status"><b>Masked: {escape(decision.category)}</b>, rule {escape(decision.rule)}{matched}. '
             "Weight 0, stays context.</p>"
         )
+    if turn.is_excluded:
+        return '<p class="status"><b>Excluded</b>: weight 0 in the data, stays context.</p>'
     trained = [token for token in turn.tokens if token.loss_weight]
     n_key = sum(token.kind == "key" for token in trained)
     return (

@@ -40,6 +40,10 @@ class TurnView:
         return any(token.loss_weight for token in self.tokens)
 
     @property
+    def is_excluded(self) -> bool:
+        return any(token.kind == "excluded" for token in self.tokens)
+
+    @property
     def loss_weight_sum(self) -> float:
         return sum(token.loss_weight for token in self.tokens)
 

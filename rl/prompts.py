@@ -2,6 +2,7 @@
 
 The rules, in this order; each turn is counted under the first that takes it out, and the counts are the notes:
     plain text      the turn is no call, so there is nothing to score
+    excluded        the data gives the turn weight 0
     unparsable      its call does not parse (unparsable_calls "mask"; "error" refuses the file, as SFT does)
     erroneous       the error filter masks it, by category (data.error_filter, as in SFT)
     not offered     its tool is not among the documents, so even the gold call would score -2
@@ -24,8 +25,10 @@ from data.trajectories import Message, Trajectory, read_trajectories
 PROMPT_TURNS = ("all", "tools", "first", "last")
 UNPARSABLE_CALLS = ("error", "mask")
 _NO_SINGLE_CALL = "no gold answer of exactly one call without wildcards"
+_EXCLUDED = "weight 0 in the data"
 _DROPPED_BEFORE = (
     "plain text",
+    _EXCLUDED,
     "unparsable",
     _NO_SINGLE_CALL,
     *(f"erroneous, {category}" for category in CATEGORIES if category != "unparsable"),
@@ -136,6 +139,8 @@ def _kept_turns(trajectory: Trajectory, error_filter: str, counts: Counter) -> I
             counts["unparsable"] += 1
         elif message.call is None:
             counts["plain text"] += 1
+        elif message.weight == 0:
+            counts[_EXCLUDED] += 1
         elif decision.masked:
             counts[f"erroneous, {decision.category}"] += 1
         elif not _is_offered(message.call, trajectory.tools):

@@ -7,7 +7,6 @@ other micro-batches or over other ranks changes nothing but rounding.
 
 import math
 import time
-from collections import Counter
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -17,6 +16,8 @@ from tqdm import tqdm
 
 from command_line import run_identity
 from data.batches import PackedBatch, drop_unusable
+from data.data_report import describe_data
+from data.json_records import one_line
 from data.loss_weights import EncodedTrajectory, TextEncoder, encode_trajectory
 from data.trajectories import read_trajectories
 from train.checkpoint import save_checkpoint
@@ -34,28 +35,20 @@ from train.weighted_cross_entropy import linear_weighted_cross_entropy
 
 def encode_data(config: SFTConfig, tokenizer: TextEncoder) -> tuple[list[EncodedTrajectory], list[str]]:
     """Read, filter, weigh and encode all trajectories; also lines on what was dropped, masked and is trained."""
-    encoded, notes = drop_unusable(
-        [
-            encode_trajectory(
-                trajectory,
-                tokenizer,
-                error_filter=config.error_filter,
-                key_tokens=config.key_tokens == "on",
-                max_key_token_weight=config.max_key_token_weight,
-                loss_normalization=config.loss_normalization,
-            )
-            for trajectory in read_trajectories(config.data, unparsable_calls=config.unparsable_calls)
-        ],
-        config.max_tokens,
-    )
-    masked = Counter(turn.category for row in encoded for turn in row.turn_decisions if turn.masked)
-    counts = ", ".join(f"{category} {count}" for category, count in sorted(masked.items())) or "none"
-    notes.append(
-        f"{len(encoded)} trajectories of {sum(map(len, encoded))} tokens; trained: "
-        f"{sum(row.trained_turns for row in encoded)} turns, {sum(row.trained_tokens for row in encoded)} tokens"
-    )
-    notes.append(f"turns masked by error_filter={config.error_filter}: {counts}")
-    return encoded, notes
+    trajectories = read_trajectories(config.data, unparsable_calls=config.unparsable_calls)
+    encoded = [
+        encode_trajectory(
+            trajectory,
+            tokenizer,
+            error_filter=config.error_filter,
+            key_tokens=config.key_tokens == "on",
+            max_key_token_weight=config.max_key_token_weight,
+            loss_normalization=config.loss_normalization,
+        )
+        for trajectory in trajectories
+    ]
+    kept, notes = drop_unusable(encoded, config.max_tokens)
+    return kept, notes + describe_data(trajectories, encoded, kept, config.error_filter)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -144,7 +137,7 @@ def train_step(
 
 
 def _ids_of(batches: list[PackedBatch]) -> str:
-    return ", ".join(name for batch in batches for name in batch.ids) or "none"
+    return ", ".join(one_line(name) for batch in batches for name in batch.ids) or "none"
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -146,6 +146,15 @@ def test_drop_unusable_names_what_it_drops_and_cuts_nothing():
     assert drop_unusable([fits, long], 5) == ([fits, long], [])
 
 
+def test_drop_unusable_shows_the_first_few_and_nothing_that_acts_on_a_terminal():
+    """10,000 dropped trajectories were one line of 100,000 characters."""
+    rows = [row(f"t{i}", [1] * 5, [2] * 5, [1.0] * 5) for i in range(10_000)]
+    rows.append(row("a\x1b[2J\u202e\n" + "b" * 500, [1, 5], [5, 2], [0.0, 0.0]))
+    _, (long, empty) = drop_unusable([row("fits", [1, 5], [5, 2], [0.0, 1.0]), *rows], 3)
+    assert long.endswith("tokens: t0 (5), t1 (5), t2 (5), t3 (5), t4 (5) and 9995 more")
+    assert r"without a trained turn: a\x1b[2J\u202e\nbbb" in empty and empty.endswith("b...") and len(empty) < 130
+
+
 def test_nothing_left_is_an_error():
     with pytest.raises(DataError, match="found 2 trajectories, 1 longer than 3 tokens and 1 without a trained turn"):
         drop_unusable([row("long", [1] * 5, [2] * 5, [1.0] * 5), row("empty", [1], [2], [0.0])], 3)

@@ -5,6 +5,7 @@ import re
 import shutil
 import subprocess
 from base64 import b64encode
+from dataclasses import replace
 from hashlib import sha256
 from html.parser import HTMLParser
 
@@ -106,6 +107,21 @@ def test_terminal_text_has_markers_without_colour():
     assert "MASKED: tool_call_failure" in text and "matched " in text
     assert "TRAINED: 12 tokens, 2 key, sum of w 19, loss weights sum 1" in text
     assert "2 trained turns, 21 trained tokens, loss weights sum 2, denominator 2" in text
+
+
+def test_a_turn_of_weight_0_in_the_data_is_its_own_class():
+    messages = list(FIND_PAPER.messages)
+    messages[3] = replace(messages[3], weight=0)
+    shown = view(replace(FIND_PAPER, messages=messages))[0]
+    text = format_sample(shown, color=False, max_context=None)
+    assert '{ get_paper_details(id="7")}' in text and "EXCLUDED: weight 0 in the data" in text
+    assert "1 trained turns, 9 trained tokens" in text and "MASKED: tool_call_failure" in text
+    page = render_page(shown)
+    assert '<section class="excluded">' in page and "<b>Excluded</b>: weight 0 in the data" in page
+    assert sum(a["data-kind"] == "weight 0 in the data" for a, _ in PageReader(page).tokens) == 11
+    records = decision_records([replace(FIND_PAPER, messages=messages)], "structured")
+    assert [record["excluded"] for record in records] == [False, True, False]
+    assert "t0 message 3 get_paper_details: weight 0 in the data" in format_report(records, "structured")
 
 
 def test_terminal_colours_add_nothing_but_colours():

@@ -1,6 +1,7 @@
 """Targets, weights and classes of one row, counted by hand with a tokenizer small enough to follow."""
 
 import random
+from dataclasses import replace
 
 import pytest
 
@@ -95,6 +96,28 @@ def test_eos_is_the_target_where_the_next_input_is_a_newline():
     differs = [i for i in range(len(row) - 1) if row.target_ids[i] != row.input_ids[i + 1]]
     assert differs == [last]  # the only position that is not plain next-token
     assert tokenizer.eos_id not in row.input_ids
+
+
+def test_turns_of_weight_0_are_their_own_class_and_combine_with_masking():
+    messages = list(FIND_PAPER.messages)
+    messages[1], messages[3] = replace(messages[1], weight=0), replace(messages[3], weight=0)
+    row = encode(replace(FIND_PAPER, messages=messages))
+    plain = encode(FIND_PAPER)
+    assert row.input_ids == plain.input_ids  # context stays
+    assert row.excluded_turns == 2 and row.trained_turns == 1 and row.trained_tokens == 9
+    assert sum(row.loss_weights) == 15 and plain.excluded_turns == 0
+    by_turn = {index: set() for index in (1, 3, 5)}
+    for kind, index in zip(row.token_classes, row.message_indices, strict=True):
+        if index in by_turn and kind != "context":
+            by_turn[index].add(kind)
+    assert by_turn == {
+        1: {"masked"},
+        3: {"excluded"},
+        5: {"key", "normal", "eos"},
+    }  # the filter wins
+    assert row.token_classes.count("excluded") == 11  # the 11 pieces; EOS is no target there
+    unfiltered = encode(replace(FIND_PAPER, messages=messages), error_filter="none")
+    assert "masked" not in unfiltered.token_classes and sum(unfiltered.loss_weights) == 15
 
 
 def test_masked_turn_stays_in_the_context_word_for_word():

@@ -420,7 +420,7 @@ def test_empty_assistant_messages_are_refused_or_context(tmp_path, content):
         (openai(ASK, END, tools='[{"name": "f", "name": "g"}]'), "'name' twice"),
         ({"conversations": [{"from": "human", "value": "x"}, {"from": "bot", "value": "y"}]}, "role 'bot'"),
         ({"conversations": [{"from": "human", "value": "x"}, {"from": "function_call", "value": "y"}]}, "found 'y'"),
-        ({"conversations": [{"from": "human", "value": "x"}, {"from": "function_call", "value": "3"}]}, "tool_calls[0]"),
+        ({"conversations": [{"from": "human", "value": "x"}, {"from": "function_call", "value": "3"}]}, "tool_calls"),
         ({"conversations": [{"from": "human", "value": "x"}, {"from": "observation", "value": "3"}]}, "after user"),
         ({"conversations": [{"from": "human", "value": "x"}, {"from": "gpt", "value": None}]}, "neither text nor"),
     ],

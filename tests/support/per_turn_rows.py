@@ -29,6 +29,8 @@ def expand_per_turn(
     for last, segment in enumerate(segments):
         if not segment.is_target or masked[segment.message_index]:
             continue
+        if trajectory.messages[segment.message_index].weight == 0:
+            continue
         *prefix, (_, turn_ids) = encode_segments(segments[: last + 1], tokenizer, FORMATS[DEFAULT_FORMAT])
         prefix_ids = [token_id for _, ids in prefix for token_id in ids]
         call = trajectory.messages[segment.message_index].call

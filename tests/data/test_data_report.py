@@ -1,0 +1,104 @@
+"""What the log says about a data set (data/data_report.py), on files whose counts are known by hand."""
+
+import json
+import re
+
+import pytest
+
+from data.data_report import describe_data
+from data.json_records import DataError
+from tests.support.tiny_run import tiny_files
+from train.sft_loop import SFTConfig, encode_data
+
+TOOLS = [
+    {
+        "name": "find_book",
+        "parameters": {"type": "object", "properties": {"title": {"type": "string"}}, "required": ["title"]},
+    }
+]
+ASK, END = {"role": "user", "content": "Is there Ulysses?"}, {"role": "assistant", "content": "Yes."}
+GOOD = ("find_book", {"title": "Ulysses"})
+UNKNOWN = ("nope", {})
+INVENTED = ("find_book", {"title": "Ulysses", "city": "Oslo"})
+MISSING = ("find_book", {})
+
+
+def record(*calls, end: bool = True, **keys) -> dict:
+    """A dialogue of these calls, each with a fine result; `keys` go to every assistant message."""
+    messages: list[dict] = [ASK]
+    for name, arguments in calls:
+        tool_calls = [{"function": {"name": name, "arguments": json.dumps(arguments)}}]
+        messages += [{"role": "assistant", "tool_calls": tool_calls, **keys}, {"role": "tool", "content": "fine"}]
+    return {"tools": TOOLS, "messages": [*messages, *([{**END, **keys}] if end else [])]}
+
+
+def notes_of(tmp_path, *records: dict, **settings) -> list[str]:
+    from model.tokenizer import load_tokenizer
+
+    path = tmp_path / "data.jsonl"
+    path.write_text("".join(json.dumps(entry) + "\n" for entry in records), encoding="utf-8")
+    _, notes = encode_data(SFTConfig(data=str(path), **settings), load_tokenizer(tiny_files()[0]))
+    assert all(note.isprintable() and note.isascii() and len(note) < 400 for note in notes)
+    return notes
+
+
+def test_masked_turns_of_dropped_trajectories_are_counted(tmp_path):
+    notes = notes_of(tmp_path, record(GOOD), record(UNKNOWN, end=False), record(UNKNOWN, end=False), record(MISSING))
+    assert notes[0].startswith("dropped 2 of 4 trajectories, without a trained turn: 1, 2")
+    assert re.fullmatch(r"2 trajectories of \d+ tokens; trained: 3 turns, \d+ tokens", notes[1])
+    assert notes[2] == "turns masked by error_filter=structured: parameter_missing 1, tool_hallucination 2"
+
+
+def test_a_set_that_is_mostly_masked_ends_with_a_warning(tmp_path):
+    hostile = ("find_book", {"title": "x", "\x1b[2J\u202e": 1})
+    notes = notes_of(
+        tmp_path, record(GOOD), record(INVENTED), record(UNKNOWN), record(MISSING), record(hostile), record(INVENTED)
+    )
+    path = re.escape(str(tmp_path / "data.jsonl"))
+    assert notes[-4] == "warning: 5 of 6 calls are masked and train nothing; the most frequent rules:"
+    expected = (
+        rf"warning: 3 x parameter_hallucination, parameter not documented \(city\); .* {path}:2 message 1 find_book",
+        rf"warning: 1 x tool_hallucination, tool not offered \(nope\); first at {path}:3 message 1 nope",
+        rf"warning: 1 x parameter_missing, required parameter absent \(title\); first at {path}:4 message 1 find_book",
+    )
+    for note, pattern in zip(notes[-3:], expected, strict=True):
+        assert re.fullmatch(pattern, note), note
+
+
+def test_half_masked_is_no_warning_and_text_turns_do_not_count(tmp_path):
+    assert not any("warning" in note for note in notes_of(tmp_path, record(GOOD), record(UNKNOWN)))
+    assert any("warning: 2 of 3" in note for note in notes_of(tmp_path, record(GOOD), record(UNKNOWN), record(UNKNOWN)))
+    assert not any("warning" in note for note in notes_of(tmp_path, record(UNKNOWN), error_filter="none"))
+
+
+def test_what_is_not_used_is_counted(tmp_path):
+    padded = record(GOOD)
+    padded["messages"][1] = {
+        "role": "assistant",
+        "content": "Let me look.",
+        "reasoning_content": "Hm.",
+        "tool_calls": [{"function": {"name": "find_book", "arguments": {"title": "x", "city": None, "unit": None}}}],
+    }
+    excluded = record(GOOD, weight=0)
+    notes = notes_of(tmp_path, padded, padded, record(GOOD), excluded)
+    assert notes[0].startswith("dropped 1 of 4 trajectories, without a trained turn: 3")
+    assert "turns masked by error_filter=structured: none" in notes
+    assert "turns of weight 0 in the data: 2, kept as context and not trained" in notes
+    assert any(note.startswith("4 null arguments dropped: ") for note in notes)
+    assert any(note.startswith("2 turns have text beside the call: ") for note in notes)
+    assert "2 texts under 'reasoning_content' of an assistant message: not read" in notes
+
+
+def test_nothing_trained_is_one_line_with_the_reasons(tmp_path):
+    records = [record(UNKNOWN, end=False), record(INVENTED, INVENTED, end=False), record(GOOD, weight=0)]
+    with pytest.raises(DataError) as raised:
+        notes_of(tmp_path, *records)
+    assert str(raised.value) == (
+        "found 3 trajectories, 0 longer than 8192 tokens and 3 without a trained turn (turns: 2 x "
+        "parameter_hallucination, parameter not documented; 2 x weight 0 in the data; 1 x tool_hallucination, tool not "
+        "offered), expected at least one to train on"
+    )
+
+
+def test_no_trajectory_is_no_warning():
+    assert describe_data([], [], [], "none")[1:] == ["turns masked by error_filter=none: none"]
