@@ -110,11 +110,7 @@ def test_turns_of_weight_0_are_their_own_class_and_combine_with_masking():
     for kind, index in zip(row.token_classes, row.message_indices, strict=True):
         if index in by_turn and kind != "context":
             by_turn[index].add(kind)
-    assert by_turn == {
-        1: {"masked"},
-        3: {"excluded"},
-        5: {"key", "normal", "eos"},
-    }  # the filter wins
+    assert by_turn == {1: {"masked"}, 3: {"excluded"}, 5: {"key", "normal", "eos"}}  # the filter wins
     assert row.token_classes.count("excluded") == 11  # the 11 pieces; EOS is no target there
     unfiltered = encode(replace(FIND_PAPER, messages=messages), error_filter="none")
     assert "masked" not in unfiltered.token_classes and sum(unfiltered.loss_weights) == 15

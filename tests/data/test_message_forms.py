@@ -183,7 +183,9 @@ def test_parallel_calls_find_their_results(tmp_path, results):
     answers = [{"role": "tool", **result} for result in results]
     messages = read(tmp_path, asked({"content": "Both.", "tool_calls": calls}, *answers)).messages
     assert messages[1:-1] == [
-        Message("assistant", "Both.", ToolCall("f", {}), thought="Both."),  # the text beside the calls belongs to the first
+        Message(
+            "assistant", "Both.", ToolCall("f", {}), thought="Both."
+        ),  # the text beside the calls belongs to the first
         Message("tool", "1"),
         Message("assistant", "", ToolCall("g", {})),
         Message("tool", "2"),
