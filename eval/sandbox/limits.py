@@ -291,8 +291,12 @@ def _can_map_user(user: int, group: int) -> bool:
 
 
 def mount_memory_folder(folder: str, folder_bytes: int, *, mode: int = 0o700) -> bool:
-    """Put a file system in memory of at most `folder_bytes` over `folder`, for this process only; False if refused."""
-    _LIBC.mount(None, b"/", None, ctypes.c_ulong(MS_REC | MS_PRIVATE), None)  # else the mount could show outside
+    """Put a file system in memory of at most `folder_bytes` over `folder`, for this process only; False if refused.
+
+    Nothing is mounted unless the mounts of this process could be made private: else the folder could show outside.
+    """
+    if _LIBC.mount(None, b"/", None, ctypes.c_ulong(MS_REC | MS_PRIVATE), None) != 0:
+        return False
     options = f"size={folder_bytes},nr_inodes=1024,mode={mode:o}".encode()
     flags = ctypes.c_ulong(MS_NOSUID | MS_NODEV | MS_NOEXEC)
     return _LIBC.mount(b"tmpfs", os.fsencode(folder), b"tmpfs", flags, options) == 0
@@ -327,9 +331,8 @@ def die_with_parent() -> None:
 
 def drop_privileges() -> bool:
     """No new rights for any program, no capabilities, memory closed to other processes; False outside Linux."""
-    if not _set_process_option(PR_SET_NO_NEW_PRIVS, 1):
+    if not (_set_process_option(PR_SET_NO_NEW_PRIVS, 1) and _set_process_option(PR_SET_DUMPABLE, 0)):
         return False
-    _set_process_option(PR_SET_DUMPABLE, 0)
     header, nothing = struct.pack("Ii", CAPABILITY_VERSION_3, 0), bytes(24)
     return _LIBC.capset(header, nothing) == 0
 

@@ -9,13 +9,15 @@ A request is {"dialogue", "needs", ...} or {"forget": dialogue}. `needs` decides
 
     nothing    by a local tool that is a pure function (local_tools.py:answer_request, for the rest of the keys)
     folder     by one that also reads and writes in the dialogue's folder
-    python     by running "code", in that folder (eval/dialogues/execute_tools.py)
+    python     by running "code", in that folder (answer_code below)
     programs   by the program with arguments "program", in that folder
 
 The answer is [status, exit code, text]; status is "ended", "timed out" or "no folder". The first three should write
 JSON, but "code" can write what it likes.
 """
 
+import ast
+import io
 import json
 import math
 import os
@@ -23,9 +25,9 @@ import select
 import signal
 import sys
 import time
+from code import InteractiveInterpreter
 from contextlib import suppress
 
-from eval.dialogues.execute_tools import answer_code
 from eval.dialogues.local_tools import answer_request
 from eval.sandbox.child import describe_limits, read_frame, report, separate, write_frame
 from eval.sandbox.limits import (
@@ -48,6 +50,7 @@ CALL_FOLDERS = ("/srv", "/mnt", "/media")  # where a call sees its dialogue's fo
 PROGRAM_FOLDERS = ("/usr", "/bin", "/lib", "/lib64")
 GONE_SECONDS = 5.0  # for killed processes to be gone; on a busy machine that takes a while
 MACHINE_NAME = "sandbox"
+MAX_CODE_CHARACTERS = 16384  # kept of what the code of a model writes
 
 
 class Server:
@@ -242,6 +245,62 @@ def _take(pipe: int, text: bytearray) -> str:
         return "nothing"
     text += piece[: MAX_TEXT_BYTES - len(text)]
     return "more" if piece else "end"
+
+
+class _Output(io.TextIOBase):
+    """Keeps the first characters that are written."""
+
+    def __init__(self) -> None:
+        self.text, self.room = "", MAX_CODE_CHARACTERS
+
+    def write(self, piece: str) -> int:
+        """Like that of any text file; what has no room is thrown away."""
+        kept = piece[: self.room]
+        self.text += kept
+        self.room -= len(kept)
+        return len(piece)
+
+
+class _Interpreter(InteractiveInterpreter):
+    """Hands on what the code raises, instead of writing a traceback."""
+
+    def showtraceback(self) -> None:
+        raise sys.exc_info()[1]
+
+    def showsyntaxerror(self, filename: str | None = None) -> None:
+        raise sys.exc_info()[1]
+
+
+def answer_code(source: str) -> list:
+    """Run Python code that a model wrote, as ToolEyes' `execute_pycode` does; only in the process of one call.
+
+    Returns ["value", what the code wrote] or ["raised", the text of what it raised], at most MAX_CODE_CHARACTERS of it.
+    Python's own interactive interpreter runs the code. After what it prints comes the value of its last line if that is
+    an expression, as at Python's prompt.
+    """
+    output = _Output()
+    kept, sys.stdout, sys.stderr = sys.stdout, output, output
+    try:
+        tree = ast.parse(source.strip("\n"))
+        last = tree.body.pop() if tree.body and isinstance(tree.body[-1], ast.Expr) else None
+        interpreter = _Interpreter({"__name__": "__main__", "exit": sys.exit, "quit": sys.exit})
+        interpreter.runsource(ast.unparse(tree) + "\n", "code", "exec")
+        if last is not None:
+            interpreter.runsource(ast.unparse(last) + "\n", "code", "single")
+    except SystemExit:
+        pass  # the code said that it is done
+    except BaseException as error:  # noqa: BLE001 - of any class, also one that the code wrote
+        return ["raised", _text_of(error)]
+    finally:
+        sys.stdout = kept
+    return ["value", output.text]
+
+
+def _text_of(error: BaseException) -> str:
+    try:
+        return (str(error) or type(error).__name__)[:MAX_CODE_CHARACTERS]
+    except BaseException:  # noqa: BLE001 - its __str__ may be the code's own
+        return "an error without text"
 
 
 def find_abilities(server: Server) -> dict[str, bool]:

@@ -571,7 +571,7 @@ def test_nothing_survives_the_evaluator_itself_being_killed(tools, tmp_path):
 
 
 MAY_RUN = {  # what can run text or programs -> the files that may use it, each inside the sandbox or to start it
-    "code": {"eval/dialogues/execute_tools.py"},
+    "code": {"eval/sandbox/tool_server.py"},
     "codeop": set(),
     "builtins": set(),
     "pty": set(),
@@ -579,7 +579,6 @@ MAY_RUN = {  # what can run text or programs -> the files that may use it, each 
     "runpy": {"eval/sandbox/child.py"},
     "importlib": {"eval/sandbox/child.py"},
     "subprocess": {"eval/sandbox/run.py", "train/run_logging.py"},
-    "eval.dialogues.execute_tools": {"eval/sandbox/tool_server.py"},
     "eval.sandbox.tool_server": set(),
     "fork": {"eval/sandbox/child.py", "eval/sandbox/limits.py", "eval/sandbox/tool_server.py"},
     "execve": {"eval/sandbox/tool_server.py"},
@@ -627,8 +626,8 @@ def test_nothing_but_the_sandbox_runs_text_or_programs():
 
 def test_the_evaluators_own_process_does_not_load_what_runs_code():
     program = (
-        "import sys\nimport eval.dialogues.tools\nprint([name for name in ('code', 'eval.dialogues.execute_tools', "
-        "'eval.sandbox.tool_server') if name in sys.modules])"
+        "import sys\nimport eval.dialogues.tools\nprint([name for name in ('code', 'eval.sandbox.tool_server') "
+        "if name in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-S", "-c", program], cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.stdout == "[]\n", done.stderr

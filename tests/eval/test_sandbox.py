@@ -16,6 +16,7 @@ from pathlib import Path
 
 import pytest
 
+from eval.sandbox import limits
 from eval.sandbox.child import decode_value, encode_value
 from eval.sandbox.limits import ALLOW, FAIL, KILL, _filter_rows
 from eval.sandbox.run import SandboxError, run_check, run_python
@@ -324,6 +325,52 @@ def test_reading_is_confined_where_landlock_is():
 def test_root_is_refused_without_a_bound_on_processes():
     with pytest.raises(SandboxError, match="root without seccomp"):
         run("print(1)", layers=())
+
+
+class RefusingLibrary:
+    """A C library in whose kernel some calls are refused; it writes down all of them."""
+
+    def __init__(self, refuses):
+        self.refuses, self.calls = refuses, []
+
+    def mount(self, source, target, kind, flags, options):
+        what = "private" if flags.value & limits.MS_PRIVATE else "tmpfs"
+        self.calls.append(what)
+        return -1 if what in self.refuses else 0
+
+    def prctl(self, option, *values):
+        self.calls.append(option)
+        return -1 if option in self.refuses else 0
+
+    def capset(self, header, data):
+        return 0
+
+
+@pytest.mark.parametrize(
+    ("refuses", "is_mounted", "calls"),
+    [((), True, ["private", "tmpfs"]), (("tmpfs",), False, ["private", "tmpfs"]), (("private",), False, ["private"])],
+)
+def test_no_folder_is_mounted_that_could_show_outside(monkeypatch, refuses, is_mounted, calls):
+    library = RefusingLibrary(refuses)
+    monkeypatch.setattr(limits, "_LIBC", library)
+    assert limits.mount_memory_folder("/nowhere", 4096) is is_mounted and library.calls == calls
+
+
+@pytest.mark.parametrize("refused", [limits.PR_SET_NO_NEW_PRIVS, limits.PR_SET_DUMPABLE])
+def test_privileges_are_not_dropped_where_one_step_is_refused(monkeypatch, refused):
+    monkeypatch.setattr(limits, "_LIBC", RefusingLibrary(()))
+    assert limits.drop_privileges()
+    monkeypatch.setattr(limits, "_LIBC", RefusingLibrary((refused,)))
+    assert not limits.drop_privileges()
+
+
+@needs_linux
+def test_a_mount_of_the_sandbox_does_not_show_outside():
+    before = Path("/proc/self/mountinfo").read_text()
+    result = run("print(open('/proc/self/mountinfo').read())", layers=("namespaces", "seccomp"))
+    assert Path("/proc/self/mountinfo").read_text() == before
+    if "tmpfs" in result.limits_applied["files"]:
+        assert "shared:" not in result.stdout and "master:" not in result.stdout
 
 
 @needs_linux
