@@ -254,7 +254,7 @@ class _Output(io.TextIOBase):
         self.text, self.room = "", MAX_CODE_CHARACTERS
 
     def write(self, piece: str) -> int:
-        """Like that of any text file; what has no room is thrown away."""
+        """As for any text file; what does not fit is discarded."""
         kept = piece[: self.room]
         self.text += kept
         self.room -= len(kept)
@@ -262,7 +262,7 @@ class _Output(io.TextIOBase):
 
 
 class _Interpreter(InteractiveInterpreter):
-    """Hands on what the code raises, instead of writing a traceback."""
+    """Raises what the code raises, instead of writing a traceback."""
 
     def showtraceback(self) -> None:
         raise sys.exc_info()[1]
@@ -275,8 +275,8 @@ def answer_code(source: str) -> list:
     """Run Python code that a model wrote, as ToolEyes' `execute_pycode` does; only in the process of one call.
 
     Returns ["value", what the code wrote] or ["raised", the text of what it raised], at most MAX_CODE_CHARACTERS of it.
-    Python's own interactive interpreter runs the code. After what it prints comes the value of its last line if that is
-    an expression, as at Python's prompt.
+    Python's own interactive interpreter runs the code. What it prints is followed by the value of its last line if that
+    is an expression, as at Python's prompt.
     """
     output = _Output()
     kept, sys.stdout, sys.stderr = sys.stdout, output, output
@@ -288,8 +288,8 @@ def answer_code(source: str) -> list:
         if last is not None:
             interpreter.runsource(ast.unparse(last) + "\n", "code", "single")
     except SystemExit:
-        pass  # the code said that it is done
-    except BaseException as error:  # noqa: BLE001 - of any class, also one that the code wrote
+        pass  # the code ended itself
+    except BaseException as error:  # noqa: BLE001 - of any class, including one that the code defines
         return ["raised", _text_of(error)]
     finally:
         sys.stdout = kept
