@@ -115,7 +115,7 @@ def _make_parser(config_class: type, description: str) -> argparse.ArgumentParse
         choices = each.metadata["choices"]
         metavar = "{" + ",".join(choices) + "}" if choices else each.type.__name__.upper().replace("STR", "TEXT")
         text = f"{each.metadata['help']} [{_default(each)}]".replace("%", "%%")
-        # a switch may stand alone: --print_ledger means --print_ledger on
+        # a switch needs no value: --print_ledger means --print_ledger on
         alone = {"nargs": "?", "const": "on"} if choices == ("on", "off") else {}
         parser.add_argument(f"--{each.name}", metavar=metavar, help=text, **alone)
     return parser
@@ -139,7 +139,7 @@ def _from_text(each: Field, text: str) -> object:
 
 
 def _read_file(path: Path, by_name: dict[str, Field], section: str) -> tuple[dict, dict[str, str]]:
-    """Values of a config file (of one section, if it has any) and where each stands ("file:line")."""
+    """Values of a config file (of one section, if it has any) and the place of each ("file:line")."""
     try:
         text = path.read_text(encoding="utf-8")
     except OSError as error:
@@ -185,7 +185,7 @@ def _without_duplicates(pairs: list[tuple[str, object]], path: Path, text: str) 
 
 
 def _line_of(text: str, name: str, first_line: int) -> int:
-    """Line of the first `"name":` in the file at or behind first_line, all counted from 1."""
+    """Line of the first `"name":` in the file at or after first_line, all counted from 1."""
     start = sum(len(line) for line in text.splitlines(keepends=True)[: first_line - 1])
     found = re.compile(re.escape(json.dumps(name)) + r"\s*:").search(text, start)
     return text.count("\n", 0, found.start()) + 1 if found else 1

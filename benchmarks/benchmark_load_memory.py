@@ -64,7 +64,7 @@ def measure(way: str, folder: Path) -> None:
         for path in sorted(folder.glob("*.safetensors")):
             tensors |= {name: tensor.clone() for name, tensor in load_file(path).items()}
         for parameter, tensor in zip(model.parameters(), tensors.values(), strict=True):
-            parameter.data.view(-1)[:] = tensor.view(-1)[:1]  # stands for the name mapping; memory is the same
+            parameter.data.view(-1)[:] = tensor.view(-1)[:1]  # in place of the name mapping; memory is the same
     else:
         load_weights_into(model, folder)
     above = resident_mb("VmHWM") - before

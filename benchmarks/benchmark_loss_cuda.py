@@ -1,12 +1,12 @@
 """Our CUDA kernels against their roof, and the loss against its peers on a CUDA device. NOT YET RUN BY US: no machine
-of ours has such a device, so no figure of it stands anywhere in this repository.
+of ours has such a device, so this repository has no figure from it.
 
     python -m benchmarks.benchmark_loss_cuda                      # needs a CUDA device
     python -m benchmarks.benchmark_loss_cuda --tokens 65536 --dtypes bfloat16,float32
     python -m benchmarks.benchmark_loss_cuda --device cpu --tokens 64 --dim 32 --vocab_size 500  # only tries the script
 
 Part 1, the roof: a kernel reads and writes each logit once, so it can take no less time than a copy of the logits from
-device to device, which is timed beside it. Printed: GB/s by that count (2 * size of a logit; 3 * for the streaming
+device to device, which is timed too. Printed: GB/s by that count (2 * size of a logit; 3 * for the streaming
 kernel), and the share of the copy's rate.
 Part 2, the loss: forward and backward to the gradients of hidden and head, sides as in benchmarks/benchmark_loss.py,
 eager in fp32 too (what most code does), F.linear_cross_entropy with default and with fixed chunks, ours through both

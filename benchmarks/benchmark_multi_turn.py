@@ -4,13 +4,13 @@
     python -m benchmarks.benchmark_multi_turn --models tiny --repeats 9
 
 A turn is a prompt and a greedy response of fixed length (no stop ids); the next prompt is that prompt, the response and
-random feedback. All sides do the same turns of the same dialogues and take turns in one process; a figure is the median
+random feedback. All sides run the same turns of the same dialogues, alternating in one process; a figure is the median
 of the rounds' ratios. On a machine with other work use `--clock cpu` with OMP_NUM_THREADS=1: seconds of processor
 time, which waiting for the processor does not lengthen. Sides:
-    kept       DialogueDecoder: a turn forwards what lies behind its row's longest common prefix
-    reworded   the same, but the first id of every response comes back changed, as if it had been written anew
+    kept       DialogueDecoder: a turn forwards what follows its row's longest common prefix
+    reworded   the same, but the first id of every response is changed in the prompt, as if the text were rewritten
     whole      generate() on the whole prompt of every turn
-With several dialogues, `kept` and `whole` have all of them at once, `alone` is `kept` with one after the other.
+With several dialogues, `kept` and `whole` run all of them at once; `alone` is `kept`, one dialogue after the other.
 Tokens forwarded are counted by DialogueDecoder; of `whole` they are all tokens of all prompts, and of responses all but
 the last. Models as in benchmark_rollout: tiny (the bundled one) and 135m (random). Goal, at one dialogue, `whole`
 over `kept`: tokens >= 5, seconds >= 1.25 (what is left of them is decoding, the same on all sides). Exit code 1 if
@@ -50,7 +50,7 @@ class Dialogues:
         self.max_tokens = n_prompt + n_turns * (self.n_response + n_feedback)
 
     def prompt(self, dialogue: int, responses: Turns, is_reworded: bool = False) -> list[int]:
-        """The prompt of the turn behind these responses."""
+        """The prompt of the turn after these responses."""
         ids = list(self.first[dialogue])
         for response, feedback in zip(responses, self.feedback[dialogue]):
             first = 3 if is_reworded and response[0] != 3 else response[0]
@@ -163,7 +163,7 @@ def measure_batch(args, name: str, model: Transformer, batch: int, clock) -> dic
         del sides["whole"]
     seconds, results = timed_rounds(sides, args.repeats, clock)
     if results["kept"] != results["alone"]:
-        raise SystemExit("a response depended on the dialogues beside it")
+        raise SystemExit("a response depended on the other dialogues")
     return {
         "model": name,
         "batch": batch,

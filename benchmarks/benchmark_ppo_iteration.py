@@ -1,4 +1,4 @@
-"""Seconds by phase of one PPO iteration, ours beside the released code's way of doing the same iteration.
+"""Seconds by phase of one PPO iteration: ours, and the released code's way of doing the same iteration.
 
     python -m benchmarks.benchmark_ppo_iteration
     python -m benchmarks.benchmark_ppo_iteration --quick
@@ -209,7 +209,7 @@ def padded_generation(
         new_ids_BT = ids_BT[:, :end] if end == pad_to else ids_BT[:, end - 1 : end]
         hidden_BD = padded_states(policy, new_ids_BT, mask_BT[:, :end], cache)[:, -1]
         probabilities_BV = F.linear(hidden_BD, policy.head_weight()).softmax(-1)
-        torch.multinomial(probabilities_BV, 1, generator=generator).tolist()  # in place of which stands ids_BT[:, end]
+        torch.multinomial(probabilities_BV, 1, generator=generator).tolist()  # ids_BT[:, end] is used instead
     return ids_BT, mask_BT
 
 

@@ -14,7 +14,8 @@ Models: tiny (the bundled one) and 135m (random, 30 layers, D 576, 9 query and 3
 Goal, default over hf: tiny >= 2.0, 135m >= 1.3, at batch 1 and 8. Exit code 1 if missed.
 
 Bandwidth share at batch 1: bytes of all parameters (each is read once per token), times tokens per second, over the
-rate at which a sum reads a large tensor, measured beside it. Prefill counts as time, so the share is a lower bound.
+rate at which a sum reads a large tensor, measured in the same process. Prefill counts as time, so the share is a lower
+bound.
 
 Rollout: 64 prompts of 32 to 256 tokens; ours in one call, hf in batches of 8 padded on the left, in the given order.
 """

@@ -16,7 +16,8 @@ The gain at 10 % comes from the head, so it depends on the head's share of the w
 model with a large vocabulary, about 2 % in a 7B model.
 
 Share of the matmul rate: useful floating-point operations of our step, divided by its seconds and by the rate of a
-large matmul measured beside it. Counted: 6 * parameters of the blocks' matrices * tokens, 6 * layers * heads * head_dim
+large matmul measured in the same process. Counted: 6 * parameters of the blocks' matrices * tokens, 6 * layers * heads
+* head_dim
 * sum of squared sequence lengths for causal attention, 6 * V * D * trained rows for the head.
 """
 

@@ -202,7 +202,7 @@ def format_report(records: Sequence[dict], error_filter: str) -> str:
     lines.append(f"{'total':<26}{len(records):>8}{'':>9}{masked.total():>8}{len(ids):>14}")
     lines.append(
         f"{len(with_error)} of {len(ids)} trajectories ({len(with_error) / n_trajectories:.1%}) hold a "
-        "failing call; all_right counts those without any, the others may stand in several rows"
+        "failing call; all_right counts those without any, the others may count in several rows"
     )
     for verdict, meaning in (
         ("suspected false hit", "masked by substring, all right by documents and patterns"),

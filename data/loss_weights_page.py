@@ -202,7 +202,7 @@ def render_page(sample: SampleView) -> str:
 </dl>
 {_legend()}
 <p class="help">Tab goes from turn to turn, the left and right arrows from token to token, up and down to the turn
-before and after. Details of the chosen token stand at the foot of the page.</p>
+before and after. Details of the chosen token are at the foot of the page.</p>
 <main>
 {"".join(_section(turn) for turn in sample.turns)}</main>
 <aside id="details" aria-live="polite" aria-label="Details of the chosen token"><div>Choose a token.</div></aside>

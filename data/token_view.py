@@ -14,12 +14,12 @@ _UNPRINTABLE = ("Cc", "Cf", "Cs", "Co", "Cn")  # control, format, surrogate, pri
 
 @dataclass(frozen=True, slots=True)
 class TokenView:
-    """One token as the reader meets it in the text."""
+    """One token as the reader sees it in the text."""
 
     text: str  # printable: control and bidirectional characters are written as escapes
     token_id: int
     kind: str  # one of TOKEN_CLASSES
-    key_weight: float  # w of E4: 1 for a trained token that is no key token, 0 for one that is not trained
+    key_weight: float  # w of E4: 1 for a trained token that is not a key token, 0 for one that is not trained
     loss_weight: float  # what the loss multiplies with, scaled for the normalisation
     position: int  # input position that predicts it; -1 for the row's first token, which nothing predicts
     is_evidence: bool  # part of the text for which the turn before was masked
@@ -84,7 +84,7 @@ def view_sample(
     """Tokens in reading order, grouped by message; every position of the row that predicts something appears once.
 
     row, raw_row: the same trajectory encoded with the chosen normalisation and with `sum`, whose weights are plain w.
-    Behind a trained turn both EOS (predicted) and the next segment's first token (which nothing predicts) are shown.
+    After a trained turn both EOS (predicted) and the next segment's first token (which nothing predicts) are shown.
     """
     decisions = {decision.message_index: decision for decision in row.turn_decisions}
     groups: dict[int, list[TokenView]] = {-1: [], **{index: [] for index in range(len(trajectory.messages))}}

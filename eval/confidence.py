@@ -42,7 +42,7 @@ def mcnemar_p_value(only_first: int, only_second: int) -> float:
         p = min(1, 2 * sum_{i=0}^{min} C(d, i) / 2^d),   d = only_first + only_second
 
     Two equally good runs would split the d records on which they differ as d throws of a coin; records that both have
-    right, or both wrong, say nothing. So this finds differences that two intervals, blind to the pairing, do not. 1
+    right, or both wrong, say nothing. So this finds differences that two intervals, which ignore the pairing, do not. 1
     where d = 0. Source: McNemar 1947, exact binomial form. Raises ValueError for negative counts.
     """
     if only_first < 0 or only_second < 0:

@@ -34,7 +34,7 @@ CONNECTIONS = 8  # files at a time
 TIMEOUT_SECONDS = 30  # without a byte from the server
 ATTEMPTS = 4  # per file, for faults that may pass
 BACKOFF_SECONDS = 1.0  # before the second attempt, doubled before each further one
-# The key of a gold call stands first in its arguments; documents name the same parameters, but not as Action_Input.
+# The key of a gold call comes first in its arguments; documents name the same parameters, but not as Action_Input.
 _API_KEY = re.compile(rb'("Action_Input": "\{\\"(?:access_key|appid|api_key)\\": \\")[^\\"]+')
 
 
@@ -68,7 +68,7 @@ def read_origins(path: Path) -> list[OriginFile]:
 
 def files_of_benchmark(name: str, files: Sequence[OriginFile]) -> list[OriginFile]:
     """The files that benchmark `name` (a key of BENCHMARK_FILES) is read from: its file, or all below its folder."""
-    path = "tooleyes" if name == "tooleyes" else BENCHMARK_FILES[name]  # ToolEyes has its tools beside its queries
+    path = "tooleyes" if name == "tooleyes" else BENCHMARK_FILES[name]  # ToolEyes has its tools next to its queries
     return [file for file in files if file.path == path or file.path.startswith(path + "/")]
 
 

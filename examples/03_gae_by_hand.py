@@ -2,7 +2,7 @@
 
     python examples/03_gae_by_hand.py
 
-The same response stands in docs/math.md ("Which number belongs to which token"). Output:
+docs/math.md has the same response ("Which number belongs to which token"). Output:
 
     token    logprob     ref      KL   reward    value    delta  advantage  compute_gae   return
     get       -0.500  -0.700   0.200   -0.020    0.300    0.180      0.674        0.674    0.974
@@ -30,11 +30,11 @@ SCORE, KL_COEF, GAMMA, GAE_LAMBDA = 1.0, 0.1, 1.0, 0.95
 
 
 def main() -> None:
-    # By hand: E24 and E25 as they stand in docs/math.md.
+    # By hand: E24 and E25 as docs/math.md writes them.
     kls = [logprob - ref for logprob, ref in zip(LOGPROBS, REF_LOGPROBS, strict=True)]
     rewards = [-KL_COEF * kl for kl in kls]
-    rewards[-1] += SCORE  # on the last token, not behind it
-    next_values = [*VALUES[1:], 0.0]  # nothing is worth anything behind the end
+    rewards[-1] += SCORE  # on the last token, not after it
+    next_values = [*VALUES[1:], 0.0]  # the value after the end is 0
     deltas = [reward + GAMMA * after - value for reward, after, value in zip(rewards, next_values, VALUES, strict=True)]
     factor = GAMMA * GAE_LAMBDA
     by_hand = [sum(factor ** (k - t) * deltas[k] for k in range(t, 3)) for t in range(3)]

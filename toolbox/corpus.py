@@ -1,9 +1,9 @@
-"""The corpus that the tiny base is pre-trained on: dialogues over freshly drawn tools, calls written in a plain form
-of their own.
+"""The corpus that the tiny base is pre-trained on: dialogues over freshly drawn tools, with calls in a plain form of
+its own.
 
 A document shows tools as the SFT prompt does, but a call reads `name(p: "v", q: 3).` instead of `name(p="v", q=3)`,
-so the base has to be fine-tuned to speak the format of the paper. Every document draws its own tools (names,
-parameters, order), so nothing can be learned by heart but the words. Held-out noun-qualifier pairs never occur. Two
+so the base must be fine-tuned to use the paper's format. Every document draws its own tools (names,
+parameters, order), so only the words can be learned by heart. Held-out noun-qualifier pairs never occur. Two
 cures of known traps:
 * every vocabulary entry occurs: noise rows hold uniformly drawn ids (an entry that never occurs ends as a huge vector
   that ruins fine-tuning);
@@ -26,7 +26,7 @@ from toolbox.world import (
     tool_name,
 )
 
-# Weight of a token in the pre-training loss, by what it is: decisions count fully, what cannot be predicted little.
+# Weight of a token in the pre-training loss by its kind: decisions count fully, unpredictable tokens little.
 CALL_WEIGHT, ANSWER_WEIGHT, ECHO_WEIGHT, CONTEXT_WEIGHT = 1.0, 0.5, 0.3, 0.05
 NOISE_SHARE = 0.01  # documents that are uniformly drawn ids
 ECHO_SHARE = 0.25  # outputs that repeat the arguments as `p="v", q=3` instead of giving a result
@@ -101,7 +101,7 @@ def call_segments(name: str, arguments: dict, weight: float) -> list[tuple[str, 
 
 
 def failing_segments(rng: random.Random, tools: list[dict], tool: dict, arguments: dict) -> list[tuple[str, float]]:
-    """Now and then a failing call and its feedback, so that error texts are known words; the failing call is barely
+    """Sometimes a failing call and its feedback, so that error texts are known words; the failing call is barely
     trained."""
     if rng.random() >= ERROR_SHARE:
         return []
@@ -119,7 +119,7 @@ def encode_document(
 ) -> tuple[list[int], list[int], list[float]]:
     """(input ids, target ids, loss weights) of one document: BOS first, EOS as the last target; or a row of noise.
 
-    `most_tools` bounds the tools beside the two special ones (a small start is learned sooner)."""
+    `most_tools` limits the tools without the two special ones (few tools at the start are learned sooner)."""
     if rng.random() < NOISE_SHARE:
         ids = [tokenizer.bos_id] + [rng.randrange(tokenizer.vocab_size) for _ in range(64)]
         return ids[:-1], ids[1:], [CONTEXT_WEIGHT] * 64

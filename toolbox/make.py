@@ -1,9 +1,9 @@
 """Write the bundled toolbox data: `python -m toolbox.make --output assets`.
 
-tiny_model/tokenizer.model, tiny_data/train.json (authors' raw format), tiny_data/test_seen.jsonl, test_unseen.jsonl
-and test_multi.jsonl. With
---trajectories N --seed S --only_trajectories FILE it writes any number of further trajectories, with --tests N --seed S
---only_tests FILE any number of further single-turn prompts, half of them for tools that nothing was trained on.
+It writes tiny_model/tokenizer.model, tiny_data/train.json (authors' raw format), tiny_data/test_seen.jsonl,
+test_unseen.jsonl and test_multi.jsonl. With --trajectories N --seed S --only_trajectories FILE it writes any number of
+other trajectories; with --tests N --seed S --only_tests FILE any number of other single-turn prompts, half of them for
+tools that no model was trained on.
 """
 
 import argparse
@@ -18,7 +18,7 @@ from toolbox.world import draw_multi_tasks, draw_test_examples, draw_trajectorie
 TRAIN_SEED, SEEN_SEED, UNSEEN_SEED, MULTI_SEED = 11, 12, 13, 14
 TRAIN_COUNT, TEST_COUNT = 1217, 300
 # Multi-turn tasks: (unseen tools, requests in the query, tasks), 200 in all. A training query holds 1, 2 or 3 requests
-# in 70, 22 and 8 of 100 cases; here long ones have more weight, since they take turns.
+# in 70, 22 and 8 of 100 cases; here long ones are more frequent, since they need more turns.
 MULTI_MIX = ((False, 1, 60), (False, 2, 60), (False, 3, 30), (True, 1, 20), (True, 2, 20), (True, 3, 10))
 
 
@@ -40,7 +40,7 @@ def write_tests(path: Path, seed: int, count: int) -> None:
 
 
 def multi_lines() -> list[str]:
-    """The lines of test_multi.jsonl: MULTI_MIX in this order, no query that training or the single-turn tests have."""
+    """The lines of test_multi.jsonl: MULTI_MIX in this order, without queries of training or the single-turn tests."""
     known = {record["conversations"][1]["content"] for record in draw_trajectories(TRAIN_SEED, TRAIN_COUNT)}
     for seed, unseen in ((SEEN_SEED, False), (UNSEEN_SEED, True)):
         known |= {example["messages"][0]["content"] for example in draw_test_examples(seed, TEST_COUNT, unseen)}

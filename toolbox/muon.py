@@ -1,7 +1,7 @@
 """Muon for matrices and AdamW for everything else, in one optimizer: only the bundled base is pre-trained with it.
 
 Muon replaces a matrix's momentum by the nearest (semi-)orthogonal matrix, so every direction of the update has the same
-length. Whether it beats AdamW on this base was not measured with all else equal. Fine-tuning uses train.optimizer's
+length. Whether it beats AdamW on this base, with all else equal, was not measured. Fine-tuning uses train.optimizer's
 AdamW. Works on sharded parameters.
 
 Why not `torch.optim.Muon`: it computes in bf16, five times slower than fp32 on a CPU without bf16 units.

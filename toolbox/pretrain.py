@@ -1,9 +1,8 @@
 """Pre-train the bundled tiny base with the project's own loop: `torchrun --nproc_per_node 2 -m toolbox.pretrain`.
 
-Every token is trained, with a weight by its kind (toolbox/corpus.py). Unusual, and therefore named here: Muon
-on the matrices,
-the embedding drawn with 5 times the usual deviation, two tools per document in the first tenth, the weights themselves.
-Resumes like SFT.
+Every token is trained, with a weight by its kind (toolbox/corpus.py). What is unusual: Muon on the matrices, the
+embedding drawn with 5 times the usual deviation, two tools per document in the first tenth, and the weights by kind. It
+resumes like SFT.
 """
 
 import os
@@ -57,7 +56,7 @@ def base_config(vocab_size: int) -> ModelConfig:
 
 
 def fresh_model(vocab_size: int) -> Transformer:
-    """The start: the model's own init but for the embedding's deviation."""
+    """The initial model: the usual init except for the embedding's deviation."""
     model = Transformer(base_config(vocab_size))
     generator = torch.Generator().manual_seed(SEED)
     model.init_weights(generator)

@@ -1,8 +1,8 @@
 """The SentencePiece model of the toolbox world: one piece per word, one per template string, characters and bytes for
 the rest.
 
-The space is a piece of its own (glue phrases hold theirs), so a value has the same ids in a request and in a call:
-copying it is induction.
+The space is its own piece (phrases contain theirs), so a value has the same ids in a request and in a call: copying it
+is induction.
 """
 
 import io
@@ -82,7 +82,7 @@ def vocabulary_strings() -> list[str]:
     texts += [cue for verb, cues in VERB_CUES.items() for cue in (verb, *cues)]
     texts += list(QUALIFIER_PHRASES) + RESULT_WORDS + TITLE_FIRST + TITLE_SECOND + MONTHS
     for kind in VALUE_KINDS.values():
-        texts += [*kind.names, kind.description, *kind.values]  # a description is one piece: it stands for the kind
+        texts += [*kind.names, kind.description, *kind.values]  # a description is one piece, which names the kind
     for tool in special_tools():
         properties = tool["function"]["parameters"]["properties"]
         texts += [tool["function"]["description"], *tool["function"]["name"].split("_"), *properties]
@@ -98,7 +98,7 @@ def vocabulary_strings() -> list[str]:
 
 
 def train_tokenizer() -> bytes:
-    """The serialised SentencePiece model; the same bytes at every call."""
+    """The serialised SentencePiece model; the same bytes in every call."""
     # SentencePiece writes the space so
     symbols = [text.replace(" ", "\u2581") for text in [" ", *vocabulary_strings()]]
     characters = string.ascii_letters + string.digits + string.punctuation

@@ -2,7 +2,7 @@
 trajectories.
 
 A tool is `verb_noun[_qualifier]` with 0-3 parameters. Its document says the same thing in other words (the synonyms),
-so a request can be matched in context whichever wording it uses. 60 noun-qualifier pairs are held out: they name the
+so a request in either wording can be matched by reading. 60 noun-qualifier pairs are held out: they name the
 tools of `tiny-unseen` and occur neither in the base corpus nor in the training trajectories.
 
 Teacher errors (for MAE) are systematic: a tool whose qualifier is in HARD_QUALIFIERS makes the teacher's first call
@@ -145,7 +145,7 @@ def domain_of(noun: str) -> Domain:
 
 
 def kind_of(parameter: str) -> str:
-    """The value kind behind a parameter name."""
+    """The value kind of a parameter name."""
     return next(name for name, kind in VALUE_KINDS.items() if parameter in kind.names)
 
 
@@ -255,7 +255,7 @@ def is_valid_value(kind_name: str, value: object) -> bool:
 
 
 def teacher_error(rng: random.Random, tool: dict, arguments: dict) -> tuple[str, dict] | None:
-    """The failing call that the teacher makes first, or None. Instability fails by itself, with the right call."""
+    """The failing call that the teacher makes first, or None. An unstable tool fails with the right call."""
     verb, noun, qualifier = name_parts(tool)
     category = HARD_QUALIFIERS.get(qualifier)
     if category in (None, "tool_instability") or rng.random() >= TEACHER_ERROR_RATE:

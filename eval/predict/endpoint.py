@@ -89,7 +89,7 @@ def check_url(url: str) -> None:
     try:
         parts = urllib.parse.urlsplit(url)
         is_usable = parts.scheme in ("http", "https") and bool(parts.hostname) and not parts.query and parts.port != 0
-    except ValueError:  # a port that is no number, a bracket without its pair
+    except ValueError:  # a port that is not a number, a bracket without its pair
         is_usable = False
     if not is_usable or not url.isascii() or any(character <= " " for character in url):
         raise ValueError(f"found {url!a}, expected the base of an API, as in http://127.0.0.1:8000/v1")
@@ -98,7 +98,7 @@ def check_url(url: str) -> None:
 def make_endpoint(
     url: str, model: str, *, key_variable: str, timeout: float, attempts: int, concurrency: int
 ) -> Endpoint:
-    """The endpoint with the key that the environment variable `key_variable` holds; none is no fault.
+    """The endpoint with the key that the environment variable `key_variable` holds; it may be unset.
 
     Raises EndpointError for a key that is none, without showing it.
     """
@@ -178,7 +178,7 @@ def _read(response: http.client.HTTPResponse, deadline: float) -> bytes:
 
 
 def _refusal(endpoint: Endpoint, path: str, error: urllib.error.HTTPError, deadline: float) -> Answer:
-    """The answer that a status other than 2xx stands for; raises where it concerns more than this request."""
+    """The answer for a status other than 2xx; raises where it concerns more than this request."""
     try:
         raw = _read(error, deadline)
     except (OSError, http.client.HTTPException, _PassingError):

@@ -57,7 +57,7 @@ def _update(digest, path: Path):
 
 
 def check_settings(path: Path, settings: dict[str, str | int], *, resume: str, is_writer: bool) -> None:
-    """Make sure that predictions at `path` were or will be made with `settings`, kept beside them as .settings.json.
+    """Make sure that predictions at `path` were or will be made with `settings`, kept next to them as .settings.json.
 
     Every rank calls it, so that all of them stop; only the one with `is_writer` writes. Raises DataError if earlier
     predictions have other settings or none, or if there are any and `resume` is "never": nothing is ever overwritten.
@@ -75,7 +75,7 @@ def check_settings(path: Path, settings: dict[str, str | int], *, resume: str, i
         found = None
     if not isinstance(found, dict):
         raise DataError(
-            f"{settings_path}: found no settings beside earlier predictions, expected those of this run; "
+            f"{settings_path}: found no settings with the earlier predictions, expected those of this run; "
             "choose another --output"
         )
     for name, value in settings.items():

@@ -1,4 +1,4 @@
-"""MMLU with a model of ours: log-probabilities of " A" to " D" behind each question, nothing is generated.
+"""MMLU with a model of ours: log-probabilities of " A" to " D" after each question; nothing is generated.
 
 The questions of a subject begin with the same solved ones. Their keys and values are computed once and stay in the
 cache; each question is then one forward over its own tokens. Every forward has the shape of its own text, so the
@@ -51,7 +51,7 @@ class _Prefix:
         self.ids: list[int] = []
 
     def logprobs(self, prefix_text: str, prompt_ids: list[int], continuations: list[list[int]]) -> list[float]:
-        """The log-probability of each continuation behind the prompt, which begins with `prefix_text`.
+        """The log-probability of each continuation after the prompt, which begins with `prefix_text`.
 
         Only ids that the prefix has both by itself and inside the prompt are reused; the rest is computed again.
         """

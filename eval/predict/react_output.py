@@ -1,9 +1,9 @@
 """The ReAct form (Thought, Action, Action Input) as RoTBench's own scorer reads it, and prediction files of that form.
 
 Where the scorer looks, position by position (https://github.com/Junjie-Ye/RoTBench, Code/Evaluation/evaluate.py):
-    name       from 8 characters behind the start of the first "Action:" to the first "Action Input:", less a line feed
-    arguments  JSON, from 14 characters behind the start of the first "Action Input:" to the end of the text
-A heading that is absent counts as standing at position -1. So blanks behind a name stay part of it, text behind the
+    name       from 8 characters after the start of the first "Action:" to the first "Action Input:", less a line feed
+    arguments  JSON, from 14 characters after the start of the first "Action Input:" to the end of the text
+An absent heading counts as found at position -1. So blanks after a name stay part of it, text after the
 JSON spoils the arguments, and a text without "Action:" may still hold a call by accident. All of that is kept: the
 counts of `--rules official` are those of that scorer.
 """

@@ -3,8 +3,8 @@
     python -m eval.reports.compare runs/eval_base runs/eval_sft [--names base,SFT] [--mcnemar]
     python -m eval.reports.compare --answers rotbench/First_Turn/clean.json a.jsonl b.jsonl [--rules fair]
 
-The intervals are blind to the pairing of records; the paired test (always shown for prediction files) is not, and so
-finds smaller differences. Of DE and CE, which count errors, the lower rate is the better one.
+The intervals ignore the pairing of records; the paired test (always shown for prediction files) uses it, and so finds
+smaller differences. For DE and CE, which count errors, lower is better.
 """
 
 import argparse
@@ -23,7 +23,7 @@ from eval.reports.report import CALL_METRICS, format_comparison, metrics_of, una
 
 
 def read_run(run_dir: Path) -> dict:
-    """summary.json of a run of run_eval.py. Raises DataError if it is missing or not of that shape."""
+    """summary.json of a run of run_eval.py. Raises DataError if it is missing or has another shape."""
     path = run_dir / "summary.json"
     try:
         run = json.loads(path.read_text(encoding="utf-8"))

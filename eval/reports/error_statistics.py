@@ -48,7 +48,7 @@ _NAME_PIECE = re.compile(r"[A-Z]?[a-z]+|[A-Z]+(?![a-z])|[0-9]+|.", re.DOTALL)
 def classify_turns(trajectories: Sequence[Trajectory]) -> list[dict]:
     """One row per call of the data: id, source, message_index, category (data.error_filter.CATEGORIES), rule, matched.
 
-    Assistant turns of plain text are no calls and have no row.
+    Assistant turns of plain text are not calls and have no row.
     """
     rows = []
     for trajectory in trajectories:
@@ -100,7 +100,7 @@ def _share(count: int, n: int) -> dict:
 
 
 def format_turns(summary: dict) -> str:
-    """Figure 1 as a table, the paper's one printed number below."""
+    """Figure 1 as a table, with the one number that the paper prints below it."""
     table = [["category", "calls", "% of calls [95 %]", "trajectories", "% of trajectories [95 %]"]]
     for name in CATEGORIES:
         call, trajectory = summary["by_call"][name], summary["by_trajectory"][name]
@@ -136,12 +136,12 @@ class ErrorCase:
 
 
 def split_name(name: str) -> list[str]:
-    """The words of a tool name, `getWeather_2` -> get, Weather, _, 2: stands in for tokens without a tokenizer."""
+    """The words of a tool name, `getWeather_2` -> get, Weather, _, 2: used where there is no tokenizer."""
     return _NAME_PIECE.findall(name)
 
 
 def name_tokens(tokenizer_path: Path) -> Callable[[str], list[int]]:
-    """Ids of a name as it stands in a prompt, behind `Assistant:` and before its bracket. Raises DataError."""
+    """Ids of a name as it appears in a prompt, after `Assistant:` and before its bracket. Raises DataError."""
     try:
         tokenizer = load_tokenizer(tokenizer_path)
     except ModelFolderError as error:
@@ -156,7 +156,7 @@ def classify_error(
     split: Callable[[str], Sequence],
     values_equal: Callable[[object, object], bool],
 ) -> ErrorCase:
-    """The case of one record that the evaluator gave `level` = TS + PI + CF.
+    """The case of one record that the evaluator scored `level` = TS + PI + CF.
 
     Of several accepted answers the nearest counts: the one with most kinds right, that is fewest differing parameters,
     then fewest differing values. `split` cuts a name into tokens.
@@ -306,7 +306,7 @@ def summarize_errors(rows: Sequence[dict]) -> dict:
 
 
 def format_errors(summary: dict, unit: str) -> str:
-    """Table 1 with our column beside the published ones. `unit`: what a name was cut into, for the note."""
+    """Table 1 with our column next to the published ones. `unit`: what a name was cut into, for the note."""
     table = [["aspect", "error", "this file: records", "% [95 %]", "ToolLLaMA-2-7B-v2 %", "NexusRaven-13B-v2 %"]]
     for row in read_published()["table1"]:
         ours = summary[row["aspect"].lower()]

@@ -60,7 +60,7 @@ def format_table(rows: Sequence[Sequence[str]]) -> str:
 
 
 def metrics_of(summary: Mapping) -> list[str]:
-    """The metrics of a summary: every key that has a percentage and an interval beside it, in order."""
+    """The metrics of a summary: every key that also has a percentage and an interval, in order."""
     return [key for key in summary if f"{key}_percent" in summary and f"{key}_interval_95" in summary]
 
 
@@ -70,7 +70,7 @@ def is_lower_better(metric: str) -> bool:
 
 
 def denominator_of(summary: Mapping, metric: str) -> int:
-    """What a metric's count is a share of: the calls of all dialogues for DE and CE, else the records."""
+    """The denominator of a metric: the calls of all dialogues for DE and CE, else the records."""
     return summary.get("n_calls", summary["n"]) if metric in CALL_METRICS else summary["n"]
 
 
@@ -239,7 +239,7 @@ def _breakdowns(calls: Mapping[str, Mapping]) -> list[str]:
 def compare_rates(baseline: Mapping, other: Mapping, metric: str) -> str:
     """The verdict on `other` against `baseline`: `higher` or `lower` only if their 95 % intervals are disjoint.
 
-    Of a metric that counts errors it adds which of the two is better. Disjoint intervals are a cautious test:
+    For a metric that counts errors it adds which of the two is better. Disjoint intervals are a cautious test:
     overlapping ones do not show that two rates are equal.
     """
     if not are_disjoint(tuple(baseline[f"{metric}_interval_95"]), tuple(other[f"{metric}_interval_95"])):
@@ -252,8 +252,8 @@ def compare_rates(baseline: Mapping, other: Mapping, metric: str) -> str:
 def format_mcnemar(baseline: Mapping[int, dict], other: Mapping[int, dict], metric: str) -> str:
     """`p 0.031 (1 lost, 6 won)`: McNemar's exact test on rows of the same records, index -> row.
 
-    A record that has an error is lost where `metric` counts errors. "-" without rows, and for shares of calls: the
-    calls of two runs are not the same ones.
+    A record that has an error is lost where `metric` counts errors. "-" without rows, and for shares of calls, since
+    the calls of two runs are not paired.
     """
     if not baseline or not other or metric in CALL_METRICS:
         return "-"

@@ -1,4 +1,4 @@
-"""When two different argument values say the same: the rule behind `Synonyms` of Table 1.
+"""When two different argument values mean the same: the rule for `Synonyms` of Table 1.
 
 The paper names the class ("synonymous with standard values") and no rule. Ours is a heuristic on words, written down in
 docs/evaluation.md; it judges nothing but this statistic, never a score.
@@ -107,9 +107,9 @@ def is_synonym(predicted: object, gold: object) -> bool:
     2. A list against a list, a dict against a dict: every item has a synonym of its own; order does not matter. A
        list against a text: the list's items joined by blanks.
     3. The same words: after Unicode NFKC and lower case, whatever is neither letter nor digit only separates.
-    4. A code and what it stands for, by the table above ("jpn_Jpan" and "Japanese"), or by initials ("WHO").
+    4. A code and what it means, by the table above ("jpn_Jpan" and "Japanese"), or by initials ("WHO").
     5. Otherwise both must hold the same numbers and the same negations: "top 5" and "top 10" are not synonymous.
-    6. Then half of the words, function words aside and plurals as singulars, must be common, or all words of one stand
+    6. Then half of the words, function words aside and plurals as singulars, must be common, or all words of one be
        in the other ("Paris" and "Paris, France").
     Absent values (None, "") are synonymous with nothing.
     """

@@ -435,7 +435,7 @@ def test_journal_of_one_rank_without_settings_is_refused(reference, benchmark_di
     (tmp_path / "predictions").mkdir()
     (tmp_path / "predictions/tiny-seen.rank0001.jsonl").write_bytes(predictions_of(reference[0]))
     code, _, err = run_here(flags_of(benchmark_dir, tmp_path))
-    assert code == 2 and "found no settings beside earlier predictions" in err
+    assert code == 2 and "found no settings with the earlier predictions" in err
 
 
 def test_copied_model_folder_counts_as_the_same_model(reference, benchmark_dir, tmp_path):

@@ -1,7 +1,7 @@
 """The kernels of train/cuda/csrc/weighted_cross_entropy.cu as functions on tensors, and the choice to use them.
 
-What a kernel promises stands at the top of its source; here are the choice of one for a dtype, vocabulary and
-alignment, the checks that keep a wrong pointer from reaching it, and the launch. No call waits for the device.
+The top of the kernels' source says what each promises. This file chooses one for a dtype, vocabulary and alignment,
+checks its arguments so that no wrong pointer reaches it, and launches it. No call waits for the device.
 
 Shape legend: C rows of logits, V vocabulary.
 """
@@ -26,7 +26,7 @@ DTYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 
 
 class LossBackendError(ValueError):
-    """--loss_backend cuda is not possible here. One line."""
+    """--loss_backend cuda is not possible here. The message is one line."""
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -80,7 +80,7 @@ def _obstacle(device: torch.device) -> str | None:
                 check_kernels(device, dtype, vocab_size)
     except CudaKernelError as error:
         return str(error)
-    except RuntimeError as error:  # torch met a fault of a kernel; after that nothing works on this device any more
+    except RuntimeError as error:  # torch reported a kernel's fault; after that nothing works on this device
         raise LossBackendError(
             f"--loss_backend: the check of the kernels broke off on {device}, start again with "
             f"torch ({' '.join(str(error).split())})"

@@ -1,12 +1,12 @@
 """CUDA kernels from source text at run time: NVRTC, a cache of its output on disk, launches on torch's current stream.
 
-The user needs no nvcc and no compiler, only cuda-bindings and NVRTC, which a CUDA build of torch brings along (without
-one, requirements-cuda.txt). They are imported when a kernel is wanted: without CUDA this file costs nothing.
-Everything that goes wrong is a CudaKernelError of one line, which names the call, the kernel and the grid.
+Users need no nvcc and no compiler, only cuda-bindings and NVRTC, which come with a CUDA build of torch (without one:
+requirements-cuda.txt). They are imported only when a kernel is needed, so this file costs nothing without CUDA. Every
+fault is a CudaKernelError of one line that names the call, the kernel and the grid.
 
 Cache: one file per compiled source in $TL_TRAINING_KERNEL_CACHE ("off": none; default ~/.cache/tl_training/kernels,
 mode 0700). Its name is the sha256 of source, options, NVRTC's version and architecture; its first 32 bytes are the
-sha256 of the rest, so that a half-written or damaged file is compiled anew.
+sha256 of the rest, so that a half-written or damaged file is compiled again.
 """
 
 import ctypes
@@ -72,9 +72,9 @@ def nvrtc_version() -> tuple[int, int]:
 
 
 def choose_architecture(capability: tuple[int, int]) -> str:
-    """`sm_XY` of a device of this compute capability, or the newest `compute_XY` below, which its driver compiles.
+    """`sm_XY` for a device of this compute capability, or the newest older `compute_XY`, which its driver compiles.
 
-    Raises CudaKernelError for a device older than anything NVRTC knows.
+    Raises CudaKernelError for a device older than any that NVRTC knows.
     """
     (supported,) = _nvrtc("nvrtcGetSupportedArchs")
     wanted = 10 * capability[0] + capability[1]
@@ -144,7 +144,7 @@ def _check_nvrtc(name: str, status: object) -> None:
 
 
 def cache_folder() -> Path | None:
-    """Where compiled kernels are kept; None if switched off or if no private folder can be had."""
+    """Where compiled kernels are kept; None if switched off or if no private folder can be made."""
     setting = os.environ.get(CACHE_VARIABLE, "")
     if setting == "off":
         return None
@@ -152,15 +152,15 @@ def cache_folder() -> Path | None:
         folder = Path(setting) if setting else Path.home() / ".cache" / "tl_training" / "kernels"
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         status = folder.stat()
-    except (OSError, RuntimeError):  # RuntimeError: there is no home
+    except (OSError, RuntimeError):  # RuntimeError: the home folder is unknown
         return None
-    # what stands in there runs on the device: nobody else may write it
+    # the device runs what is in there: no other user may write it
     is_private = status.st_uid == os.getuid() and not status.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
     return folder if is_private else None
 
 
 def cached_kernels(source: KernelSource, architecture: str, *, recompile: bool = False) -> bytes:
-    """compile_kernels through the cache. recompile: do not believe a file that is there. Raises CudaKernelError."""
+    """compile_kernels through the cache. recompile: ignore an existing file. Raises CudaKernelError."""
     folder = cache_folder()
     if folder is None:
         return compile_kernels(source, architecture)
@@ -185,7 +185,7 @@ def _read_entry(path: Path) -> bytes | None:
 
 
 def _write_entry(path: Path, image: bytes) -> None:
-    """Temporary file and rename: ranks that compile at the same time see no file or a whole one."""
+    """Write a temporary file and rename it: ranks that compile at the same time see no file or a complete one."""
     try:
         handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=".part_")
     except OSError:  # the next process compiles again
@@ -208,7 +208,7 @@ class KernelModule:
 
     device_index: int
     architecture: str
-    context: object  # the device's primary context, the one that torch uses
+    context: object  # the device's primary context, which torch uses too
     handle: object
     functions: dict[str, object] = field(default_factory=dict)
 
@@ -243,8 +243,8 @@ def load_kernels(path: Path, device_index: int) -> KernelModule:
 def find_kernel(module: KernelModule, name: str, parameter_types: Sequence[type]) -> object:
     """The kernel `name`, found once; its parameters, as the driver reports them, must have the sizes of ours.
 
-    Raises CudaKernelError for an unknown name or other parameters: a wrong list would make the kernel read a pointer
-    out of something else.
+    Raises CudaKernelError for an unknown name or other parameters: with a wrong list the kernel would read a pointer
+    from other bytes.
     """
     function = module.functions.get(name)
     if function is None:
@@ -311,7 +311,7 @@ def device_and_stream(tensor: torch.Tensor) -> tuple[int, int]:
 
 @contextmanager
 def _current(context: object):
-    """Make a device's context current: a thread of autograd may stand on another device."""
+    """Make a device's context current: a thread of autograd may have another current device."""
     _driver("cuCtxPushCurrent", context)
     try:
         yield
