@@ -151,7 +151,7 @@ def test_comparison_warns_and_refuses(two_runs, capsys):
     for text, expected in (
         ("", "found 0 rows, expected 8"),
         ('{"index": 0, "TS": 2}\n', ":1: found another row"),
-        ("[]", ":1: found list"),
+        ("[]", ":1: found a list"),
     ):
         results.write_text(text)
         assert compare_main([*map(str, two_runs), "--mcnemar"]) == 2
