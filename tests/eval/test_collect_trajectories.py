@@ -3,10 +3,6 @@
 import contextlib
 import io
 import json
-import os
-import signal
-import subprocess
-import sys
 import time
 
 import pytest
@@ -20,6 +16,7 @@ from eval.dialogues.play import FORMAT_REMINDER
 from eval.predict import endpoint as endpoint_module
 from tests.eval.test_endpoint import Server
 from tests.eval.test_run_eval_dialogues import TOOLEYES, gold_script, needs_tooleyes
+from tests.support.processes import start
 from tests.support.tiny_run import ROOT, run_here
 from toolbox.world import build_toolbox, special_tools
 
@@ -232,27 +229,16 @@ def test_killed_process_gives_the_same_bytes(collected, tmp_path):
     """SIGKILL three times between two requests, each time after some more of them."""
     script = clumsy_script(load_tiny_multi(TINY_DATA / "test_multi.jsonl"))
     server = Server(lambda number, path, body: (time.sleep(0.02), script(number, path, body))[1])
-    line = [
-        sys.executable,
-        "-m",
-        "eval.collect_trajectories",
-        *words(tmp_path / "raw.json", endpoint=server.url, model="m", limit=12, endpoint_concurrency=2),
-    ]
+    line = words(tmp_path / "raw.json", endpoint=server.url, model="m", limit=12, endpoint_concurrency=2)
     for more in (3, 5, 8):
         wanted = len(server.requests) + more
-        process = subprocess.Popen(
-            line,
-            cwd=ROOT,
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-        )
+        process = start("eval.collect_trajectories", line)
         deadline = time.monotonic() + 120
         while len(server.requests) < wanted and process.poll() is None and time.monotonic() < deadline:
             time.sleep(0.002)
         assert process.poll() is None
-        process.send_signal(signal.SIGKILL)
-        process.wait()
+        process.kill()
+        process.communicate()
         assert not (tmp_path / "raw.json").exists()
     assert run(tmp_path / "raw.json", endpoint=server.url, model="m", limit=12)[0] == 0
     server.http.shutdown()

@@ -4,11 +4,8 @@ import contextlib
 import fcntl
 import io
 import json
-import os
 import random
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -24,6 +21,7 @@ from eval.reports.compare import main as compare_main
 from model.pretrained_weights import load_pretrained
 from model.tokenizer import load_tokenizer
 from run_eval import main
+from tests.support.processes import start
 from tests.support.tiny_run import CITIES, ROOT, copy_of_model, make_records, tiny_files
 
 COUNT = 23  # records per benchmark: no multiple of a batch or of the ranks
@@ -86,27 +84,6 @@ def run_here(arguments):
         except SystemExit as stop:
             code = stop.code
     return code, out.getvalue(), err.getvalue()
-
-
-def process(arguments, ranks=1):
-    start = [sys.executable]
-    if ranks > 1:
-        start += ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)]
-    return subprocess.Popen(
-        [*start, "run_eval.py", *arguments],
-        cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-
-
-def children_of(pid):
-    """Process ids of the direct children, torchrun's workers for example."""
-    return [
-        int(child) for task in Path(f"/proc/{pid}/task").iterdir() for child in (task / "children").read_text().split()
-    ]
 
 
 @pytest.fixture(scope="module")
@@ -296,7 +273,7 @@ def test_continues_from_every_cut(reference, benchmark_dir, tmp_path):
 def test_sigkill_then_two_ranks_then_one(reference, benchmark_dir, tmp_path):
     """Killed alone, continued and killed under two ranks, finished alone: the undisturbed file, byte by byte.
 
-    Of the two ranks only torchrun is killed at first: while its workers live, a new run is refused.
+    The two ranks are stopped at first: while they live, a new run is refused.
     """
     arguments = flags_of(benchmark_dir, tmp_path, batch_size=1)
 
@@ -304,19 +281,15 @@ def test_sigkill_then_two_ranks_then_one(reference, benchmark_dir, tmp_path):
         return sum(path.read_bytes().count(b"\n") for path in (tmp_path / "predictions").glob("tiny-seen*.jsonl"))
 
     for ranks, enough in ((1, 3), (2, 8)):
-        running = process(arguments, ranks)
+        running = start("run_eval", arguments, ranks)
         deadline = time.monotonic() + 120
         while lines_there() < enough and running.poll() is None and time.monotonic() < deadline:
             time.sleep(0.01)
-        workers = children_of(running.pid) if ranks > 1 else []
-        for pid in workers:
-            os.kill(pid, signal.SIGSTOP)  # so that they cannot end before the run in the next lines meets them
-        running.kill()
-        if workers:  # they outlive torchrun and could write into the journals
+        if ranks > 1:
+            running.send_signal(signal.SIGSTOP)  # so that they cannot end before the run in the next lines meets them
             code, _, err = run_here(arguments)
             assert code == 2 and err.count("\n") == 1 and "found another process at work" in err
-        for pid in workers:
-            os.kill(pid, signal.SIGKILL)
+        running.kill()
         running.communicate()
         assert enough <= lines_there(), ranks
     assert run_here(arguments)[0] == 0
@@ -325,7 +298,7 @@ def test_sigkill_then_two_ranks_then_one(reference, benchmark_dir, tmp_path):
 
 @pytest.mark.slow
 def test_two_ranks_equal_one(reference, benchmark_dir, tmp_path):
-    running = process(flags_of(benchmark_dir, tmp_path, benchmarks="tiny-seen,tiny-unseen"), ranks=2)
+    running = start("run_eval", flags_of(benchmark_dir, tmp_path, benchmarks="tiny-seen,tiny-unseen"), ranks=2)
     out, err = running.communicate(timeout=240)
     assert running.returncode == 0, err
     assert out.count("# Evaluation") == 1

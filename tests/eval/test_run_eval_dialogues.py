@@ -1,9 +1,7 @@
 """run_eval.py on multi-turn benchmarks: kills, ranks, endpoint, executors, settings, bad lines, all of ToolEyes."""
 
 import json
-import os
 import re
-import signal
 import time
 
 import pytest
@@ -16,7 +14,8 @@ from eval.dialogues.journal import RecordedDialogue, read_dialogues
 from eval.predict import endpoint as endpoint_module
 from eval.reports.compare import main as compare_main
 from tests.eval.test_endpoint import Server
-from tests.eval.test_run_eval import children_of, flags_of, process, run_here
+from tests.eval.test_run_eval import flags_of, run_here
+from tests.support.processes import start
 from tests.support.tiny_run import ROOT
 from toolbox.world import execute
 
@@ -191,14 +190,12 @@ def test_killed_five_times_with_one_rank_and_two(reference, folder, tmp_path):
 
     kills = 0
     for ranks, enough in ((1, 1), (2, 4), (1, 8), (1, 12), (1, 15)):
-        running = process(arguments, ranks)
+        running = start("run_eval", arguments, ranks)
         deadline = time.monotonic() + 120
         while lines_there() < enough and running.poll() is None and time.monotonic() < deadline:
             time.sleep(0.005)
         kills += running.poll() is None
-        for pid in [*(children_of(running.pid) if ranks > 1 and running.poll() is None else ()), running.pid]:
-            if running.poll() is None or pid != running.pid:
-                os.kill(pid, signal.SIGKILL)
+        running.kill()
         running.communicate()
     code, out, err = run_here(arguments)
     assert code == 0, err
@@ -208,7 +205,7 @@ def test_killed_five_times_with_one_rank_and_two(reference, folder, tmp_path):
 
 @pytest.mark.slow
 def test_two_ranks_equal_one(reference, folder, tmp_path):
-    running = process(flags(folder, tmp_path), ranks=2)
+    running = start("run_eval", flags(folder, tmp_path), ranks=2)
     out, err = running.communicate(timeout=240)
     assert running.returncode == 0, err
     assert out.count("# Evaluation") == 1

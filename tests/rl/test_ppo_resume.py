@@ -13,8 +13,10 @@ import time
 import pytest
 
 from tests.rl.test_ppo_loop import assert_same_run, run
-from tests.support.tiny_ppo import journal_of, ppo_command, ppo_data, run_ppo_here
-from tests.support.tiny_run import ROOT, run_process, wait_for_step
+from tests.support.processes import run as run_script
+from tests.support.processes import start
+from tests.support.tiny_ppo import journal_of, ppo_arguments, ppo_command, ppo_data, run_ppo_here
+from tests.support.tiny_run import ROOT, wait_for_step
 
 # 3 epochs of 3 iterations, each of 2 or (the third, of 3 responses) 1 minibatches twice, an adaptive kl_coef
 LONG = {
@@ -44,25 +46,13 @@ def straight(tmp_path_factory):
     return output
 
 
-def start(output, **changes) -> subprocess.Popen:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(
-        ppo_command(output, **settings(**changes)),
-        cwd=ROOT,
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-
-
 def kill_and_resume(output, seed, kills):
     """SIGKILL `kills` times at random steps and random moments within them, then run to the end in this process."""
     generator, done = random.Random(seed), 0
     for _ in range(kills):
         step, seconds = done + generator.randrange(0, 7), generator.random() * 0.3
         print(f"seed {seed}: SIGKILL {seconds:.3f} s after step {step}")
-        process = start(output)
+        process = start("run_ppo", ppo_arguments(output, **settings()))
         if wait_for_step(process, output, step):
             time.sleep(seconds)
         process.kill()
@@ -141,9 +131,9 @@ def test_a_run_moves_between_rank_counts(straight, tmp_path):
     """1 rank -> 2 ranks -> 1 rank; each reads the other's shards. Sums in another order: equal to rounding."""
     output = tmp_path / "run"
     run(output, **settings(max_steps=4))
-    done = run_process(ppo_command(output, ranks=2, **settings(max_steps=8)))
-    assert done.returncode == 0, done.stderr
-    assert "(step 4, saved by 1 ranks)" in done.stdout
+    code, out, err = run_script("run_ppo", ppo_arguments(output, **settings(max_steps=8)), ranks=2)
+    assert code == 0, err
+    assert "(step 4, saved by 1 ranks)" in out
     code, out, err = run_ppo_here(output, **settings(max_steps=10))
     assert (code, err) == (0, "") and "(step 8, saved by 2 ranks)" in out
     rows, others = journal_of(output, "metrics.jsonl"), journal_of(straight, "metrics.jsonl")[:10]
@@ -156,7 +146,8 @@ def test_a_run_moves_between_rank_counts(straight, tmp_path):
 @pytest.mark.very_slow
 def test_sigterm_at_one_of_two_ranks_stops_both(tmp_path):
     output = tmp_path / "run"
-    process = start(output, ranks=2)
+    line, pipe = ppo_command(output, ranks=2, **settings()), subprocess.PIPE
+    process = subprocess.Popen(line, cwd=ROOT, stdout=pipe, stderr=pipe, text=True)
     assert wait_for_step(process, output, 4)
     found = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True, check=True)
     os.kill(int(found.stdout.split()[-1]), signal.SIGTERM)

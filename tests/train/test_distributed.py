@@ -5,7 +5,8 @@ import math
 import pytest
 import torch
 
-from tests.support.tiny_run import command, metrics_of, random_batch, run_process, tiny_model
+from tests.support.processes import run
+from tests.support.tiny_run import arguments, command, metrics_of, random_batch, run_here, run_process, tiny_model
 from train.distributed import any_rank, clip_gradients, gather_objects, global_sum, init_world, local_part, shard_model
 from train.sft_config import SFTConfig
 from train.sft_loop import train_step
@@ -153,10 +154,9 @@ def assert_same_training(first, second, steps):
 def test_two_ranks_train_like_one(tmp_path, normalization):
     """10 steps of 4 trajectories: 1 rank x 4 micro-batches against 2 x 2, and 2 ranks with ragged shares."""
     flags = {"global_batch_size": 4, "epochs": 2, "max_steps": 10, "loss_normalization": normalization}
-    ranks = {"a": 0, "b": 2}
-    for name, count in ranks.items():
-        done = run_process(command(tmp_path / name, ranks=count, **flags))
-        assert done.returncode == 0, done.stderr
+    for name, ranks in {"a": 1, "b": 2}.items():
+        code, _, err = run("run_sft", arguments(tmp_path / name, **flags), ranks)
+        assert code == 0, err
     assert_same_training(tmp_path / "a", tmp_path / "b", 10)
 
 
@@ -164,7 +164,17 @@ def test_two_ranks_train_like_one(tmp_path, normalization):
 def test_four_ranks_train_like_one(tmp_path):
     """4 ranks x 1 micro-batch; the epoch's last step has 2 trajectories, so two ranks are idle in it."""
     flags = {"global_batch_size": 4, "epochs": 2, "max_steps": 10}
-    for name, count in {"a": 0, "b": 4}.items():
-        done = run_process(command(tmp_path / name, ranks=count, **flags))
-        assert done.returncode == 0, done.stderr
+    for name, ranks in {"a": 1, "b": 4}.items():
+        code, _, err = run("run_sft", arguments(tmp_path / name, **flags), ranks)
+        assert code == 0, err
     assert_same_training(tmp_path / "a", tmp_path / "b", 10)
+
+
+@pytest.mark.slow
+def test_torchrun_starts_the_ranks(tmp_path):
+    """The command of the documentation; every other test of several ranks forks them (tests/support/processes.py)."""
+    flags = {"global_batch_size": 4, "max_steps": 2}
+    assert run_here(tmp_path / "a", **flags)[0] == 0
+    done = run_process(command(tmp_path / "b", ranks=2, **flags))
+    assert done.returncode == 0, done.stderr
+    assert_same_training(tmp_path / "a", tmp_path / "b", 2)

@@ -8,7 +8,8 @@ import time
 
 import pytest
 
-from tests.support.tiny_run import ROOT, command, digest_of_final, metrics_of, run_here, run_process, wait_for_step
+from tests.support.processes import run, start
+from tests.support.tiny_run import ROOT, arguments, command, digest_of_final, metrics_of, run_here, wait_for_step
 
 # 6 epochs of 11 steps: long enough to be killed inside, a few seconds in all
 LONG = {"epochs": 6, "checkpoint_every": 4}
@@ -24,19 +25,13 @@ def straight(tmp_path_factory):
     return output
 
 
-def start(output, **flags) -> subprocess.Popen:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    line, pipe = command(output, **{**LONG, **flags}), subprocess.PIPE
-    return subprocess.Popen(line, cwd=ROOT, env=environment, stdout=pipe, stderr=pipe, text=True)
-
-
 def kill_and_resume(output, seed, kills):
     """SIGKILL `kills` times at random steps and random moments within them, then run to the end in this process."""
     generator, done = random.Random(seed), 0
     for _ in range(kills):
         step, seconds = done + generator.randrange(1, 14), generator.random() * 0.2
         print(f"seed {seed}: SIGKILL {seconds:.3f} s after step {step}")
-        process = start(output)
+        process = start("run_sft", arguments(output, **LONG))
         if wait_for_step(process, output, step):
             time.sleep(seconds)
         process.kill()
@@ -120,7 +115,7 @@ def test_ten_runs_killed_and_resumed(straight, tmp_path, number):
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_a_polite_signal_saves_at_once_and_says_how_to_go_on(straight, tmp_path, number, code):
     output = tmp_path / "run"
-    process = start(output, checkpoint_every=0)
+    process = start("run_sft", arguments(output, **LONG | {"checkpoint_every": 0}))
     assert wait_for_step(process, output, 5)
     process.send_signal(number)
     out, err = process.communicate(timeout=300)
@@ -139,9 +134,9 @@ def test_a_run_moves_between_rank_counts(straight, tmp_path):
     """1 rank -> 2 ranks -> 1 rank; each reads the other's shards. Sums in another order: equal to rounding."""
     output = tmp_path / "run"
     run_here(output, **LONG, max_steps=5)
-    done = run_process(command(output, ranks=2, **LONG, max_steps=9))
-    assert done.returncode == 0, done.stderr
-    assert "(step 5, saved by 1 ranks)" in done.stdout
+    code, out, err = run("run_sft", arguments(output, **LONG, max_steps=9), ranks=2)
+    assert code == 0, err
+    assert "(step 5, saved by 1 ranks)" in out
     code, out, err = run_here(output, **LONG, max_steps=12)
     assert code == 0, err
     assert "(step 9, saved by 2 ranks)" in out
@@ -153,9 +148,10 @@ def test_a_run_moves_between_rank_counts(straight, tmp_path):
 
 @pytest.mark.very_slow
 def test_sigterm_reaches_all_ranks(tmp_path):
-    """Only one of two ranks gets the signal; both save and leave."""
+    """Under torchrun only one of two ranks gets the signal; both save and leave."""
     output = tmp_path / "run"
-    process = start(output, ranks=2, checkpoint_every=0)
+    line, pipe = command(output, ranks=2, **LONG | {"checkpoint_every": 0}), subprocess.PIPE
+    process = subprocess.Popen(line, cwd=ROOT, stdout=pipe, stderr=pipe, text=True)
     assert wait_for_step(process, output, 3)
     found = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True, check=True)
     os.kill(int(found.stdout.split()[-1]), signal.SIGTERM)
