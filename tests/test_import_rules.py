@@ -55,10 +55,6 @@ def relative(path: Path) -> str:
     return path.relative_to(ROOT).as_posix()
 
 
-FILES = product_files()
-each_file = pytest.mark.parametrize("path", FILES, ids=relative)
-
-
 @functools.cache
 def tree_of(path: Path) -> ast.Module:
     return ast.parse(path.read_text(encoding="utf-8"), filename=str(path))
@@ -124,48 +120,56 @@ def faults_of_calls(tree: ast.AST) -> list[str]:
     return faults
 
 
-@each_file
-def test_imports_go_one_way(path):
-    assert not faults_of_imports(path)
-
-
-@each_file
-def test_nothing_is_evaluated_or_unpickled(path):
-    assert not faults_of_calls(tree_of(path))
-
-
-@each_file
-def test_optional_packages_are_imported_where_they_are_used(path):
-    if package_of(path) == "benchmarks":
-        pytest.skip("benchmarks may need their peers")
+def faults_of_optional_imports(path: Path) -> list[str]:
+    if package_of(path) == "benchmarks":  # these may need their peers
+        return []
     outer = [node for node in tree_of(path).body if isinstance(node, (ast.Import, ast.ImportFrom))]
     tops = {module.split(".")[0] for node in outer for module, _ in imports_of(ast.Module([node], []))}
-    assert not tops & OPTIONAL_PACKAGES
+    return [f"imports {top} for the whole file" for top in sorted(tops & OPTIONAL_PACKAGES)]
 
 
-@each_file
-def test_no_machine_paths_no_leftovers_ascii_only(path):
+def faults_of_text(path: Path) -> list[str]:
     text = path.read_text(encoding="utf-8")
-    assert not MACHINE_PATH.search(text)
-    assert "shared/" not in text.replace("../shared/", "" if package_of(path) == "benchmarks" else "../shared/")
-    assert not re.search(r"\b(TODO|FIXME|XXX|NotImplementedError)\b", text)
-    assert text.isascii()
+    faults = [] if text.isascii() else ["not ASCII"]
+    faults += [f"path of a machine {found}" for found in MACHINE_PATH.findall(text)]
+    faults += [f"leftover {found}" for found in re.findall(r"\b(TODO|FIXME|XXX|NotImplementedError)\b", text)]
+    if "shared/" in text.replace("../shared/", "" if package_of(path) == "benchmarks" else "../shared/"):
+        faults.append("names a folder beside the repository")
+    return faults
 
 
-@each_file
-def test_only_scripts_and_mains_print(path):
+def faults_of_printing(path: Path) -> list[str]:
     """`print` belongs to run_*.py, benchmarks and modules with a `main`; elsewhere only errors go to stderr."""
-    if package_of(path) == "benchmarks" or path.name.startswith("run_"):
-        return
     tree = tree_of(path)
+    if package_of(path) == "benchmarks" or path.name.startswith("run_"):
+        return []
     if any(isinstance(node, ast.FunctionDef) and node.name == "main" for node in tree.body):
-        return
+        return []
     prints = [
         node
         for node in ast.walk(tree)
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "print"
     ]
-    assert not [node.lineno for node in prints if "file=sys.stderr" not in map(ast.unparse, node.keywords)]
+    return [
+        f"line {node.lineno}: prints" for node in prints if "file=sys.stderr" not in map(ast.unparse, node.keywords)
+    ]
+
+
+RULES = {  # name -> the faults of one file
+    "imports go one way": faults_of_imports,
+    "nothing is evaluated or unpickled": lambda path: faults_of_calls(tree_of(path)),
+    "optional packages are imported where they are used": faults_of_optional_imports,
+    "no machine paths, no leftovers, ASCII only": faults_of_text,
+    "only scripts and mains print": faults_of_printing,
+}
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_every_file_keeps_the_rule(rule):
+    files = product_files()
+    assert len(files) > 80
+    faults = [f"{relative(path)}: {fault}" for path in files for fault in RULES[rule](path)]
+    assert not faults, "\n".join(faults)
 
 
 def test_init_files_are_one_docstring():
@@ -251,3 +255,28 @@ def test_call_faults_are_found():
         "torch.compile(m)",
     ):
         assert not faults_of_calls(ast.parse(source))
+
+
+def test_faults_of_text_and_printing_are_found(tmp_path, monkeypatch):
+    monkeypatch.setitem(globals(), "ROOT", tmp_path)
+    path = tmp_path / "data" / "x.py"
+    path.parent.mkdir()
+    for source, rule in (
+        ("import matplotlib", faults_of_optional_imports),
+        ("# TODO", faults_of_text),
+        ("x = '/home/someone'", faults_of_text),
+        ("x = 'shared/data'", faults_of_text),
+        ("x = '\u00e4'", faults_of_text),
+        ("def f():\n    print(1)", faults_of_printing),
+    ):
+        tree_of.cache_clear()
+        path.write_text(source, encoding="utf-8")
+        assert len(rule(path)) == 1, source
+    for source in (
+        "import sys\nprint(1, file=sys.stderr)",
+        "def main():\n    print(1)",
+        "def f():\n    import matplotlib",
+    ):
+        tree_of.cache_clear()
+        path.write_text(source, encoding="utf-8")
+        assert not any(rule(path) for rule in RULES.values()), source

@@ -279,19 +279,7 @@ def test_hostile_outputs_are_wrong_not_a_crash(tmp_path, capsys):
         assert len(line) < 1000 and json.loads(line)["reason"]
 
 
-def test_runs_as_a_module_without_importing_torch_or_model_code(files):
-    probe = (
-        "import sys; from eval.evaluate_tiny import main; code = main(sys.argv[1:]); "
-        "print(sorted(name for name in sys.modules if name.split('.')[0] in ('torch', 'model', 'train', 'rl'))); "
-        "sys.exit(code)"
-    )
-    result = subprocess.run(
-        [sys.executable, "-c", probe, "--answers", files[0], "--predictions", files[1]],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-    )
-    assert result.returncode == 0 and result.stdout.splitlines()[-1] == "[]", result.stderr
+def test_runs_as_a_module(files):
     command = [sys.executable, "-m", "eval.evaluate_tiny", "--answers", files[0], "--predictions"]
     result = subprocess.run([*command, files[1]], cwd=ROOT, capture_output=True, text=True)
     assert result.returncode == 0 and json.loads(result.stdout.splitlines()[-1])["TS"] == 5

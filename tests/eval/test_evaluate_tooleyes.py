@@ -2,8 +2,6 @@
 
 import json
 import random
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -218,23 +216,6 @@ def test_wrong_files_end_with_one_line_and_code_2(tmp_path, capsys, content, tex
     with pytest.raises(SystemExit) as ended:
         main(["--answers", str(answers), "--predictions", str(predictions), "--limit", "0"])
     assert ended.value.code == 2
-
-
-def test_standalone_and_without_model_code():
-    """As a program; nothing of the model, of torch or of the tools is loaded to score a file."""
-    done = subprocess.run(
-        [sys.executable, "-m", "eval.evaluate_tooleyes", "--help"],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0 and "--predictions" in done.stdout
-    source = (
-        "import sys; from eval.evaluate_tooleyes import main; "
-        "sys.exit(any(name.split('.')[0] in ('torch', 'model') for name in sys.modules))"
-    )
-    assert subprocess.run([sys.executable, "-c", source], cwd=ROOT, check=False).returncode == 0
 
 
 def test_bundled_tasks(tmp_path):

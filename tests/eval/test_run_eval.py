@@ -21,7 +21,7 @@ from eval.reports.compare import main as compare_main
 from model.pretrained_weights import load_pretrained
 from model.tokenizer import load_tokenizer
 from run_eval import main
-from tests.support.processes import start
+from tests.support.processes import lines_in, start
 from tests.support.tiny_run import CITIES, ROOT, copy_of_model, make_records, tiny_files
 
 COUNT = 23  # records per benchmark: no multiple of a batch or of the ranks
@@ -278,7 +278,7 @@ def test_sigkill_then_two_ranks_then_one(reference, benchmark_dir, tmp_path):
     arguments = flags_of(benchmark_dir, tmp_path, batch_size=1)
 
     def lines_there():
-        return sum(path.read_bytes().count(b"\n") for path in (tmp_path / "predictions").glob("tiny-seen*.jsonl"))
+        return lines_in(tmp_path / "predictions", "tiny-seen*.jsonl")
 
     for ranks, enough in ((1, 3), (2, 8)):
         running = start("run_eval", arguments, ranks)

@@ -15,7 +15,7 @@ from eval.predict import endpoint as endpoint_module
 from eval.reports.compare import main as compare_main
 from tests.eval.test_endpoint import Server
 from tests.eval.test_run_eval import flags_of, run_here
-from tests.support.processes import start
+from tests.support.processes import lines_in, start
 from tests.support.tiny_run import ROOT
 from toolbox.world import execute
 
@@ -186,7 +186,7 @@ def test_killed_five_times_with_one_rank_and_two(reference, folder, tmp_path):
     arguments = flags(folder, tmp_path, batch_size=2)
 
     def lines_there():
-        return sum(path.read_bytes().count(b"\n") for path in (tmp_path / "predictions").glob("tiny-multi*.jsonl"))
+        return lines_in(tmp_path / "predictions", "tiny-multi*.jsonl")
 
     kills = 0
     for ranks, enough in ((1, 1), (2, 4), (1, 8), (1, 12), (1, 15)):

@@ -4,7 +4,6 @@ processes."""
 import json
 import os
 import resource
-import socket
 import struct
 from dataclasses import replace
 from pathlib import Path
@@ -12,7 +11,6 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from safetensors.torch import load_file, save_file
 from torch.distributed.fsdp import fully_shard
 
@@ -29,6 +27,7 @@ from model.pretrained_weights import (
 )
 from model.transformer import Transformer
 from tests.model.test_transformer import LLAMA3, TINY, tiny_model
+from tests.support.processes import free_port, spawn
 
 
 @pytest.fixture
@@ -289,8 +288,5 @@ def test_two_ranks_load_their_slices_and_export_the_whole(tmp_path):
     # 63 rows and 41 rows do not divide by 2: the ranks' slices differ in size
     model = tiny_model(vocab_size=63, ffn_dim=41)
     save_pretrained(model, tmp_path / "source")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    mp.spawn(sharded_round_trip, (port, str(tmp_path)), nprocs=2)
+    spawn(sharded_round_trip, (free_port(), str(tmp_path)), ranks=2)
     assert same(load_pretrained(tmp_path / "copy"), model)

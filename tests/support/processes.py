@@ -10,6 +10,7 @@ tests that use it: tests/train/test_resume.py (very_slow) and tests/train/test_d
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import multiprocessing
 import os
@@ -19,8 +20,10 @@ import socket
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+
+import torch
 
 ROOT = Path(__file__).resolve().parents[2]
 PRELOADED = ["run_sft", "run_ppo", "run_eval", "eval.collect_trajectories", "torch._dynamo", "torch.distributed.fsdp"]
@@ -28,11 +31,26 @@ SECONDS_FOR_THE_OTHERS = 15  # to end by themselves when one rank has failed
 
 
 def server_context():
-    """The fork server; torch's own spawn helper takes the name "forkserver" too, and then uses the same one."""
+    """Python has one fork server per process; `spawn` uses the same."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PRELOADED)
     os.environ["PYTHONPATH"] = str(ROOT)  # else the server finds the modules only if pytest started in the root
     return context
+
+
+def spawn(function: Callable, arguments: tuple, ranks: int) -> None:
+    """function(rank, *arguments) in `ranks` processes; an exception in one of them is raised here."""
+    server_context()
+    torch.multiprocessing.start_processes(function, arguments, ranks, start_method="forkserver")
+
+
+def lines_in(folder: Path, pattern: str) -> int:
+    """Lines of all files of that name, while another process writes, renames and deletes them."""
+    count = 0
+    for path in folder.glob(pattern):
+        with contextlib.suppress(FileNotFoundError):
+            count += path.read_bytes().count(b"\n")
+    return count
 
 
 def free_port() -> int:

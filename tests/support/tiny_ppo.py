@@ -5,7 +5,6 @@ import functools
 import io
 import json
 import os
-import socket
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -14,7 +13,6 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 
 from data.formats.table import encode_prompt
 from data.tool_calls import ToolCall, render_tool_call
@@ -23,6 +21,7 @@ from data.trajectories import Message
 from model.pretrained_weights import save_pretrained
 from model.tokenizer import load_tokenizer
 from model.transformer import Transformer
+from tests.support.processes import free_port, spawn
 from tests.support.tiny_run import CITIES, ROOT, tiny_files, tiny_model
 from train.weighted_cross_entropy import linear_token_logprobs
 
@@ -190,14 +189,9 @@ def call_main(arguments: list[str]) -> tuple[int, str, str]:
 def run_on_ranks(folder: Path, ranks: int, runs: Sequence[list[str]]) -> list[list[tuple[int, str, str]]]:
     """Several command lines, one after the other, in one set of gloo processes: for each rank what call_main gives.
 
-    torchrun would import torch once more per run; the environment is the same. `folder` receives one file per rank.
+    The environment is that of torchrun. `folder` receives one file per rank.
     """
-    ports = []
-    for _ in runs:
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            ports.append(free.getsockname()[1])
-    mp.spawn(_one_rank, args=(ranks, ports, list(runs), str(folder)), nprocs=ranks)
+    spawn(_one_rank, (ranks, [free_port() for _ in runs], list(runs), str(folder)), ranks)
     return [json.loads((folder / f"rank{rank}.json").read_text()) for rank in range(ranks)]
 
 

@@ -2,10 +2,10 @@
 
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 
 from model.config import ModelConfig
 from model.transformer import Transformer
+from tests.support.processes import spawn
 from toolbox.muon import MuonAdamW, orthogonalize
 from train.distributed import close_world, init_world, shard_model
 
@@ -67,8 +67,8 @@ def three_steps(rank: int, world_size: int, address: str, result: str) -> None:
 
 
 def test_two_ranks_update_like_one(tmp_path):
-    mp.spawn(three_steps, (1, "", str(tmp_path / "one.pt")), nprocs=1)
-    mp.spawn(three_steps, (2, str(tmp_path / "store"), str(tmp_path / "two.pt")), nprocs=2)
+    spawn(three_steps, (1, "", str(tmp_path / "one.pt")), ranks=1)
+    spawn(three_steps, (2, str(tmp_path / "store"), str(tmp_path / "two.pt")), ranks=2)
     one, two = (torch.load(tmp_path / f"{name}.pt", weights_only=True) for name in ("one", "two"))
     start = dict(tiny_model().named_parameters())
     for name in one:

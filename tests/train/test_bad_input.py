@@ -196,18 +196,11 @@ def test_full_disk_while_saving(tmp_path):
 
 
 @pytest.mark.slow
-def test_one_line_in_a_process(tmp_path):
-    path = write(tmp_path, '[\n{"id": 1,\n')
-    done = run_process(command(tmp_path / "run", data=path))
-    assert done.returncode == 2 and done.stderr.count("\n") == 1 and done.stderr.startswith(f"{path}:")
-
-
-@pytest.mark.slow
 def test_full_disk_in_a_process(tmp_path):
     """The limit is set by the shell's ulimit (blocks of 512 or 1024 bytes), as a full disk would be met in life."""
     line = command(tmp_path / "run", max_steps=1)
     assert line[0] == sys.executable
     done = run_process(["bash", "-c", 'ulimit -f 30; exec "$@"', "run", *line])
     assert done.returncode == 2, done.stderr
-    assert done.stderr.count("\n") == 1 and "cannot save" in done.stderr
+    assert done.stderr.count("\n") == 1 and "cannot save" in done.stderr  # nothing else of Python or torch
     assert list((tmp_path / "run" / "checkpoints").iterdir()) == []

@@ -5,14 +5,12 @@ What needs two ranks runs in one pair of gloo processes (two_ranks), which asser
 
 import hashlib
 import os
-import socket
 from datetime import timedelta
 from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from safetensors.torch import load_file, save_file
 from torch.distributed.fsdp import CPUOffloadPolicy, OffloadPolicy
 from torch.distributed.tensor import DTensor
@@ -21,6 +19,7 @@ from model.config import ModelFolderError
 from model.pretrained_weights import load_pretrained, load_value_model, save_pretrained, save_value_model
 from model.sampling import generate
 from tests.model.test_value_model import random_ids, tiny_value_model
+from tests.support.processes import free_port, spawn
 from tests.support.tiny_run import VOCAB_SIZE, tiny_model
 from train.checkpoint import CheckpointError, load_checkpoint, load_weights, newest_good_checkpoint, save_checkpoint
 from train.checksums import differing_tensors, folder_checksums, parameter_checksums
@@ -457,10 +456,7 @@ def test_two_ranks(world, tmp_path):
     advance(parts, world, range(2))
     save_parts(tmp_path / "from_one", 2, parts, world)
     save_file(full_state(parts), tmp_path / "state_of_one.safetensors")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    mp.spawn(two_ranks, (port, str(tmp_path)), nprocs=2)
+    spawn(two_ranks, (free_port(), str(tmp_path)), ranks=2)
     others = load_parts(tmp_path, world)
     state = load_checkpoint(tmp_path / "from_two" / "step_00000004", others, world)
     assert (state.step, state.saved_world_size) == (4, 2)
