@@ -20,7 +20,10 @@ WHITENING_EPSILON = 1e-8  # added to the variance; a batch whose advantages are 
 MAX_KL_ERROR = 0.2  # bound of the relative KL error in one step of the adaptive controller (Ziegler et al. 2019)
 
 
-# ------------------------------------------------------------------------------------------------------------- rewards
+# ---------------------------------------------------------------------------------------------------------------------
+# Rewards
+
+
 @torch.no_grad()
 def kl_shaped_rewards(
     scores_B: Tensor, logprobs_BR: Tensor, ref_logprobs_BR: Tensor, response_mask_BR: Tensor, kl_coef: float
@@ -59,7 +62,10 @@ def kl_estimates(logprobs_BR: Tensor, ref_logprobs_BR: Tensor, response_mask_BR:
     return {name: estimate_BR.to(arithmetic_dtype(logprobs_BR)) for name, estimate_BR in estimates.items()}
 
 
-# ---------------------------------------------------------------------------------------------------------- advantages
+# ---------------------------------------------------------------------------------------------------------------------
+# Advantages
+
+
 @torch.no_grad()
 def compute_gae(
     rewards_BR: Tensor, values_BR: Tensor, response_mask_BR: Tensor, gamma: float, gae_lambda: float
@@ -120,7 +126,10 @@ def whiten(advantages_BR: Tensor, response_mask_BR: Tensor, mean: float, varianc
     return torch.where(response_mask_BR, whitened_BR, 0.0)
 
 
-# --------------------------------------------------------------------------------------------------- figures of a batch
+# ---------------------------------------------------------------------------------------------------------------------
+# Figures of a batch
+
+
 def explained_variance_sums(values_BR: Tensor, returns_BR: Tensor, response_mask_BR: Tensor) -> list[float]:
     """[n, sum(ret), sum(ret^2), sum(err), sum(err^2)] with ret = returns, err = returns - values, in fp64.
 
@@ -170,7 +179,10 @@ def next_kl_coef(
     return kl_coef * (1.0 + error * n_responses / kl_horizon)  # E28
 
 
-# ------------------------------------------------------------------------------------------------- shared with ppo_loss
+# ---------------------------------------------------------------------------------------------------------------------
+# Shared with ppo_loss
+
+
 def arithmetic_dtype(tensor: Tensor) -> torch.dtype:
     return torch.float64 if tensor.dtype == torch.float64 else torch.float32
 

@@ -10,17 +10,17 @@ import argparse
 import hashlib
 import json
 import math
-import os
 import sys
 from collections import Counter, defaultdict
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
 from data.error_filter import ERROR_FILTERS
-from data.json_records import DataError
+from data.json_records import DataError, write_json_lines
 from model.pretrained_weights import load_pretrained, read_config
 from model.sampling import generate
 from model.tokenizer import Tokenizer, check_vocabulary_fits, load_tokenizer
@@ -32,7 +32,24 @@ from train.distributed import DTYPES
 Z_95 = 1.959963984540054  # 97.5 % quantile of the standard normal distribution: two-sided 95 %
 
 
-# ------------------------------------------------------------------------------------------------------------ responses
+# ---------------------------------------------------------------------------------------------------------------------
+# Responses
+
+
+@dataclass(frozen=True, slots=True)
+class Sampling:
+    """How responses are drawn. Raises ValueError unless samples_per_prompt is 1 or, above temperature 0, more."""
+
+    temperature: float  # 0 is greedy; above 0 the distribution is that of the rollouts
+    max_response_tokens: int
+    samples_per_prompt: int
+    seed: int
+
+    def __post_init__(self) -> None:
+        if self.samples_per_prompt < 1 or self.temperature == 0 and self.samples_per_prompt > 1:
+            raise ValueError(
+                f"samples_per_prompt: found {self.samples_per_prompt}, expected 1 or, above temperature 0, more"
+            )
 
 
 def response_seed(seed: int, prompt: PPOPrompt, sample: int) -> int:
@@ -45,27 +62,19 @@ def evaluate_reward(
     model: Transformer,
     tokenizer: Tokenizer,
     prompts: Sequence[PPOPrompt],
-    *,
-    temperature: float,
-    max_response_tokens: int,
-    samples_per_prompt: int,
-    seed: int,
+    sampling: Sampling,
     progress: str | None = None,
 ) -> list[dict]:
     """One row per response, prompt by prompt: index (of the prompt), id, turn, sample, output, reward, category,
     TS, PI, CF (0 or 1), tokens (EOS included), ended (False: cut at max_response_tokens).
 
-    `temperature` 0 is greedy and takes one sample only; above 0 the distribution is that of the rollouts. `progress`
-    is the title of a progress bar on a terminal, None for none. Raises ValueError for settings out of range.
+    progress: title of a progress bar on a terminal; None shows none.
     """
-    if samples_per_prompt < 1 or temperature == 0 and samples_per_prompt > 1:
-        raise ValueError(f"samples_per_prompt: found {samples_per_prompt}, expected 1 or, above temperature 0, more")
-    jobs = [(index, sample) for index in range(len(prompts)) for sample in range(samples_per_prompt)]
-    generators = (
-        None
-        if temperature == 0
-        else [torch.Generator().manual_seed(response_seed(seed, prompts[index], sample)) for index, sample in jobs]
-    )
+    jobs = [(index, sample) for index in range(len(prompts)) for sample in range(sampling.samples_per_prompt)]
+    generators = None
+    if sampling.temperature > 0:
+        seeds = [response_seed(sampling.seed, prompts[index], sample) for index, sample in jobs]
+        generators = [torch.Generator().manual_seed(seed) for seed in seeds]
     with tqdm(total=len(jobs), desc=progress, unit="response", disable=True if progress is None else None) as bar:
 
         def should_continue(finished_B: torch.Tensor) -> bool:
@@ -75,8 +84,8 @@ def evaluate_reward(
         responses = generate(
             model,
             [prompts[index].prompt_ids for index, _ in jobs],
-            max_new_tokens=max_response_tokens,
-            temperature=temperature,
+            max_new_tokens=sampling.max_response_tokens,
+            temperature=sampling.temperature,
             eos_id=tokenizer.eos_id,
             generator=generators,
             should_continue=should_continue,
@@ -118,7 +127,8 @@ def _accuracies(result: RewardResult, prompt: PPOPrompt) -> dict[str, int]:
     return {"TS": int(bool(same_tool)), "PI": int(has_same_parameters), "CF": int(result.category == "correct")}
 
 
-# -------------------------------------------------------------------------------------------------------------- summary
+# ---------------------------------------------------------------------------------------------------------------------
+# Summary
 
 
 def mean_and_interval(values: Sequence[float]) -> tuple[float, list[float] | None]:
@@ -209,7 +219,8 @@ def _interval(interval: Sequence[float] | None) -> str:
     return "(one prompt)" if interval is None else f"[{interval[0]:+.3f}, {interval[1]:+.3f}]"
 
 
-# --------------------------------------------------------------------------------------------------------- command line
+# ---------------------------------------------------------------------------------------------------------------------
+# Command line
 
 
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -298,10 +309,7 @@ def run(flags: argparse.Namespace) -> None:
             model,
             tokenizer,
             prompts,
-            temperature=flags.temperature,
-            max_response_tokens=flags.max_response_tokens,
-            samples_per_prompt=flags.samples_per_prompt,
-            seed=flags.seed,
+            Sampling(flags.temperature, flags.max_response_tokens, flags.samples_per_prompt, flags.seed),
             progress=folder,
         )
         summaries.append({"model": folder, **summarize(rows)})
@@ -312,28 +320,10 @@ def run(flags: argparse.Namespace) -> None:
         del model
     print(format_table(summaries))
     if flags.output is not None:
-        write_rows(flags.output, all_rows)
-    settings = {
-        name: getattr(flags, name)
-        for name in (
-            "data",
-            "temperature",
-            "samples_per_prompt",
-            "max_response_tokens",
-            "limit",
-            "seed",
-            "prompt_turns",
-        )
-    }
+        write_json_lines(flags.output, all_rows)
+    shown = ("data", "temperature", "samples_per_prompt", "max_response_tokens", "limit", "seed", "prompt_turns")
+    settings = {name: getattr(flags, name) for name in shown}
     print(json.dumps({**settings, "models": summaries}))
-
-
-def write_rows(path: Path, rows: Sequence[dict]) -> None:
-    """One ASCII JSON object per line; the file appears whole or not at all. Makes its folder."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(path.name + ".unfinished")
-    unfinished.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="ascii")
-    os.replace(unfinished, path)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -142,13 +142,6 @@ class PPOConfig:
         choices=("auto", "cuda", "torch"),
         free=True,
     )
-    reference_device: str = setting(
-        "same",
-        "keep the reference's shards in host memory, copied in when used: less "
-        "device memory, slower; no effect without CUDA (ours)",
-        choices=("same", "cpu"),
-        free=True,
-    )
     activation_checkpointing: str = setting(
         "off",
         "recompute each block in backward: less memory, a third more time (ours)",
@@ -163,12 +156,6 @@ class PPOConfig:
         free=True,
     )
     keep_checkpoints: int = setting(2, "newest checkpoints kept; 0 = all (ours)", low=0, free=True)
-    final_dtype: str = setting(
-        "float32",
-        "dtype of output/final; bfloat16 halves it and rounds the master weights (ours)",
-        choices=("float32", "bfloat16"),
-        free=True,
-    )
     save_critic: str = setting(
         "off", "write the trained critic to output/critic at the end (ours)", choices=("on", "off"), free=True
     )

@@ -16,8 +16,10 @@ from torch import Tensor
 from rl.advantages import arithmetic_dtype, check_response_shapes, inside
 from train.weighted_cross_entropy import MAX_LOGITS_BYTES
 
+# ---------------------------------------------------------------------------------------------------------------------
+# Losses
 
-# -------------------------------------------------------------------------------------------------------------- losses
+
 def policy_loss(
     logprobs_BR: Tensor, old_logprobs_BR: Tensor, advantages_BR: Tensor, response_mask_BR: Tensor, clip_range: float
 ) -> tuple[Tensor, dict[str, Tensor]]:
@@ -97,7 +99,10 @@ def check_clip_range(name: str, clip_range: float) -> None:
         raise ValueError(f"{name} is {clip_range}, expected a number > 0")
 
 
-# ------------------------------------------------------------------------------------------------------------- entropy
+# ---------------------------------------------------------------------------------------------------------------------
+# Entropy
+
+
 def token_entropies(
     hidden_MD: Tensor, head_weight_VD: Tensor, temperature: float, chunk_rows: int | None = None
 ) -> Tensor:

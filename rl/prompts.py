@@ -13,8 +13,10 @@ The rules, in this order; each turn is counted under the first that takes it out
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from math import ceil
 from pathlib import Path
 
+from data.batches import epoch_order
 from data.error_filter import ALWAYS_OFFERED, CATEGORIES, ERROR_FILTERS, check_documents, decide_masked_turns
 from data.formats.table import encode_prompt
 from data.json_records import DataError, parse_json, read_json_lines
@@ -119,6 +121,24 @@ def _notes(counts: Counter, n_prompts: int, n_records: int, settings: str) -> li
         f"{n_prompts} prompts from {n_turns} assistant turns of {n_records} records ({settings})",
         *(f"{count} turns dropped: {rule}" for rule, count in counts.items() if count),
     ]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Which prompts in which iteration: computed from seed and number alone, so that resumed runs and all ranks agree
+
+
+def iterations_per_epoch(n_prompts: int, rollout_batch_size: int) -> int:
+    """Iterations of one pass over the prompts; the last one takes what is left."""
+    return ceil(n_prompts / rollout_batch_size)
+
+
+def prompts_of_iteration(
+    prompts: Sequence[PPOPrompt], iteration: int, seed: int, rollout_batch_size: int
+) -> list[PPOPrompt]:
+    """The prompts of all ranks in one iteration, counted from 0 over all epochs; every epoch has its own order."""
+    epoch, number = divmod(iteration, iterations_per_epoch(len(prompts), rollout_batch_size))
+    order = epoch_order(len(prompts), seed, epoch)
+    return [prompts[i] for i in order[number * rollout_batch_size : (number + 1) * rollout_batch_size]]
 
 
 # ---------------------------------------------------------------------------------------------------------------------

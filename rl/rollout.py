@@ -1,163 +1,184 @@
-"""One rollout: prompts to sampled responses, their rewards, log-probabilities, values and advantages.
+"""One rollout: sample, judge, measure, credit. These are steps 1 to 4 of an iteration; rl/ppo_loop.py updates on them.
 
-Everything in a Rollout is frozen at sampling time; the update only reads it.
+    sample_responses     prompts    ->  ids and log-probabilities of the sampler
+    judge_responses      those      ->  Sampled: response mask, reward of each response
+    measure_responses    Sampled    ->  Measured: log-probabilities, entropies, values
+    credit_responses     Measured   ->  Credited: rewards per token, advantages, returns
+
+Every record is frozen and holds the one before it. Slots outside the response mask are 0.
 
 A response token t is *sampled* in state t (prompt and the tokens before t), so its log-probability and its value come
 from the hidden state one position to the left. Indices of a prompt of P tokens and a response of R:
 
     position of the row    0 ... P-2   P-1    P      ...  P+R-2   P+R-1
     token                  prompt      prompt resp 0 ...  resp R-2  resp R-1 (EOS, or the last one that fits)
-    state t of                         t = 0  t = 1  ...  t = R-1   none: nothing is sampled behind it, it is not fed
+    state t of                         t = 0  t = 1  ...  t = R-1   none: no token follows, so it is not fed
 
 Shape suffixes: B responses of this rank, R longest response among them, T tokens of a packed micro-batch, K response
 tokens in it, D model dim, V vocabulary.
 """
 
 import hashlib
+import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from math import ceil
 
 import torch
 from torch import Tensor
 
-from data.batches import epoch_order
 from model.sampling import generate
 from model.tokenizer import Tokenizer
-from model.transformer import Transformer
+from rl.advantages import compute_gae, kl_shaped_rewards, masked_sums, whiten
+from rl.models import Models
+from rl.ppo_config import PPOConfig
+from rl.ppo_loss import token_entropies
 from rl.prompts import PPOPrompt
 from rl.reward import RewardResult, tool_call_reward
+from train.distributed import World, gathered_model, global_sum, reshard_all
+from train.run_control import TrainingError
 from train.weighted_cross_entropy import linear_token_logprobs
 
 
-@dataclass(slots=True)
-class Rollout:
-    """This rank's responses of one iteration, with everything that was fixed when they were sampled."""
+@dataclass(frozen=True, slots=True)
+class Iteration:
+    """One iteration of the run, as it begins."""
+
+    number: int  # from 0, over all epochs
+    step: int  # optimizer steps done before it
+    total_steps: int  # optimizer steps of the whole schedule
+    kl_coef: float
+    prompts: list[PPOPrompt]  # of all ranks; response i belongs to rank i % world.size
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Sampled:
+    """This rank's responses of one iteration and the reward of each."""
 
     prompts: list[PPOPrompt]  # B
-    response_ids: list[list[int]]  # B lists; the sampler's own ids and lengths, nothing is read off the ids later
+    response_ids: list[list[int]]  # B lists; ids and lengths are the sampler's, never inferred from ids
     ended: list[bool]  # B: closed by EOS; False: cut at max_response_tokens
     results: list[RewardResult]  # B
-    scores_B: Tensor  # fp32, the reward of the whole response, before KL
+    scores_B: Tensor  # fp32, reward of the whole response, before KL
     response_mask_BR: Tensor  # bool, true through the last token inclusive
-    sampler_logprobs_BR: Tensor  # fp32, as the sampler saw them; 0 outside the mask, like all that follow
-    logprobs_BR: Tensor  # fp32, of the policy that sampled, by the trainer's own forward: the "old" ones of the ratio
-    ref_logprobs_BR: Tensor  # fp32, of the frozen reference
-    values_BR: Tensor  # fp32, V(state t)
+    sampler_logprobs_BR: Tensor  # fp32, nats, as the sampler computed them
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Measured:
+    """What the models say about the sampled responses, before any update."""
+
+    sampled: Sampled
+    logprobs_BR: Tensor  # fp32, nats, of the policy that sampled, by the trainer's forward: the "old" ones of the ratio
+    ref_logprobs_BR: Tensor  # fp32, nats, of the frozen reference
     entropies_BR: Tensor  # fp32, nats, of the distribution that token t was drawn from
+    values_BR: Tensor  # fp32, V(state t)
+    seconds: dict[str, float]  # policy_logprobs, reference, critic: time of each model on this rank
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Credited:
+    """What each response token is to be credited with: all that the update needs."""
+
+    measured: Measured
+    kl_coef: float  # factor of the KL in the rewards
     rewards_BR: Tensor  # fp32, -kl_coef * KL per token, plus the score at the last one
     advantages_BR: Tensor  # fp32
     returns_BR: Tensor  # fp32, advantages + values, before any whitening
 
 
-def empty_grid(mask_BR: Tensor) -> Tensor:
-    """Zeros (B, R) in fp32 on the mask's device, to be filled slot by slot."""
-    return torch.zeros(mask_BR.shape, dtype=torch.float32, device=mask_BR.device)
-
-
 # ---------------------------------------------------------------------------------------------------------------------
-# Which prompts: pure functions of the iteration, so that a resumed run and another number of ranks draw the same
+# 1 sample
 
 
-def iterations_per_epoch(n_prompts: int, rollout_batch_size: int) -> int:
-    """Iterations of one pass over the prompts; the last one takes what is left."""
-    return ceil(n_prompts / rollout_batch_size)
+def sample_responses(
+    config: PPOConfig, models: Models, world: World, iteration: Iteration, must_stop: Callable[[], bool]
+) -> list[tuple[list[int], list[float]]]:
+    """(response_ids, logprobs at the sampling temperature) of this rank's prompts, from the policy as it is now.
 
-
-def prompts_of_iteration(
-    prompts: Sequence[PPOPrompt], iteration: int, *, seed: int, rollout_batch_size: int
-) -> list[PPOPrompt]:
-    """The prompts of iteration `iteration`, counted from 0 over all epochs, on all ranks together; each epoch has its
-    own order."""
-    epoch, number = divmod(iteration, iterations_per_epoch(len(prompts), rollout_batch_size))
-    order = epoch_order(len(prompts), seed, epoch)
-    return [prompts[i] for i in order[number * rollout_batch_size : (number + 1) * rollout_batch_size]]
+    The policy's parameters are gathered once for all tokens, a collective; the copy is freed on return. Decoding itself
+    is local, so ranks need not decode equally many tokens. must_stop() is asked before every token: once it is True,
+    unfinished responses come back short, to be thrown away.
+    Raises TrainingError, on every rank alike, for weights that are not finite.
+    """
+    gathered = gathered_model(models.policy, world, dtype=config.dtype)
+    wrong = [name for name, parameter in gathered.named_parameters() if not parameter.isfinite().all()]
+    if wrong:  # nothing can be drawn from logits of nan
+        raise TrainingError(
+            f"iteration {iteration.number}: found {len(wrong)} tensors of the policy with nan or inf "
+            f"({wrong[0]} ...), expected finite weights"
+        )
+    mine = range(world.rank, len(iteration.prompts), world.size)
+    return generate(
+        gathered,
+        [iteration.prompts[index].prompt_ids for index in mine],
+        max_new_tokens=config.max_response_tokens,
+        temperature=config.temperature,
+        eos_id=models.tokenizer.eos_id,
+        generator=[response_generator(config.seed, iteration.number, index) for index in mine],
+        should_continue=lambda finished_B: not must_stop(),
+    )
 
 
 def response_generator(seed: int, iteration: int, index: int) -> torch.Generator:
-    """The private generator of response `index` (over all ranks) of an iteration: no state to save, none to share."""
+    """A private generator for response `index` (over all ranks) of an iteration: no state to save or to share."""
     # hashed: sums like seed + index would give two runs the same random numbers in other places
     digest = hashlib.sha256(f"{seed} {iteration} {index}".encode("ascii")).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Sampling and reward
+# 2 judge
 
 
-def sample_responses(
-    policy: Transformer,
+def judge_responses(
     prompts: Sequence[PPOPrompt],
-    generators: Sequence[torch.Generator],
-    *,
-    max_response_tokens: int,
-    temperature: float,
-    eos_id: int,
-    must_stop: Callable[[], bool],
-) -> list[tuple[list[int], list[float]]]:
-    """(response_ids, logprobs at the sampling temperature) of every prompt, by a policy whose parameters are gathered.
-
-    No collective runs in here, so ranks need not decode equally many tokens. must_stop() is asked before every token;
-    once it answers True the unfinished responses come back short and the caller throws them away.
-    """
-    return generate(
-        policy,
-        [prompt.prompt_ids for prompt in prompts],
-        max_new_tokens=max_response_tokens,
-        temperature=temperature,
-        eos_id=eos_id,
-        generator=list(generators),
-        should_continue=lambda finished_B: not must_stop(),
-    )
-
-
-def start_rollout(
-    prompts: Sequence[PPOPrompt],
-    sampled: Sequence[tuple[list[int], list[float]]],
+    responses: Sequence[tuple[list[int], list[float]]],
     tokenizer: Tokenizer,
     device: torch.device,
-) -> Rollout:
-    """Rewards of the sampled responses, and empty grids for what the models have to add."""
-    response_ids = [ids for ids, _ in sampled]
-    ended = [bool(ids) and ids[-1] == tokenizer.eos_id for ids in response_ids]
+) -> Sampled:
+    """The rule-based reward of each response (rl/reward.py), and the (B, R) grids of what was sampled."""
+    response_ids = [ids for ids, _ in responses]
     results = [
         tool_call_reward(response_text(ids, tokenizer), prompt.gold_calls, prompt.tools)
         for ids, prompt in zip(response_ids, prompts, strict=True)
     ]
-    longest = max(map(len, response_ids), default=0)
-    mask_BR = torch.zeros((len(response_ids), longest), dtype=torch.bool)
-    sampler_logprobs_BR = torch.zeros((len(response_ids), longest))
-    for row, (ids, logprobs) in enumerate(sampled):
+    shape_BR = (len(response_ids), max(map(len, response_ids), default=0))
+    mask_BR, sampler_logprobs_BR = torch.zeros(shape_BR, dtype=torch.bool), torch.zeros(shape_BR)
+    for row, (ids, logprobs) in enumerate(responses):
         mask_BR[row, : len(ids)] = True
         sampler_logprobs_BR[row, : len(ids)] = torch.tensor(logprobs)
-    mask_BR = mask_BR.to(device)
-    grids = {each.name: empty_grid(mask_BR) for each in fields(Rollout) if each.name.endswith("_BR")}
-    grids["response_mask_BR"] = mask_BR
-    grids["sampler_logprobs_BR"] = sampler_logprobs_BR.to(device)
-    scores_B = torch.tensor([result.reward for result in results], dtype=torch.float32, device=device)
-    return Rollout(list(prompts), response_ids, ended, results, scores_B, **grids)
+    return Sampled(
+        prompts=list(prompts),
+        response_ids=response_ids,
+        ended=[bool(ids) and ids[-1] == tokenizer.eos_id for ids in response_ids],
+        results=results,
+        scores_B=torch.tensor([result.reward for result in results], dtype=torch.float32, device=device),
+        response_mask_BR=mask_BR.to(device),
+        sampler_logprobs_BR=sampler_logprobs_BR.to(device),
+    )
 
 
 def response_text(response_ids: Sequence[int], tokenizer: Tokenizer) -> str:
-    """The response as the reward and a reader see it: without the closing EOS and surrounding blanks."""
+    """The response as reward and reader see it: without the closing EOS and surrounding blanks."""
     ids = list(response_ids)
     return tokenizer.decode(ids[:-1] if ids and ids[-1] == tokenizer.eos_id else ids).strip()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Micro-batches: whole rows, end to end, never padded
+# Micro-batches for steps 3 and 5: whole responses end to end, never padded
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class ResponseBatch:
-    """Some rows of a rollout as one packed row; K response tokens over all of them."""
+    """Some responses with their prompts as one packed row; K response tokens over all of them."""
 
-    input_ids_T: Tensor  # int64, prompt and response but its last token, row after row
+    input_ids_T: Tensor  # int64, prompt and response except its last token, row after row
     position_ids_T: Tensor  # int64, from 0 in every row
     segment_lengths: list[int]
     state_index_K: Tensor  # int64, position in T of the state that token k was sampled in
     target_ids_K: Tensor  # int64, the response tokens
-    row_K: Tensor  # int64, where token k stands in the rollout's (B, R) grids
+    row_K: Tensor  # int64, place of token k in the (B, R) grids of the rollout
     column_K: Tensor  # int64
 
     def take(self, grid_BR: Tensor) -> Tensor:
@@ -169,13 +190,12 @@ class ResponseBatch:
         grid_BR[self.row_K, self.column_K] = values_K.to(grid_BR.dtype)
 
 
-def pack_responses(rollout: Rollout, rows: Sequence[int]) -> ResponseBatch:
-    """Rows of a rollout end to end. Without rows: one token that nothing is computed for, because every rank has to
-    join every collective of a forward."""
-    device = rollout.scores_B.device
+def pack_responses(sampled: Sampled, rows: Sequence[int]) -> ResponseBatch:
+    """Rows of a rollout end to end. Without rows: one token and nothing to score, because every rank has to join every
+    collective of a forward."""
     inputs, positions, lengths, states, targets, rows_of_tokens, columns = [], [], [], [], [], [], []
     for row in rows:
-        prompt_ids, response_ids = rollout.prompts[row].prompt_ids, rollout.response_ids[row]
+        prompt_ids, response_ids = sampled.prompts[row].prompt_ids, sampled.response_ids[row]
         first_state = len(inputs) + len(prompt_ids) - 1
         ids = prompt_ids + response_ids[:-1]
         inputs += ids
@@ -188,29 +208,28 @@ def pack_responses(rollout: Rollout, rows: Sequence[int]) -> ResponseBatch:
     if not rows:
         inputs, positions, lengths = [0], [0], [1]
     input_ids_T, position_ids_T, state_index_K, target_ids_K, row_K, column_K = (
-        torch.tensor(each, dtype=torch.int64, device=device)
+        torch.tensor(each, dtype=torch.int64, device=sampled.scores_B.device)
         for each in (inputs, positions, states, targets, rows_of_tokens, columns)
     )
     return ResponseBatch(input_ids_T, position_ids_T, lengths, state_index_K, target_ids_K, row_K, column_K)
 
 
-def pack_minibatch(
-    rollout: Rollout, rows: Sequence[int], *, micro_batch_size: int, rank: int, world_size: int
-) -> list[ResponseBatch]:
-    """This rank's micro-batches of a minibatch, equally many on every rank.
+def pack_minibatches(
+    config: PPOConfig, world: World, sampled: Sampled, order: Sequence[int]
+) -> list[list[ResponseBatch]]:
+    """This rank's micro-batches of every minibatch, equally many on every rank.
 
-    rows: indices over all ranks; response g was sampled by rank g % world_size as its row g // world_size.
+    order: indices of the responses of all ranks; consecutive minibatch_size of them are a minibatch, the last one may
+    be smaller. Response g was sampled by rank g % world.size as its row g // world.size.
     """
-    per_rank = [[row // world_size for row in rows if row % world_size == each] for each in range(world_size)]
-    n_micro_batches = ceil(max(map(len, per_rank)) / micro_batch_size)
-    mine = per_rank[rank]
-    return [
-        pack_responses(rollout, mine[i * micro_batch_size : (i + 1) * micro_batch_size]) for i in range(n_micro_batches)
-    ]
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The three models on a micro-batch
+    minibatches = []
+    for start in range(0, len(order), config.minibatch_size):
+        rows = order[start : start + config.minibatch_size]
+        per_rank = [[row // world.size for row in rows if row % world.size == rank] for rank in range(world.size)]
+        n_micro_batches = ceil(max(map(len, per_rank)) / config.micro_batch_size)
+        mine, size = per_rank[world.rank], config.micro_batch_size
+        minibatches.append([pack_responses(sampled, mine[i * size : (i + 1) * size]) for i in range(n_micro_batches)])
+    return minibatches
 
 
 def response_states(model: torch.nn.Module, batch: ResponseBatch) -> Tensor:
@@ -240,3 +259,67 @@ def response_values(critic: torch.nn.Module, batch: ResponseBatch) -> Tensor:
         batch.input_ids_T[None], position_ids_BT=batch.position_ids_T[None], segment_lengths=batch.segment_lengths
     )
     return values_BT[0].index_select(0, batch.state_index_K)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 3 measure
+
+
+@torch.no_grad()
+def measure_responses(
+    config: PPOConfig, models: Models, sampled: Sampled, batches: Sequence[ResponseBatch]
+) -> Measured:
+    """Log-probabilities of policy and reference, entropies of the policy, values of the critic; a collective.
+
+    batches: the micro-batches of the first PPO epoch. The update runs the same forwards on the same packed rows, so the
+    first ratio is 1 to the last bit. The sampler's own log-probabilities differ in the last bits and are only compared.
+    """
+    logprobs_BR, ref_logprobs_BR, entropies_BR, values_BR = (
+        torch.zeros_like(sampled.sampler_logprobs_BR) for _ in range(4)
+    )
+    temperature, stamps = config.logprob_temperature(), [time.perf_counter()]
+    for batch in batches:
+        hidden_KD = response_states(models.policy, batch)
+        batch.put(logprobs_BR, response_logprobs(hidden_KD, models.policy, batch, temperature, models.loss_backend))
+        batch.put(entropies_BR, token_entropies(hidden_KD, models.policy.head_weight(), temperature))
+    reshard_all(models.policy)
+    stamps.append(time.perf_counter())
+    for batch in batches:
+        hidden_KD = response_states(models.reference, batch)
+        ref_logprobs_K = response_logprobs(hidden_KD, models.reference, batch, temperature, models.loss_backend)
+        batch.put(ref_logprobs_BR, ref_logprobs_K)
+    reshard_all(models.reference)
+    stamps.append(time.perf_counter())
+    for batch in batches:
+        batch.put(values_BR, response_values(models.critic, batch))
+    reshard_all(models.critic)
+    stamps.append(time.perf_counter())
+    names = ("policy_logprobs", "reference", "critic")
+    seconds = {name: end - start for name, start, end in zip(names, stamps, stamps[1:], strict=False)}
+    return Measured(sampled, logprobs_BR, ref_logprobs_BR, entropies_BR, values_BR, seconds)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 4 credit
+
+
+def credit_responses(config: PPOConfig, measured: Measured, kl_coef: float) -> Credited:
+    """Rewards per token (E24), advantages and returns (E25), whitened (E26) if asked for: then it is a collective."""
+    mask_BR = measured.sampled.response_mask_BR
+    rewards_BR = kl_shaped_rewards(
+        measured.sampled.scores_B, measured.logprobs_BR, measured.ref_logprobs_BR, mask_BR, kl_coef
+    )
+    advantages_BR, returns_BR = compute_gae(rewards_BR, measured.values_BR, mask_BR, config.gamma, config.gae_lambda)
+    if config.whiten_advantages == "on":
+        advantages_BR = whiten(advantages_BR, mask_BR, *global_moments(advantages_BR, mask_BR))
+    return Credited(measured, kl_coef, rewards_BR, advantages_BR, returns_BR)
+
+
+def global_moments(x_BR: Tensor, mask_BR: Tensor) -> tuple[float, float]:
+    """Mean and variance of x inside the mask over all ranks, in two passes; (0, 0) for an empty mask."""
+    count, total = global_sum(list(masked_sums(x_BR, mask_BR)))
+    if count == 0:
+        return 0.0, 0.0
+    mean = total / count
+    _, squares = global_sum(list(masked_sums((x_BR.double() - mean).square(), mask_BR)))
+    return mean, squares / count

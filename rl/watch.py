@@ -1,10 +1,12 @@
-"""Watching a PPO run: metrics of a rollout, the journals of the run folder, the progress bar, held-out evaluation.
+"""Watching a PPO run: metrics of a rollout, journals, progress bar, held-out evaluation, the index ledger.
 
-Nothing in here changes what is learned. Journals are appended and flushed line by line, each line with its optimizer
-step, so that a resumed run can cut them back to its checkpoint:
+Nothing here changes what is learned. Journals are appended and flushed line by line, each line with its optimizer step,
+so that a resumed run can cut them back to its checkpoint:
     metrics.jsonl      one line per optimizer step (docs/metrics.md)
-    samples.jsonl      one line per response: prompt, response, reward, branch of the reward
+    samples.jsonl      one line per response: prompt, response, reward, category of the reward
     evaluations.jsonl  one line per held-out evaluation
+
+Shape suffixes: B responses of this rank, R longest response among them.
 """
 
 from collections import Counter
@@ -18,54 +20,60 @@ from tqdm import tqdm
 
 from model.tokenizer import Tokenizer
 from rl.advantages import explained_variance_from_sums, explained_variance_sums, kl_estimates, masked_sums
-from rl.evaluate_reward import evaluate_reward, summarize
-from rl.index_ledger import format_ledger
+from rl.evaluate_reward import Sampling, evaluate_reward, summarize
+from rl.models import Models
 from rl.ppo_config import PPOConfig
 from rl.prompts import PPOPrompt
 from rl.reward import CATEGORIES
-from rl.rollout import Rollout, response_text
+from rl.rollout import Credited, response_text
 from train.distributed import World, gather_objects, gathered_model, global_sum
 from train.run_logging import MetricsFile, log_line
 
 JOURNALS = ("metrics.jsonl", "samples.jsonl", "evaluations.jsonl")
+LEDGER_COLUMNS = ("logprob", "KL", "reward", "value", "advantage", "return")
+LEDGER_TOKEN_WIDTH = 18
+LEDGER_PROMPT_TOKENS = 2  # rows shown of the end of the prompt
+# Rewards and their sum over some hundred tokens are fp32; a wrong coefficient or index is off by far more.
+LEDGER_TOLERANCE = 1e-4
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Figures of a rollout
 
 
-def describe_rollout(rollout: Rollout, kl_coef: float) -> dict[str, float]:
+def describe_rollout(credited: Credited) -> dict[str, float]:
     """What a rollout's lines of metrics.jsonl say about it, over all ranks (docs/metrics.md); a collective."""
-    mask_BR = rollout.response_mask_BR
-    estimates = kl_estimates(rollout.logprobs_BR, rollout.ref_logprobs_BR, mask_BR)
+    measured, sampled = credited.measured, credited.measured.sampled
+    mask_BR = sampled.response_mask_BR
+    estimates = kl_estimates(measured.logprobs_BR, measured.ref_logprobs_BR, mask_BR)
     grids = {
         "ppo/kl_k1": estimates["k1"],
         "ppo/kl_k2": estimates["k2"],
         "ppo/kl_k3": estimates["k3"],
-        "ppo/entropy": rollout.entropies_BR,
-        "ppo/advantage_mean": rollout.advantages_BR,
-        "ppo/return_mean": rollout.returns_BR,
-        "ppo/value_mean": rollout.values_BR,
-        "advantage_square": rollout.advantages_BR.double().square(),
+        "ppo/entropy": measured.entropies_BR,
+        "ppo/advantage_mean": credited.advantages_BR,
+        "ppo/return_mean": credited.returns_BR,
+        "ppo/value_mean": measured.values_BR,
+        "advantage_square": credited.advantages_BR.double().square(),
     }
-    scores_B = rollout.scores_B.double()
-    counts = Counter(result.category for result in rollout.results)
+    scores_B = sampled.scores_B.double()
+    counts = Counter(result.category for result in sampled.results)
     n, tokens, score_sum, square_sum, cut, *sums = global_sum(
         [
-            float(len(rollout.results)),
+            float(len(sampled.results)),
             float(mask_BR.sum()),
             scores_B.sum().item(),
             scores_B.square().sum().item(),
-            float(rollout.ended.count(False)),
+            float(sampled.ended.count(False)),
             *(masked_sums(grid_BR, mask_BR)[1] for grid_BR in grids.values()),
             *(float(counts[category]) for category in CATEGORIES),
-            *explained_variance_sums(rollout.values_BR, rollout.returns_BR, mask_BR),
+            *explained_variance_sums(measured.values_BR, credited.returns_BR, mask_BR),
         ]
     )
     means = {name: total / tokens for name, total in zip(grids, sums, strict=False)}
     shares = {f"ppo/share_{name}": count / n for name, count in zip(CATEGORIES, sums[len(grids) :], strict=False)}
     variance = max(0.0, means.pop("advantage_square") - means["ppo/advantage_mean"] ** 2)
-    difference_BR = torch.where(mask_BR, rollout.sampler_logprobs_BR - rollout.logprobs_BR, 0.0).abs()
+    difference_BR = torch.where(mask_BR, sampled.sampler_logprobs_BR - measured.logprobs_BR, 0.0).abs()
     return {
         "ppo/score": score_sum / n,
         "ppo/score_std": max(0.0, square_sum / n - (score_sum / n) ** 2) ** 0.5,
@@ -73,7 +81,7 @@ def describe_rollout(rollout: Rollout, kl_coef: float) -> dict[str, float]:
         "ppo/truncated_share": cut / n,
         **shares,
         "ppo/kl_sequence": means["ppo/kl_k1"] * tokens / n,
-        "ppo/kl_coef": kl_coef,
+        "ppo/kl_coef": credited.kl_coef,
         **means,
         "ppo/advantage_std": variance**0.5,
         "ppo/explained_variance": explained_variance_from_sums(sums[-5:]),
@@ -107,9 +115,9 @@ def add_times(line: dict[str, float], seconds: dict[str, float], *, n_steps: int
 class Watch:
     """The run's journals and its progress bar, on rank 0; on other ranks it only joins the collectives."""
 
-    def __init__(self, output: Path, config: PPOConfig, world: World, *, step: int, last_step: int) -> None:
+    def __init__(self, config: PPOConfig, world: World, *, step: int, last_step: int) -> None:
         self.config, self.world = config, world
-        self.files = {name: MetricsFile(output / name) for name in JOURNALS} if world.is_main else {}
+        self.files = {name: MetricsFile(Path(config.output) / name) for name in JOURNALS} if world.is_main else {}
         self.must_print_ledger = config.print_ledger == "on" and world.is_main
         self.has_warned_of_cuts = False
         # disable=None: no bar when stderr is not a terminal, so that logs and error lines stay clean
@@ -128,9 +136,9 @@ class Watch:
         for file in self.files.values():
             file.sync()
 
-    def record(self, rollout: Rollout, lines: Sequence[dict[str, float]], tokenizer: Tokenizer) -> None:
+    def record(self, credited: Credited, lines: Sequence[dict[str, float]], tokenizer: Tokenizer) -> None:
         """Write one iteration's lines and samples, move the bar; a collective."""
-        rows = [row for part in gather_objects(_sample_rows(rollout, tokenizer)) for row in part]
+        rows = [row for part in gather_objects(_sample_rows(credited, tokenizer)) for row in part]
         if not self.world.is_main:
             return
         for line in lines:
@@ -152,28 +160,23 @@ class Watch:
                 f"warning: iteration {first['iteration']}: all {len(rows)} responses (share 1.00) were cut at "
                 f"max_response_tokens = {self.config.max_response_tokens}; expected most to end with EOS"
             )
-        if self.must_print_ledger and rollout.results:
+        if self.must_print_ledger and credited.measured.sampled.results:
             self.must_print_ledger = False
-            log_line(ledger_of(rollout, 0, tokenizer, first["ppo/kl_coef"]))
+            log_line(format_ledger(credited, 0, tokenizer))
 
-    def evaluate(
-        self, policy: torch.nn.Module, tokenizer: Tokenizer, held_out: Sequence[PPOPrompt], *, step: int
-    ) -> None:
+    def evaluate(self, models: Models, held_out: Sequence[PPOPrompt], *, step: int) -> None:
         """Score the held-out prompts, greedy and at the training temperature, all ranks together; a collective."""
         if not held_out:
             return
-        gathered = gathered_model(policy, self.world, dtype=self.config.dtype)
+        gathered = gathered_model(models.policy, self.world, dtype=self.config.dtype)
         mine = list(range(self.world.rank, len(held_out), self.world.size))
         line: dict[str, object] = {"step": step}
         for name, temperature in (("greedy", 0.0), ("sampled", self.config.temperature)):
             rows = evaluate_reward(
                 gathered,
-                tokenizer,
+                models.tokenizer,
                 [held_out[index] for index in mine],
-                temperature=temperature,
-                max_response_tokens=self.config.max_response_tokens,
-                samples_per_prompt=1,
-                seed=self.config.seed,
+                Sampling(temperature, self.config.max_response_tokens, samples_per_prompt=1, seed=self.config.seed),
                 progress=f"evaluation, {name}" if self.world.is_main else None,
             )
             rows = [{**row, "index": mine[row["index"]]} for row in rows]
@@ -187,9 +190,10 @@ class Watch:
             )
 
 
-def _sample_rows(rollout: Rollout, tokenizer: Tokenizer) -> list[dict]:
-    """What samples.jsonl holds of each response of this rank."""
-    kl_B = torch.where(rollout.response_mask_BR, rollout.logprobs_BR - rollout.ref_logprobs_BR, 0.0).sum(dim=1).tolist()
+def _sample_rows(credited: Credited, tokenizer: Tokenizer) -> list[dict]:
+    """One row of samples.jsonl per response of this rank."""
+    measured, sampled = credited.measured, credited.measured.sampled
+    kl_BR = torch.where(sampled.response_mask_BR, measured.logprobs_BR - measured.ref_logprobs_BR, 0.0)
     return [
         {
             "id": prompt.id,
@@ -204,30 +208,84 @@ def _sample_rows(rollout: Rollout, tokenizer: Tokenizer) -> list[dict]:
             "kl": kl,
         }
         for prompt, ids, ended, result, kl in zip(
-            rollout.prompts, rollout.response_ids, rollout.ended, rollout.results, kl_B, strict=True
+            sampled.prompts,
+            sampled.response_ids,
+            sampled.ended,
+            sampled.results,
+            kl_BR.sum(dim=1).tolist(),
+            strict=True,
         )
     ]
 
 
-def ledger_of(rollout: Rollout, row: int, tokenizer: Tokenizer, kl_coef: float) -> str:
-    """The index ledger of one response of this rank."""
-    prompt, ids = rollout.prompts[row], rollout.response_ids[row]
+# ---------------------------------------------------------------------------------------------------------------------
+# The index ledger: which number of a response belongs to which token (`--print_ledger`)
 
-    def entries(grid_BR: Tensor) -> list:
-        return grid_BR[row, : len(ids)].tolist()
 
-    table = format_ledger(
-        prompt.prompt_ids,
-        ids,
-        tokenizer,
-        entries(rollout.logprobs_BR),
-        entries(rollout.ref_logprobs_BR),
-        entries(rollout.rewards_BR),
-        entries(rollout.values_BR),
-        entries(rollout.advantages_BR),
-        entries(rollout.returns_BR),
-        rollout.scores_B[row].item(),
-        entries(rollout.response_mask_BR),
-        kl_coef,
+def format_ledger(credited: Credited, row: int, tokenizer: Tokenizer) -> str:
+    """An ASCII table of one response of this rank, one line per token, and two lines that check it.
+
+    Everything on a line belongs to the token of that line: its log-probability, the reward for choosing it, and the
+    value V(state before it), which the model computes one position further left. KL is k1 = logprob - ref_logprob.
+    The checks: the score is at the last token, and the rewards add up to score - kl_coef * KL (E24).
+    """
+    measured, sampled = credited.measured, credited.measured.sampled
+    prompt, response_ids = sampled.prompts[row], sampled.response_ids[row]
+    lines = [
+        f"{prompt.id} turn {prompt.turn}: {sampled.results[row].explanation}",
+        f"{'position':>8}  {'token':<{LEDGER_TOKEN_WIDTH}}{'mask':>4}" + "".join(f"{n:>11}" for n in LEDGER_COLUMNS),
+    ]
+    n_prompt = len(prompt.prompt_ids)
+    for position in range(max(0, n_prompt - LEDGER_PROMPT_TOKENS), n_prompt):
+        lines.append(_ledger_row(position, prompt.prompt_ids[position], tokenizer, ()))
+    numbers_RC = torch.stack(
+        [
+            measured.logprobs_BR[row],
+            measured.logprobs_BR[row] - measured.ref_logprobs_BR[row],
+            credited.rewards_BR[row],
+            measured.values_BR[row],
+            credited.advantages_BR[row],
+            credited.returns_BR[row],
+        ],
+        dim=1,
     )
-    return f"{prompt.id} turn {prompt.turn}: {rollout.results[row].explanation}\n{table}"
+    is_valid = sampled.response_mask_BR[row].tolist()
+    for index, token_id in enumerate(response_ids):
+        numbers = numbers_RC[index].tolist() if is_valid[index] else ()
+        lines.append(_ledger_row(n_prompt + index, token_id, tokenizer, numbers))
+    last = max((index for index in range(len(response_ids)) if is_valid[index]), default=None)
+    if last is None:
+        return "\n".join([*lines, "no response token: no score, no reward"])
+    mask_R, score, kl_coef = sampled.response_mask_BR[row], sampled.scores_B[row].item(), credited.kl_coef
+    kl, total = (numbers_RC[mask_R, column].double().sum().item() for column in (1, 2))
+    score_there = numbers_RC[last, 2].item() + kl_coef * numbers_RC[last, 1].item()
+    kind = "EOS" if response_ids[last] == tokenizer.eos_id else "the last generated token, no EOS"
+    return "\n".join(
+        [
+            *lines,
+            f"score {score:+.4f} is at position {n_prompt + last} ({kind}): {_verdict(score_there - score)}",
+            f"sum of rewards {total:+.4f} = score {score:+.4f} - kl_coef {kl_coef:g} * KL {kl:+.4f}: "
+            + _verdict(total - (score - kl_coef * kl)),
+        ]
+    )
+
+
+def _ledger_row(position: int, token_id: int, tokenizer: Tokenizer, numbers: Sequence[float]) -> str:
+    """One token's line; without numbers, one of a token outside the response mask."""
+    cells = "".join(f"{number:>11.4f}" for number in numbers) or f"{'-':>11}" * len(LEDGER_COLUMNS)
+    token = _ledger_piece(token_id, tokenizer)
+    return f"{position:>8}  {token:<{LEDGER_TOKEN_WIDTH}}{int(bool(numbers)):>4}{cells}"
+
+
+def _ledger_piece(token_id: int, tokenizer: Tokenizer) -> str:
+    """The token's text, quoted, in ASCII, cut to the width of its column."""
+    piece = tokenizer.piece(token_id)
+    for length in range(len(piece), -1, -1):
+        text = ascii(piece[:length] + ("" if length == len(piece) else "..."))
+        if len(text) < LEDGER_TOKEN_WIDTH:
+            return text
+    raise AssertionError("an empty piece fits")
+
+
+def _verdict(difference: float) -> str:
+    return "checked" if abs(difference) <= LEDGER_TOLERANCE else f"WRONG, off by {difference:+.4f}"
