@@ -51,13 +51,14 @@ from model.tokenizer import load_tokenizer
 from model.transformer import Transformer, apply_rope, rope_cos_sin
 from model.value_model import ValueModel
 from rl.advantages import compute_gae, kl_shaped_rewards
+from rl.models import Models, load_models
 from rl.ppo_config import PPOConfig
-from rl.ppo_loop import Models, cut_minibatches, run_iteration
+from rl.ppo_loop import run_iteration
 from rl.ppo_loss import policy_loss, value_loss
-from rl.prompts import PPOPrompt
+from rl.prompts import PPOPrompt, prompts_of_iteration
 from rl.reward import tool_call_reward
-from rl.rollout import Rollout, prompts_of_iteration, response_text
-from run_ppo import load_models, make_prompts
+from rl.rollout import Credited, Iteration, response_text
+from run_ppo import make_prompts
 from train.distributed import World, clip_gradients, close_world, init_world, local_part, reshard_all
 from train.optimizer import make_adamw
 
@@ -125,7 +126,8 @@ def plain_copy(models: Models) -> Models:
         make_adamw(model, learning_rate=0.0, beta1=0.9, beta2=0.95, epsilon=1e-8, weight_decay=0.0)
         for model in (policy, critic)
     ]
-    return Models(policy, reference.requires_grad_(False), critic, *optimizers, starts_at_reference=True)
+    reference.requires_grad_(False)
+    return Models(policy, reference, critic, *optimizers, models.tokenizer, starts_at_reference=True)
 
 
 # ------------------------------------------------------------------------------------------------------- padded forward
@@ -216,26 +218,25 @@ def padded_generation(
 def padded_iteration(
     config: PPOConfig,
     models: Models,
-    tokenizer,
-    rollout: Rollout,
+    credited: Credited,
     *,
     pad_to: int,
     rows_per_pass: int,
     clock: Callable[[], float],
 ) -> tuple[dict[str, float], Tensor, list[dict[str, float]]]:
-    """The iteration of `rollout` on padded rows: (seconds, logprobs_BR, losses of each minibatch)."""
-    seconds = dict.fromkeys(PHASES, 0.0)
-    logprobs_BR, losses = torch.zeros_like(rollout.logprobs_BR), []
+    """The iteration of `credited` on padded rows: (seconds, logprobs_BR, losses of each minibatch)."""
+    seconds, sampled = dict.fromkeys(PHASES, 0.0), credited.measured.sampled
+    logprobs_BR, losses = torch.zeros_like(credited.measured.logprobs_BR), []
     generator = torch.Generator().manual_seed(config.seed)
-    for rows in cut_minibatches(range(len(rollout.prompts)), config.minibatch_size):
-        prompts, responses = [rollout.prompts[row] for row in rows], [rollout.response_ids[row] for row in rows]
+    for rows in cut_minibatches(len(sampled.prompts), config.minibatch_size):
+        prompts, responses = [sampled.prompts[row] for row in rows], [sampled.response_ids[row] for row in rows]
         with timed(seconds, "rollout", clock):
             ids_BT, mask_BT = padded_generation(models.policy, prompts, responses, pad_to, generator)
         R = ids_BT.shape[1] - pad_to
         with timed(seconds, "reward", clock):
             scores_B = torch.tensor(
                 [
-                    tool_call_reward(response_text(response, tokenizer), prompt.gold_calls, prompt.tools).reward
+                    tool_call_reward(response_text(response, models.tokenizer), prompt.gold_calls, prompt.tools).reward
                     for prompt, response in zip(prompts, responses, strict=True)
                 ]
             )
@@ -255,6 +256,11 @@ def padded_iteration(
         with timed(seconds, "update", clock):
             losses.append(padded_update(config, models, pieces, scores_B, *grids))
     return seconds, logprobs_BR, losses
+
+
+def cut_minibatches(n_responses: int, minibatch_size: int) -> list[range]:
+    """Rows of each minibatch; the last one may be smaller."""
+    return [range(start, min(start + minibatch_size, n_responses)) for start in range(0, n_responses, minibatch_size)]
 
 
 def padded_update(
@@ -315,72 +321,46 @@ def timed(seconds: dict[str, float], name: str, clock: Callable[[], float]) -> I
     seconds[name] += clock() - began
 
 
-def our_iteration(
-    config: PPOConfig,
-    models: Models,
-    tokenizer,
-    prompts: Sequence[PPOPrompt],
-    world: World,
-    iteration: int,
-    clock: Callable[[], float],
-) -> tuple[Rollout, list[dict[str, float]]]:
-    """The real thing. It stamps its phases with time.perf_counter, which is `clock` meanwhile."""
-    with patch("time.perf_counter", clock):
-        return run_iteration(
-            config,
-            models,
-            tokenizer,
-            prompts,
-            world,
-            iteration=iteration,
-            step=0,
-            total_steps=len(prompts),
-            kl_coef=config.kl_coef,
-            must_stop=lambda: False,
-        )
-
-
 def one_round(
     config: PPOConfig,
     models: Models,
     padded: Models,
-    tokenizer,
-    prompts: Sequence[PPOPrompt],
+    iteration: Iteration,
     world: World,
     args,
-    *,
-    iteration: int,
     pad_lengths: Sequence[int],
 ) -> dict[str, dict[str, float]]:
     """Side -> seconds by phase, "total", "positions" of one pass over the iteration, "difference" from our side."""
     clock = CLOCKS[args.clock]
     began = clock()
-    rollout, lines = our_iteration(config, models, tokenizer, prompts, world, iteration, clock)
+    with patch("time.perf_counter", clock):  # by which the real iteration stamps its phases
+        credited, lines = run_iteration(config, models, world, iteration, must_stop=lambda: False)
     total = clock() - began
+    sampled = credited.measured.sampled
     sides = {"ours": {phase: sum(line[f"time/{phase}_seconds"] for line in lines) for phase in PHASES}}
     sides["ours"] |= {
         "total": total,
         "difference": 0.0,
         "positions": sum(
             len(prompt.prompt_ids) + len(response) - 1
-            for prompt, response in zip(rollout.prompts, rollout.response_ids, strict=True)
+            for prompt, response in zip(sampled.prompts, sampled.response_ids, strict=True)
         ),
     }
     for pad_to in pad_lengths:
         began = clock()
         seconds, logprobs_BR, losses = padded_iteration(
-            config, padded, tokenizer, rollout, pad_to=pad_to, rows_per_pass=args.rows_per_pass, clock=clock
+            config, padded, credited, pad_to=pad_to, rows_per_pass=args.rows_per_pass, clock=clock
         )
         total = clock() - began
-        differences = [(logprobs_BR - rollout.logprobs_BR).abs().max().item()]
+        differences = [(logprobs_BR - credited.measured.logprobs_BR).abs().max().item()]
         differences += [
             abs(loss[key] - line[key]) / max(1.0, abs(line[key]))
             for loss, line in zip(losses, lines, strict=True)
             for key in loss
         ]
         positions = sum(
-            len(rows) * (pad_to + max(len(rollout.response_ids[row]) for row in rows))
-            for rows in cut_minibatches(range(len(prompts)), config.minibatch_size)
+            len(rows) * (pad_to + max(len(sampled.response_ids[row]) for row in rows))
+            for rows in cut_minibatches(len(sampled.prompts), config.minibatch_size)
         )
         sides[f"padded {pad_to}"] = {**seconds, "total": total, "difference": max(differences), "positions": positions}
     return sides
@@ -396,15 +376,13 @@ def measure(
     longest = max(len(prompt.prompt_ids) for prompt in prompts)
     pad_lengths = sorted({longest, args.pad_to or 4 * longest})
     # warm-up, small: the cost of the first calls, and the sampler's trials of row counts
-    one_round(config, models, padded, tokenizer, prompts[:2], world, args, iteration=0, pad_lengths=[longest])
+    warm_up = Iteration(0, step=0, total_steps=2, kl_coef=config.kl_coef, prompts=prompts[:2])
+    one_round(config, models, padded, warm_up, world, args, [longest])
     results = []
-    for iteration in range(max(1, args.rounds * 8 // n_prompts)):
-        chosen = prompts_of_iteration(prompts, iteration, seed=args.seed, rollout_batch_size=n_prompts)
-        results.append(
-            one_round(
-                config, models, padded, tokenizer, chosen, world, args, iteration=iteration, pad_lengths=pad_lengths
-            )
-        )
+    for number in range(max(1, args.rounds * 8 // n_prompts)):
+        chosen = prompts_of_iteration(prompts, number, args.seed, n_prompts)
+        iteration = Iteration(number, step=0, total_steps=n_prompts, kl_coef=config.kl_coef, prompts=chosen)
+        results.append(one_round(config, models, padded, iteration, world, args, pad_lengths))
     medians = {
         side: {key: statistics.median(result[side][key] for result in results) for key in results[0][side]}
         for side in results[0]

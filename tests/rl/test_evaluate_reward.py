@@ -7,6 +7,7 @@ import json
 import math
 import random
 import statistics
+from dataclasses import replace
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from model.pretrained_weights import load_pretrained, save_pretrained
 from model.sampling import generate
 from model.tokenizer import load_tokenizer
 from rl.evaluate_reward import (
+    Sampling,
     evaluate_reward,
     format_table,
     main,
@@ -148,24 +150,25 @@ def tiny():
     return load_pretrained(model_dir).eval(), load_tokenizer(model_dir)
 
 
-SETTINGS = {"temperature": 1.0, "max_response_tokens": 12, "samples_per_prompt": 2, "seed": 3}
+SAMPLING = Sampling(temperature=1.0, max_response_tokens=12, samples_per_prompt=2, seed=3)
+GREEDY = replace(SAMPLING, temperature=0.0, samples_per_prompt=1)
 
 
 def test_sampled_rows_do_not_depend_on_the_other_prompts(tiny):
     prompts = tiny_prompts(7)
-    rows = evaluate_reward(*tiny, prompts, **SETTINGS)
+    rows = evaluate_reward(*tiny, prompts, SAMPLING)
     assert [(row["index"], row["sample"]) for row in rows] == [(i, s) for i in range(7) for s in range(2)]
-    alone = evaluate_reward(*tiny, prompts[4:6][::-1], **SETTINGS)
+    alone = evaluate_reward(*tiny, prompts[4:6][::-1], SAMPLING)
     assert [{**row, "index": 5 - row["index"]} for row in alone] == rows[10:12] + rows[8:10]
     assert len({row["output"] for row in rows[8:10]}) == 2, "two samples of one prompt are two draws"
-    other_seed = evaluate_reward(*tiny, prompts, **{**SETTINGS, "seed": 4})
+    other_seed = evaluate_reward(*tiny, prompts, replace(SAMPLING, seed=4))
     assert [row["output"] for row in other_seed] != [row["output"] for row in rows]
 
 
 def test_greedy_rows_are_what_generate_gives(tiny):
     model, tokenizer = tiny
     prompts = tiny_prompts(3)
-    rows = evaluate_reward(*tiny, prompts, **{**SETTINGS, "temperature": 0.0, "samples_per_prompt": 1})
+    rows = evaluate_reward(*tiny, prompts, GREEDY)
     for prompt, row in zip(prompts, rows, strict=True):
         [(ids, _)] = generate(model, [prompt.prompt_ids], max_new_tokens=12, eos_id=tokenizer.eos_id)
         assert row["tokens"] == len(ids) and row["ended"] == (ids[-1] == tokenizer.eos_id)
@@ -173,17 +176,10 @@ def test_greedy_rows_are_what_generate_gives(tiny):
         assert row["reward"] == tool_call_reward(row["output"], prompt.gold_calls, prompt.tools).reward
 
 
-def test_several_samples_without_randomness_are_refused(tiny):
+def test_several_samples_without_randomness_are_refused():
     for samples_per_prompt, temperature in ((2, 0.0), (0, 1.0)):
         with pytest.raises(ValueError, match="samples_per_prompt"):
-            evaluate_reward(
-                *tiny,
-                tiny_prompts(1),
-                temperature=temperature,
-                max_response_tokens=2,
-                seed=0,
-                samples_per_prompt=samples_per_prompt,
-            )
+            Sampling(temperature, max_response_tokens=2, samples_per_prompt=samples_per_prompt, seed=0)
 
 
 def rows_of_texts(monkeypatch, texts: list[str], prompts: list[PPOPrompt], *, with_eos: bool = True) -> list[dict]:
@@ -191,9 +187,7 @@ def rows_of_texts(monkeypatch, texts: list[str], prompts: list[PPOPrompt], *, wi
     tokenizer = PieceTokenizer()
     answers = [tokenizer.encode(text) + [tokenizer.eos_id] * with_eos for text in texts]
     monkeypatch.setattr("rl.evaluate_reward.generate", lambda *_, **__: [(ids, [0.0] * len(ids)) for ids in answers])
-    return evaluate_reward(
-        tiny_model(), tokenizer, prompts, temperature=0.0, max_response_tokens=40, samples_per_prompt=1, seed=0
-    )
+    return evaluate_reward(tiny_model(), tokenizer, prompts, GREEDY)
 
 
 @pytest.mark.parametrize(
@@ -339,11 +333,11 @@ def test_models_whose_tokenizers_leave_other_turns_are_not_compared(capsys, monk
 
 
 def test_a_rank_without_prompts_has_no_rows(tiny):
-    assert evaluate_reward(*tiny, [], **SETTINGS) == []
-    assert evaluate_reward(*tiny, [], **{**SETTINGS, "temperature": 0.0, "samples_per_prompt": 1}) == []
+    assert evaluate_reward(*tiny, [], SAMPLING) == []
+    assert evaluate_reward(*tiny, [], GREEDY) == []
 
 
 def test_no_gradient_is_kept(tiny):
     model, tokenizer = tiny
-    evaluate_reward(model, tokenizer, tiny_prompts(1), **SETTINGS)
+    evaluate_reward(model, tokenizer, tiny_prompts(1), SAMPLING)
     assert torch.is_grad_enabled() and all(parameter.grad is None for parameter in model.parameters())

@@ -3,9 +3,8 @@
 pytest tests/rl/test_rollout.py
 """
 
-import copy
 import math
-from dataclasses import fields
+from dataclasses import FrozenInstanceError, replace
 
 import pytest
 import torch
@@ -14,26 +13,28 @@ from data.tool_calls import ToolCall
 from model.pretrained_weights import load_pretrained
 from model.tokenizer import load_tokenizer
 from model.value_model import ValueModel
+from rl.models import Models
 from rl.ppo_config import PPOConfig
-from rl.ppo_loop import estimate_advantages
-from rl.prompts import PPOPrompt, read_prompts
+from rl.prompts import PPOPrompt, iterations_per_epoch, prompts_of_iteration, read_prompts
 from rl.rollout import (
-    iterations_per_epoch,
-    pack_minibatch,
+    Iteration,
+    Measured,
+    credit_responses,
+    judge_responses,
+    measure_responses,
+    pack_minibatches,
     pack_responses,
-    prompts_of_iteration,
     response_generator,
     response_logprobs,
     response_states,
     response_text,
     response_values,
     sample_responses,
-    start_rollout,
 )
 from rl.watch import describe_rollout
 from tests.support.tiny_ppo import TOOLS, policy_folder, ppo_data
 from tests.support.tiny_run import tiny_config, tiny_files
-from train.distributed import close_world, init_world
+from train.distributed import World, close_world, init_world
 
 CPU = torch.device("cpu")
 EOS = 2
@@ -71,31 +72,25 @@ def by_hand(tokenizer):
     assert tokenizer.eos_id == EOS
     prompts = [make_prompt([1, 10, 11]), make_prompt([1, 12]), make_prompt([1, 13, 14, 15])]
     sampled = [([20, 21, EOS], [-0.5, -1.0, -1.5]), ([30], [-2.0]), ([EOS], [-2.5])]
-    return start_rollout(prompts, sampled, tokenizer, CPU)
+    return judge_responses(prompts, sampled, tokenizer, CPU)
 
 
-def sample(
-    policy,
-    prompts,
-    tokenizer,
-    *,
-    indices=None,
-    iteration=0,
-    temperature=1.0,
-    max_response_tokens=16,
-    must_stop=lambda: False,
-):
-    """Responses of prompts[indices], each with the generator of its index over all ranks."""
-    indices = range(len(prompts)) if indices is None else indices
-    return sample_responses(
-        policy,
-        [prompts[index] for index in indices],
-        [response_generator(7, iteration, index) for index in indices],
-        max_response_tokens=max_response_tokens,
-        temperature=temperature,
-        eos_id=tokenizer.eos_id,
-        must_stop=must_stop,
-    )
+def models_of(policy, tokenizer, **others):
+    """Models of which a test needs the policy and perhaps some others."""
+    nothing = {"reference": None, "critic": None, "policy_optimizer": None, "value_optimizer": None}
+    return Models(policy=policy, tokenizer=tokenizer, starts_at_reference=True, **{**nothing, **others})
+
+
+def rank_of(rank, size):
+    """Rank `rank` of `size`, without a process group: enough where nothing is reduced."""
+    return World(rank=rank, size=size, device=CPU, mesh=None)
+
+
+def sample(policy, prompts, tokenizer, *, rank=0, size=1, iteration=0, must_stop=lambda: False, **settings):
+    """Responses of one rank's share of the prompts."""
+    config = PPOConfig(seed=7, **{"max_response_tokens": 16, **settings})
+    this = Iteration(number=iteration, step=0, total_steps=1, kl_coef=0.3, prompts=prompts)
+    return sample_responses(config, models_of(policy, tokenizer), rank_of(rank, size), this, must_stop)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -141,14 +136,11 @@ def test_lengths_come_from_the_sampler(tokenizer):
     assert rollout.ended == [True, False, True]
     assert rollout.response_mask_BR.tolist() == [[True, True, True], [True, False, False], [True, False, False]]
     assert rollout.sampler_logprobs_BR.tolist() == [[-0.5, -1.0, -1.5], [-2.0, 0.0, 0.0], [-2.5, 0.0, 0.0]]
-    for each in fields(rollout):
-        if each.name.endswith("_BR") and each.name not in ("response_mask_BR", "sampler_logprobs_BR"):
-            assert not getattr(rollout, each.name).any() and getattr(rollout, each.name).shape == (3, 3), each.name
 
 
 def test_an_eos_inside_a_response_or_a_prompt_does_not_shorten_it(tokenizer):
     """Ids are not searched: a model whose padding is EOS, or a prompt with several turns, would be cut."""
-    rollout = start_rollout([make_prompt([1, EOS, 11])], [([EOS, 21, 22], [-1.0] * 3)], tokenizer, CPU)
+    rollout = judge_responses([make_prompt([1, EOS, 11])], [([EOS, 21, 22], [-1.0] * 3)], tokenizer, CPU)
     assert rollout.ended == [False] and rollout.response_mask_BR.all()
     assert pack_responses(rollout, [0]).input_ids_T.tolist() == [1, EOS, 11, EOS, 21]
 
@@ -157,7 +149,7 @@ def test_the_reward_sees_the_text_without_eos(tokenizer):
     text = 'search(city="Oslo")'
     ids = tokenizer.encode_continuation(f" {text}")
     sampled = [([*ids, EOS], [-1.0] * (len(ids) + 1)), (ids, [-1.0] * len(ids)), (ids[:-1], [-1.0] * (len(ids) - 1))]
-    rollout = start_rollout([make_prompt([1, 5])] * 3, sampled, tokenizer, CPU)
+    rollout = judge_responses([make_prompt([1, 5])] * 3, sampled, tokenizer, CPU)
     assert response_text(sampled[0][0], tokenizer) == response_text(ids, tokenizer) == text
     assert rollout.scores_B.tolist() == [1.0, 1.0, -2.0]
     assert [result.category for result in rollout.results] == ["correct", "correct", "unparsable"]
@@ -165,7 +157,7 @@ def test_the_reward_sees_the_text_without_eos(tokenizer):
 
 
 def test_a_rank_without_prompts_has_an_empty_rollout(tokenizer):
-    rollout = start_rollout([], [], tokenizer, CPU)
+    rollout = judge_responses([], [], tokenizer, CPU)
     assert rollout.response_mask_BR.shape == (0, 0) and rollout.scores_B.shape == (0,)
 
 
@@ -180,17 +172,14 @@ def test_an_epoch_is_a_permutation_of_the_prompts(n, size):
     assert count == -(-n // size)
     orders = []
     for epoch in range(3):
-        parts = [
-            prompts_of_iteration(everything, epoch * count + number, seed=5, rollout_batch_size=size)
-            for number in range(count)
-        ]
+        parts = [prompts_of_iteration(everything, epoch * count + number, 5, size) for number in range(count)]
         assert [len(part) for part in parts] == [size] * (n // size) + [n % size] * (n % size > 0)
         orders.append([index for part in parts for index in part])
         assert sorted(orders[-1]) == everything
     if n > 6:
         assert orders[0] != orders[1] != orders[2] != orders[0]
-        other = prompts_of_iteration(everything, 0, seed=6, rollout_batch_size=n)
-        assert other != prompts_of_iteration(everything, 0, seed=5, rollout_batch_size=n)
+        other = prompts_of_iteration(everything, 0, 6, n)
+        assert other != prompts_of_iteration(everything, 0, 5, n)
 
 
 def test_no_two_responses_of_a_run_share_random_numbers():
@@ -211,10 +200,10 @@ def test_a_response_depends_on_no_other_rank(policy, prompts, tokenizer, world_s
     alone = sample(policy, prompts, tokenizer)
     assert len({tuple(ids) for ids, _ in alone}) > 5  # not all the same: the test could not fail
     for rank in range(world_size):
-        mine = range(rank, len(prompts), world_size)
-        for index, (ids, logprobs) in zip(mine, sample(policy, prompts, tokenizer, indices=mine), strict=True):
-            assert ids == alone[index][0]
-            assert logprobs == pytest.approx(alone[index][1], abs=1e-5)
+        mine = sample(policy, prompts, tokenizer, rank=rank, size=world_size)
+        for (ids, logprobs), (expected_ids, expected) in zip(mine, alone[rank::world_size], strict=True):
+            assert ids == expected_ids
+            assert logprobs == pytest.approx(expected, abs=1e-5)
 
 
 def test_another_iteration_draws_other_responses(policy, prompts, tokenizer):
@@ -235,16 +224,19 @@ def test_a_minibatch_is_dealt_out_whole_and_with_equal_numbers_of_forwards(token
         prompts = [make_prompt([1, 10], index) for index in range(n_responses)]
         sampled = [([100 + index], [-1.0]) for index in range(n_responses)]
         rollouts = [
-            start_rollout(prompts[rank::world_size], sampled[rank::world_size], tokenizer, CPU)
+            judge_responses(prompts[rank::world_size], sampled[rank::world_size], tokenizer, CPU)
             for rank in range(world_size)
         ]
         order = torch.randperm(n_responses, generator=torch.Generator().manual_seed(n_responses)).tolist()
         for rows in (order, order[:3], order[-1:]):
             for micro_batch_size in (1, 2, 8):
-                dealt = [
-                    pack_minibatch(rollout, rows, micro_batch_size=micro_batch_size, rank=rank, world_size=world_size)
+                config = PPOConfig(minibatch_size=len(rows), micro_batch_size=micro_batch_size)
+                packed = [
+                    pack_minibatches(config, rank_of(rank, world_size), rollout, rows)
                     for rank, rollout in enumerate(rollouts)
                 ]
+                assert [len(minibatches) for minibatches in packed] == [1] * world_size
+                dealt = [minibatches[0] for minibatches in packed]
                 assert len({len(batches) for batches in dealt}) == 1
                 found = [token for batches in dealt for batch in batches for token in batch.target_ids_K.tolist()]
                 assert sorted(found) == sorted(100 + row for row in rows)
@@ -267,7 +259,7 @@ def logprobs_of(policy, rollout, rows, temperature):
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 def test_packed_forward_one_by_one_and_sampler_agree(policy, prompts, tokenizer, temperature):
     sampled = sample(policy, prompts, tokenizer, temperature=temperature, max_response_tokens=12)
-    rollout = start_rollout(prompts, sampled, tokenizer, CPU)
+    rollout = judge_responses(prompts, sampled, tokenizer, CPU)
     assert len(set(map(len, rollout.response_ids))) > 1 and 0 < sum(rollout.ended) < len(prompts)
     packed_K = logprobs_of(policy, rollout, range(len(prompts)), temperature)
     singles = [logprobs_of(policy, rollout, [row], temperature) for row in range(len(prompts))]
@@ -288,13 +280,58 @@ def test_values_are_those_of_the_states_that_tokens_were_sampled_in(prompts, tok
     for parameter in critic.parameters():
         parameter.normal_(std=0.2)
     sampled = [([20 + index] * (1 + index % 4), [-1.0] * (1 + index % 4)) for index in range(len(prompts))]
-    rollout = start_rollout(prompts, sampled, tokenizer, CPU)
+    rollout = judge_responses(prompts, sampled, tokenizer, CPU)
     packed_K = response_values(critic, pack_responses(rollout, range(len(prompts))))
     expected = []
     for prompt, (ids, _) in zip(prompts, sampled, strict=True):  # V(state t): no token from t on has been read
         expected += [critic(torch.tensor([prompt.prompt_ids + ids[:t]]))[0, -1] for t in range(len(ids))]
     torch.testing.assert_close(packed_K, torch.stack(expected), rtol=0, atol=1e-5)
     assert packed_K.std() > 0.01
+
+
+def test_minibatches_follow_the_order_and_the_last_one_is_smaller(tokenizer):
+    prompts = [make_prompt([1, 10], index) for index in range(5)]
+    sampled = judge_responses(prompts, [([100 + index], [-1.0]) for index in range(5)], tokenizer, CPU)
+    config = PPOConfig(minibatch_size=2, micro_batch_size=8)
+    minibatches = pack_minibatches(config, rank_of(0, 1), sampled, [4, 0, 3, 1, 2])
+    found = [[batch.target_ids_K.tolist() for batch in minibatch] for minibatch in minibatches]
+    assert found == [[[104, 100]], [[103, 101]], [[102]]]
+
+
+@torch.no_grad()
+def test_each_model_is_measured_into_its_own_grid(policy, prompts, tokenizer):
+    """Three models that differ; the order of the micro-batches does not matter; slots outside the mask stay 0."""
+    torch.manual_seed(1)
+    reference, critic = load_pretrained(policy_folder()).eval(), ValueModel(tiny_config())
+    reference.layers[0].attention.wq.weight.mul_(1.5)
+    for parameter in critic.parameters():
+        parameter.normal_(std=0.2)
+    models = models_of(policy, tokenizer, reference=reference, critic=critic)
+    sampled = judge_responses(prompts, sample(policy, prompts, tokenizer), tokenizer, CPU)
+    batches = [pack_responses(sampled, rows) for rows in ([10, 0, 7], [1, 2, 3, 4], [5, 6, 8, 9])]
+    measured = measure_responses(PPOConfig(), models, sampled, batches)
+    everything = pack_responses(sampled, range(len(prompts)))
+    for grid_BR, expected_K in (
+        (measured.logprobs_BR, logprobs_of(policy, sampled, range(len(prompts)), 1.0)),
+        (measured.ref_logprobs_BR, logprobs_of(reference, sampled, range(len(prompts)), 1.0)),
+        (measured.values_BR, response_values(critic, everything)),
+    ):
+        torch.testing.assert_close(everything.take(grid_BR)[0], expected_K, rtol=0, atol=1e-5)
+        assert not grid_BR[~sampled.response_mask_BR].any()
+    # entropy from the definition, of the first token of the first response
+    logits_V = policy(torch.tensor([prompts[0].prompt_ids]))[0, -1].double()
+    entropy = -(logits_V.softmax(-1) * logits_V.log_softmax(-1)).sum()
+    assert measured.entropies_BR[0, 0].item() == pytest.approx(entropy.item(), abs=1e-5)
+    assert measured.seconds.keys() == {"policy_logprobs", "reference", "critic"}
+
+
+def test_records_are_frozen(tokenizer):
+    sampled = by_hand(tokenizer)
+    measured = Measured(sampled, *[torch.zeros(3, 3)] * 4, seconds={})
+    credited = credit_responses(PPOConfig(), measured, 0.3)
+    for record, name in ((sampled, "scores_B"), (measured, "logprobs_BR"), (credited, "advantages_BR")):
+        with pytest.raises(FrozenInstanceError):
+            setattr(record, name, torch.zeros(3))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -305,21 +342,25 @@ def test_slots_outside_the_mask_reach_nothing(tokenizer):
     world = init_world("cpu")
     try:
         generator = torch.Generator().manual_seed(3)
-        clean = by_hand(tokenizer)
-        mask_BR = clean.response_mask_BR
-        for name in ("logprobs_BR", "ref_logprobs_BR", "sampler_logprobs_BR", "values_BR", "entropies_BR"):
-            noise_BR = torch.randn(mask_BR.shape, generator=generator)
-            setattr(clean, name, torch.where(mask_BR, noise_BR, 0.0))
-        poisoned = copy.deepcopy(clean)
-        for name in ("logprobs_BR", "ref_logprobs_BR", "sampler_logprobs_BR", "values_BR", "entropies_BR"):
-            setattr(poisoned, name, torch.where(mask_BR, getattr(clean, name), float("nan")))
-        figures = []
-        for rollout in (clean, poisoned):
-            estimate_advantages(PPOConfig(whiten_advantages="on", gamma=0.9), rollout, 0.3)
-            figures.append(describe_rollout(rollout, 0.3))
+        sampled = by_hand(tokenizer)
+        mask_BR = sampled.response_mask_BR
+        names = ("logprobs_BR", "ref_logprobs_BR", "entropies_BR", "values_BR")
+        grids = {name: torch.where(mask_BR, torch.randn(mask_BR.shape, generator=generator), 0.0) for name in names}
+        clean = Measured(sampled, **grids, seconds={})
+        nan = torch.tensor(float("nan"))
+        poison = {name: torch.where(mask_BR, grid_BR, nan) for name, grid_BR in grids.items()}
+        poisoned = replace(
+            clean,
+            sampled=replace(sampled, sampler_logprobs_BR=torch.where(mask_BR, sampled.sampler_logprobs_BR, nan)),
+            **poison,
+        )
+        config = PPOConfig(whiten_advantages="on", gamma=0.9)
+        credited = [credit_responses(config, measured, 0.3) for measured in (clean, poisoned)]
+        figures = [describe_rollout(each) for each in credited]
         for name in ("rewards_BR", "advantages_BR", "returns_BR"):
-            assert torch.equal(getattr(clean, name)[mask_BR], getattr(poisoned, name)[mask_BR]), name
-            assert not getattr(poisoned, name)[~mask_BR].any(), name
+            of_clean, of_poisoned = (getattr(each, name) for each in credited)
+            assert torch.equal(of_clean[mask_BR], of_poisoned[mask_BR]), name
+            assert not of_poisoned[~mask_BR].any(), name
         assert figures[0] == figures[1]
         assert all(map(math.isfinite, figures[0].values())) and figures[0]["ppo/advantage_std"] > 0.9
         assert world.size == 1

@@ -1,14 +1,41 @@
-"""The index ledger: one response worked by hand, ended and truncated, and rewards that do not fit.
+"""The index ledger of rl/watch.py: one response worked by hand, ended and truncated, and rewards that do not fit.
 
-pytest tests/rl/test_index_ledger.py
+pytest tests/rl/test_watch.py
 """
 
 import pytest
 import torch
 
+from data.tool_calls import ToolCall
 from rl.advantages import compute_gae, kl_shaped_rewards
-from rl.index_ledger import format_ledger
+from rl.prompts import PPOPrompt
+from rl.reward import tool_call_reward
+from rl.rollout import Credited, Measured, Sampled
+from rl.watch import format_ledger
 from tests.support.piece_tokenizer import PieceTokenizer
+
+GOLD = (ToolCall("get", {}),)
+
+
+def ledger(prompt_ids, response_ids, tokenizer, *, score, mask, kl_coef, **columns) -> str:
+    """The ledger of a rollout of this one response; columns: one number per token."""
+    grids = {f"{name}_BR": torch.tensor([numbers]) for name, numbers in columns.items()}
+    sampled = Sampled(
+        prompts=[PPOPrompt("t", 2, "here:1", prompt_ids, GOLD, [])],
+        response_ids=[response_ids],
+        ended=[True],
+        results=[tool_call_reward("", GOLD, [])],
+        scores_B=torch.tensor([score]),
+        response_mask_BR=torch.tensor([mask]),
+        sampler_logprobs_BR=grids["logprobs_BR"],
+    )
+    measured = Measured(
+        sampled, grids["logprobs_BR"], grids["ref_logprobs_BR"], grids["logprobs_BR"], grids["values_BR"], seconds={}
+    )
+    credited = Credited(measured, kl_coef, grids["rewards_BR"], grids["advantages_BR"], grids["returns_BR"])
+    title, *lines = format_ledger(credited, 0, tokenizer).splitlines()
+    assert title.startswith("t turn 2: -2 unparsable: ")
+    return "\n".join(lines)
 
 
 def by_hand(*, with_eos: bool = True, **changes: object) -> str:
@@ -34,7 +61,7 @@ def by_hand(*, with_eos: bool = True, **changes: object) -> str:
         "kl_coef": 0.5,
         **changes,
     }
-    return format_ledger(prompt_ids, response_ids, tokenizer, **columns)
+    return ledger(prompt_ids, response_ids, tokenizer, **columns)
 
 
 def test_ledger_by_hand():
@@ -50,7 +77,7 @@ def test_ledger_by_hand():
         [1, -0.1, 0.0, -0.25, 0.3, -0.55, -0.25],
     ]
     assert "' get'" in lines[3] and "'()'" in lines[4] and "'</s>'" in lines[5]
-    assert lines[6] == f"score -0.2500 sits at position {n_prompt + 2} (EOS): checked"
+    assert lines[6] == f"score -0.2500 is at position {n_prompt + 2} (EOS): checked"
     assert lines[7] == "sum of rewards -0.3000 = score -0.2500 - kl_coef 0.5 * KL +0.1000: checked"
     assert len({len(line) for line in lines[:6]}) == 1
 
@@ -73,7 +100,7 @@ def test_rewards_that_do_not_fit_are_called_wrong(changes):
 
 
 def test_agrees_with_the_functions_of_training():
-    """What advantages.py computes passes the checks and stands in the table."""
+    """What advantages.py computes passes the checks and is in the table."""
     generator = torch.Generator().manual_seed(0)
     logprobs, ref_logprobs = (-torch.rand(1, 3, generator=generator) for _ in range(2))
     values = torch.randn(1, 3, generator=generator)
@@ -120,12 +147,7 @@ def test_any_piece_fits_its_column_in_ascii():
             return ["\u4f60\u597d" * 9, "a" * 60, "\n", "'\"", "\x00\ufffd"][token_id % 5]
 
     columns = dict.fromkeys(("logprobs", "ref_logprobs", "rewards", "values", "advantages", "returns"), [0.0] * 5)
-    text = format_ledger([5, 6, 7], list(range(5, 10)), Pieces(), **columns, score=0.0, mask=[True] * 5, kl_coef=0.1)
+    text = ledger([5, 6, 7], list(range(5, 10)), Pieces(), **columns, score=0.0, mask=[True] * 5, kl_coef=0.1)
     lines = text.splitlines()
     assert text.isascii() and text.isprintable() is False and len(lines) == 10  # only line breaks are not printable
     assert len({len(line) for line in lines[:8]}) == 1
-
-
-def test_wrong_lengths_are_refused():
-    with pytest.raises(ValueError, match="values: found 2 entries, expected 3"):
-        by_hand(values=[0.1, 0.2])
