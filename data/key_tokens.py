@@ -1,6 +1,7 @@
 """Which tokens of a call decide between the offered tools, and how much more they weigh (PKT).
 
-Worked example, LLaMA-2 pieces (`.` = the leading space), call `search_advice(query="love")` beside `search_movies`:
+Worked example, LLaMA-2 pieces (`.` = the leading space), call `search_advice(query="love")`, offered with
+`search_movies`:
 
     .search   _   ad    vice   (   query   ="   lo   ve   ")
     key       -   key   -      -   -       -    -    -    -        |K| = 2, |NK| = 8, w = 8 / 2 = 4
@@ -15,7 +16,7 @@ from math import isfinite
 def find_key_tokens(call_ids: Sequence[int], other_name_ids: Sequence[Sequence[int]]) -> list[int]:
     """Sorted positions in `call_ids` of the key tokens K (E3, paper section 3.2).
 
-    call_ids: ids of `name(args)` as they stand in the sample, without EOS and without leading whitespace-only tokens.
+    call_ids: ids of `name(args)` as in the sample, without EOS and without leading whitespace-only tokens.
     other_name_ids: per other tool offered the ids of its name with the opening bracket, encoded in the same place (same
     leading space), because merges differ otherwise.
 

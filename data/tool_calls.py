@@ -1,7 +1,7 @@
 """The call grammar `name(p="value", q=3)`: one parser and one renderer for training data, rewards and evaluators.
 
     call     = name "(" [argument {"," argument} [","]] ")"     nothing may follow
-    argument = parameter "=" value | "**" dict                   the second form is for names that cannot stand bare
+    argument = parameter "=" value | "**" dict                   the second form is for names that cannot be bare
     value    = string | number | true | false | null (or True | False | None) | list | dict | tuple (read as a list)
 
 A scanner with an explicit stack reads the structure in one pass; `ast.literal_eval` only ever sees one string literal
@@ -40,7 +40,7 @@ _LONE_SURROGATE = re.compile(r"[\ud800-\udfff]")
 
 
 class ToolCallError(ValueError):
-    """The text is not exactly one call, or the call cannot be written down; the message says what stands where."""
+    """The text is not exactly one call, or the call cannot be written down; the message says what was found where."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,7 +95,7 @@ def parse_value(text: str) -> object:
 
 
 def _scan_arguments(text: str, position: int) -> tuple[dict, int]:
-    """The arguments from behind the opening bracket, and the position behind the closing one."""
+    """The arguments after the opening bracket, and the position after the closing one."""
     arguments: dict = {}
     while True:
         position = _skip_whitespace(text, position)
@@ -127,13 +127,13 @@ def _scan_arguments(text: str, position: int) -> tuple[dict, int]:
 
 
 def _scan_value(text: str, position: int) -> tuple[object, int]:
-    """One value from `position`, and the position behind it. `stack` holds the open brackets with what they gathered.
+    """One value from `position`, and the position after it. `stack` holds the open brackets and their items so far.
 
     A frame is [opening bracket, items so far (list, or dict for `{`), pending dict key or None, commas seen].
     """
     stack: list[list] = []
     while True:
-        # 1. Here a value, a dict key or a closing bracket may stand.
+        # 1. Expect a value, a dict key or a closing bracket.
         position = _skip_whitespace(text, position)
         character = text[position : position + 1]
         if stack and character == _CLOSER[stack[-1][0]] and stack[-1][2] is None:
@@ -169,7 +169,7 @@ def _scan_value(text: str, position: int) -> tuple[object, int]:
 
 
 def _scan_key(text: str, position: int, frame: list) -> int:
-    """Read `"key":` into a dict's frame; the position behind the colon. JSON keys are strings, so only they pass."""
+    """Read `"key":` into a dict's frame; the position after the colon. JSON keys are strings, so only they pass."""
     if not text.startswith(('"', "'"), position):
         raise _fault(text, position, "a string as dict key")
     key, end = _scan_scalar(text, position)
@@ -199,7 +199,7 @@ def _close(frame: list) -> object:
 
 
 def _scan_scalar(text: str, position: int) -> tuple[object, int]:
-    """One string, number or word value, and the position behind it."""
+    """One string, number or word value, and the position after it."""
     if match := _STRING.match(text, position):
         if text.startswith(('"', "'"), match.end()):
             raise _fault(text, match.end(), "one string (adjacent and triple-quoted strings are not values)")
@@ -223,16 +223,16 @@ def _scan_scalar(text: str, position: int) -> tuple[object, int]:
 
 
 def _string_value(literal: str, position: int) -> str:
-    """The text a quoted literal stands for, by Python's escapes plus JSON's `\\/` and surrogate pairs.
+    """The text of a quoted literal, by Python's escapes plus JSON's `\\/` and surrogate pairs.
 
-    An escape that neither knows keeps its backslash; raw line breaks and control characters stand for themselves.
+    An escape that neither knows keeps its backslash; raw line breaks and control characters are kept.
     """
     if "\\" not in literal:
         return literal[1:-1]
     source = literal[0] + _ESCAPE_OR_RAW.sub(_as_python_escape, literal[1:-1]) + literal[-1]
     try:
         value = ast.literal_eval(source)
-    except (SyntaxError, ValueError) as error:  # \x, \u, \U or \N without what belongs behind it
+    except (SyntaxError, ValueError) as error:  # \x, \u, \U or \N without the digits or name that it needs
         raise ToolCallError(f"character {position}: found a broken \\x, \\u, \\U or \\N escape in a string") from error
     return _SURROGATE_PAIR.sub(_joined_pair, value)
 
@@ -274,9 +274,9 @@ def _fault(text: str, position: int, expected: str) -> ToolCallError:
 def render_tool_call(call: ToolCall) -> str:
     """Write a call so that parse_tool_call reads the same call back, types included.
 
-    Values are JSON literals: `name(p="value", q=3, r=true, s=null, t=[1, 2.0])`; a parameter that cannot stand bare is
+    Values are JSON literals: `name(p="value", q=3, r=true, s=null, t=[1, 2.0])`; a parameter that cannot be bare is
     written `**{"odd key": 1}`. Raises ToolCallError for a name or value outside the grammar: nan and inf, keys that are
-    not strings, types that JSON lacks, too deep or endless nesting, integers beyond Python's digit limit.
+    not strings, types that JSON lacks, nesting that is too deep or endless, integers beyond Python's digit limit.
     """
     if not isinstance(call.name, str) or not _NAME.fullmatch(call.name):
         raise ToolCallError(f"found {_shown(str(call.name))}, expected a name without whitespace, quotes, brackets, =")
@@ -292,7 +292,7 @@ def render_tool_call(call: ToolCall) -> str:
 
 def _check_json_value(root: object) -> None:
     """Raise unless `root` (the arguments) holds JSON values only, none nested deeper than MAX_NESTING."""
-    # Depth 0 is the argument dict itself; the parser counts the dict behind ** as level 1, hence the - 1.
+    # Depth 0 is the argument dict itself; the parser counts the dict after ** as level 1, hence the - 1.
     pending = [(root, 0)]
     while pending:
         value, depth = pending.pop()

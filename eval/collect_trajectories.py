@@ -108,7 +108,7 @@ def _query_of_line(row: dict, index: int, where: str) -> DialogueTask:
 
 
 def _query(index: int, identity: str, tools: list[dict], messages: Sequence[Message]) -> DialogueTask:
-    """The task of a record: what stands before its first answer; local tools where its documents are the toolbox's."""
+    """The task of a record: the messages before its first answer; local tools where its documents are the toolbox's."""
     answers = [number for number, message in enumerate(messages) if message.role not in USER_ROLES]
     asked = list(messages[: answers[0]] if answers else messages)
     return DialogueTask(index, identity, tools, asked, tool_set=TOOLBOX if is_toolbox(tools) else "", meta={})
@@ -133,9 +133,10 @@ def authors_record(
 ) -> dict | None:
     """One dialogue in the authors' raw form, None if no call is left of it.
 
-    Each call is a message of its own, `name`, a newline, its arguments as JSON, and its feedback follows as `function`,
-    also where one output held several calls. An output that is no call has no place in that form: it is left out with
-    the reminder that followed, or, with `keeps_unparsable`, kept as it is (run_sft.py --unparsable_calls mask).
+    Each call is a message of its own (`name`, a newline, its arguments as JSON), followed by its feedback as
+    `function`, also where one output held several calls. An output that is not a call has no place in that form: it is
+    left out with the reminder that followed, or, with `keeps_unparsable`, kept as it is (run_sft.py --unparsable_calls
+    mask).
     """
     tools = json.dumps([tool["function"] for tool in task.tools])
     conversations = [{"role": "system", "content": tools}]
@@ -179,13 +180,13 @@ def authors_records(
     keeps_unfinished: bool,
     keeps_unparsable: bool,
 ) -> WrittenFile:
-    """The records of the dialogues that are training data; an id that occurs again gets its index behind it.
+    """The records of the dialogues that are training data; an id that occurs again gets its index appended.
 
     A dialogue without `finish` shows no way to an answer: it is left out unless `keeps_unfinished`.
     """
     records, counts, seen = [], Counter(), set()
     for task, dialogue in zip(tasks, dialogues, strict=True):
-        counts["turns that are no call"] += sum(bool(turn["fault"]) for turn in dialogue.turns)
+        counts["turns that are not a call"] += sum(bool(turn["fault"]) for turn in dialogue.turns)
         if dialogue.end != "finish":
             counts[f"dialogues without finish ({dialogue.end})"] += 1
             if not keeps_unfinished:
@@ -328,7 +329,7 @@ def player_of(
 
 # --------------------------------------------------------------------------------------------------------- command line
 
-# What decides the dialogues, beside model and queries: a run goes on only where these are the same.
+# What decides the dialogues, with model and queries: a run continues only where these are the same.
 DECIDING_FLAGS = (
     "prompt_format",
     "max_turns",
@@ -380,7 +381,7 @@ def read_flags(arguments: Sequence[str]) -> argparse.Namespace:
         "--unparsable",
         choices=("drop", "keep"),
         default="drop",
-        help="outputs that are no call; kept ones need run_sft.py --unparsable_calls mask (%(default)s)",
+        help="outputs that are not a call; kept ones need run_sft.py --unparsable_calls mask (%(default)s)",
     )
     add("--dtype", choices=("float32", "bfloat16"), default="float32", help="compute type (%(default)s)")
     add("--device", choices=("cpu", "cuda"), default="cpu", help="of the model (%(default)s)")

@@ -1,12 +1,12 @@
 """Decoding of many dialogues in turns: between its turns a dialogue keeps its row of the key/value cache.
 
-    ask    begins the next response of a dialogue; only what lies behind the prompt's longest common prefix with the
-           ids that the row holds is forwarded
+    ask    begins the next response of a dialogue; only what follows the prompt's longest common prefix with the
+           ids of its row is forwarded
     step   one forward: the oldest waiting prompt alone, or one token for every dialogue that is answering
     drop   frees the row
 
 A response depends on its own dialogue alone, bit for bit: on the prompts asked so far, the responses to them and its
-generators; not on the dialogues beside it, the number of rows, or the order of calls (model/sampling.py says why).
+generators; not on the other dialogues, the number of rows, or the order of calls (model/sampling.py says why).
 It may differ from generate() on the whole prompt where two tokens nearly tie, because keys that were computed token by
 token differ in the last bits from those of one long prefill.
 """

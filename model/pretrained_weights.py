@@ -27,7 +27,7 @@ from model.value_model import ValueModel
 
 WEIGHTS_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
-VALUE_HEAD_FILE = "value_head.safetensors"  # of a ValueModel's folder, beside its backbone's files
+VALUE_HEAD_FILE = "value_head.safetensors"  # of a ValueModel's folder, next to its backbone's files
 DEFAULT_SHARD_BYTES = 5_000_000_000
 
 # Files that belong to the tokenizer or to generation: copied unchanged from the folder the run started with.
@@ -218,7 +218,9 @@ def _files_of_index(index: Path) -> dict[str, Path]:
         raise ModelFolderError(f"{index}: found no weight_map object of tensor names to file names")
     outside = sorted({f for f in weight_map.values() if Path(f).name != f})
     if outside:
-        raise ModelFolderError(f"{index}: weight_map points to {', '.join(outside)}, expected names of files beside it")
+        raise ModelFolderError(
+            f"{index}: weight_map points to {', '.join(outside)}, expected names of files next to it"
+        )
     absent = sorted({f for f in weight_map.values() if not (index.parent / f).is_file()})
     if absent:
         raise ModelFolderError(f"{index}: weight files missing from the folder: {', '.join(absent)}")

@@ -45,12 +45,12 @@ def generate(
     A response ends with eos_id (or one of them), which is then its last id, or after max_new_tokens. temperature 0
     takes the most likely token (the lowest id of an exact tie); above 0 it draws from softmax(logits / temperature),
     one uniform number of `generator` per token. A list holds one generator per prompt: then a response depends on its
-    own generator and prompt alone, not on what else is sampled beside it, in which order or on which rank. logprobs are
+    own generator and prompt alone, not on what else is sampled, in which order or on which rank. logprobs are
     natural logs under the distribution drawn from, at temperature 1 when greedy (E19).
 
-    should_continue(finished_B) is asked before every forward; once it answers False the unfinished responses come back
-    as they are. Raises ValueError for an empty prompt, a setting out of range, a list of generators of another length
-    than prompts, or a sharded model.
+    should_continue(finished_B) is asked before every forward; once it answers False the unfinished responses are
+    returned as they are. Raises ValueError for an empty prompt, a setting out of range, a list of generators of another
+    length than prompts, or a sharded model.
     """
     decoder = RowDecoder(
         model,
@@ -146,8 +146,8 @@ class RowDecoder:
         self.tokens_reused = 0  # of prompts: in the cache already
 
     def begin(self, row: int, n_kept: int, new_ids: list[int], response: Response) -> None:
-        """Queues a prompt for the row: the ids of its first n_kept slots, and behind them new_ids, at least one. What
-        is sampled is appended to `response`."""
+        """Queues a prompt for the row: the ids of its first n_kept slots, then new_ids, at least one. What is
+        sampled is appended to `response`."""
         self.waiting.append((row, n_kept, new_ids))
         self.responses[row] = response
 

@@ -109,7 +109,7 @@ class JsonTokenizer:
         self.bos_id = self._special_id("bos", _COMMON_BOS)
         eos_id = self._special_id("eos", _COMMON_EOS)
         if eos_id is None:
-            raise ModelFolderError(f"{path}: no EOS token, expected eos_token in tokenizer_config.json beside it")
+            raise ModelFolderError(f"{path}: no EOS token, expected eos_token in tokenizer_config.json next to it")
         self.eos_id: int = eos_id
 
     def encode(self, text: str) -> list[int]:

@@ -85,8 +85,8 @@ def resume_newest(
 ) -> TrainerState | None:
     """Load the newest good checkpoint of `output` into `parts`, or return None if there is none; a collective.
 
-    journals: files of one JSON object per line with a "step"; what is behind the checkpoint's step is cut off, so that
-    each step stands once. Raises CheckpointError when there are checkpoints and none is good.
+    journals: files of one JSON object per line with a "step"; lines after the checkpoint's step are cut off, so that
+    each step is there once. Raises CheckpointError when there are checkpoints and none is good.
     """
     folder = output / "checkpoints"
     path, refused = newest_good_checkpoint(folder, world, identity=identity)

@@ -24,7 +24,7 @@ def log_line(message: str) -> None:
 
 
 def write_json_atomically(path: Path, content: object) -> None:
-    """Write JSON beside `path`, flush to disk, rename: a reader sees the old or the new file, never half of one."""
+    """Write JSON next to `path`, flush to disk, rename: a reader sees the old or the new file, never half of one."""
     temporary = path.with_name(f".{path.name}.part")
     with open(temporary, "w", encoding="utf-8") as file:
         file.write(json.dumps(content, indent=2, ensure_ascii=True) + "\n")
@@ -174,7 +174,7 @@ def without_absolute_path(argument: str) -> str:
 
 
 def cut_metrics(path: Path, last_step: int) -> int:
-    """Keep only the lines of steps <= last_step, so that each step stands once after a resume; returns lines removed.
+    """Keep only the lines of steps <= last_step, so that each step is there once after a resume; returns lines removed.
 
     A torn last line (killed while writing) goes too.
     """

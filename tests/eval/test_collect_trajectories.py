@@ -118,7 +118,7 @@ def test_records_and_counts_by_hand():
         {"id": "a (2)", "conversations": said(("u", "find a"), ("a", 'finish\n{"answer": "at once"}'))},
     ]
     assert written.counts == {
-        "turns that are no call": 10,
+        "turns that are not a call": 10,
         "dialogues without finish (max_turns)": 2,
         "dialogues without finish (prompt_too_long)": 1,
     }
@@ -170,7 +170,7 @@ def test_file_has_the_erroneous_turns_and_the_statistics(collected):
     trajectories = read_trajectories(path)
     summary = json.loads(out.splitlines()[-1])
     assert summary["dialogues"] == 12 and summary["written"] == len(trajectories) == 9
-    assert summary["dialogues without finish (max_turns)"] == 3 and summary["turns that are no call"] == 3 + 3 * 8
+    assert summary["dialogues without finish (max_turns)"] == 3 and summary["turns that are not a call"] == 3 + 3 * 8
     assert summary["by_call"]["tool_hallucination"]["count"] == 3  # those of index 1, 5, 9
     assert summary["by_call"]["unparsable"]["count"] == 0 and "| tool_hallucination      | 3     |" in out
     assert "9 of 12 dialogues written" in out and "Figure 1, 12247 trajectories" in out

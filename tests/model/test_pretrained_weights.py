@@ -214,7 +214,7 @@ def test_bad_config(folder, text, words):
         ("{", "not valid JSON"),
         ("{}", "no weight_map"),
         ('{"weight_map": {"a": 3}}', "no weight_map"),
-        ('{"weight_map": {"a": "../secret.safetensors"}}', "expected names of files beside it"),
+        ('{"weight_map": {"a": "../secret.safetensors"}}', "expected names of files next to it"),
         ('{"weight_map": {"a": "model-00009-of-00009.safetensors"}}', "missing from the folder: model-00009"),
         ('{"weight_map": {"a": "model.safetensors"}}', "not in the file the index names: a (model.safetensors)"),
     ],
