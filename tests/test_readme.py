@@ -57,6 +57,16 @@ def test_commands_name_modules_and_flags_that_exist(page):
             assert all(re.search(rf"\b{flag}\b", source) for flag in flags), f"{page.name}: {target} {flags}"
 
 
+def test_flags_that_pages_name_exist():
+    fields_of_all = {field.name for config in SCRIPT_FLAGS.values() for field in fields(config)}
+    sources = [path.read_text("utf-8") for folder in PACKAGES.split("|") for path in (ROOT / folder).rglob("*.py")]
+    parsed = set(re.findall(r"\"--(\w+)\"", "".join(sources)))
+    others = {"nproc_per_node", "standalone", "check", "fresh", "config", "help", "durations", "fix"}
+    for page in PAGES:
+        named = set(re.findall(r"`--(\w+)", page.read_text(encoding="ascii")))
+        assert named <= fields_of_all | parsed | others, f"{page.name}: {named - fields_of_all - parsed - others}"
+
+
 def test_commands_are_found():
     found = dict(commands(README))
     assert {"run_sft", "run_ppo", "run_eval", "data.inspect_loss_weights", "eval.evaluate_rotbench"} <= found.keys()
