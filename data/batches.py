@@ -2,7 +2,8 @@
 
 A micro-batch is one row of several trajectories end to end, without padding. `segment_lengths` tells the model where
 each begins; attention stays inside a segment and positions restart at 0, so packing changes nothing but speed.
-Legend: T tokens of the packed row, K of them trained.
+
+Shape suffixes: T tokens of the packed row, K trained ones.
 """
 
 from collections import Counter
@@ -37,7 +38,8 @@ class PackedBatch:
         return replace(self, **tensors)
 
 
-# -------------------------------------------------------------------------------- what can be trained
+# ---------------------------------------------------------------------------------------------------------------------
+# What can be trained
 
 
 def drop_unusable(encoded: Sequence[EncodedTrajectory], max_tokens: int) -> tuple[list[EncodedTrajectory], list[str]]:
@@ -81,7 +83,8 @@ def _reasons(rows: Sequence[EncodedTrajectory]) -> str:
     return f" (turns: {listing})" if listing else ""
 
 
-# -------------------------------------------------------------------------------- packing
+# ---------------------------------------------------------------------------------------------------------------------
+# Packing
 
 
 def pack(rows: Sequence[EncodedTrajectory]) -> PackedBatch:
@@ -120,7 +123,8 @@ def idle_batch(token_id: int) -> PackedBatch:
     )
 
 
-# -------------------------------------------------------------------------------- order and shares
+# ---------------------------------------------------------------------------------------------------------------------
+# Order and shares
 
 
 def epoch_order(n: int, seed: int, epoch: int) -> list[int]:

@@ -1,21 +1,20 @@
-"""Which tokens are trained, with what weight, and why not: a sample in the terminal or as a page, or a file's report.
+"""Which tokens of a trajectory are trained, with what weight, and why not: in the terminal or as a page.
 
     python -m data.inspect_loss_weights --data train.json --index 3
     python -m data.inspect_loss_weights --data train.json --id 17 --html sample.html
-    python -m data.inspect_loss_weights --data train.json --report decisions.jsonl
 
 It calls the same functions as training (data.loss_weights, data.error_filter), so what is shown is what is trained.
+`python -m eval.reports.error_statistics --data train.json` counts the categories of a whole file.
 """
 
 import argparse
 import json
 import os
 import sys
-from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
-from data.error_filter import CATEGORIES, ERROR_FILTERS, TurnDecision, compare_filters, decide_masked_turns
+from data.error_filter import ERROR_FILTERS
 from data.json_records import DataError, one_line
 from data.loss_weights import LOSS_NORMALIZATIONS, encode_trajectory
 from data.loss_weights_page import render_page
@@ -46,7 +45,8 @@ LEGEND = (
 )
 
 
-# -------------------------------------------------------------------------------- terminal
+# ---------------------------------------------------------------------------------------------------------------------
+# Terminal
 
 
 def paint(text: str, kind: str, *, color: bool) -> str:
@@ -135,85 +135,8 @@ def format_sample(sample: SampleView, *, color: bool, max_context: int | None) -
     return "\n".join(lines)
 
 
-# -------------------------------------------------------------------------------- report over a file
-
-
-def decision_records(trajectories: Sequence[Trajectory], error_filter: str) -> list[dict]:
-    """One flat dict per assistant turn, masked or kept, with rule, matched text and a verdict on the substring filter.
-
-    verdict: "suspected false hit" where substring masks what documents and patterns find all right, "missed" where it
-    keeps what they condemn, else ""; always "" for the two other filters.
-    """
-    records = []
-    for trajectory in trajectories:
-        verdicts = {}
-        if error_filter == "substring":
-            verdicts = {
-                difference.substring.message_index: difference.verdict for difference in compare_filters(trajectory)
-            }
-        for decision in decide_masked_turns(trajectory, error_filter):
-            records.append(_record(trajectory, decision, verdicts.get(decision.message_index, "")))
-    return records
-
-
-def _record(trajectory: Trajectory, decision: TurnDecision, verdict: str) -> dict:
-    call = trajectory.messages[decision.message_index].call
-    return {
-        "id": trajectory.id,
-        "source": trajectory.source,
-        "message": decision.message_index,
-        "tool": None if call is None else call.name,
-        "masked": decision.masked,
-        "excluded": trajectory.messages[decision.message_index].weight == 0,
-        "category": decision.category,
-        "rule": decision.rule,
-        "matched_text": decision.matched_text,
-        "verdict": verdict,
-    }
-
-
-def format_report(records: Sequence[dict], error_filter: str) -> str:
-    """Masked and doubtful turns one by one, then totals per category over turns and over trajectories (Figure 1)."""
-    lines = [f"decisions of error_filter {error_filter}"]
-    for record in records:
-        where = f"{one_line(record['id'])} message {record['message']} {one_line(record['tool'] or '(text)')}"
-        if record["excluded"]:
-            lines.append(f"{where}: weight 0 in the data")
-        if record["masked"] or record["verdict"]:
-            state = "masked" if record["masked"] else "kept"
-            verdict = f"  <- {record['verdict']}" if record["verdict"] else ""
-            lines.append(
-                f"{where}: {state}, {record['category']}, rule {record['rule'] or '-'}, "
-                f"matched {json.dumps(record['matched_text'])}{verdict}"
-            )
-    ids = {record["id"] for record in records}
-    n_turns, n_trajectories = max(len(records), 1), max(len(ids), 1)
-    lines += ["", f"{'category':<26}{'turns':>8}{'share':>9}{'masked':>8}{'trajectories':>14}{'share':>9}"]
-    with_error = {record["id"] for record in records if record["category"] != "all_right"}
-    turns = Counter(record["category"] for record in records)
-    masked = Counter(record["category"] for record in records if record["masked"])
-    for category in CATEGORIES:
-        having = {record["id"] for record in records if record["category"] == category}
-        having = ids - with_error if category == "all_right" else having
-        lines.append(
-            f"{category:<26}{turns[category]:>8}{turns[category] / n_turns:>9.1%}{masked[category]:>8}"
-            f"{len(having):>14}{len(having) / n_trajectories:>9.1%}"
-        )
-    lines.append(f"{'total':<26}{len(records):>8}{'':>9}{masked.total():>8}{len(ids):>14}")
-    lines.append(
-        f"{len(with_error)} of {len(ids)} trajectories ({len(with_error) / n_trajectories:.1%}) hold a "
-        "failing call; all_right counts those without any, the others may count in several rows"
-    )
-    for verdict, meaning in (
-        ("suspected false hit", "masked by substring, all right by documents and patterns"),
-        ("missed", "kept by substring, condemned by documents or patterns"),
-    ):
-        if error_filter == "substring":
-            lines.append(f"{verdict}: {sum(record['verdict'] == verdict for record in records)} turns ({meaning})")
-    return "\n".join(lines)
-
-
-# -------------------------------------------------------------------------------- command line
+# ---------------------------------------------------------------------------------------------------------------------
+# Command line
 
 
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -221,7 +144,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m data.inspect_loss_weights", description=__doc__.split("\n")[0])
     parser.add_argument("--data", required=True, help="training file, the authors' JSON or OpenAI JSON lines")
     parser.add_argument("--model", default="assets/tiny_model", help="model folder or tokenizer file, for the tokens")
-    parser.add_argument("--index", type=int, help="which trajectory of the file, from 0 (0 without --id and --report)")
+    parser.add_argument("--index", type=int, help="which trajectory of the file, from 0 (0 without --id)")
     parser.add_argument("--id", help="which trajectory, by its id")
     parser.add_argument("--error_filter", choices=ERROR_FILTERS, default="structured", help="which turns are masked")
     parser.add_argument("--key_tokens", choices=("on", "off"), default="on", help="weigh key tokens")
@@ -236,13 +159,6 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
         help="a call that does not parse: stop, or keep it as a masked turn",
     )
     parser.add_argument("--html", type=Path, help="write the sample as a self-contained page")
-    parser.add_argument(
-        "--report",
-        nargs="?",
-        const="-",
-        metavar="FILE",
-        help="masking decisions of the whole file; with FILE also there, as JSON lines",
-    )
     parser.add_argument("--full_context", action="store_true", help="print all context tokens, not 60 per turn")
     parser.add_argument("--no_color", action="store_true", help="markers only")
     return parser.parse_args(arguments)
@@ -284,16 +200,8 @@ def load_sample(trajectory: Trajectory, arguments: argparse.Namespace) -> Sample
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Print the report, write the page or print the sample. Raises DataError, ModelFolderError and OSError."""
+    """Write the page or print the sample. Raises DataError, ModelFolderError and OSError."""
     trajectories = read_trajectories(arguments.data, unparsable_calls=arguments.unparsable_calls)
-    if arguments.report is not None:
-        records = decision_records(trajectories, arguments.error_filter)
-        print(format_report(records, arguments.error_filter))
-        if arguments.report != "-":
-            lines = "".join(json.dumps(record) + "\n" for record in records)
-            Path(arguments.report).write_text(lines, encoding="utf-8")
-        if arguments.index is None and arguments.id is None and arguments.html is None:
-            return
     sample = load_sample(choose_trajectory(trajectories, arguments), arguments)
     if arguments.html is not None:
         arguments.html.write_text(render_page(sample), encoding="utf-8")

@@ -68,7 +68,8 @@ class EncodedTrajectory:
         return len(self.input_ids)
 
 
-# -------------------------------------------------------------------------------- one turn
+# ---------------------------------------------------------------------------------------------------------------------
+# One turn
 
 
 def without_leading_blanks(ids: Sequence[int], tokenizer: TextEncoder) -> Sequence[int]:
@@ -137,7 +138,8 @@ def scale_turn(weights: Sequence[float], loss_normalization: str) -> tuple[list[
     raise ValueError(f"loss_normalization: found {loss_normalization!r}, expected one of {known}")
 
 
-# -------------------------------------------------------------------------------- one row per trajectory
+# ---------------------------------------------------------------------------------------------------------------------
+# One row per trajectory
 
 
 def encode_trajectory(

@@ -230,7 +230,8 @@ def _legend() -> str:
     return f'<ul class="legend" aria-label="Legend">{items}</ul>'
 
 
-# -------------------------------------------------------------------------------- turns and tokens
+# ---------------------------------------------------------------------------------------------------------------------
+# Turns and tokens
 
 
 def _section(turn: TurnView) -> str:

@@ -2,6 +2,7 @@
 
     python examples/03_gae_by_hand.py
 
+Shape suffixes: B responses, R response tokens.
 docs/math.md has the same response ("Which number belongs to which token"). Output:
 
     token    logprob     ref      KL   reward    value    delta  advantage  compute_gae   return

@@ -3,14 +3,17 @@
 import dataclasses
 import json
 import re
+import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 from command_line import ConfigError, read_config
 from rl.ppo_config import PPOConfig
-from tests.support.tiny_run import ROOT, run_process
 from train.sft_config import SFTConfig
+
+ROOT = Path(__file__).parent.parent
 
 
 def read(*arguments: str) -> SFTConfig:
@@ -141,6 +144,7 @@ def test_a_switch_may_stand_alone():
 
 @pytest.mark.slow
 def test_unknown_flag_in_a_process_is_one_line_and_code_2():
-    done = run_process([sys.executable, "run_sft.py", "--sede", "1"])
+    line = [sys.executable, "run_sft.py", "--sede", "1"]
+    done = subprocess.run(line, cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr == "--sede: found an unknown flag, expected one of those in --help\n"

@@ -5,6 +5,8 @@ length. Whether it beats AdamW on this base, with all else equal, was not measur
 AdamW. Works on sharded parameters.
 
 Why not `torch.optim.Muon`: it computes in bf16, five times slower than fp32 on a CPU without bf16 units.
+
+Shape suffixes: R rows and C columns of a matrix.
 """
 
 import torch

@@ -6,7 +6,8 @@ with one piece per word covers them and a held-out tool is a new combination of 
 
 from dataclasses import dataclass
 
-# ---------------------------------------------------------------- verbs: name part -> the two cues a request may use
+# ---------------------------------------------------------------------------------------------------------------------
+# Verbs: name part -> the two cues a request may use
 
 VERB_CUES: dict[str, tuple[str, str]] = {
     "get": ("get", "fetch"),
@@ -30,7 +31,8 @@ VERB_CUES: dict[str, tuple[str, str]] = {
     "plan": ("plan", "arrange"),
 }
 
-# ---------------------------------------------------------------- qualifiers: name part -> the two phrases of a request
+# ---------------------------------------------------------------------------------------------------------------------
+# Qualifiers: name part -> the two phrases of a request
 
 QUALIFIER_PHRASES: dict[str, tuple[str, str]] = {
     "today": ("today", "right now"),
@@ -55,7 +57,8 @@ QUALIFIER_PHRASES: dict[str, tuple[str, str]] = {
     "summary": ("summary", "in short"),
 }
 
-# ---------------------------------------------------------------- value kinds
+# ---------------------------------------------------------------------------------------------------------------------
+# Value kinds
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,7 +131,8 @@ VALUE_KINDS: dict[str, ValueKind] = {
     ),
 }
 
-# ---------------------------------------------------------------- domains
+# ---------------------------------------------------------------------------------------------------------------------
+# Domains
 
 
 @dataclass(frozen=True, slots=True)

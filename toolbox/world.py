@@ -44,7 +44,8 @@ HARD_QUALIFIERS = {
     "urgent": "tool_instability",
 }
 
-# ---------------------------------------------------------------- tools
+# ---------------------------------------------------------------------------------------------------------------------
+# Tools
 
 
 def make_tool(rng: random.Random, domain: Domain, verb: str, noun: str, qualifier: str | None) -> dict:
@@ -141,7 +142,8 @@ def domain_of(noun: str) -> Domain:
     return next(domain for domain in DOMAINS if noun in domain.nouns)
 
 
-# ---------------------------------------------------------------- requests
+# ---------------------------------------------------------------------------------------------------------------------
+# Requests
 
 
 def kind_of(parameter: str) -> str:
@@ -208,7 +210,8 @@ def draw_tool_list(rng: random.Random, targets: list[dict], pool: list[dict], co
     return tools + special_tools()
 
 
-# ---------------------------------------------------------------- execution
+# ---------------------------------------------------------------------------------------------------------------------
+# Execution
 
 
 def execute(tools: list[dict], name: str, arguments: dict, attempt: int = 0) -> str:
@@ -251,7 +254,8 @@ def is_valid_value(kind_name: str, value: object) -> bool:
     return value in kind.values
 
 
-# ---------------------------------------------------------------- trajectories
+# ---------------------------------------------------------------------------------------------------------------------
+# Trajectories
 
 
 def teacher_error(rng: random.Random, tool: dict, arguments: dict) -> tuple[str, dict] | None:

@@ -7,7 +7,7 @@ the base model) and writes one JSON line per trained token. The contributions ad
 metrics.jsonl: sum_i w_i * ce_i / denominator = loss (E1, E6-E8). Exit codes: 0 the sum agrees, 1 it does not, 2 bad
 input.
 
-Legend: T tokens of a packed row, K of them trained, D model dim, V vocabulary.
+Shape suffixes: B batch (1: one packed row), T tokens, K trained ones, D model dim.
 """
 
 import argparse

@@ -3,6 +3,8 @@
 L = sum_i w_i * ce_i / denominator over the trained tokens of one GLOBAL batch (E1, E2, E5 with the weights of E4): both
 sums run over all micro-batches and all ranks, and the division happens once (E6-E8). Splitting the same batch into
 other micro-batches or over other ranks changes nothing but rounding.
+
+Shape suffixes: B batch (1: one packed row), T tokens, D model dim.
 """
 
 import math
@@ -83,20 +85,8 @@ def train_step(
     4 clip; 5 refuse non-finite values on all ranks alike; 6 update. Raises TrainingError before the update.
     Of `config` it reads loss_normalization and max_grad_norm.
     """
-    # 1. counts of the whole global batch
-    local = [
-        sum(batch.denominator for batch in batches),
-        sum(batch.trained_tokens for batch in batches),
-        sum(batch.trained_turns for batch in batches),
-        sum(len(batch.input_ids_T) for batch in batches),
-    ]
-    weight_sum, trained_tokens, trained_turns, input_tokens = global_sum(local)
-    denominator = 1.0 if config.loss_normalization == "sum" else weight_sum  # E6, E7, E8
-    if trained_tokens == 0 or not denominator > 0:
-        raise TrainingError(
-            f"step {step}: found {trained_tokens:.0f} trained tokens and denominator {denominator}, expected at least "
-            f"one; ids on this rank: {_ids_of(batches)}"
-        )
+    # 1.
+    denominator, trained_tokens, trained_turns, input_tokens = _global_counts(config, batches, step)
     # 2. gradients add up over micro-batches, unreduced until the last one
     loss_sum = torch.zeros((), dtype=torch.float64, device=world.device)
     for number, batch in enumerate(batches, start=1):
@@ -133,7 +123,26 @@ def train_step(
     # 6.
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
-    return StepResult(loss, grad_norm, denominator, int(trained_tokens), int(trained_turns), int(input_tokens))
+    return StepResult(loss, grad_norm, denominator, trained_tokens, trained_turns, input_tokens)
+
+
+def _global_counts(config: SFTConfig, batches: list[PackedBatch], step: int) -> tuple[float, int, int, int]:
+    """Denominator of the loss, trained tokens, trained turns and input tokens of the whole global batch."""
+    local = [
+        sum(batch.denominator for batch in batches),
+        sum(batch.trained_tokens for batch in batches),
+        sum(batch.trained_turns for batch in batches),
+        sum(len(batch.input_ids_T) for batch in batches),
+    ]
+    weight_sum, *counts = global_sum(local)
+    trained_tokens, trained_turns, input_tokens = map(int, counts)
+    denominator = 1.0 if config.loss_normalization == "sum" else weight_sum  # E6, E7, E8
+    if trained_tokens == 0 or not denominator > 0:
+        raise TrainingError(
+            f"step {step}: found {trained_tokens} trained tokens and denominator {denominator}, expected at least "
+            f"one; ids on this rank: {_ids_of(batches)}"
+        )
+    return denominator, trained_tokens, trained_turns, input_tokens
 
 
 def _ids_of(batches: list[PackedBatch]) -> str:

@@ -7,7 +7,8 @@ Public functions choose rows. Operators (torch.library) hold forward and backwar
 what depends on the data (checks of targets, number of chunks) stays inside. Only `chunk_loss_and_gradient_` touches a
 chunk of logits, or with backend="cuda" its twin in train/cuda/launch.py.
 
-Shape legend: M rows (tokens of a micro-batch), K rows with weight != 0, C rows of one chunk, D model dim, V vocabulary.
+Shape suffixes: M rows (tokens of a micro-batch), K rows with weight != 0, C rows of one chunk, D model dim, V
+vocabulary, X any of D and V.
 """
 
 from collections.abc import Callable

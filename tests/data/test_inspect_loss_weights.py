@@ -1,4 +1,4 @@
-"""What the inspector shows is what training uses, in terminal, page and report; hostile text stays text."""
+"""What the inspector shows is what training uses, in terminal and page; hostile text stays text."""
 
 import json
 import re
@@ -12,12 +12,11 @@ from html.parser import HTMLParser
 import pytest
 import sentencepiece
 
-from data.inspect_loss_weights import decision_records, format_report, format_sample, main
+from data.inspect_loss_weights import format_sample, main
 from data.loss_weights import encode_trajectory
 from data.loss_weights_page import DARK, LIGHT, SCRIPT, TEXT_PAIRS, render_page
 from data.token_view import printable, view_sample
 from data.tool_calls import ToolCall
-from data.trajectories import Message, Trajectory
 from tests.data.test_loss_weights import FIND_PAPER, TOOLS, trajectory
 from tests.support.piece_tokenizer import PieceTokenizer
 
@@ -119,9 +118,6 @@ def test_a_turn_of_weight_0_in_the_data_is_its_own_class():
     page = render_page(shown)
     assert '<section class="excluded">' in page and "<b>Excluded</b>: weight 0 in the data" in page
     assert sum(a["data-kind"] == "weight 0 in the data" for a, _ in PageReader(page).tokens) == 11
-    records = decision_records([replace(FIND_PAPER, messages=messages)], "structured")
-    assert [record["excluded"] for record in records] == [False, True, False]
-    assert "t0 message 3 get_paper_details: weight 0 in the data" in format_report(records, "structured")
 
 
 def test_terminal_colours_add_nothing_but_colours():
@@ -263,47 +259,7 @@ def test_page_in_chromium_at_phone_and_desktop_width(tmp_path):
         assert "key token, w " in found[width]["details"] and "assistant get_paper_details" in found[width]["details"]
 
 
-# -------------------------------------------------------------------------------- report and command line
-
-FALSE_HIT = trajectory(
-    ("user", "A play", None),
-    ("assistant", "", ToolCall("get_paper", {"id": "7"})),
-    ("tool", '{"title": "Comedy of Errors"}', None),
-    ("assistant", "", ToolCall("get_paper", {"id": "8"})),
-    ("tool", '{"status": 404, "detail": "Invalid API key"}', None),
-    ("assistant", "", ToolCall("finish", {"answer": "done"})),
-    trajectory_id="play",
-)
-
-
-def test_report_counts_turns_and_trajectories_by_category():
-    clean = Trajectory(
-        "clean",
-        TOOLS,
-        [Message("user", "x", None), Message("assistant", "", ToolCall("finish", {"answer": "y"}))],
-        "made in a test",
-    )
-    records = decision_records([FIND_PAPER, clean], "structured")
-    assert [(r["id"], r["message"], r["masked"]) for r in records] == [
-        ("t0", 1, True),
-        ("t0", 3, False),
-        ("t0", 5, False),
-        ("clean", 1, False),
-    ]
-    report = format_report(records, "structured")
-    table = [line.split() for line in report.splitlines() if "%" in line and "(" not in line]
-    rows = {name: figures for name, *figures in table}
-    assert rows["all_right"] == ["3", "75.0%", "0", "1", "50.0%"]
-    assert rows["tool_call_failure"] == ["1", "25.0%", "1", "1", "50.0%"]
-    assert "1 of 2 trajectories (50.0%) hold a failing call" in report
-    assert "t0 message 1 get_paper: masked, tool_call_failure, rule " in report and "Invalid API key" in report
-
-
-def test_substring_report_lists_suspected_false_hits():
-    report = format_report(decision_records([FALSE_HIT], "substring"), "substring")
-    assert re.search(r'play message 1 get_paper: masked, all_right, .*"Error".*<- suspected false hit', report)
-    assert "suspected false hit: 1 turns" in report
-    assert "suspected false hit" not in format_report(decision_records([FALSE_HIT], "structured"), "structured")
+# -------------------------------------------------------------------------------- command line
 
 
 @pytest.fixture(scope="module")
@@ -355,7 +311,7 @@ def run_main(capsys, *arguments):
     return code, captured.out, captured.err
 
 
-def test_command_line_prints_writes_and_reports(files, capsys):
+def test_command_line_prints_and_writes(files, capsys):
     data, tokenizer, folder = files
     code, out, err = run_main(capsys, "--data", data, "--model", tokenizer, "--index", 1, "--no_color")
     assert (code, err) == (0, "") and out.startswith("sample s1 (") and "MASKED: tool_call_failure" in out
@@ -363,16 +319,6 @@ def test_command_line_prints_writes_and_reports(files, capsys):
     page = folder / "page.html"
     assert run_main(capsys, "--data", data, "--model", tokenizer, "--html", page)[0] == 0
     assert PageReader(page.read_text(encoding="utf-8")).scripts == [SCRIPT]
-    report = folder / "report.jsonl"
-    code, out, _ = run_main(capsys, "--data", data, "--report", report)  # needs no tokenizer
-    assert code == 0 and "2 of 2 trajectories (100.0%)" in out
-    records = [json.loads(line) for line in report.read_text(encoding="utf-8").splitlines()]
-    assert [(r["id"], r["message"], r["masked"]) for r in records] == [
-        ("s0", 1, True),
-        ("s0", 3, False),
-        ("s1", 1, True),
-        ("s1", 3, False),
-    ]
 
 
 def test_bad_input_is_one_line_and_code_2(files, capsys):

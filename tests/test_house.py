@@ -1,0 +1,154 @@
+"""Rules of the house that a tool can check: size of functions, legends of shapes, one style of rulers."""
+
+import ast
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+MAX_PARAMETERS = 7  # self and cls not counted
+MAX_LINES = 60
+# What does not keep a rule yet. These lists only shrink.
+TOO_MANY_PARAMETERS = {
+    "benchmarks/benchmark_ppo_iteration.py:one_round",
+    "eval/dialogues/play.py:run_dialogues_with_endpoint",
+    "eval/dialogues/play.py:run_dialogues_with_model",
+    "eval/dialogues/tools.py:make_executor",
+    "eval/predict/generate.py:generated_rows",
+    "rl/evaluate_reward.py:evaluate_reward",
+    "rl/index_ledger.py:_checks",
+    "rl/index_ledger.py:format_ledger",
+    "rl/ppo_loop.py:run_iteration",
+}
+TOO_MANY_LINES = {
+    "data/loss_weights.py:encode_trajectory",
+    "eval/dialogues/play.py:run_dialogues_with_model",
+    "eval/reports/report.py:_dialogue_tables",
+    "rl/ppo_loop.py:run_iteration",
+    "rl/ppo_loop.py:train_ppo",
+}
+OTHER_RULERS = {
+    "benchmarks/benchmark_loss_cuda.py",
+    "benchmarks/benchmark_multi_turn.py",
+    "benchmarks/benchmark_ppo_iteration.py",
+    "benchmarks/benchmark_rollout.py",
+    "benchmarks/benchmark_single_pass.py",
+    "benchmarks/benchmark_train_step.py",
+    "data/error_filter.py",
+    "data/formats/call_text.py",
+    "data/formats/prompt_format.py",
+    "data/tool_calls.py",
+    "data/tool_documents.py",
+    "data/trajectories.py",
+    "eval/benchmark_data.py",
+    "eval/benchmarks.py",
+    "eval/bfcl_data.py",
+    "eval/bfcl_functions.py",
+    "eval/collect_trajectories.py",
+    "eval/dialogues/journal.py",
+    "eval/dialogues/local_tools.py",
+    "eval/dialogues/metrics.py",
+    "eval/dialogues/play.py",
+    "eval/dialogues/simulated_tools.py",
+    "eval/dialogues/tools.py",
+    "eval/evaluate_bfcl.py",
+    "eval/evaluate_rotbench.py",
+    "eval/evaluate_toolalpaca.py",
+    "eval/fetch_benchmarks.py",
+    "eval/general_tasks.py",
+    "eval/metrics.py",
+    "eval/predict/endpoint.py",
+    "eval/predict/generate.py",
+    "eval/predict/react_output.py",
+    "eval/reports/error_statistics.py",
+    "eval/reports/report.py",
+    "eval/sandbox/child.py",
+    "eval/sandbox/limits.py",
+    "eval/sandbox/run.py",
+    "eval/tooleyes_data.py",
+    "rl/advantages.py",
+    "rl/evaluate_reward.py",
+    "rl/ppo_loss.py",
+    "run_eval.py",
+}
+NO_LEGEND = {
+    "benchmarks/benchmark_loss.py",
+    "benchmarks/benchmark_loss_cuda.py",
+    "benchmarks/benchmark_rollout.py",
+    "benchmarks/benchmark_single_pass.py",
+    "benchmarks/benchmark_train_step.py",
+    "rl/evaluate_reward.py",
+    "rl/ppo_loop.py",
+    "rl/watch.py",
+}
+
+SUFFIXED = re.compile(r"\b[a-z][a-z0-9]*(?:_[a-z0-9]+)*_([1-9A-Z]{1,5})_?\b")
+RULER = re.compile(r"^# ?-{3,}(.*)$", re.MULTILINE)
+
+
+def product_files() -> list[str]:
+    """Python files of the repository outside tests/, as git knows them."""
+    done = subprocess.run(
+        ["git", "ls-files", "-co", "--exclude-standard", "*.py"], cwd=ROOT, capture_output=True, text=True
+    )
+    if done.returncode != 0:
+        pytest.skip("needs a git checkout")
+    return [path for path in done.stdout.split() if not path.startswith("tests/") and (ROOT / path).is_file()]
+
+
+def functions() -> list[tuple[str, ast.FunctionDef]]:
+    """("file.py:name", node) of every function and method, nested ones included."""
+    return [
+        (f"{path}:{node.name}", node)
+        for path in product_files()
+        for node in ast.walk(ast.parse((ROOT / path).read_text(encoding="utf-8")))
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef))
+    ]
+
+
+def n_parameters(node: ast.FunctionDef) -> int:
+    given = node.args
+    names = [
+        each.arg for each in (*given.posonlyargs, *given.args, *given.kwonlyargs, given.vararg, given.kwarg) if each
+    ]
+    return len([name for name in names if name not in ("self", "cls")])
+
+
+def test_no_function_takes_more_than_seven_parameters():
+    found = {name for name, node in functions() if n_parameters(node) > MAX_PARAMETERS}
+    assert found <= TOO_MANY_PARAMETERS
+
+
+def test_no_function_is_longer_than_a_page():
+    found = {name for name, node in functions() if node.end_lineno - node.lineno + 1 > MAX_LINES}
+    assert found <= TOO_MANY_LINES
+
+
+def test_every_suffix_of_a_tensor_is_in_the_legend_of_its_file():
+    """The module docstring explains each letter once: `B batch, T tokens, ...`."""
+    found = set()
+    for path in product_files():
+        tree = ast.parse((ROOT / path).read_text(encoding="utf-8"))
+        names = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)}
+        names |= {node.arg for node in ast.walk(tree) if isinstance(node, ast.arg)}
+        letters = {letter for name in names if (match := SUFFIXED.fullmatch(name)) for letter in match[1]}
+        docstring = " ".join((ast.get_docstring(tree) or "").split())
+        legend = docstring[docstring.find("Shape ") :] if "Shape " in docstring else ""
+        explained = re.findall(r"(?:[:,;] |\band )([A-Z])(?: =)? [a-z(*]", legend)
+        assert len(explained) == len(set(explained)), f"{path}: a letter with two meanings: {legend}"
+        if missing := {letter for letter in letters if letter.isalpha()} - set(explained):
+            print(f"{path}: no legend for {sorted(missing)}")
+            found.add(path)
+    assert found <= NO_LEGEND
+
+
+def test_rulers_have_one_style():
+    """A line of 117 dashes, then a title line of its own."""
+    found = set()
+    for path in product_files():
+        text = (ROOT / path).read_text(encoding="utf-8")
+        if any(ruler[0] != "# " + "-" * 117 for ruler in RULER.finditer(text)):
+            found.add(path)
+    assert found <= OTHER_RULERS
