@@ -30,6 +30,7 @@ TOO_MANY_LINES = {
     "rl/ppo_loop.py:train_ppo",
 }
 OTHER_RULERS = {
+    "data/message_forms.py",
     "benchmarks/benchmark_loss_cuda.py",
     "benchmarks/benchmark_multi_turn.py",
     "benchmarks/benchmark_ppo_iteration.py",
