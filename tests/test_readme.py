@@ -53,7 +53,8 @@ def test_commands_name_modules_and_flags_that_exist(page):
         elif re.match(rf"(?:{PACKAGES})[./]", target):
             file = ROOT / (target.replace(".", "/") + ".py")
             assert file.is_file(), f"{page.name}: {target}"
-            source = file.read_text(encoding="utf-8") + (ROOT / "eval/command_line.py").read_text(encoding="utf-8")
+            shared = [path.read_text(encoding="utf-8") for path in ROOT.glob("eval/*command_line.py")]
+            source = "".join([file.read_text(encoding="utf-8"), *shared])
             assert all(re.search(rf"\b{flag}\b", source) for flag in flags), f"{page.name}: {target} {flags}"
 
 
