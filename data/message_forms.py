@@ -233,7 +233,8 @@ def refuse_call_in_text(text: str, tools: list[dict], where: str) -> None:
     mark = found[0].strip() if found else None
     stripped = text.strip()
     for name in () if mark else dict.fromkeys(tool["function"]["name"] for tool in tools):
-        after = stripped[len(name) :].lstrip(" \t\r") if stripped.startswith(name) else ""
+        words = stripped[1:-1].strip() if stripped[:1] == "[" and stripped[-1:] == "]" else stripped  # "[f(a=1)]"
+        after = words[len(name) :].lstrip(" \t\r") if words.startswith(name) else ""
         is_called = after[:1] == "(" and after.endswith(")") or re.match(r"\n\s*\{", after)
         if is_called or _is_call_object(stripped, name):
             mark = name
@@ -293,7 +294,8 @@ def _without_nulls(value: object, schema: object, is_object: bool) -> tuple[obje
         document = properties.get(key)
         is_undocumented = key not in properties and is_closed
         is_not_nullable = is_object and key in properties and key not in required and not _is_nullable(document)
-        if entry is None and (is_undocumented or is_not_nullable):
+        is_null = entry is None or is_object and isinstance(entry, dict) and bool(entry) and is_blank(entry)
+        if is_null and is_undocumented or entry is None and is_not_nullable:
             n_dropped += 1
             continue
         kept[key], n = _without_nulls(entry, document, is_object)

@@ -16,7 +16,7 @@ from collections.abc import Iterator
 
 from data.json_records import DataError, check_text, kind_of, parse_json, shown
 
-# Where a document may keep its parameters. The last seven are read as `parameters` is.
+# Where a document may keep its parameters; whatever the key, all forms of `parameters` are read.
 _SCHEMA_KEYS = (
     "parameters",
     "input_schema",
@@ -28,6 +28,7 @@ _SCHEMA_KEYS = (
     "args",
     "arguments",
     "params",
+    "parameter_definitions",
 )
 _TOOLBENCH_KEYS = ("required_parameters", "optional_parameters")
 _PARAMETER_WORDS = re.compile(r"(?:^|_)(?:param|arg|input|schema|propert)|(?<=[a-z])(?:Param|Arg|Input|Schema|Propert)")
@@ -190,7 +191,8 @@ def _read_schema(parameters: object, function: dict, tool: object, where: str) -
     parameters = _Expander(roots, where).expand(parameters, (), 0)
     flat = _flat_specs(parameters)
     if flat:
-        required = parameters.get("required") if isinstance(parameters.get("required"), list) else None
+        lists = [entry for entry in (parameters.get("required"), function.get("required")) if isinstance(entry, list)]
+        required = lists[0] if lists else None
         return _schema_of_specs(flat, required, where)
     return _read_json_schema(parameters, function.get("required"), where)
 
@@ -220,6 +222,11 @@ def _read_json_schema(parameters: dict, required_beside: object, where: str) -> 
     merged = {key: value for key, value in merged.items() if value is not None and key not in ("$defs", "definitions")}
     opening = {"additionalProperties": True} if is_open and merged.get("additionalProperties") is None else {}
     return {"type": "object", **merged, "properties": properties, "required": required, **opening}
+
+
+def _is_padding(value: object) -> bool:
+    """Null, or an object of nothing but nulls: what columnar storage leaves of another tool's parameter."""
+    return value is None or isinstance(value, dict) and bool(value) and all(map(_is_padding, value.values()))
 
 
 def _required_names(required: object, where: str) -> list[str]:
@@ -285,7 +292,7 @@ class _Expander:
         return {
             key: entry if level == 0 and key in ("$defs", "definitions") else self.expand(entry, open_refs, level + 1)
             for key, entry in value.items()
-            if entry is not None or key in ("default", "const")
+            if not _is_padding(entry) or key in ("default", "const")
         }
 
     def _target(self, reference: str) -> object:

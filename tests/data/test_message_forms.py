@@ -263,6 +263,10 @@ def test_undocumented_null_arguments_are_dropped_and_counted(tmp_path):
     padded = {"title": "Ulysses", "city": None, "unit": None}
     assert arguments_of(tmp_path, {"title": TITLE}, padded) == (ULYSSES, 2)
     assert arguments_of(tmp_path, {"title": TITLE}, json.dumps(padded)) == (ULYSSES, 2)
+    assert arguments_of(tmp_path, {"title": TITLE}, {**ULYSSES, "place": {"city": None, "at": {"x": None}}}) == (
+        ULYSSES,
+        1,
+    )
     assert arguments_of(tmp_path, {"title": TITLE}, padded, additionalProperties=True) == (ULYSSES, 2)
     text = json.dumps(padded)  # JSON text is not padded by storage, and this document allows any parameter
     assert arguments_of(tmp_path, {"title": TITLE}, text, additionalProperties=True) == (padded, 0)
@@ -369,6 +373,7 @@ def test_unknown_keys_that_look_like_calls_are_refused(tmp_path, key):
         'Thought: look\nAction: find_book\nAction Input: {"title": "Ulysses"}',
         'find_book\n{"title": "Ulysses"}',
         'find_book(title="Ulysses")',
+        '[find_book(title="Ulysses")]',
         '{"name": "find_book", "parameters": {"title": "Ulysses"}}',
         '[{"name": "find_book", "arguments": {}}]',
     ],

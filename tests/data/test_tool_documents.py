@@ -113,6 +113,14 @@ FORMS = {
             }
         ]
     },
+    "cohere": {
+        **WORDS,
+        "parameter_definitions": {
+            "title": {"type": "str", "description": "its title", "required": True},
+            "year": {"type": "int", "description": "of print", "required": False},
+        },
+    },
+    "xlam with required beside": {**WORDS, "parameters": {"title": TITLE, "year": YEAR}, "required": ["title"]},
     "properties beside name": {**WORDS, "properties": SCHEMA["properties"], "required": ["title"]},
     "null-padded": {
         "type": "function",
@@ -123,7 +131,12 @@ FORMS = {
                 **SCHEMA,
                 "$defs": None,
                 "additionalProperties": None,
-                "properties": {"title": {**TITLE, "enum": None}, "year": {**YEAR, "items": None}, "city": None},
+                "properties": {
+                    "title": {**TITLE, "enum": None},
+                    "year": {**YEAR, "items": None},
+                    "city": None,
+                    "zip": {"type": None},
+                },
             },
         },
         "parameters": None,
