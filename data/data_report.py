@@ -41,7 +41,8 @@ def describe_data(
         lines.append(
             f"{n_nulls} null arguments dropped: no document has or allows them (columnar storage pads with null)"
         )
-    lines += [f"{n} {kind}: not read" for kind, n in left_out.items()]
+    lines += [f"{n} {kind}: not read" for kind, n in left_out.most_common(5)]
+    lines += [f"{len(left_out) - 5} more kinds of such texts: not read"] if len(left_out) > 5 else []
     return lines + _warn_of_masking(trajectories, encoded)
 
 
