@@ -2,6 +2,7 @@
 
 Every field carries metadata: help (meaning, unit, source), choices, low, high. Anything wrong is a ConfigError of one
 line, `--flag: found ..., expected ...` or `file:line: found ..., expected ...`; scripts end with it and exit code 2.
+Small programs with a few flags use argparse through `parse_arguments` and `run_command`, and end in the same way.
 """
 
 import argparse
@@ -10,13 +11,15 @@ import math
 import os
 import re
 import sys
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import MISSING, Field, field, fields
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
 Config = TypeVar("Config")
 EXIT_BAD_INPUT = 2
+PATIENCE_SECONDS = 1.0  # of a rank above 0 before it writes its error: torchrun may end it first
 _TYPE_NAMES = {int: "a whole number", float: "a number", str: "text"}
 
 
@@ -91,11 +94,39 @@ def read_config(
 
 
 def fail(error: BaseException) -> NoReturn:
-    """End the process with one line on stderr (of rank 0 only, under torchrun) and exit code 2."""
-    if os.environ.get("RANK", "0") == "0":
-        sys.stderr.write(" ".join(str(error).split()) + "\n")
-        sys.stderr.flush()
+    """End the process with one line on stderr and exit code 2.
+
+    Under torchrun rank 0 writes at once. Where it fails too, torchrun ends the other ranks, and one line is enough.
+    A rank that is still alive after PATIENCE_SECONDS has an error of its own, such as a file that its node lacks: it
+    writes `rank N: ` and that.
+    """
+    rank = os.environ.get("RANK", "0")
+    if rank != "0":
+        time.sleep(PATIENCE_SECONDS)
+    sys.stderr.write(f"rank {rank}: " * (rank != "0") + " ".join(str(error).split()) + "\n")
+    sys.stderr.flush()
     raise SystemExit(EXIT_BAD_INPUT) from None
+
+
+def parse_arguments(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> argparse.Namespace:
+    """`parser.parse_args(arguments)`; a wrong flag ends the program with one line and exit code 2."""
+
+    def end(message: str) -> NoReturn:
+        sys.stderr.write(f"{parser.prog}: {message} (see --help)\n")
+        raise SystemExit(EXIT_BAD_INPUT)
+
+    parser.error = end
+    return parser.parse_args(arguments)
+
+
+def run_command(command: Callable[[], None], errors: tuple[type[Exception], ...]) -> int:
+    """Run `command`; its exit code: 0, or 2 after one line about one of `errors`, those that the user causes."""
+    try:
+        command()
+    except errors as error:
+        sys.stderr.write(" ".join(str(error).split("\n")) + "\n")
+        return EXIT_BAD_INPUT
+    return 0
 
 
 # ---------------------------------------------------------------------------------------------------------------------

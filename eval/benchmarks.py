@@ -1,158 +1,117 @@
-"""The evaluator of every benchmark behind one function: what run_eval.py calls after the predictions are made.
+"""The table of benchmarks: one line each. Everything that knows a benchmark by name looks it up here.
 
-Beside DE, CE and VA, which say whether calls worked and whether there was an answer, tiny-multi has `answer_right`: the
-world is closed, so it is known what a right answer must hold.
+A benchmark is a file eval/evaluate_<evaluator>.py, which loads its records and scores predictions, and a line of the
+table (CONTRIBUTING.md, "How to add a benchmark"). A line imports its evaluator when it is first used.
 """
 
-import os
-import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from importlib import import_module
 from pathlib import Path
+from types import ModuleType
 
-from data.json_records import DataError, read_json_lines
-from eval.benchmark_data import BENCHMARK_FILES, DIALOGUE_BENCHMARKS
-from eval.confidence import Z_95, wilson_interval
-from eval.dialogues.journal import DialogueTask, RecordedDialogue, match_dialogues, read_dialogues
-from eval.dialogues.metrics import score_dialogues
-from eval.evaluate_bfcl import evaluate_bfcl_files
-from eval.evaluate_gsm8k import evaluate_gsm8k, summarize_gsm8k
-from eval.evaluate_humaneval import MEMORY_MIB, SECONDS, evaluate_humaneval, summarize_humaneval
-from eval.evaluate_mmlu import evaluate_mmlu, summarize_mmlu
-from eval.evaluate_rotbench import evaluate_rotbench_files
-from eval.evaluate_tiny import evaluate_tiny_files
-from eval.evaluate_toolalpaca import evaluate_toolalpaca_files
-from eval.general_tasks import (
-    GSM8K_COUNT,
-    HUMANEVAL_COUNT,
-    MMLU_COUNT,
-    count_notice,
-    load_gsm8k,
-    load_humaneval,
-    load_mmlu,
-    match_choices,
-    match_completions,
-    match_texts,
+from data.json_records import DataError
+from eval.records import Record, Scores, ScoreSettings
+
+# How a record is asked (eval/records.py) -> the setting of run_eval.py that bounds the output, "" for one token.
+LONGEST_OUTPUT = {"call": "max_new_tokens", "dialogue": "max_turn_tokens", "text": "max_answer_tokens", "choice": ""}
+
+
+@dataclass(frozen=True, slots=True)
+class Benchmark:
+    """One line of the table."""
+
+    name: str  # as in --benchmarks
+    path: str  # its answer file, or folder of files, below --benchmark_dir
+    asked: str  # how a record is asked: a key of LONGEST_OUTPUT
+    evaluator: str  # eval/evaluate_<evaluator>.py has load_<evaluator>, score_<evaluator>, STOP_TEXTS if asked by text
+    published: int = 0  # records of the published set, the n of every rate; 0 = bundled here, or of your own
+    rules: str = ""  # what --rules default means: "official" or "fair"; "" = there is one rule only
+    executes_code: bool = False  # scoring runs code that a model wrote: needs --execute_code
+    figure: int = 0  # of the paper that shows it: 4, 5; 0 = none
+    metric: str = ""  # the one that figure 5 shows
+    folder: str = ""  # all files below it belong to the benchmark, not only `path`
+
+    def load(self, path: Path) -> list[Record]:
+        """The records of an answer file or folder, in order. Raises DataError with `file:line`."""
+        return getattr(self._module(), f"load_{self.evaluator}")(path)
+
+    def score(self, records: Sequence[Record], predictions: Path, settings: ScoreSettings) -> Scores:
+        """Score a prediction file on all records of the benchmark. Raises DataError with `file:line`, SandboxError."""
+        return getattr(self._module(), f"score_{self.evaluator}")(records, predictions, settings)
+
+    def stop_texts(self) -> tuple[str, ...]:
+        """Where the continuation of a text ends, beside the model's own end; () where records are asked otherwise."""
+        return self._module().STOP_TEXTS if self.asked == "text" else ()
+
+    def equality(self, rules: str) -> Callable[[object, object], bool] | None:
+        """How `rules` compare an argument's value with the gold one; None where records are no single calls."""
+        return getattr(self._module(), "EQUALITY", {}).get(rules)
+
+    def resolve_rules(self, rules: str) -> str:
+        """`rules`, or the benchmark's own where they are "default"."""
+        return self.rules if rules == "default" else rules
+
+    def _module(self) -> ModuleType:
+        return import_module(f"eval.evaluate_{self.evaluator}")
+
+
+_TABLE = (
+    Benchmark("tiny-seen", "test_seen.jsonl", "call", "tiny"),
+    Benchmark("tiny-unseen", "test_unseen.jsonl", "call", "tiny"),
+    Benchmark("tiny-multi", "test_multi.jsonl", "dialogue", "tiny_multi"),
+    Benchmark("rotbench-clean", "rotbench/First_Turn/clean.json", "call", "rotbench", 105, "official", figure=4),
+    Benchmark("rotbench-slight", "rotbench/First_Turn/slight.json", "call", "rotbench", 210, "official", figure=4),
+    Benchmark("rotbench-medium", "rotbench/First_Turn/medium.json", "call", "rotbench", 210, "official", figure=4),
+    Benchmark("rotbench-heavy", "rotbench/First_Turn/heavy.json", "call", "rotbench", 210, "official", figure=4),
+    Benchmark("rotbench-union", "rotbench/First_Turn/union.json", "call", "rotbench", 105, "official", figure=4),
+    Benchmark("toolalpaca", "toolalpaca/eval_real.masked.json", "call", "toolalpaca", 114, "fair"),
+    Benchmark("bfcl-exec", "bfcl_v3_exec/2024-12-19_5bd63a96", "call", "bfcl", 240, "fair"),
+    Benchmark(
+        "tooleyes",
+        "tooleyes/Test_Data/scenario_data_zero_processed.json",
+        "dialogue",
+        "tooleyes",
+        382,
+        folder="tooleyes",  # the tools lie beside the queries
+    ),
+    Benchmark("mmlu", "mmlu", "choice", "mmlu", 14042, figure=5, metric="accuracy"),
+    Benchmark("gsm8k", "gsm8k/test.jsonl", "text", "gsm8k", 1319, figure=5, metric="exact_match"),
+    Benchmark(
+        "humaneval",
+        "humaneval/HumanEval.jsonl.gz",
+        "text",
+        "humaneval",
+        164,
+        executes_code=True,
+        figure=5,
+        metric="pass_at_1",
+    ),
 )
-from eval.queries import load_tasks
-from eval.reports.report import summarize_results
-from eval.tooleyes_data import read_official_dialogues
-
-Scores = tuple[list[dict], dict, list[str]]  # rows, summary, notices
+BENCHMARKS = {benchmark.name: benchmark for benchmark in _TABLE}
 
 
-def score_predictions(
-    name: str, answers: Path, predictions: Path, *, limit: int | None, rules: str, execute_code: bool, max_turns: int
-) -> Scores:
-    """Rows of results, summary and notices worth showing for the prediction file of benchmark `name`.
+def benchmark_of(answers: Path, evaluator: str = "") -> Benchmark:
+    """The line of an answer file, told by the last part of its path; of `evaluator` only, if that is given.
 
-    `rules` is "official", "fair" or "default", each benchmark's own; `max_turns` is for dialogues. Raises
-    DataError with `file:line`, also for a benchmark whose scoring needs `execute_code`, and SandboxError where code
-    can not be run.
+    RoTBench's later turns are no benchmark of the table: `Third_Turn/clean.json` gives a line `rotbench-third-clean`.
+    A file of another name gives a line of `evaluator`, or of tiny if it has JSON lines, named by its stem. Raises
+    DataError for any other file.
     """
-    if name in DIALOGUE_BENCHMARKS:
-        return _score_dialogues(name, answers, predictions, limit, max_turns)
-    if name.startswith("tiny-"):
-        rows, notices = evaluate_tiny_files(answers, predictions, limit)
-        return rows, summarize_results(rows), notices
-    if name.startswith("rotbench-"):
-        return evaluate_rotbench_files(answers, predictions, limit, "official" if rules == "default" else rules)
-    if name == "toolalpaca":
-        return evaluate_toolalpaca_files(answers, predictions, limit, "fair" if rules == "default" else rules)
-    if name == "bfcl-exec":
-        return evaluate_bfcl_files(
-            answers, predictions, limit, "fair" if rules == "default" else rules, execute_code=execute_code
-        )
-    if name == "gsm8k":
-        return _score_gsm8k(answers, predictions, limit)
-    if name == "mmlu":
-        return _score_mmlu(answers, predictions, limit)
-    if name == "humaneval":
-        return _score_humaneval(answers, predictions, limit, execute_code)
-    raise DataError(f"--benchmarks: found {name}, expected one of {', '.join(BENCHMARK_FILES)}")
+    lines = [line for line in _TABLE if evaluator in ("", line.evaluator)]
+    for line in lines:
+        if Path(line.path).name == answers.name:
+            if answers.parent.name != "Third_Turn":
+                return line
+            return replace(line, name=f"{line.evaluator}-third-{answers.stem}", published=0, figure=0)
+    if not evaluator and answers.suffix != ".jsonl":
+        raise DataError(f"{answers}: found a file of another name, expected that of a benchmark or JSON lines")
+    line = lines[0] if evaluator else BENCHMARKS["tiny-seen"]
+    return replace(line, name=answers.stem, published=0, figure=0)
 
 
-# ----------------------------------------------------------------------------------------------------------- dialogues
-
-
-def _score_dialogues(name: str, answers: Path, predictions: Path, limit: int | None, max_turns: int) -> Scores:
-    tasks = load_tasks(name, answers)
-    lines, _ = read_json_lines(predictions, drop_partial_last_line=True)
-    is_official = bool(lines) and "conversations" in lines[0][1]  # of ToolEyes' own loop
-    found, has_dropped = read_official_dialogues(predictions, tasks) if is_official else read_dialogues(predictions)
-    dialogues = match_dialogues(found, len(tasks), limit, path=predictions)
-    rows, summary = score_dialogues(dialogues, tasks[:limit], max_turns)
-    if name == "tiny-multi":
-        rows, summary = add_right_answers(rows, summary, dialogues, tasks[:limit])
-    return rows, summary, [f"{predictions}: dropped a partial last line"] if has_dropped else []
-
-
-def is_answer_right(task: DialogueTask, dialogue: RecordedDialogue) -> bool:
-    """Whether the answer given by `finish` holds every requested result of a tiny-multi task, `meta["results"]`.
-
-    Each must stand there letter by letter and as whole words (`calm 6` is not in `calm 61`), in any order, whatever is
-    beside it. The results come from the tools alone and no two of a task are equal, so a right answer shows that every
-    right call was made.
-    """
-    last = dialogue.turns[-1]["calls"][-1:] if dialogue.end == "finish" and dialogue.turns else []
-    answer = last[0]["arguments"].get("answer") if last else None
-    return isinstance(answer, str) and all(
-        re.search(rf"(?<!\w){re.escape(result)}(?!\w)", answer) for result in task.meta["results"]
-    )
-
-
-def add_right_answers(
-    rows: Sequence[dict], summary: dict, dialogues: Sequence[RecordedDialogue], tasks: Sequence[DialogueTask]
-) -> tuple[list[dict], dict]:
-    """The rows and the summary of tiny-multi with `answer_right`, also by the number of requests in the query."""
-    flags = [is_answer_right(task, dialogue) for task, dialogue in zip(tasks, dialogues, strict=True)]
-    by_requests = {}
-    for requests in sorted({task.meta["requests"] for task in tasks}):
-        part = [flag for task, flag in zip(tasks, flags, strict=True) if task.meta["requests"] == requests]
-        by_requests[str(requests)] = {"n": len(part), **_share_right(part)}
-    return [{**row, "answer_right": int(flag)} for row, flag in zip(rows, flags, strict=True)], {
-        **summary,
-        **_share_right(flags),
-        "by_requests": by_requests,
-    }
-
-
-def _share_right(flags: Sequence[bool]) -> dict:
-    low, high = wilson_interval(sum(flags), len(flags), Z_95)  # E20
-    return {
-        "answer_right": sum(flags),
-        "answer_right_percent": round(100 * sum(flags) / len(flags), 2),
-        "answer_right_interval_95": [round(100 * low, 2), round(100 * high, 2)],
-    }
-
-
-# -------------------------------------------------------------------------------------------------------- general tasks
-
-
-def _score_gsm8k(answers: Path, predictions: Path, limit: int | None) -> Scores:
-    problems = load_gsm8k(answers)
-    matched, notices = match_texts(predictions, len(problems), limit)
-    rows = evaluate_gsm8k(problems[:limit], matched)
-    return rows, summarize_gsm8k(rows), [*notices, *count_notice(answers, len(problems), GSM8K_COUNT)]
-
-
-def _score_mmlu(answers: Path, predictions: Path, limit: int | None) -> Scores:
-    questions, _ = load_mmlu(answers)
-    matched, notices = match_choices(predictions, len(questions), limit)
-    rows = evaluate_mmlu(questions[:limit], matched)
-    return rows, summarize_mmlu(rows), [*notices, *count_notice(answers, len(questions), MMLU_COUNT)]
-
-
-def _score_humaneval(answers: Path, predictions: Path, limit: int | None, execute_code: bool) -> Scores:
-    if not execute_code:
-        raise DataError(
-            "--execute_code: found off, expected on for humaneval, whose scoring runs code that a model wrote"
-        )
-    problems = load_humaneval(answers)
-    matched, notices = match_completions(predictions, problems, limit)
-    rows, limits = evaluate_humaneval(
-        problems[:limit], matched, seconds=SECONDS, memory_bytes=MEMORY_MIB << 20, workers=os.cpu_count() or 1
-    )
-    open_ends = [name for name, text in limits.items() if text.startswith("NOT CONFINED")]
-    if open_ends:
-        notices.append(f"sandbox: on this machine nothing confines {', '.join(open_ends)} of the code that ran")
-    return rows, summarize_humaneval(rows, limits), [*notices, *count_notice(answers, len(problems), HUMANEVAL_COUNT)]
+def count_notice(benchmark: Benchmark, path: Path, records: Sequence[Record]) -> list[str]:
+    """A notice where `path` does not hold the whole published set, so that no rate is taken for the benchmark's."""
+    if benchmark.published in (0, len(records)):
+        return []
+    return [f"{path}: found {len(records)} records, the published set has {benchmark.published}"]

@@ -24,14 +24,13 @@ from pathlib import Path
 
 import torch
 
+from command_line import parse_arguments, run_command
 from data.formats.prompt_format import PromptError
 from data.formats.table import COMPLETION_FORMATS, DEFAULT_FORMAT, PROMPT_FORMATS, encode_prompt
 from data.json_records import DataError, read_json_lines, read_json_list, write_text
 from data.tool_documents import normalize_tools
 from data.trajectories import Message, read_trajectories
-from eval.benchmark_data import field_of, load_rotbench
-from eval.command_line import parse_arguments, run_command
-from eval.dialogues.journal import DialogueJournal, DialogueTask, RecordedDialogue, match_dialogues, read_dialogues
+from eval.dialogues.journal import DialogueJournal, RecordedDialogue, match_dialogues, read_dialogues
 from eval.dialogues.local_tools import TOOLBOX
 from eval.dialogues.metrics import MAX_TURNS
 from eval.dialogues.play import (
@@ -41,10 +40,12 @@ from eval.dialogues.play import (
     run_dialogues_with_model,
 )
 from eval.dialogues.tools import EXECUTOR_KINDS, make_executor
+from eval.evaluate_rotbench import load_rotbench
+from eval.evaluate_tooleyes import load_tooleyes
 from eval.predict.endpoint import Endpoint, check_url, make_endpoint
 from eval.predict.generate import answers_sha256, check_settings, folder_sha256
+from eval.records import Record, field_of
 from eval.reports.error_statistics import classify_turns, format_turns, summarize_turns
-from eval.tooleyes_data import load_tooleyes
 from model.pretrained_weights import ModelFolderError, load_pretrained
 from model.tokenizer import Tokenizer, check_vocabulary_fits, load_tokenizer
 from model.transformer import Transformer
@@ -57,7 +58,7 @@ _LONE_SURROGATE = re.compile(r"[\ud800-\udfff]")
 # ------------------------------------------------------------------------------------------------------------- queries
 
 
-def read_queries(path: Path) -> list[DialogueTask]:
+def read_queries(path: Path) -> list[Record]:
     """What the teacher is asked: the queries of a file in any of these forms, told apart by its first record.
 
     JSON list: ToolEyes (`path`), RoTBench (`from`, `value`), training data in the authors' form. JSON lines:
@@ -94,7 +95,7 @@ def _first_record(path: Path) -> dict:
     return records[0][1]
 
 
-def _query_of_line(row: dict, index: int, where: str) -> DialogueTask:
+def _query_of_line(row: dict, index: int, where: str) -> Record:
     messages = []
     for message in field_of(row, "messages", list, where):
         role = field_of(message, "role", str, where)
@@ -107,11 +108,11 @@ def _query_of_line(row: dict, index: int, where: str) -> DialogueTask:
     return _query(index, row["id"] if isinstance(row.get("id"), str) else str(index), tools, messages)
 
 
-def _query(index: int, identity: str, tools: list[dict], messages: Sequence[Message]) -> DialogueTask:
+def _query(index: int, identity: str, tools: list[dict], messages: Sequence[Message]) -> Record:
     """The task of a record: the messages before its first answer; local tools where its documents are the toolbox's."""
     answers = [number for number, message in enumerate(messages) if message.role not in USER_ROLES]
     asked = list(messages[: answers[0]] if answers else messages)
-    return DialogueTask(index, identity, tools, asked, tool_set=TOOLBOX if is_toolbox(tools) else "", meta={})
+    return Record(index, identity, tools, asked, tool_set=TOOLBOX if is_toolbox(tools) else "")
 
 
 @functools.cache
@@ -128,9 +129,7 @@ def is_toolbox(tools: Sequence[dict]) -> bool:
 # ------------------------------------------------------------------------------------------------------------- records
 
 
-def authors_record(
-    identity: str, task: DialogueTask, dialogue: RecordedDialogue, *, keeps_unparsable: bool
-) -> dict | None:
+def authors_record(identity: str, task: Record, dialogue: RecordedDialogue, *, keeps_unparsable: bool) -> dict | None:
     """One dialogue in the authors' raw form, None if no call is left of it.
 
     Each call is a message of its own (`name`, a newline, its arguments as JSON), followed by its feedback as
@@ -174,11 +173,7 @@ class WrittenFile:
 
 
 def authors_records(
-    tasks: Sequence[DialogueTask],
-    dialogues: Sequence[RecordedDialogue],
-    *,
-    keeps_unfinished: bool,
-    keeps_unparsable: bool,
+    tasks: Sequence[Record], dialogues: Sequence[RecordedDialogue], *, keeps_unfinished: bool, keeps_unparsable: bool
 ) -> WrittenFile:
     """The records of the dialogues that are training data; an id that occurs again gets its index appended.
 
@@ -266,7 +261,7 @@ def _shown(counts: dict[str, int]) -> str:
     return ", ".join(f"{count} {name}" for name, count in counts.items() if count) or "nothing left out"
 
 
-def load_teacher(flags: argparse.Namespace, first: DialogueTask) -> tuple[Transformer, Tokenizer]:
+def load_teacher(flags: argparse.Namespace, first: Record) -> tuple[Transformer, Tokenizer]:
     """The model of --model on its device, and its tokenizer. Raises ModelFolderError, DataError, PromptError."""
     tokenizer = load_tokenizer(flags.model)
     encode_prompt(first.tools, first.messages, tokenizer, flags.prompt_format)  # has it the format's tokens?
@@ -296,11 +291,11 @@ def read_endpoint(flags: argparse.Namespace) -> Endpoint:
 
 def player_of(
     flags: argparse.Namespace, teacher: tuple[Transformer, Tokenizer] | Endpoint
-) -> Callable[[list[DialogueTask], DialogueJournal], None]:
+) -> Callable[[list[Record], DialogueJournal], None]:
     """The function that plays some dialogues with the teacher."""
     settings = {name: getattr(flags, name) for name in ("prompt_format", "max_turns", "max_new_tokens", "temperature")}
 
-    def play(missing: list[DialogueTask], journal: DialogueJournal) -> None:
+    def play(missing: list[Record], journal: DialogueJournal) -> None:
         with make_executor(
             flags.tool_executor,
             seed=flags.seed,
@@ -426,13 +421,7 @@ def main(arguments: Sequence[str]) -> int:
     """Command line; exit code 0, or 2 after one line on stderr. The last line of stdout is one JSON object."""
     flags = read_flags(arguments)
 
-    def command() -> None:
-        try:
-            print(collect(flags))
-        except (ModelFolderError, PromptError) as error:
-            raise DataError(str(error)) from None
-
-    return run_command(command)
+    return run_command(lambda: print(collect(flags)), (DataError, ModelFolderError, PromptError, OSError))
 
 
 if __name__ == "__main__":

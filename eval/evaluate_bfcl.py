@@ -10,7 +10,9 @@ calls. Nothing that a model wrote is run as code: its arguments go to our own fu
 still ask for a factorial without end.
 """
 
+import ast
 import json
+import operator
 import re
 import sys
 from collections.abc import Sequence
@@ -18,18 +20,22 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from data.formats.table import parse_output
+from data.json_records import DataError
 from data.tool_calls import ToolCall, ToolCallError
-from eval.benchmark_data import BENCHMARK_COUNTS, EvalExample
-from eval.bfcl_data import CATEGORIES, load_bfcl, properties_of, required_of
+from data.tool_documents import normalize_tools
+from data.trajectories import Message
+from eval.benchmarks import BENCHMARKS
 from eval.bfcl_functions import FUNCTIONS
-from eval.command_line import run_command
-from eval.evaluate_rotbench import rates, read_flags, report_scores
-from eval.general_tasks import count_notice, rate_summary
-from eval.metrics import CallScore, GoldAnswer, can_pair, is_same_tool, score_calls
+from eval.evaluator_command_line import CALL_PREDICTIONS, add_rules, evaluator_parser, read_flags, run_evaluator
+from eval.metrics import CallScore, GoldAnswer, GoldCall, can_pair, is_same_tool, score_calls
 from eval.predict.prediction_files import Prediction
 from eval.predict.react_output import REACT, read_call, read_call_predictions
-from eval.reports.report import summarize_results
+from eval.rates import rate_summary, rates, summarize_results
+from eval.records import Record, Scores, ScoreSettings, field_of, read_lines
 from eval.sandbox.run import SandboxError, run_python
+
+CATEGORIES = ("simple", "multiple", "parallel", "parallel_multiple")  # the files, in the order of the records' indices
+JSON_TYPES = {"dict": "object", "float": "number", "tuple": "array"}  # other type names are those of JSON Schema
 
 # Variant -> what is compared with what.
 VARIANTS = {
@@ -55,9 +61,141 @@ _PYTHON_TYPES = {
     "tuple": list,
     "dict": dict,
 }
+_OPERATORS = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv}
 
 
-# --------------------------------------------------------------------------------------------------------------- values
+# ---------------------------------------------------------------------------------------------------------------------
+# Records
+
+
+def load_bfcl(folder: Path) -> list[Record]:
+    """Read BFCL_v3_exec_<category>.json of all CATEGORIES, in their order: JSON lines with the gold calls as source.
+
+    `gold` is one order-free answer; its integers for parameters documented as float are floats. `meta`: `category`;
+    `documents`, the functions as published, with Python's type names; `calls`, the gold calls as written (ToolCall);
+    `result_types`, how the benchmark compares their results. Tools have JSON Schema's type names. Raises DataError
+    with `file:line`.
+    """
+    records: list[Record] = []
+    for category in CATEGORIES:
+        path = folder / f"BFCL_v3_exec_{category}.json"
+        records += [
+            _record(row, len(records) + number, category, f"{path}:{line}")
+            for number, (line, row) in enumerate(read_lines(path))
+        ]
+    return records
+
+
+def _record(row: dict, index: int, category: str, where: str) -> Record:
+    documents = field_of(row, "function", list, where)
+    tools = normalize_tools(with_json_types(documents), f"{where}: function")
+    documents_by_name = {document["name"]: document for document in documents}
+    sources = field_of(row, "ground_truth", list, where)
+    if not sources:
+        raise DataError(f"{where}: found no ground_truth, expected at least one call")
+    calls = tuple(_gold_call(source, documents_by_name, where) for source in sources)
+    answer = GoldAnswer(tuple(_as_documented(call, documents_by_name[call.name]) for call in calls), order_free=True)
+    return Record(
+        index=index,
+        id=field_of(row, "id", str, where),
+        tools=tools,
+        messages=_messages(row, where),
+        gold=(answer,),
+        meta={
+            "category": category,
+            "documents": documents,
+            "calls": calls,
+            "result_types": field_of(row, "execution_result_type", list, where),
+        },
+    )
+
+
+def _messages(row: dict, where: str) -> list[Message]:
+    turns = field_of(row, "question", list, where)
+    if len(turns) != 1 or not isinstance(turns[0], list) or len(turns[0]) != 1:
+        raise DataError(f"{where}: found a question of several turns or messages, expected one message")
+    role = field_of(turns[0][0], "role", str, where)
+    if role != "user":
+        raise DataError(f"{where}: found a message of role {role!a}, expected user")
+    return [Message(role="user", content=field_of(turns[0][0], "content", str, where))]
+
+
+def with_json_types(schema: object) -> object:
+    """A copy of a schema in which `"type": "dict"`, `"float"` and `"tuple"` are JSON Schema's names."""
+    if isinstance(schema, list):
+        return [with_json_types(item) for item in schema]
+    if not isinstance(schema, dict):
+        return schema
+    return {
+        key: JSON_TYPES.get(value, value) if key == "type" and isinstance(value, str) else with_json_types(value)
+        for key, value in schema.items()
+    }
+
+
+def _gold_call(source: object, documents: dict[str, dict], where: str) -> ToolCall:
+    """The call that a line of Python source writes; positional arguments take the documented names in their order."""
+    try:
+        tree = ast.parse(source, mode="eval").body
+        if not isinstance(tree, ast.Call) or not isinstance(tree.func, ast.Name) or tree.func.id not in documents:
+            raise ValueError("expected a call of one of the record's functions")
+        names = [*properties_of(documents[tree.func.id])]
+        named = [*zip(names, tree.args), *((keyword.arg, keyword.value) for keyword in tree.keywords)]
+        arguments = {name: _value_of(node) for name, node in named}
+        if len(tree.args) > len(names) or len(arguments) != len(named) or None in arguments:
+            raise ValueError("expected each argument once, by a name")
+    except (SyntaxError, ValueError, TypeError, ArithmeticError, RecursionError, MemoryError) as error:
+        shown = ascii(source)[:80] if isinstance(source, str) else type(source).__name__
+        raise DataError(f"{where}: ground_truth: found {shown} ({error}), expected a Python call") from None
+    return ToolCall(tree.func.id, arguments)
+
+
+def _value_of(node: ast.expr) -> object:
+    """A literal's value, tuples as lists, or that of arithmetic with numbers: two gold calls have 1/6 and 500*500."""
+    if isinstance(node, ast.BinOp) and type(node.op) in _OPERATORS:
+        left, right = _value_of(node.left), _value_of(node.right)
+        if not all(type(value) in (int, float) for value in (left, right)):
+            raise ValueError("expected arithmetic with numbers only")
+        return _OPERATORS[type(node.op)](left, right)
+    return _without_tuples(ast.literal_eval(node))
+
+
+def _without_tuples(value: object) -> object:
+    if isinstance(value, (list, tuple)):
+        return [_without_tuples(item) for item in value]
+    if isinstance(value, dict):
+        if not all(isinstance(key, str) for key in value):
+            raise ValueError("expected strings as keys")
+        return {key: _without_tuples(item) for key, item in value.items()}
+    if not isinstance(value, (str, int, float)) and value is not None:
+        raise ValueError(f"expected no {type(value).__name__}")
+    return value
+
+
+def _as_documented(call: ToolCall, document: dict) -> GoldCall:
+    properties = properties_of(document)
+
+    def documented(name: str, value: object) -> object:
+        return float(value) if type(value) is int and properties.get(name, {}).get("type") == "float" else value
+
+    return GoldCall(
+        name=call.name,
+        wildcards=frozenset(),
+        arguments={name: documented(name, value) for name, value in call.arguments.items()},
+    )
+
+
+def properties_of(document: dict) -> dict[str, dict]:
+    """The documented parameters, in their order, as normalize_tools has already checked them."""
+    return (document.get("parameters") or {}).get("properties") or {}
+
+
+def required_of(document: dict) -> Sequence[str]:
+    """Names of the parameters that a call must have."""
+    return (document.get("parameters") or {}).get("required") or document.get("required") or []
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Values
 
 
 def standardize(text: str) -> str:
@@ -117,10 +255,11 @@ def passes_ast_types(predicted: object, gold: object, schema: dict) -> bool:
     return predicted == gold
 
 
-# ----------------------------------------------------------------------------------------------------------- one record
+# ---------------------------------------------------------------------------------------------------------------------
+# Scores
 
 
-def score_bfcl_calls(calls: Sequence[ToolCall], example: EvalExample, variant: str) -> CallScore:
+def score_bfcl_calls(calls: Sequence[ToolCall], example: Record, variant: str) -> CallScore:
     """Score the calls of one record by `variant`, a key of VARIANTS. Raises ValueError for another name."""
     if variant not in VARIANTS:
         raise ValueError(f"found variant {variant!a}, expected one of {', '.join(VARIANTS)}")
@@ -135,7 +274,7 @@ def score_bfcl_calls(calls: Sequence[ToolCall], example: EvalExample, variant: s
     )
 
 
-def _score_by_ast(calls: Sequence[ToolCall], example: EvalExample) -> CallScore:
+def _score_by_ast(calls: Sequence[ToolCall], example: Record) -> CallScore:
     """TS as ever. PI: parameters as the AST checker wants them. CF: its verdict on the record."""
     documents = {document["name"]: document for document in example.meta["documents"]}
     answer = GoldAnswer(calls=example.meta["calls"], order_free=True)  # as written: its types matter
@@ -192,10 +331,11 @@ def read_calls(prediction: Prediction) -> PredictedCalls:
         return PredictedCalls((), f"unparsable: {error}{cut}")
 
 
-# ------------------------------------------------------------------------------------------------------------ execution
+# ---------------------------------------------------------------------------------------------------------------------
+# Execution
 
 
-def is_offline(example: EvalExample) -> bool:
+def is_offline(example: Record) -> bool:
     """True if all gold calls are of functions that need no network, with results that must be equal."""
     return all(call.name in FUNCTIONS for call in example.meta["calls"]) and set(example.meta["result_types"]) == {
         "exact_match"
@@ -249,7 +389,7 @@ def match_results(expected: Sequence[dict], found: Sequence[dict]) -> str:
 
 
 def execute_bfcl(
-    examples: Sequence[EvalExample], predicted: Sequence[PredictedCalls]
+    examples: Sequence[Record], predicted: Sequence[PredictedCalls]
 ) -> tuple[dict[int, str], dict[str, str]]:
     """For each offline record its index -> "" if the results are right, else why not; and the sandbox's limits.
 
@@ -282,10 +422,11 @@ def execute_bfcl(
     return dict(sorted(reasons.items())), limits
 
 
-# ---------------------------------------------------------------------------------------------------------- whole files
+# ---------------------------------------------------------------------------------------------------------------------
+# Whole files
 
 
-def evaluate_bfcl(examples: Sequence[EvalExample], predicted: Sequence[PredictedCalls], variant: str) -> list[dict]:
+def evaluate_bfcl(examples: Sequence[Record], predicted: Sequence[PredictedCalls], variant: str) -> list[dict]:
     """One row per record: index, id, category, TS, PI, CF (0 or 1), reason ("" if correct).
 
     `predicted` are the calls for `examples`, in order; `variant` is a key of VARIANTS.
@@ -312,7 +453,7 @@ def evaluate_bfcl(examples: Sequence[EvalExample], predicted: Sequence[Predicted
 
 
 def summarize_bfcl(
-    examples: Sequence[EvalExample], predictions: Sequence[Prediction], rules: str, *, execute_code: bool
+    examples: Sequence[Record], predictions: Sequence[Prediction], rules: str, *, execute_code: bool
 ) -> tuple[list[dict], dict]:
     """The rows by the primary variant of `rules`, and a summary with all variants side by side and rates by category.
 
@@ -344,37 +485,37 @@ def summarize_bfcl(
     return rows, summary
 
 
-def evaluate_bfcl_files(
-    answers: Path, predictions: Path, limit: int | None, rules: str, *, execute_code: bool
-) -> tuple[list[dict], dict, list[str]]:
-    """(rows, summary, notices) for the folder of answers and a prediction file. Raises DataError, `file:line`."""
-    examples = load_bfcl(answers)
-    matched, notices = read_call_predictions(predictions, len(examples), limit)
-    notices += count_notice(answers, len(examples), BENCHMARK_COUNTS["bfcl-exec"])
-    return *summarize_bfcl(examples[:limit], matched, rules, execute_code=execute_code), notices
+def score_bfcl(records: Sequence[Record], predictions: Path, settings: ScoreSettings) -> Scores:
+    """Rows, summary and notices for a prediction file. Raises DataError, `file:line`, and SandboxError."""
+    matched, notices = read_call_predictions(predictions, len(records), settings.limit)
+    found = summarize_bfcl(records[: settings.limit], matched, settings.rules, execute_code=settings.execute_code)
+    return Scores(*found, notices)
 
 
-# --------------------------------------------------------------------------------------------------------- command line
+# ---------------------------------------------------------------------------------------------------------------------
+# Command line
 
 
 def main(arguments: Sequence[str]) -> int:
     """Command line; exit code 0, or 2 after one line on stderr. The last line of stdout is one JSON object."""
-    rules_help = {"official": "BFCL's AST checker", "fair": "its values, but numbers in lists compare as numbers"}
-    flags = read_flags(
+    parser = evaluator_parser(
         "evaluate_bfcl",
-        "fair",
-        rules_help,
-        arguments,
-        execute_help="also compare the results of calls that need no network, in the sandbox",
+        "Score tool calls: TS, PI, CF.",
+        answers="the benchmark's folder, with BFCL_v3_exec_*.json",
+        predictions=CALL_PREDICTIONS,
     )
-    return run_command(
-        lambda: report_scores(
-            flags,
-            *evaluate_bfcl_files(
-                flags.answers, flags.predictions, flags.limit, flags.rules, execute_code=flags.execute_code
-            ),
-        )
+    add_rules(
+        parser,
+        BENCHMARKS["bfcl-exec"].rules,
+        official="BFCL's AST checker",
+        fair="its values, but numbers in lists compare as numbers",
     )
+    parser.add_argument(
+        "--execute_code",
+        action="store_true",
+        help="also compare the results of calls that need no network, in the sandbox",
+    )
+    return run_evaluator(read_flags(parser, arguments), BENCHMARKS["bfcl-exec"], load_bfcl, score_bfcl)
 
 
 if __name__ == "__main__":

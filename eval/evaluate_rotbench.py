@@ -9,23 +9,26 @@ takes an empty object for arguments like any other, and tries every accepted ans
 The steps and quirks: docs/evaluation.md.
 """
 
-import argparse
 import json
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from data.json_records import write_json_lines
-from data.tool_calls import ToolCall
-from eval.benchmark_data import EvalExample, benchmark_of, load_rotbench
-from eval.command_line import parse_arguments, run_command
-from eval.metrics import CallScore, GoldAnswer, equal_python, score_calls
+from data.json_records import DataError
+from data.tool_calls import ToolCall, ToolCallError
+from data.tool_documents import normalize_tools
+from data.trajectories import Message
+from eval.benchmarks import BENCHMARKS, benchmark_of
+from eval.evaluator_command_line import CALL_PREDICTIONS, add_rules, evaluator_parser, read_flags, run_evaluator
+from eval.metrics import CallScore, GoldAnswer, GoldCall, equal_python, score_calls
 from eval.predict.prediction_files import Prediction
-from eval.predict.react_output import PredictedCall, read_call, read_call_predictions
-from eval.reports.report import METRICS, summarize_results
+from eval.predict.react_output import PredictedCall, parse_react, read_call, read_call_predictions
+from eval.rates import rates, summarize_results
+from eval.records import Record, Scores, ScoreSettings, field_of, read_list
 
 RULES = ("official", "fair")
+EQUALITY = dict.fromkeys(RULES, equal_python)  # of values, for eval/reports/error_statistics.py
 SCENARIOS = {
     "TG": "Text Generation",
     "RS": "Real-Time Search",
@@ -35,13 +38,100 @@ SCENARIOS = {
     "IR": "Information Retrieval",
     "FT": "Financial Transactions",
 }
-RATE_KEYS = ("n", *(key for metric in METRICS for key in (metric, f"{metric}_percent", f"{metric}_interval_95")))
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Records
 
 
-# ----------------------------------------------------------------------------------------------------------- one record
+def load_rotbench(path: Path) -> list[Record]:
+    """Read RoTBench's own file, a JSON list: first or third turn, clean or with noise.
+
+    `meta`: `scenario`; `finish` and `ask_to_user`, the names that noise has given to the tools in the last place and
+    the last but one ("" where there is no such tool); `noise`, "tool" or "parameter" for the halves of slight, medium
+    and heavy, else "". In the gold arguments the value "None" marks a wildcard, and of `finish` and `ask_to_user` all
+    are. Raises DataError with `file:line`.
+    """
+    records = read_list(path)
+    halves = path.stem in ("slight", "medium", "heavy") and len(records) % 2 == 0
+    noises = ["tool", "parameter"] if halves else [""]
+    return [
+        _record(record, index, noises[index * len(noises) // len(records)], f"{path}:{line}")
+        for index, (line, record) in enumerate(records)
+    ]
 
 
-def score_rotbench_call(name: str, arguments: object, example: EvalExample, rules: str) -> CallScore:
+def _record(record: object, index: int, noise: str, where: str) -> Record:
+    turns = field_of(record, "conversations", list, where)
+    if len(turns) < 3:
+        raise DataError(f"{where}: found {len(turns)} conversations, expected system, user and the accepted answers")
+    tools = normalize_tools(_tools(field_of(turns[0], "value", str, where), where), f"{where}: tools")
+    names = ["", "", *(tool["function"]["name"] for tool in tools)]
+    meta = {
+        "scenario": field_of(record, "scenario", str, where),
+        "finish": names[-1],
+        "ask_to_user": names[-2],
+        "noise": noise,
+    }
+    answers = field_of(turns[-1], "value", list, where)
+    if not answers:
+        raise DataError(f"{where}: found no accepted answer, expected at least one")
+    return Record(
+        index=index,
+        id=field_of(record, "id", str, where),
+        tools=tools,
+        messages=[_message(turn, where) for turn in turns[1:-1]],
+        gold=tuple(_answer(answer, names, where) for answer in answers),
+        meta=meta,
+    )
+
+
+def _tools(system: str, where: str) -> object:
+    """The tool list inside the system prompt: from the first square bracket to the bracket that closes it."""
+    start = system.find("[")
+    try:
+        tools, _ = json.JSONDecoder().raw_decode(system, max(start, 0))
+    except (ValueError, RecursionError):
+        raise DataError(f"{where}: found no JSON list of tools in the system message, expected one") from None
+    return tools
+
+
+def _message(turn: object, where: str) -> Message:
+    role, text = field_of(turn, "from", str, where), field_of(turn, "value", str, where)
+    if role == "user":
+        return Message(role="user", content=text.removesuffix("\nBegin!\n"))
+    if role == "function":
+        return Message(role="tool", content=text)
+    if role != "assistant":
+        raise DataError(f"{where}: found role {role!a}, expected user, assistant or function")
+    try:
+        name, arguments = parse_react(text)
+    except ToolCallError as error:
+        return Message(role="assistant", content=text, fault=str(error))
+    if not isinstance(arguments, dict):
+        return Message(role="assistant", content=text, fault=f"found {type(arguments).__name__} as arguments")
+    return Message(role="assistant", content=text, call=ToolCall(name, arguments))
+
+
+def _answer(answer: object, names: Sequence[str], where: str) -> GoldAnswer:
+    if not isinstance(answer, str):
+        raise DataError(f"{where}: found {type(answer).__name__} as accepted answer, expected text")
+    try:
+        name, arguments = parse_react(answer)
+    except ToolCallError as error:
+        raise DataError(f"{where}: accepted answer: {error}") from None
+    if not isinstance(arguments, dict) or name not in names[2:]:
+        raise DataError(f"{where}: found accepted answer {answer[:60]!a}, expected a call of one of the record's tools")
+    wildcards = arguments if name in names[-2:] else [key for key, value in arguments.items() if value == "None"]
+    return GoldAnswer(
+        calls=(GoldCall(name=name, arguments=arguments, wildcards=frozenset(wildcards)),), order_free=False
+    )
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Scores
+
+
+def score_rotbench_call(name: str, arguments: object, example: Record, rules: str) -> CallScore:
     """Score one call by the steps of RoTBench's scorer (its Code/Evaluation/evaluate.py; docs/evaluation.md).
 
     1. Arguments that Python takes for false (`{}`, `[]`, 0, null) make all three metrics wrong; `fair` lets `{}` pass.
@@ -81,7 +171,7 @@ def score_rotbench_call(name: str, arguments: object, example: EvalExample, rule
     return CallScore(TS=level >= 1, PI=level >= 2, CF=level == 3, reason=_reason(name, arguments, example, level))
 
 
-def _reason(name: str, arguments: object, example: EvalExample, level: int) -> str:
+def _reason(name: str, arguments: object, example: Record, level: int) -> str:
     """Why the call is wrong: the difference to an accepted answer, or the quirk where that does not explain it."""
     if level == 3:
         return ""
@@ -93,16 +183,13 @@ def _reason(name: str, arguments: object, example: EvalExample, level: int) -> s
     return "scorer's order: an earlier accepted answer changed the call before this one was tried"
 
 
-def _with_finish(example: EvalExample) -> list[GoldAnswer]:
+def _with_finish(example: Record) -> list[GoldAnswer]:
     """The accepted answers, and beside each that calls the last tool the same under the name `finish`."""
     calls = [answer.calls[0] for answer in example.gold if answer.calls[0].name == example.meta["finish"]]
     return [*example.gold, *(GoldAnswer((replace(call, name="finish"),), order_free=False) for call in calls)]
 
 
-# ---------------------------------------------------------------------------------------------------------- whole files
-
-
-def evaluate_rotbench(examples: Sequence[EvalExample], calls: Sequence[PredictedCall], rules: str) -> list[dict]:
+def evaluate_rotbench(examples: Sequence[Record], calls: Sequence[PredictedCall], rules: str) -> list[dict]:
     """One row per record: index, id, scenario, TS, PI, CF (0 or 1), reason ("" if correct).
 
     `calls` are those predicted for `examples`, in order; `rules` is one of RULES.
@@ -129,7 +216,7 @@ def evaluate_rotbench(examples: Sequence[EvalExample], calls: Sequence[Predicted
 
 
 def summarize_rotbench(
-    examples: Sequence[EvalExample], predictions: Sequence[Prediction], rules: str
+    examples: Sequence[Record], predictions: Sequence[Prediction], rules: str
 ) -> tuple[list[dict], dict]:
     """The rows by `rules`, and a summary: rates, both rules side by side, rates by scenario and half of the noise."""
     calls = [read_call(prediction) for prediction in predictions]
@@ -147,74 +234,28 @@ def summarize_rotbench(
     return rows, summary
 
 
-def rates(rows: Sequence[dict]) -> dict:
-    """n, and per metric count, percentage and 95 % interval, without the errors."""
-    summary = summarize_results(rows)
-    return {key: summary[key] for key in RATE_KEYS}
-
-
-def evaluate_rotbench_files(
-    answers: Path, predictions: Path, limit: int | None, rules: str
-) -> tuple[list[dict], dict, list[str]]:
-    """(rows, summary, notices) for an answer file and a prediction file, official form or JSONL. Raises DataError."""
-    examples = load_rotbench(answers)
-    matched, notices = read_call_predictions(predictions, len(examples), limit)
-    return *summarize_rotbench(examples[:limit], matched, rules), notices
-
-
-# --------------------------------------------------------------------------------------------------------- command line
-
-
-def read_flags(
-    prog: str, default_rules: str, rules_help: Mapping[str, str], arguments: Sequence[str], *, execute_help: str = ""
-) -> argparse.Namespace:
-    """The flags of an evaluator of calls, --execute_code if it has an `execute_help`.
-
-    Wrong ones end the program with one line and code 2.
-    """
-    parser = argparse.ArgumentParser(prog=prog, description="Score tool calls: TS, PI, CF.")
-    parser.add_argument("--answers", type=Path, required=True, help="the benchmark's own file")
-    parser.add_argument(
-        "--predictions",
-        type=Path,
-        required=True,
-        help='JSONL of {"index": 0, "output": "text"}, "format" where it is not tl; or a JSON list of '
-        "records whose last conversations value is a ReAct text",
-    )
-    parser.add_argument(
-        "--rules",
-        choices=tuple(rules_help),
-        default=default_rules,
-        help="; ".join(f"{name}: {text}" for name, text in rules_help.items()) + " (default: %(default)s)",
-    )
-    if execute_help:
-        parser.add_argument("--execute_code", action="store_true", help=execute_help)
-    parser.add_argument("--output", type=Path, help="folder for results/<benchmark>.jsonl (default: none written)")
-    parser.add_argument("--limit", type=int, help="score only the first N records (default: all, none may miss)")
-    flags = parse_arguments(parser, arguments)
-    if flags.limit is not None and flags.limit < 1:
-        parser.error(f"--limit: found {flags.limit}, expected at least 1")
-    return flags
-
-
-def report_scores(flags: argparse.Namespace, rows: Sequence[dict], summary: Mapping, notices: Sequence[str]) -> None:
-    """Notices to stderr, rows to --output, the summary as the last line of stdout."""
-    for notice in notices:
-        print(notice, file=sys.stderr)
-    if flags.output is not None:
-        write_json_lines(flags.output / "results" / f"{benchmark_of(flags.answers)}.jsonl", rows)
-    print(json.dumps(summary))
+def score_rotbench(records: Sequence[Record], predictions: Path, settings: ScoreSettings) -> Scores:
+    """Rows, summary and notices for a prediction file, official form or JSONL. Raises DataError, `file:line`."""
+    matched, notices = read_call_predictions(predictions, len(records), settings.limit)
+    return Scores(*summarize_rotbench(records[: settings.limit], matched, settings.rules), notices)
 
 
 def main(arguments: Sequence[str]) -> int:
     """Command line; exit code 0, or 2 after one line on stderr. The last line of stdout is one JSON object."""
-    rules_help = {"official": "as RoTBench's scorer, empty arguments are wrong", "fair": "empty arguments may be right"}
-    flags = read_flags("evaluate_rotbench", "official", rules_help, arguments)
-    return run_command(
-        lambda: report_scores(
-            flags, *evaluate_rotbench_files(flags.answers, flags.predictions, flags.limit, flags.rules)
-        )
+    parser = evaluator_parser(
+        "evaluate_rotbench",
+        "Score tool calls: TS, PI, CF.",
+        answers="the benchmark's own file, of any turn and noise",
+        predictions=CALL_PREDICTIONS,
     )
+    add_rules(
+        parser,
+        BENCHMARKS["rotbench-clean"].rules,
+        official="as RoTBench's scorer, empty arguments are wrong",
+        fair="empty arguments may be right",
+    )
+    flags = read_flags(parser, arguments)
+    return run_evaluator(flags, benchmark_of(flags.answers, "rotbench"), load_rotbench, score_rotbench)
 
 
 if __name__ == "__main__":

@@ -6,23 +6,91 @@ TS: the name is equal; PI: also the set of argument names; CF: also all values a
 "3" differ, so do upper and lower case). An output that is not exactly one call is wrong on all three.
 """
 
-import argparse
-import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from data.formats.table import parse_output
-from data.json_records import write_json_lines
+from data.json_records import DataError
 from data.tool_calls import ToolCallError
-from eval.benchmark_data import BENCHMARK_FILES, EvalExample, load_tiny
-from eval.command_line import parse_arguments, run_command
-from eval.metrics import equal_strict, score_calls
+from data.tool_documents import normalize_tools
+from data.trajectories import Message
+from eval.benchmarks import benchmark_of
+from eval.evaluator_command_line import evaluator_parser, read_flags, run_evaluator
+from eval.metrics import GoldAnswer, GoldCall, equal_strict, score_calls
 from eval.predict.prediction_files import Prediction, match_predictions, read_predictions
-from eval.reports.report import summarize_results
+from eval.rates import summarize_results
+from eval.records import Record, Scores, ScoreSettings, field_of, read_lines
+
+EQUALITY = {"": equal_strict}  # of values, for eval/reports/error_statistics.py
+IMPLICIT_TOOLS = ("finish", "ask_to_user")  # callable in every dialogue, listed or not
 
 
-def evaluate_tiny(examples: Sequence[EvalExample], predictions: Sequence[Prediction]) -> list[dict]:
+# ---------------------------------------------------------------------------------------------------------------------
+# Records
+
+
+def load_tiny(path: Path) -> list[Record]:
+    """Read lines `{"id", "tools", "messages", "gold": [{"calls": [{"name", "arguments"}], "order_free"}], "meta"}`.
+
+    Raises DataError with `file:line`.
+    """
+    return [_record(row, index, f"{path}:{line}") for index, (line, row) in enumerate(read_lines(path))]
+
+
+def _record(row: dict, index: int, where: str) -> Record:
+    record_id = field_of(row, "id", str, where)
+    tools = normalize_tools(field_of(row, "tools", list, where), f"{where}: tools")
+    offered = {*IMPLICIT_TOOLS, *(tool["function"]["name"] for tool in tools)}
+    messages = user_messages(row, where)
+    gold = tuple(_answer(answer, offered, where) for answer in field_of(row, "gold", list, where))
+    if not gold:
+        raise DataError(f"{where}: found no gold answer, expected at least one")
+    return Record(index=index, id=record_id, tools=tools, messages=messages, gold=gold, meta=row.get("meta", {}))
+
+
+def user_messages(row: dict, where: str) -> list[Message]:
+    """The messages of a line, at least one, all of the user. Raises DataError, prefixed by `where`."""
+    messages = [_message(message, where) for message in field_of(row, "messages", list, where)]
+    if not messages:
+        raise DataError(f"{where}: found no message, expected at least the user's request")
+    return messages
+
+
+def _message(message: object, where: str) -> Message:
+    role = field_of(message, "role", str, where)
+    if role != "user":
+        raise DataError(f"{where}: found a message of role {role!a}, expected user messages only")
+    return Message(role="user", content=field_of(message, "content", str, where), call=None)
+
+
+def _answer(answer: object, offered: set[str], where: str) -> GoldAnswer:
+    calls = tuple(_gold_call(call, offered, where) for call in field_of(answer, "calls", list, where))
+    if not calls:
+        raise DataError(f"{where}: found a gold answer without calls, expected at least one")
+    return GoldAnswer(calls=calls, order_free=field_of(answer, "order_free", bool, where))
+
+
+def _gold_call(call: object, offered: set[str], where: str) -> GoldCall:
+    name = field_of(call, "name", str, f"{where}: gold call")
+    arguments = field_of(call, "arguments", dict, f"{where}: gold call")
+    wildcards = call.get("wildcards", [])
+    if name not in offered:
+        raise DataError(f"{where}: found gold tool {name!a}, expected one of the record's tools")
+    if (
+        not isinstance(wildcards, list)
+        or not all(key in arguments for key in wildcards if isinstance(key, str))
+        or not all(isinstance(key, str) for key in wildcards)
+    ):
+        raise DataError(f"{where}: found wildcards {wildcards!a}, expected a list of argument names")
+    return GoldCall(name=name, arguments=arguments, wildcards=frozenset(wildcards))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Scores
+
+
+def evaluate_tiny(examples: Sequence[Record], predictions: Sequence[Prediction]) -> list[dict]:
     """One row per record: index, id, TS, PI, CF (0 or 1), reason ("" if correct, else `<error category>: <detail>`).
 
     `predictions` are those of `examples`, in order.
@@ -30,7 +98,7 @@ def evaluate_tiny(examples: Sequence[EvalExample], predictions: Sequence[Predict
     return [_score(example, prediction) for example, prediction in zip(examples, predictions, strict=True)]
 
 
-def _score(example: EvalExample, prediction: Prediction) -> dict:
+def _score(example: Record, prediction: Prediction) -> dict:
     row = {"index": example.index, "id": example.id, "TS": 0, "PI": 0, "CF": 0}
     if prediction.stop == "prompt_too_long":
         return {**row, "reason": "no output: the prompt does not fit the model's positions"}
@@ -43,45 +111,25 @@ def _score(example: EvalExample, prediction: Prediction) -> dict:
     return {**row, "TS": int(score.TS), "PI": int(score.PI), "CF": int(score.CF), "reason": score.reason}
 
 
-def evaluate_tiny_files(answers: Path, predictions: Path, limit: int | None) -> tuple[list[dict], list[str]]:
-    """The rows for an answer file and a prediction file, and notices worth showing. Raises DataError, `file:line`."""
-    examples = load_tiny(answers)
-    found, has_dropped = read_predictions(predictions)
-    matched = match_predictions(found, len(examples), limit, path=predictions)
-    notices = [f"{predictions}: dropped a partial last line"] if has_dropped else []
-    return evaluate_tiny(examples[:limit], matched), notices
-
-
-def benchmark_of(answers: Path) -> str:
-    """The benchmark's name by its file name: `test_seen.jsonl` -> `tiny-seen`; other files keep their stem."""
-    return next((name for name, file_name in BENCHMARK_FILES.items() if file_name == answers.name), answers.stem)
+def score_tiny(records: Sequence[Record], predictions: Path, settings: ScoreSettings) -> Scores:
+    """Rows, summary and notices for a prediction file. Raises DataError, `file:line`."""
+    found, dropped = read_predictions(predictions)
+    matched = match_predictions(found, len(records), settings.limit, path=predictions)
+    rows = evaluate_tiny(records[: settings.limit], matched)
+    notices = [f"{predictions}: dropped a partial last line"] if dropped else []
+    return Scores(rows, summarize_results(rows), notices)
 
 
 def main(arguments: Sequence[str]) -> int:
     """Command line; exit code 0, or 2 after one line on stderr. The last line of stdout is one JSON object."""
-    parser = argparse.ArgumentParser(prog="evaluate_tiny", description="Score predictions on a tiny benchmark.")
-    parser.add_argument("--answers", type=Path, required=True, help="test_seen.jsonl or test_unseen.jsonl")
-    parser.add_argument(
-        "--predictions",
-        type=Path,
-        required=True,
-        help='JSONL of {"index": 0, "output": "text"}, "format": "plain" where it is not tl',
+    parser = evaluator_parser(
+        "evaluate_tiny",
+        "Score predictions on a tiny benchmark.",
+        answers="test_seen.jsonl or test_unseen.jsonl",
+        predictions='JSONL of {"index": 0, "output": "text"}, "format": "plain" where it is not tl',
     )
-    parser.add_argument("--output", type=Path, help="folder for results/<benchmark>.jsonl (default: none written)")
-    parser.add_argument("--limit", type=int, help="score only the first N records (default: all, none may miss)")
-    flags = parse_arguments(parser, arguments)
-    if flags.limit is not None and flags.limit < 1:
-        parser.error(f"--limit: found {flags.limit}, expected at least 1")
-
-    def command() -> None:
-        rows, notices = evaluate_tiny_files(flags.answers, flags.predictions, flags.limit)
-        for notice in notices:
-            print(notice, file=sys.stderr)
-        if flags.output is not None:
-            write_json_lines(flags.output / "results" / f"{benchmark_of(flags.answers)}.jsonl", rows)
-        print(json.dumps(summarize_results(rows)))
-
-    return run_command(command)
+    flags = read_flags(parser, arguments)
+    return run_evaluator(flags, benchmark_of(flags.answers, "tiny"), load_tiny, score_tiny)
 
 
 if __name__ == "__main__":

@@ -24,9 +24,10 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
 
+from command_line import parse_arguments, run_command
 from data.json_records import DataError
-from eval.benchmark_data import BENCHMARK_FILES, MASKED_API_KEY
-from eval.command_line import parse_arguments, run_command
+from eval.benchmarks import Benchmark
+from eval.evaluate_toolalpaca import MASKED_API_KEY
 
 ORIGINS = Path(__file__).with_name("benchmark_origins.json")
 HOST = "https://raw.githubusercontent.com"
@@ -66,9 +67,9 @@ def read_origins(path: Path) -> list[OriginFile]:
     return files
 
 
-def files_of_benchmark(name: str, files: Sequence[OriginFile]) -> list[OriginFile]:
-    """The files that benchmark `name` (a key of BENCHMARK_FILES) is read from: its file, or all below its folder."""
-    path = "tooleyes" if name == "tooleyes" else BENCHMARK_FILES[name]  # ToolEyes has its tools next to its queries
+def files_of_benchmark(benchmark: Benchmark, files: Sequence[OriginFile]) -> list[OriginFile]:
+    """The files that a benchmark is read from: its file, or all below its folder."""
+    path = benchmark.folder or benchmark.path
     return [file for file in files if file.path == path or file.path.startswith(path + "/")]
 
 
@@ -85,9 +86,9 @@ def find_faults(files: Sequence[OriginFile], benchmark_dir: Path) -> list[str]:
     return [fault for file in files if (fault := _fault_on_disk(file, benchmark_dir))]
 
 
-def check_benchmark(name: str, benchmark_dir: Path) -> None:
+def check_benchmark(benchmark: Benchmark, benchmark_dir: Path) -> None:
     """Raise DataError unless the files of a published benchmark are in `benchmark_dir` as they were published."""
-    faults = find_faults(files_of_benchmark(name, read_origins(ORIGINS)), benchmark_dir)
+    faults = find_faults(files_of_benchmark(benchmark, read_origins(ORIGINS)), benchmark_dir)
     if faults:
         raise DataError(faults[0] + (f" ({len(faults) - 1} more such files)" if len(faults) > 1 else ""))
 
@@ -214,7 +215,7 @@ def main(arguments: Sequence[str]) -> int:
                 print(f"{done}/{len(files)} {path}", flush=True)
         print(f"{flags.benchmark_dir}: all {len(files)} files as published")
 
-    return run_command(command)
+    return run_command(command, (DataError, OSError))
 
 
 if __name__ == "__main__":

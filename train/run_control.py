@@ -1,16 +1,18 @@
-"""What every training loop needs around its steps: a run folder of its own, the newest good checkpoint, signals.
+"""What every run needs around its steps: a folder of its own, the newest good checkpoint, signals, a lock.
 
 SFT and PPO share these, so that a run of either kind is opened, stopped and resumed by the same rules
 (docs/checkpoints.md).
 """
 
+import fcntl
 import signal
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Self
+from typing import Self, TextIO
 
 import torch
 
+from data.json_records import DataError
 from train.checkpoint import CheckpointError, TrainerState, load_checkpoint, newest_good_checkpoint, remove_leftovers
 from train.distributed import World, any_rank, reshard_all, wait_for_all
 from train.run_logging import (
@@ -73,6 +75,29 @@ def open_output(output: Path, settings: dict, identity: dict, world: World, *, r
             problem = str(error)
     if any_rank(problem != ""):
         raise RunFolderError(problem or f"{output}: refused by rank 0")
+
+
+def lock_folder(folder: Path, world: World) -> TextIO:
+    """Keep other runs out of `folder` until the file returned is closed, by this process's end at the latest.
+
+    Each rank holds a shared lock: a torchrun that is killed outright leaves its workers alive, and they go on writing.
+    Raises DataError, on all ranks, while any process of another run holds one.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = open(folder / "lock", "w")  # noqa: SIM115, held until the process ends
+    is_taken = False
+    if world.is_main:  # alone in the folder? The other ranks ask for their lock only after this answer.
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            is_taken = True
+    if any_rank(is_taken):
+        raise DataError(
+            f"{folder}: found another process at work on it, expected none; end it or wait for its end "
+            "(killing torchrun itself leaves its workers running)"
+        )
+    fcntl.flock(lock, fcntl.LOCK_SH)  # rank 0 passes from exclusive to shared, which lets the others in
+    return lock
 
 
 def resume_newest(

@@ -1,4 +1,4 @@
-"""Dialogues on disk: the tasks, the journal while they run, the finished prediction file (docs/multi_turn.md).
+"""Dialogues on disk: the journal while they run, the finished prediction file (docs/multi_turn.md).
 
     PREDICTIONS/<name>.rank<r>.jsonl  journal of rank r (0 too): a line per turn and one per end, flushed as they come
     PREDICTIONS/<name>.jsonl          finished dialogues, one line each, sorted by index
@@ -20,23 +20,10 @@ from typing import Self
 
 from data.formats.table import DEFAULT_FORMAT, PROMPT_FORMATS
 from data.json_records import DataError, read_json_lines, write_json_lines
-from data.trajectories import Message
 
 END_REASONS = ("finish", "max_turns", "prompt_too_long", "refused")
 # Who answered a call: a tool runtime, the fixed reply to ask_to_user, or no one (finish).
 EXECUTORS = ("local", "simulated", "recorded", "user", "")
-
-
-@dataclass(slots=True)
-class DialogueTask:
-    """One record of a multi-turn benchmark: the start of a dialogue."""
-
-    index: int  # position in the benchmark's file, from 0
-    id: str  # the benchmark's own name for the record; not necessarily unique
-    tools: list[dict]  # offered tools, OpenAI function dicts
-    messages: list[Message]  # the user's query
-    tool_set: str  # which tools answer: "toolbox", or ToolEyes' path as in "Random/Random"
-    meta: dict  # anything else in the record, e.g. scenario
 
 
 @dataclass(slots=True)

@@ -15,7 +15,8 @@ from collections.abc import Mapping, Sequence
 from data.error_filter import CATEGORIES, classify_feedback
 from data.tool_calls import ToolCall
 from eval.confidence import Z_95, wilson_interval
-from eval.dialogues.journal import EXECUTORS, DialogueTask, RecordedDialogue
+from eval.dialogues.journal import EXECUTORS, RecordedDialogue
+from eval.records import Record
 
 MAX_TURNS = 9  # outputs of a model per dialogue (paper, section 4.3; the same in ToolEyes' own loop)
 DE_CATEGORIES = ("tool_hallucination", "parameter_hallucination", "parameter_missing")
@@ -75,7 +76,7 @@ def _gives_up(value: object) -> bool:
     return any(phrase in text for phrase in GIVE_UPS)
 
 
-def score_dialogue(dialogue: RecordedDialogue, task: DialogueTask, max_turns: int) -> dict:
+def score_dialogue(dialogue: RecordedDialogue, task: Record, max_turns: int) -> dict:
     """The results row: attempted calls, calls with DE and with CE, whether there are any (0 or 1), VA, categories."""
     categories = call_categories(dialogue, task.tools)
     n_de = sum(category in DE_CATEGORIES for category in categories)  # E32
@@ -102,7 +103,7 @@ def score_dialogue(dialogue: RecordedDialogue, task: DialogueTask, max_turns: in
 
 
 def score_dialogues(
-    dialogues: Sequence[RecordedDialogue], tasks: Sequence[DialogueTask], max_turns: int = MAX_TURNS
+    dialogues: Sequence[RecordedDialogue], tasks: Sequence[Record], max_turns: int = MAX_TURNS
 ) -> tuple[list[dict], dict]:
     """(rows, summary) of dialogues with their tasks, in the same order; at least one.
 

@@ -22,7 +22,6 @@ from data.tool_calls import ToolCall, ToolCallError
 from data.trajectories import Message
 from eval.dialogues.journal import (
     DialogueJournal,
-    DialogueTask,
     RecordedDialogue,
     close_journals,
     join_journals,
@@ -31,6 +30,7 @@ from eval.dialogues.journal import (
 )
 from eval.dialogues.metrics import MAX_TURNS
 from eval.dialogues.tools import MAX_FEEDBACK_CHARACTERS, Executor, ToolRequest
+from eval.predict.cut_output import cut_at
 from eval.predict.endpoint import (
     REFUSALS_TO_STOP,
     Answer,
@@ -42,7 +42,7 @@ from eval.predict.endpoint import (
     message_text,
 )
 from eval.predict.generate import read_response
-from eval.queries import cut_at
+from eval.records import Record
 from model.dialogue_decoding import DialogueDecoder
 from model.tokenizer import Tokenizer
 from model.transformer import Transformer
@@ -80,7 +80,7 @@ class Dialogue:
 
     def __init__(
         self,
-        task: DialogueTask,
+        task: Record,
         *,
         execute: Executor,
         journal: DialogueJournal,
@@ -184,8 +184,8 @@ def _call_entry(call: ToolCall, feedback: str | None, executor: str) -> dict:
 
 def complete_dialogues(
     path: Path,
-    tasks: Sequence[DialogueTask],
-    run: Callable[[list[DialogueTask], DialogueJournal], None],
+    tasks: Sequence[Record],
+    run: Callable[[list[Record], DialogueJournal], None],
     *,
     prompt_format: str,
     rank: int,
@@ -253,7 +253,7 @@ def _notices(path: Path, dialogues: Sequence[RecordedDialogue], *, resumed: int,
 
 
 def run_dialogues_with_model(
-    tasks: Sequence[DialogueTask],
+    tasks: Sequence[Record],
     model: Transformer,
     tokenizer: Tokenizer,
     *,
@@ -345,7 +345,7 @@ def turn_generator(seed: int, index: int, turn: int) -> torch.Generator:
 
 
 def run_dialogues_with_endpoint(
-    tasks: Sequence[DialogueTask],
+    tasks: Sequence[Record],
     endpoint: Endpoint,
     *,
     execute: Executor,
@@ -365,7 +365,7 @@ def run_dialogues_with_endpoint(
     waiting, running, failure, has_answered = list(reversed(tasks)), set(), None, False
     refused: list[tuple[Dialogue, str]] = []  # at the first turn, before any other answer: the settings may be wrong
 
-    def talk(task: DialogueTask) -> tuple[Dialogue, str, str]:
+    def talk(task: Record) -> tuple[Dialogue, str, str]:
         dialogue = Dialogue(task, execute=execute, journal=journal, prompt_format=prompt_format, max_turns=max_turns)
         return (dialogue, *_talk(dialogue, endpoint, prompt_format, max_new_tokens, temperature))
 

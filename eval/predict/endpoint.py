@@ -25,8 +25,9 @@ from data.formats.call_text import json_text
 from data.formats.prompt_format import PromptError
 from data.formats.table import FORMATS, prompt_text
 from data.json_records import DataError
-from eval.general_tasks import LETTERS, MMLU_SHOTS, mmlu_prompt
-from eval.queries import ChoiceQuery, Query, cut_at
+from eval.predict.choices import choice_prompt
+from eval.predict.cut_output import cut_at
+from eval.records import Record
 
 BACKOFF_SECONDS, MAX_PAUSE_SECONDS = 1.0, 60.0  # before the second attempt; the longest pause, also for Retry-After
 MAX_ANSWER_BYTES = 16 << 20
@@ -244,7 +245,7 @@ def _seconds(text: str | None) -> float:
 
 def ask_record(
     endpoint: Endpoint,
-    query: Query | ChoiceQuery,
+    query: Record,
     *,
     prompt_format: str,
     max_new_tokens: int,
@@ -255,7 +256,7 @@ def ask_record(
 
     `temperature` 0 asks for the likeliest tokens; a choice always does. Raises EndpointError.
     """
-    if isinstance(query, ChoiceQuery):
+    if query.letters:
         return _ask_choice(endpoint, query, prompt_format)
     if chat_request := FORMATS[prompt_format].chat_request:
         text_alone = [{"role": "user", "content": query.text}], []
@@ -323,47 +324,42 @@ def _row(index: int, text: str, answer: Answer, stop_texts: Sequence[str]) -> di
     return {**row, "error": answer.error} if answer.error else row
 
 
-def _ask_choice(endpoint: Endpoint, query: ChoiceQuery, prompt_format: str) -> dict:
+def _ask_choice(endpoint: Endpoint, query: Record, prompt_format: str) -> dict:
     """The letter that the server finds most likely, with as many of the solved questions as its context holds.
 
-    By completions that is the best of A to D among the listed log-probabilities, by chat the text of the answer.
+    By completions that is the best of the letters among the listed log-probabilities, by chat the text of the answer.
     """
-    for kept in range(min(MMLU_SHOTS, len(query.shots)), -1, -1):
-        text = mmlu_prompt(query.question, query.shots[:kept])
+    for n_shots in range(len(query.shots), -1, -1):
+        text = choice_prompt(query, n_shots)
         if FORMATS[prompt_format].chat_request:
             answer = chat(endpoint, [{"role": "user", "content": text}], [], 16, ())
             output = message_text(answer, has_tools=False)
         else:
             answer = complete(endpoint, text, 1, (), logprobs=TOP_LOGPROBS)
-            output = _likeliest_letter(answer.choice) or completed_text(answer)
+            output = _likeliest_letter(answer.choice, query.letters) or completed_text(answer)
         if answer.stop != "prompt_too_long":
             break
     row = {"index": query.index, "output": output, "stop": "end" if answer.choice else answer.stop}
     return {**row, "error": answer.error} if answer.error else row
 
 
-def _likeliest_letter(choice: dict) -> str:
+def _likeliest_letter(choice: dict, letters: str) -> str:
     logprobs = choice.get("logprobs")
     top = logprobs.get("top_logprobs") if isinstance(logprobs, dict) else None
     first = top[0] if isinstance(top, list) and top and isinstance(top[0], dict) else {}
-    letters = [
+    found = [
         (value, token.strip())
         for token, value in first.items()
-        if len(token.strip()) == 1 and token.strip() in LETTERS and type(value) in (int, float)
+        if len(token.strip()) == 1 and token.strip() in letters and type(value) in (int, float)
     ]
-    return " " + max(letters)[1] if letters else ""
+    return " " + max(found)[1] if found else ""
 
 
 # ----------------------------------------------------------------------------------------------------------- whole runs
 
 
 def ask_records(
-    endpoint: Endpoint,
-    queries: Sequence[Query | ChoiceQuery],
-    *,
-    prompt_format: str,
-    max_new_tokens: int,
-    stop_texts: Sequence[str],
+    endpoint: Endpoint, queries: Sequence[Record], *, prompt_format: str, max_new_tokens: int, stop_texts: Sequence[str]
 ) -> Iterator[dict]:
     """Rows in the order in which answers arrive, `endpoint.concurrency` requests at a time.
 

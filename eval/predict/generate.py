@@ -13,9 +13,11 @@ from pathlib import Path
 import torch.distributed as dist
 from tqdm import tqdm
 
+from data.formats.table import encode_prompt
 from data.json_records import DataError, read_json_lines, write_json_lines, write_text
+from eval.predict.cut_output import cut_at
 from eval.predict.prediction_files import read_predictions
-from eval.queries import ChoiceQuery, Query, cut_at, encode_query
+from eval.records import Record
 from model.sampling import generate
 from model.tokenizer import Tokenizer
 from model.transformer import Transformer
@@ -144,7 +146,7 @@ def _wait_for_all_ranks() -> None:
 
 def complete_predictions(
     path: Path,
-    queries: Sequence[Query | ChoiceQuery],
+    queries: Sequence[Record],
     predict: Callable[[list], Iterator[dict]],
     *,
     label: dict[str, str],
@@ -204,6 +206,21 @@ def _notices(path: Path, rows: Sequence[dict], *, resumed: int, dropped: int) ->
 # ----------------------------------------------------------------------------------------------------------- generation
 
 
+def encode_record(record: Record, prompt_format: str, tokenizer: Tokenizer) -> list[int]:
+    """Ids of the prompt for a model of ours, BOS included. A text has no format: it is encoded as it is.
+
+    Raises PromptError if the tokenizer is not that of a model of `prompt_format`.
+    """
+    if record.text:
+        return encode_text(record.text, tokenizer)
+    return encode_prompt(record.tools, record.messages, tokenizer, prompt_format)
+
+
+def encode_text(text: str, tokenizer: Tokenizer) -> list[int]:
+    """BOS, where the tokenizer has one, and the ids of the text."""
+    return ([] if tokenizer.bos_id is None else [tokenizer.bos_id]) + tokenizer.encode(text)
+
+
 def length_sorted_batches(prompts: dict[int, list[int]], batch_size: int) -> list[list[int]]:
     """Indices in batches of near-equal prompt length, longest first, so that a lack of memory shows at once."""
     ordered = sorted(prompts, key=lambda index: (-len(prompts[index]), index))
@@ -213,7 +230,7 @@ def length_sorted_batches(prompts: dict[int, list[int]], batch_size: int) -> lis
 def generated_rows(
     model: Transformer,
     tokenizer: Tokenizer,
-    queries: Sequence[Query],
+    queries: Sequence[Record],
     *,
     prompt_format: str,
     stop_texts: Sequence[str],
@@ -229,7 +246,7 @@ def generated_rows(
     that leaves less than `max_new_tokens` of the model's positions gets the empty output with
     `"stop": "prompt_too_long"`. A row does not depend on batch_size or ranks. Raises PromptError, before the first row.
     """
-    prompts = {query.index: encode_query(query, prompt_format, tokenizer) for query in queries}
+    prompts = {query.index: encode_record(query, prompt_format, tokenizer) for query in queries}
     continued = {query.index for query in queries if query.text}
     stop_ids = {
         tokenizer.eos_id,

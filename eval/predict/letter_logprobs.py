@@ -1,6 +1,6 @@
-"""MMLU with a model of ours: log-probabilities of " A" to " D" after each question; nothing is generated.
+"""Choices with a model of ours: log-probabilities of " A", " B", ... after each question. Nothing is generated.
 
-The questions of a subject begin with the same solved ones. Their keys and values are computed once and stay in the
+Neighbouring questions begin with the same solved ones. Their keys and values are computed once and stay in the
 cache; each question is then one forward over its own tokens. Every forward has the shape of its own text, so the
 numbers depend neither on which questions are left after a kill nor on the number of ranks.
 
@@ -11,34 +11,39 @@ from collections.abc import Iterator, Sequence
 
 import torch
 
-from eval.general_tasks import LETTERS, choose_letter, fit_mmlu_prompt
-from eval.queries import ChoiceQuery, encode_text
+from eval.predict.choices import choice_prefix, choice_prompt, choose_letter, fitting_shots
+from eval.predict.generate import encode_text
+from eval.records import Record
 from model.decode import KVCache, prefill
 from model.tokenizer import Tokenizer
 from model.transformer import Transformer
 
 
-def letter_rows(model: Transformer, tokenizer: Tokenizer, queries: Sequence[ChoiceQuery]) -> Iterator[dict]:
-    """One predictions row per question: index, logprobs (four natural logs), output (the letter they choose), stop.
+def letter_rows(model: Transformer, tokenizer: Tokenizer, queries: Sequence[Record]) -> Iterator[dict]:
+    """One predictions row per question: index, logprobs (natural, one per letter), output (the letter chosen), stop.
 
     Solved questions are left out, the last first, while the prompt is longer than the model's positions.
     """
-    letters = [tokenizer.encode_continuation(f" {letter}") for letter in LETTERS]
-    longest = max(map(len, letters))
     prefix = _Prefix(model, tokenizer)
     for query in queries:
-        text, _ = fit_mmlu_prompt(
-            query.question,
-            query.shots,
+        letters = [tokenizer.encode_continuation(f" {letter}") for letter in query.letters]
+        longest = max(map(len, letters))
+        n_shots = fitting_shots(
+            query,
             max_tokens=model.config.max_positions - longest + 1,
             count_tokens=lambda candidate: len(encode_text(candidate, tokenizer)),
         )
-        ids = encode_text(text, tokenizer)
+        ids = encode_text(choice_prompt(query, n_shots), tokenizer)
         if len(ids) + longest - 1 > model.config.max_positions:
             yield {"index": query.index, "output": "", "stop": "prompt_too_long"}
             continue
-        logprobs = prefix.logprobs(text[: text.rindex(query.question.question)], ids, letters)
-        yield {"index": query.index, "output": f" {choose_letter(logprobs)}", "stop": "end", "logprobs": logprobs}
+        logprobs = prefix.logprobs(choice_prefix(query, n_shots), ids, letters)
+        yield {
+            "index": query.index,
+            "output": f" {choose_letter(logprobs, query.letters)}",
+            "stop": "end",
+            "logprobs": logprobs,
+        }
 
 
 class _Prefix:

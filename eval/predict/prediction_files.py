@@ -73,3 +73,14 @@ def match_predictions(
             f"(first missing index {missing[0]})"
         )
     return [by_index[index] for index in range(needed)]
+
+
+def read_matched(path: Path, count: int, limit: int | None) -> tuple[list[Prediction], list[str]]:
+    """The predictions of records 0, 1, ... of a prediction file, and notices worth showing. Raises DataError."""
+    predictions, has_dropped = read_predictions(path)
+    return match_predictions(predictions, count, limit, path=path), dropped_notice(path, has_dropped)
+
+
+def dropped_notice(path: Path, has_dropped: bool) -> list[str]:
+    """A notice where the partial last line of a killed writer was left out."""
+    return [f"{path}: dropped a partial last line"] if has_dropped else []

@@ -13,12 +13,11 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from command_line import parse_arguments, run_command
 from data.json_records import DataError, read_json_lines
-from eval.benchmark_data import benchmark_of
-from eval.benchmarks import score_predictions
-from eval.command_line import parse_arguments, run_command
+from eval.benchmarks import benchmark_of
 from eval.dialogues.metrics import MAX_TURNS
-from eval.evaluate_rotbench import RULES
+from eval.records import ScoreSettings
 from eval.reports.report import CALL_METRICS, format_comparison, metrics_of, unattainable_rates
 
 
@@ -81,13 +80,12 @@ def read_results(run_dir: Path, run: dict) -> dict[str, dict[int, dict]]:
 
 def score_files(answers: Path, predictions: Sequence[Path], rules: str) -> tuple[list[dict], list[dict], list[str]]:
     """(runs, results, notices) of prediction files for one answer file, in the shapes of read_run and read_results."""
-    name = benchmark_of(answers)
-    name = "tiny-" + name if name == answers.stem and answers.suffix == ".jsonl" else name
+    benchmark = benchmark_of(answers)
+    name, records = benchmark.name, benchmark.load(answers)
+    settings = ScoreSettings(None, benchmark.resolve_rules(rules), execute_code=False, max_turns=MAX_TURNS)
     runs, results, notices = [], [], []
     for path in predictions:
-        rows, summary, found = score_predictions(
-            name, answers, path, limit=None, rules=rules, execute_code=False, max_turns=MAX_TURNS
-        )
+        rows, summary, found = benchmark.score(records, path, settings)
         runs.append({"benchmarks": {name: {**summary, "answers_sha256": ""}}})
         results.append({name: {row["index"]: row for row in rows}})
         notices += found
@@ -124,12 +122,14 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--names", help="comma-separated column names (default: the folders' or files' names)")
     parser.add_argument("--mcnemar", action="store_true", help="also McNemar's exact test, from the runs' results")
     parser.add_argument("--answers", type=Path, help="a benchmark's own file: score and compare predictions for it")
-    parser.add_argument("--rules", choices=("default", *RULES), default="default", help="rules for --answers")
+    parser.add_argument(
+        "--rules", choices=("default", "official", "fair"), default="default", help="rules for --answers"
+    )
     flags = parse_arguments(parser, arguments)
     names = flags.names.split(",") if flags.names else [run.name for run in flags.runs]
     if len(names) != len(flags.runs):
         parser.error(f"--names: found {len(names)} names, expected {len(flags.runs)}, one per run")
-    return run_command(lambda: compare(flags, names))
+    return run_command(lambda: compare(flags, names), (DataError, OSError))
 
 
 if __name__ == "__main__":

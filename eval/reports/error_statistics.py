@@ -16,18 +16,17 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from command_line import parse_arguments, run_command
 from data.error_filter import CATEGORIES, decide_masked_turns
 from data.json_records import DataError, write_json_lines
 from data.tool_documents import accepts_any_parameter, tool_parameters
 from data.trajectories import Trajectory, read_trajectories
-from eval.benchmark_data import EvalExample, benchmark_of, load_rotbench, load_tiny, load_toolalpaca
-from eval.command_line import parse_arguments, run_command
+from eval.benchmarks import benchmark_of
 from eval.confidence import Z_95, wilson_interval
-from eval.evaluate_rotbench import RULES, evaluate_rotbench
-from eval.evaluate_tiny import evaluate_tiny
-from eval.evaluate_toolalpaca import PRIMARY, evaluate_toolalpaca
-from eval.metrics import SHOWN_CHARACTERS, GoldCall, equal_json, equal_python, equal_strict
+from eval.dialogues.metrics import MAX_TURNS
+from eval.metrics import SHOWN_CHARACTERS, GoldCall
 from eval.predict.react_output import PredictedCall, read_call, read_call_predictions
+from eval.records import Record, ScoreSettings
 from eval.reports.paper_tables import read_published
 from eval.reports.report import format_table
 from eval.reports.synonyms import is_synonym
@@ -151,7 +150,7 @@ def name_tokens(tokenizer_path: Path) -> Callable[[str], list[int]]:
 
 def classify_error(
     call: PredictedCall,
-    example: EvalExample,
+    example: Record,
     level: int,
     split: Callable[[str], Sequence],
     values_equal: Callable[[object, object], bool],
@@ -194,7 +193,7 @@ def classify_error(
 
 
 def _tool_error(
-    call: PredictedCall, golds: Sequence[GoldCall], example: EvalExample, split: Callable[[str], Sequence]
+    call: PredictedCall, golds: Sequence[GoldCall], example: Record, split: Callable[[str], Sequence]
 ) -> ErrorCase:
     first = list(split(call.name))[:1]
     is_prefix = any(first == list(split(gold.name))[:1] for gold in golds)
@@ -205,7 +204,7 @@ def _tool_error(
     return ErrorCase("tool", ("Prefix" if is_prefix else "First",), detail)
 
 
-def _parameter_error(arguments: dict, gold: GoldCall, example: EvalExample) -> ErrorCase:
+def _parameter_error(arguments: dict, gold: GoldCall, example: Record) -> ErrorCase:
     """Kinds as the reward's: undocumented = Hallucination, documented but not in the answer = Redundancy."""
     documented: set[str] = set()
     for tool in example.tools:
@@ -250,28 +249,18 @@ def classify_predictions(
 
     RoTBench, ToolAlpaca and the tiny benchmarks: those whose answers are single calls. Raises DataError, `file:line`.
     """
-    name = benchmark_of(answers)
-    if name.startswith("rotbench"):
-        load, values_equal = load_rotbench, equal_python
-    elif name == "toolalpaca":
-        variant = PRIMARY["fair" if rules == "default" else rules]
-        load, values_equal = load_toolalpaca, equal_python if variant == "rotbench_rules" else equal_json
-    elif answers.suffix == ".jsonl" and name not in ("gsm8k", "bfcl-exec"):
-        load, values_equal = load_tiny, equal_strict
-    else:
-        raise DataError(f"{answers}: found {name}, expected a benchmark of single calls: rotbench, toolalpaca, tiny")
-    examples = load(answers)
-    matched, notices = read_call_predictions(predictions, len(examples), limit)
-    examples = examples[:limit]
+    benchmark = benchmark_of(answers)
+    rules = benchmark.resolve_rules(rules)
+    # A benchmark with one rule ignores which is asked for, as its evaluator does.
+    values_equal = benchmark.equality(rules if benchmark.rules else "")
+    if values_equal is None:
+        raise DataError(f"{answers}: found {benchmark.name}, expected a benchmark of single calls")
+    records = benchmark.load(answers)
+    scored = benchmark.score(records, predictions, ScoreSettings(limit, rules, execute_code=False, max_turns=MAX_TURNS))
+    matched, notices = read_call_predictions(predictions, len(records), limit)
     calls = [read_call(prediction) for prediction in matched]
-    if load is load_rotbench:
-        scored = evaluate_rotbench(examples, calls, "official" if rules == "default" else rules)
-    elif load is load_toolalpaca:
-        scored = evaluate_toolalpaca(examples, calls, variant)
-    else:
-        scored = evaluate_tiny(examples, matched)
     rows = []
-    for example, call, row in zip(examples, calls, scored, strict=True):
+    for example, call, row in zip(records[:limit], calls, scored.rows, strict=True):
         case = classify_error(call, example, row["TS"] + row["PI"] + row["CF"], split, values_equal)
         rows.append(
             {
@@ -342,7 +331,7 @@ def read_flags(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--predictions", type=Path, help="predictions for --answers, as the evaluators take them")
     parser.add_argument(
         "--rules",
-        choices=("default", *RULES),
+        choices=("default", "official", "fair"),
         default="default",
         help="the evaluator's rules (default: each benchmark's own)",
     )
@@ -386,7 +375,7 @@ def report_errors(flags: argparse.Namespace) -> None:
 def main(arguments: Sequence[str]) -> int:
     """Command line; exit code 0, or 2 after one line on stderr. The last line of stdout is one JSON object."""
     flags = read_flags(arguments)
-    return run_command(lambda: report_errors(flags))
+    return run_command(lambda: report_errors(flags), (DataError, OSError))
 
 
 if __name__ == "__main__":

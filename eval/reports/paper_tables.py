@@ -9,11 +9,7 @@ from eval.confidence import attainable_count
 
 PUBLISHED = Path(__file__).parent / "published_results.json"
 DECIMALS = 2  # digits of the paper's percentages
-TABLES = {
-    "table3": ("Table 3: single-turn", ("toolalpaca", "rotbench-clean", "bfcl-exec")),
-    "table4": ("Table 4: multi-turn", ("tooleyes",)),
-    "table5": ("Table 5: ablation", ("toolalpaca", "rotbench-clean", "tooleyes")),
-}
+TITLES = {"table3": "Table 3: single-turn", "table4": "Table 4: multi-turn", "table5": "Table 5: ablation"}
 
 
 @cache
@@ -22,15 +18,20 @@ def read_published() -> dict:
     return json.loads(PUBLISHED.read_text(encoding="utf-8"))
 
 
+def benchmarks_of(table: str) -> list[str]:
+    """The benchmarks that a table of the paper has columns of, in its order."""
+    return [name for name in read_published()["metrics"] if name in read_published()[table][0]]
+
+
 def unattainable_cells() -> list[tuple[str, str, str, float]]:
     """(table, model, `benchmark metric`, percentage) of every published share of records that no k/n gives.
 
     DE and CE are shares of calls whose number is not published, so nothing can be said of them.
     """
     published, found = read_published(), []
-    for table, (_, benchmarks) in TABLES.items():
+    for table in TITLES:
         for row in published[table]:
-            for benchmark in benchmarks:
+            for benchmark in benchmarks_of(table):
                 for metric, percent in zip(published["metrics"][benchmark], row[benchmark], strict=True):
                     if (
                         metric in published["shares_of_records"]
@@ -49,10 +50,10 @@ def paper_tables(summaries: Mapping[str, Mapping], name: str) -> list[tuple[str,
     """
     published, odd = read_published(), set(unattainable_cells())
     tables = []
-    for key, (title, benchmarks) in TABLES.items():
+    for key, title in TITLES.items():
         columns = [
             (benchmark, metric)
-            for benchmark in benchmarks
+            for benchmark in benchmarks_of(key)
             if _has_metrics(summaries, benchmark)
             for metric in published["metrics"][benchmark]
         ]
@@ -89,14 +90,14 @@ def _notes(summaries: Mapping[str, Mapping], shown: Sequence[str], has_marks: bo
         for benchmark in shown
         if summaries[benchmark]["n"] != published["records"][benchmark]
     ]
-    executors = summaries["tooleyes"].get("executors", {}) if "tooleyes" in shown else {}
-    if executors.get("simulated"):
-        notes.append(
-            f"tooleyes: {executors['simulated']} of its {sum(executors.values())} calls were answered by the "
-            "simulated executor; the paper's models called the real tools."
-        )
-    if "bfcl-exec" in shown:
-        notes.append(published["records_note"])
+    for benchmark in shown:
+        executors = summaries[benchmark].get("executors", {})
+        if executors.get("simulated"):
+            notes.append(
+                f"{benchmark}: {executors['simulated']} of its {sum(executors.values())} calls were answered by the "
+                "simulated executor; the paper's models called the real tools."
+            )
+    notes += [note for benchmark, note in published["notes"].items() if benchmark in shown]
     if has_marks:
         notes.append("?: no whole number of records gives this percentage.")
     return notes

@@ -10,28 +10,33 @@ import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from eval.command_line import parse_arguments, run_command
+from command_line import parse_arguments, run_command
+from data.json_records import DataError
+from eval.benchmarks import BENCHMARKS
+from eval.rates import METRICS
 from eval.reports.compare import read_run
-from eval.reports.report import METRICS, metrics_of
+from eval.reports.report import metrics_of
 
-ENVIRONMENTS = ("clean", "slight", "medium", "heavy", "union")
-GENERAL_TASKS = {"mmlu": "accuracy", "gsm8k": "exact_match", "humaneval": "pass_at_1"}  # benchmark -> metric
 NO_MATPLOTLIB = "plots: found no matplotlib, expected it; the tables have the same numbers"
 
 
 def figure4_bars(summaries: Mapping[str, Mapping]) -> dict[str, list[tuple[str, float, float, float]]]:
     """Metric -> bars (environment, percent, low, high) of the RoTBench environments that were run."""
-    present = [name for name in ENVIRONMENTS if f"rotbench-{name}" in summaries]
-    return {metric: [_bar(name, summaries[f"rotbench-{name}"], metric) for name in present] for metric in METRICS}
+    present = [name for name in _names_of_figure(4) if name in summaries]
+    return {metric: [_bar(name.partition("-")[2], summaries[name], metric) for name in present] for metric in METRICS}
 
 
 def figure5_bars(summaries: Mapping[str, Mapping]) -> list[tuple[str, float, float, float]]:
     """Bars (benchmark, percent, low, high) of the general tasks that were run."""
     return [
-        _bar(name, summaries[name], metric)
-        for name, metric in GENERAL_TASKS.items()
-        if metric in metrics_of(summaries.get(name, {}))
+        _bar(name, summaries[name], BENCHMARKS[name].metric)
+        for name in _names_of_figure(5)
+        if BENCHMARKS[name].metric in metrics_of(summaries.get(name, {}))
     ]
+
+
+def _names_of_figure(figure: int) -> list[str]:
+    return [name for name, benchmark in BENCHMARKS.items() if benchmark.figure == figure]
 
 
 def _bar(label: str, summary: Mapping, metric: str) -> tuple[str, float, float, float]:
@@ -104,7 +109,7 @@ def main(arguments: Sequence[str]) -> int:
         for path in written:
             print(path)
 
-    return run_command(command)
+    return run_command(command, (DataError, OSError))
 
 
 if __name__ == "__main__":

@@ -3,10 +3,10 @@
 from collections.abc import Mapping, Sequence
 
 from data.json_records import DataError
-from eval.confidence import Z_95, are_disjoint, attainable_count, mcnemar_p_value, wilson_interval
+from eval.confidence import are_disjoint, attainable_count, mcnemar_p_value
+from eval.rates import METRICS
 from eval.reports.paper_tables import paper_tables
 
-METRICS = ("TS", "PI", "CF")
 DIALOGUE_METRICS = ("DE", "CE", "VA")
 CALL_METRICS = ("DE", "CE")  # shares of calls, n_calls of a summary; every other metric is a share of its n records
 SUMMARY_DECIMALS = 2  # digits of the percentages in a summary
@@ -18,28 +18,8 @@ METRICS_NOTE = (
 EXECUTOR_NOTE = (
     "local: a tool of this project did what the document says. simulated: the feedback follows from the "
     "document alone and is not that of the real tool, which a machine without its service cannot call. "
-    "recorded: taken from a file. Shares of errors depend on who answered."
+    "recorded: taken from the benchmark's own prediction file. Shares of errors depend on who answered."
 )
-
-
-# ------------------------------------------------------------------------------------------------------------ summaries
-
-
-def summarize_results(rows: Sequence[dict]) -> dict:
-    """Counts, percentages and 95 % Wilson intervals (in percent) of results rows with TS, PI, CF (0 or 1) and `reason`.
-
-    `errors` counts the rows by the error category their reason begins with. Raises ValueError for no rows.
-    """
-    n = len(rows)
-    counts = {metric: sum(row[metric] for row in rows) for metric in METRICS}
-    summary: dict = {"n": n, **counts}
-    for metric, count in counts.items():
-        low, high = wilson_interval(count, n, Z_95)  # E20
-        summary[f"{metric}_percent"] = round(100 * count / n, 2)
-        summary[f"{metric}_interval_95"] = [round(100 * low, 2), round(100 * high, 2)]
-    categories = sorted(row["reason"].split(":", 1)[0] for row in rows if row["reason"])
-    summary["errors"] = {category: categories.count(category) for category in dict.fromkeys(categories)}
-    return summary
 
 
 def format_rate(summary: Mapping, metric: str) -> str:

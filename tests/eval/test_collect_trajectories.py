@@ -9,11 +9,12 @@ import pytest
 
 from data.json_records import DataError
 from data.trajectories import Message, read_trajectories
-from eval.benchmark_data import load_tiny_multi
 from eval.collect_trajectories import authors_records, is_toolbox, main, read_queries
-from eval.dialogues.journal import DialogueTask, RecordedDialogue
+from eval.dialogues.journal import RecordedDialogue
 from eval.dialogues.play import FORMAT_REMINDER
+from eval.evaluate_tiny_multi import load_tiny_multi
 from eval.predict import endpoint as endpoint_module
+from eval.records import Record
 from tests.eval.test_endpoint import Server
 from tests.eval.test_run_eval_dialogues import TOOLEYES, gold_script, needs_tooleyes
 from tests.support.processes import start
@@ -72,7 +73,7 @@ TOOLS = [
     }
 ]
 TASKS = [
-    DialogueTask(index, name, TOOLS, [Message("user", f"find {name}")], "", {})
+    Record(index, name, TOOLS, [Message("user", f"find {name}")])
     for index, name in enumerate(("a", "b", "a", "c", "d"))
 ]
 DIALOGUES = [

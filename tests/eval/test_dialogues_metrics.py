@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 
-from eval.benchmark_data import load_tiny_multi
 from eval.confidence import Z_95, wilson_interval
 from eval.dialogues.journal import RecordedDialogue
 from eval.dialogues.metrics import (
@@ -19,6 +18,7 @@ from eval.dialogues.metrics import (
 )
 from eval.dialogues.play import format_reminder
 from eval.dialogues.tools import ToolResult, make_executor
+from eval.evaluate_tiny_multi import load_tiny_multi
 from tests.support.dialogue_doubles import FINISH, TOOLS, call, play, task
 
 ROOT = Path(__file__).resolve().parents[2]

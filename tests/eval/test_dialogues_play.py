@@ -28,9 +28,9 @@ from eval.dialogues.play import (
     turn_generator,
 )
 from eval.dialogues.tools import MAX_FEEDBACK_CHARACTERS, ToolResult, make_executor
+from eval.evaluate_tooleyes import load_tooleyes
 from eval.predict import endpoint as endpoint_module
 from eval.predict.endpoint import EndpointError
-from eval.tooleyes_data import load_tooleyes
 from model.pretrained_weights import load_pretrained
 from model.tokenizer import load_tokenizer
 from tests.eval.test_endpoint import Server

@@ -10,10 +10,9 @@ import pytest
 from data.formats.table import COMPLETION_FORMATS, FORMATS, parse_output, prompt_text, render_output
 from data.tool_calls import ToolCall
 from data.trajectories import Message
-from eval.general_tasks import ChoiceQuestion
 from eval.predict import endpoint as endpoint_module
 from eval.predict.endpoint import Endpoint, EndpointError, ask, ask_record, ask_records, check_url
-from eval.queries import ChoiceQuery, Query
+from eval.records import Record
 
 TOOLS = [
     {
@@ -91,7 +90,7 @@ def completion(text, reason="stop", **more):
 
 
 def query(index=0, content="find \u00e9"):
-    return Query(index, TOOLS, [Message(role="user", content=content)], "")
+    return Record(index, f"{index}", TOOLS, [Message(role="user", content=content)])
 
 
 def ask_one(server, prompt_format, asked=None, stop_texts=None, **changes):
@@ -155,21 +154,17 @@ def test_react_is_asked_by_chat_without_native_tools(serve):
 
 def test_text_queries_and_their_stops(serve):
     server = serve(lambda *_: completion("    return 1\nprint(2)", "length"))
-    row = ask_one(server, "qwen25", Query(3, [], [], "def f():\n"), ("\nclass", "\ndef", "\n#", "\nif", "\nprint"))
+    row = ask_one(server, "qwen25", Record(3, "3", text="def f():\n"), ("\nclass", "\ndef", "\n#", "\nif", "\nprint"))
     assert row == {"index": 3, "output": "    return 1", "stop": "end"}
     assert server.requests[0][1]["prompt"] == "def f():\n" and len(server.requests[0][1]["stop"]) == 4
-    assert ask_one(server, "tl", Query(3, [], [], "def f():\n"), ())["stop"] == "max_new_tokens"
+    assert ask_one(server, "tl", Record(3, "3", text="def f():\n"), ())["stop"] == "max_new_tokens"
     chat = serve(lambda *_: (200, {"choices": [{"message": {"content": "12"}}]}, {}))
-    assert ask_one(chat, "openai", Query(3, [], [], "6 + 6?"), ())["output"] == "12"
+    assert ask_one(chat, "openai", Record(3, "3", text="6 + 6?"), ())["output"] == "12"
     assert "tools" not in chat.requests[0][1]
 
 
 def test_choices_by_log_probability_with_fewer_shots_where_needed(serve):
-    asked = ChoiceQuery(
-        7,
-        ChoiceQuestion(7, "law", "Q?", ("a", "b", "c", "d"), "B"),
-        [ChoiceQuestion(i, "law", f"shot {i}", ("a", "b", "c", "d"), "A") for i in range(5)],
-    )
+    asked = Record(7, "7", instruction="law", shots=tuple(f"shot {i}" for i in range(5)), text="Q?", letters="ABCD")
     top = {" A": -2.0, "C": -0.5, " B": -1.0, "<0x0A>": -0.1, "AB": -0.2}
 
     def script(number, path, body):
@@ -276,7 +271,7 @@ def test_too_long_answer_is_refused(serve, monkeypatch):
 )
 def test_odd_choices_are_rows_not_crashes(serve, choice):
     server = serve(lambda *_: (200, {"choices": [choice]}, {}))
-    asked = ChoiceQuery(0, ChoiceQuestion(0, "law", "Q?", ("a", "b", "c", "d"), "B"), [])
+    asked = Record(0, "0", instruction="law", text="Q?", letters="ABCD")
     for prompt_format in ("tl", "openai"):
         assert isinstance(ask_one(server, prompt_format)["output"], str)
         assert isinstance(ask_one(server, prompt_format, asked)["output"], str)

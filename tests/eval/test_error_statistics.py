@@ -8,7 +8,7 @@ import pytest
 
 from data.tool_calls import ToolCall
 from data.trajectories import Message, Trajectory
-from eval.benchmark_data import load_rotbench
+from eval.evaluate_rotbench import load_rotbench
 from eval.reports.error_statistics import (
     classify_predictions,
     classify_turns,
@@ -301,7 +301,11 @@ def test_bad_files_are_one_line(tmp_path, capsys):
     (tmp_path / "other.json").write_text("[]")
     for flags, expected in (
         (["--data", str(tmp_path / "none")], "none"),
-        (["--answers", str(tmp_path / "other.json"), "--predictions", "p"], "single calls"),
+        (["--answers", str(tmp_path / "other.json"), "--predictions", "p"], "expected that of a benchmark"),
+        (
+            ["--answers", str(tmp_path / "test.jsonl"), "--predictions", "p"],
+            "gsm8k, expected a benchmark of single calls",
+        ),
         (
             ["--answers", str(TINY_DATA / "test_seen.jsonl"), "--predictions", "p", "--tokenizer", str(tmp_path)],
             "no tokenizer",

@@ -11,13 +11,14 @@ import pytest
 from data.formats.table import parse_output, render_output
 from data.json_records import DataError
 from data.tool_calls import ToolCall, render_tool_call
-from eval.bfcl_data import CATEGORIES, load_bfcl
 from eval.bfcl_functions import FUNCTIONS, answer_call
 from eval.evaluate_bfcl import (
+    CATEGORIES,
     PRIMARY,
     VARIANTS,
     equal_values,
     is_offline,
+    load_bfcl,
     main,
     match_results,
     passes_ast_types,
@@ -27,7 +28,7 @@ from eval.evaluate_bfcl import (
     summarize_bfcl,
 )
 from eval.predict.prediction_files import Prediction
-from eval.reports.report import METRICS
+from eval.rates import METRICS
 
 REAL = Path(__file__).resolve().parents[3] / "shared/data/benchmarks/bfcl_v3_exec/2024-12-19_5bd63a96"
 needs_real_files = pytest.mark.skipif(not REAL.is_dir(), reason="needs ../shared/data/benchmarks/bfcl_v3_exec")
@@ -450,7 +451,7 @@ def test_files_in_rows_and_summary_out(answers, tmp_path, capsys):
     assert {name: rate["n"] for name, rate in summary["by_category"].items()} == dict.fromkeys(CATEGORIES, 1)
     # equal results from other arguments pass; the record that needs a network is not executed
     assert summary["execution"]["n"] == 3 and summary["execution"]["passed"] == 2 and "network" in summary["sandbox"]
-    rows = [json.loads(line) for line in (tmp_path / "out/results/bfcl.jsonl").read_text().splitlines()]
+    rows = [json.loads(line) for line in (tmp_path / "out/results/bfcl-exec.jsonl").read_text().splitlines()]
     assert [row.get("executed") for row in rows] == [1, None, 1, 0]
     assert rows[3]["execution_reason"] == "wrong number of calls: 1, expected 2"
     assert [*rows[1]] == ["index", "id", "category", "TS", "PI", "CF", "reason"]
@@ -465,7 +466,7 @@ def test_bad_input_is_one_line_and_code_2(answers, tmp_path, capsys):
         code, out, err = evaluate(capsys, answers, predictions)
         assert (code, out, err.count("\n")) == (2, "", 1) and expected in err
     code, _, err = evaluate(capsys, tmp_path / "nowhere", predictions)
-    assert code == 2 and err.endswith("found No such file or directory, expected a readable JSONL file\n")
+    assert code == 2 and err.endswith("found No such file or directory, expected a readable file\n")
 
 
 # -------------------------------------------------------------------------------------------------- hostile predictions

@@ -7,10 +7,11 @@ from pathlib import Path
 
 import pytest
 
+from data import json_records
 from eval import evaluate_humaneval as evaluator
-from eval import general_tasks
-from eval.evaluate_humaneval import check_completion, main
-from eval.general_tasks import HUMANEVAL_COUNT, cut_completion, load_humaneval
+from eval.benchmarks import BENCHMARKS
+from eval.evaluate_humaneval import STOP_TEXTS, check_completion, load_humaneval, main
+from eval.predict.cut_output import cut_at
 from eval.sandbox.run import SandboxError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -111,7 +112,7 @@ def test_samples_of_the_benchmarks_own_form_are_not_cut(files, tmp_path, capsys)
     ],
 )
 def test_completion_is_cut_at_the_left_margin(output, kept):
-    assert cut_completion(output) == kept
+    assert cut_at(output, STOP_TEXTS) == (kept, output != kept)
 
 
 def test_completion_cannot_reach_the_test(tmp_path):
@@ -137,7 +138,7 @@ def test_bad_input_is_one_line_and_code_2(files, tmp_path, capsys):
         ([{"index": 4, "output": ""}], ":1: found index 4"),
         ([], "found 0 of 4"),
         ([{"task_id": "HumanEval/9", "completion": ""}], ":1: found task_id 'HumanEval/9'"),
-        ([{"task_id": "HumanEval/1"}], ":1: found no text 'completion'"),
+        ([{"task_id": "HumanEval/1"}], ":1: found nothing as 'completion', expected str"),
         ([{"task_id": "HumanEval/1", "completion": ""}] * 2, ":2: found index 1 again"),
     ):
         code, out, err = evaluate(capsys, files[0], write(tmp_path / "p.jsonl", rows))
@@ -145,7 +146,7 @@ def test_bad_input_is_one_line_and_code_2(files, tmp_path, capsys):
     for rows, found in (
         ([problem(0) | {"entry_point": "f()"}], ":1: found entry_point 'f()'"),
         ([], "found no record"),
-        ([problem(0) | {"test": None}], ":1: found no text 'test'"),
+        ([problem(0) | {"test": None}], ":1: found NoneType as 'test', expected str"),
     ):
         code, out, err = evaluate(capsys, write(tmp_path / "a.jsonl", rows), files[1])
         assert (code, out, err.count("\n")) == (2, "", 1) and found in err, err
@@ -159,13 +160,13 @@ def test_gzip_files(tmp_path, monkeypatch):
     path = tmp_path / "HumanEval.jsonl.gz"
     lines = "".join(json.dumps(problem(i)) + "\n" for i in range(3)).encode()
     path.write_bytes(gzip.compress(lines))
-    assert [one.index for one in load_humaneval(path, 3)] == [0, 1, 2]
-    monkeypatch.setattr(general_tasks, "MAX_UNPACKED_BYTES", 10_000)
+    assert [one.index for one in load_humaneval(path)] == [0, 1, 2]
+    monkeypatch.setattr(json_records, "MAX_UNPACKED_BYTES", 10_000)
     for raw, found in (
         (lines, "Not a gzipped file"),
         (gzip.compress(lines)[:-9], "found"),
         (gzip.compress(b"{"), ":1: "),
-        (gzip.compress(b"[]"), ":1: found no text"),
+        (gzip.compress(b"[]"), "found a list"),
         (gzip.compress(bytes(10_001)), "found more than 10000 bytes"),
     ):
         path.write_bytes(raw)
@@ -187,10 +188,11 @@ def test_sandbox_that_does_not_start_is_one_line_and_code_2(files, monkeypatch, 
 
 @needs_real
 def test_published_solutions_pass_ten_of_them():
-    problems = load_humaneval(REAL, HUMANEVAL_COUNT)
+    problems = load_humaneval(REAL)
+    assert len(problems) == BENCHMARKS["humaneval"].published == 164
     tricky = [32, 38, 50, 53, 72, 151]  # tests that call helpers of the prompt, compare with `is`, make random cases
-    for index in tricky + random.Random(1).sample(range(HUMANEVAL_COUNT), 4):
-        result = check_completion(problems[index], problems[index].canonical_solution, **LIMITS)
+    for index in tricky + random.Random(1).sample(range(164), 4):
+        result = check_completion(problems[index], problems[index].meta["canonical_solution"], **LIMITS)
         assert result.passed, (index, result.reason)
     assert not check_completion(problems[32], "    return 0.0\n", **LIMITS).passed
 
@@ -198,8 +200,8 @@ def test_published_solutions_pass_ten_of_them():
 @needs_real
 @pytest.mark.very_slow
 def test_published_solutions_pass_all_164_and_empty_bodies_none(tmp_path, capsys):
-    problems = load_humaneval(REAL, HUMANEVAL_COUNT)
+    problems = load_humaneval(REAL)
     for solution, passed in ((None, 164), ("    pass\n", 0)):
-        rows = [{"index": one.index, "output": solution or one.canonical_solution} for one in problems]
+        rows = [{"index": one.index, "output": solution or one.meta["canonical_solution"]} for one in problems]
         code, out, err = evaluate(capsys, REAL, write(tmp_path / "p.jsonl", rows), "--seconds", "10")
         assert (code, err) == (0, "") and json.loads(out)["pass_at_1"] == passed

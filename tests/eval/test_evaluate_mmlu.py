@@ -7,16 +7,9 @@ from pathlib import Path
 import pytest
 
 from data.json_records import DataError
-from eval.evaluate_mmlu import main
-from eval.general_tasks import (
-    MMLU_COUNT,
-    MMLU_SUBJECTS,
-    choose_letter,
-    fit_mmlu_prompt,
-    load_mmlu,
-    mmlu_prompt,
-    read_letter,
-)
+from eval.benchmarks import BENCHMARKS
+from eval.evaluate_mmlu import load_mmlu, main, read_letter
+from eval.predict.choices import choice_prompt, choose_letter, fitting_shots
 
 ROOT = Path(__file__).resolve().parents[2]
 REAL = ROOT / "../shared/data/benchmarks/mmlu"
@@ -51,19 +44,19 @@ def evaluate(capsys, folder, predictions, *flags):
 
 
 def test_cells_are_texts_and_subjects_are_in_order(folder):
-    questions, shots = load_mmlu(folder)
-    assert [(q.index, q.subject, q.answer) for q in questions] == [
+    questions = load_mmlu(folder)
+    assert [(q.index, q.meta["subject"], q.answer) for q in questions] == [
         (0, "high_art", "B"),
         (1, "high_art", "D"),
         (2, "law", "A"),
     ]
-    assert questions[0].choices == ("None", "a, b", "nan", 'say "x"') and questions[1].question == "Two\nlines"
-    assert list(shots) == ["high_art", "law"] and [shot.answer for shot in shots["law"]] == list("ABCDA")
+    assert questions[0].text == 'Which?\nA. None\nB. a, b\nC. nan\nD. say "x"\nAnswer:'
+    assert questions[1].text.startswith("Two\nlines\nA. 1\n") and {q.letters for q in questions} == {"ABCD"}
+    assert [shot[-3:] for shot in questions[2].shots] == ["A\n\n", "B\n\n", "C\n\n", "D\n\n", "A\n\n"]
 
 
 def test_prompt_as_the_benchmark_writes_it(folder):
-    questions, shots = load_mmlu(folder)
-    assert mmlu_prompt(questions[0], shots["high_art"][:1]) == (
+    assert choice_prompt(load_mmlu(folder)[0], 1) == (
         "The following are multiple choice questions (with answers) about high art.\n\n"
         "Shot 0?\nA. p\nB. q\nC. r\nD. s\nAnswer: A\n\n"
         'Which?\nA. None\nB. a, b\nC. nan\nD. say "x"\nAnswer:'
@@ -71,29 +64,25 @@ def test_prompt_as_the_benchmark_writes_it(folder):
 
 
 def test_shots_are_dropped_from_the_end_until_the_prompt_fits(folder):
-    questions, shots = load_mmlu(folder)
-    whole = mmlu_prompt(questions[2], shots["law"])
+    question = load_mmlu(folder)[2]
+    whole = choice_prompt(question, 5)
     per_shot = len("Shot 0?\nA. p\nB. q\nC. r\nD. s\nAnswer: A\n\n")
     for dropped in range(6):
         for slack in (0, per_shot - 1):
-            prompt, kept = fit_mmlu_prompt(
-                questions[2], shots["law"], count_tokens=len, max_tokens=len(whole) - dropped * per_shot + slack
-            )
-            assert kept == 5 - dropped and prompt == mmlu_prompt(questions[2], shots["law"][:kept])
-    assert fit_mmlu_prompt(questions[2], shots["law"], count_tokens=len, max_tokens=3) == (
-        mmlu_prompt(questions[2], []),
-        0,
-    )
+            room = len(whole) - dropped * per_shot + slack
+            assert fitting_shots(question, count_tokens=len, max_tokens=room) == 5 - dropped
+            assert len(choice_prompt(question, 5 - dropped)) == len(whole) - dropped * per_shot
+    assert fitting_shots(question, count_tokens=len, max_tokens=3) == 0
 
 
 def test_letter_of_the_largest_logprob():
     assert [
-        choose_letter(row) for row in ([-1, -2, -3, -4], [-4, -1.5, -3, -2], [-3, -3, -1, -1], [-9, -9, -9, 0])
+        choose_letter(row, "ABCD") for row in ([-1, -2, -3, -4], [-4, -1.5, -3, -2], [-3, -3, -1, -1], [-9, -9, -9, 0])
     ] == ["A", "B", "C", "D"]
-    assert choose_letter([float("-inf")] * 4) == "A"
+    assert choose_letter([float("-inf")] * 4, "ABCD") == "A"
     for wrong in ([0, 0, 0], [0] * 5, [0, 0, 0, float("nan")]):
         with pytest.raises(ValueError, match="expected 4 numbers"):
-            choose_letter(wrong)
+            choose_letter(wrong, "ABCD")
 
 
 @pytest.mark.parametrize(
@@ -155,7 +144,7 @@ def test_bad_input_is_one_line_and_code_2(folder, tmp_path, capsys):
         ([good, {"index": 1, "logprobs": [1, 2, 3, "4"]}], ":2: found"),
         ([{"index": 0, "logprobs": "B"}], ":1: "),
         ([{"index": 0, "logprobs": [True] * 4}], ":1: "),
-        ([{"index": 0}], ":1: found no text 'output'"),
+        ([{"index": 0}], ":1: found nothing as 'output', expected str"),
         ([{"index": True, "output": "A"}], ":1: found index True"),
         ([good, good], ":2: found index 0 again"),
         ([{"index": 3, "output": "A"}], ":1: found index 3"),
@@ -186,18 +175,16 @@ def test_altered_folder_is_an_error(folder, file, text, found):
     assert found in str(caught.value) and "\n" not in str(caught.value)
 
 
-def test_missing_folder_and_count(folder, tmp_path):
+def test_missing_folder(tmp_path):
     with pytest.raises(DataError, match="found no test"):
         load_mmlu(tmp_path / "none")
-    with pytest.raises(DataError, match="found 3 records, expected 14042"):
-        load_mmlu(folder, MMLU_COUNT)
 
 
 @needs_real
 def test_published_set():
-    questions, shots = load_mmlu(REAL, MMLU_COUNT)
-    assert len(shots) == MMLU_SUBJECTS and all(len(row) == 5 for row in shots.values())
-    assert [question.index for question in questions] == list(range(MMLU_COUNT))
-    assert any("None" in question.choices for question in questions)  # what a table reader would take for missing
+    questions = load_mmlu(REAL)
+    assert [question.index for question in questions] == list(range(BENCHMARKS["mmlu"].published))
+    assert len({question.meta["subject"] for question in questions}) == 57
+    assert any("\nA. None\n" in question.text for question in questions)  # what a table reader would take for missing
     sample = random.Random(1).sample(questions, 50)
-    assert all(mmlu_prompt(q, shots[q.subject]).count("\nAnswer:") == 6 for q in sample)
+    assert all(len(q.shots) == 5 and choice_prompt(q, 5).count("\nAnswer:") == 6 for q in sample)

@@ -3,12 +3,15 @@
 import json
 import random
 import time
+from collections import Counter
 from pathlib import Path
 
 import pytest
 
-from eval.benchmark_data import load_rotbench
-from eval.evaluate_rotbench import RULES, main, score_rotbench_call, summarize_rotbench
+from data.json_records import DataError
+from data.tool_calls import ToolCall
+from eval.benchmarks import BENCHMARKS
+from eval.evaluate_rotbench import RULES, load_rotbench, main, score_rotbench_call, summarize_rotbench
 from eval.predict.prediction_files import Prediction
 from eval.predict.react_output import REACT, read_call
 from tests.support.rotbench_records import react, rotbench_record
@@ -18,6 +21,11 @@ REAL = ROOT.parent / "shared/data/benchmarks/rotbench"
 WEATHER = react("get_weather", {"city": "Oslo", "unit": "None"})
 NEWS = react("get_news", {})
 RIGHT, VALUES, TOOL, WRONG = (1, 1, 1), (1, 1, 0), (1, 0, 0), (0, 0, 0)
+
+
+def write(path, records):
+    path.write_text(json.dumps(records, indent=1))
+    return path
 
 
 def load(tmp_path, *records):
@@ -35,6 +43,94 @@ def score(tmp_path, answers, text, output_format=REACT, **record):
     examples = load(tmp_path, rotbench_record(answers, **record))
     summaries = summarize_rotbench(examples, predict([text], output_format), "fair")[1]["variants"]
     return {name: (summary["TS"], summary["PI"], summary["CF"]) for name, summary in summaries.items()}
+
+
+# ------------------------------------------------------------------------------------------------------------- records
+
+
+def test_rotbench_record(tmp_path):
+    answers = [react("get_weather", {"city": "Oslo", "unit": "None"}), react("ask_to_user", {"question": "Where?"})]
+    (example,) = load_rotbench(write(tmp_path / "clean.json", [rotbench_record(answers)]))
+    assert (example.index, example.id) == (0, "Turn 1: Weather in Oslo?")
+    assert [tool["function"]["name"] for tool in example.tools] == ["get_weather", "get_news", "ask_to_user", "finish"]
+    assert example.tools[0]["function"]["parameters"]["required"] == ["city"]
+    assert [(message.role, message.content) for message in example.messages] == [("user", "Weather in Oslo?")]
+    first, second = (answer.calls[0] for answer in example.gold)
+    assert (first.name, first.arguments, first.wildcards) == ("get_weather", {"city": "Oslo", "unit": "None"}, {"unit"})
+    assert (second.name, second.wildcards) == ("ask_to_user", {"question"})  # any question is right
+    assert example.meta == {"scenario": "RS", "finish": "finish", "ask_to_user": "ask_to_user", "noise": ""}
+
+
+def test_special_tools_are_found_by_position_and_duplicate_names_stay(tmp_path):
+    record = rotbench_record([react("xq", {"answer": "None"})], names=("same", "same", "finish", "xq"))
+    (example,) = load_rotbench(write(tmp_path / "union.json", [record]))
+    assert [tool["function"]["name"] for tool in example.tools] == ["same", "same", "finish", "xq"]
+    assert (example.meta["finish"], example.meta["ask_to_user"]) == ("xq", "finish")
+    assert example.gold[0].calls[0].wildcards == {"answer"}
+
+
+def test_halves_of_the_noise_files(tmp_path):
+    records = [rotbench_record([react("get_news", {})]) for _ in range(4)]
+    halves = [example.meta["noise"] for example in load_rotbench(write(tmp_path / "heavy.json", records))]
+    assert halves == ["tool", "tool", "parameter", "parameter"]
+    assert {example.meta["noise"] for example in load_rotbench(write(tmp_path / "union.json", records))} == {""}
+
+
+def test_later_turn_keeps_calls_feedback_and_what_is_no_call(tmp_path):
+    turns = [
+        ("assistant", react("get_weather", {"city": "Oslo"})),
+        ("function", "missing 1 required argument"),
+        ("assistant", "I do not know."),
+        ("function", "?"),
+        ("assistant", "Thought:\nAction: get_news\nAction Input: [1]"),
+        ("function", "??"),
+    ]
+    path = write(tmp_path / "clean.json", [rotbench_record([react("finish", {"answer": "Rain."})], turns=turns)])
+    (example,) = load_rotbench(path)
+    assert [message.role for message in example.messages] == ["user", *["assistant", "tool"] * 3]
+    assert example.messages[1].call == ToolCall("get_weather", {"city": "Oslo"}) and example.messages[1].fault is None
+    assert example.messages[2].content == "missing 1 required argument"
+    assert example.messages[3].call is None and "Action Input" in example.messages[3].fault
+    assert example.messages[5].call is None and "list" in example.messages[5].fault
+
+
+def without(record, *keys):
+    return {key: value for key, value in record.items() if key not in keys}
+
+
+GOOD = rotbench_record([react("get_news", {})])
+
+
+@pytest.mark.parametrize(
+    "record, expected",
+    [
+        (7, "found int, expected an object"),
+        (without(GOOD, "conversations"), "found nothing as 'conversations'"),
+        ({**GOOD, "conversations": []}, "found 0 conversations"),
+        (without(GOOD, "scenario"), "nothing as 'scenario'"),
+        ({**GOOD, "id": 5}, "found int as 'id'"),
+        (rotbench_record([]), "found no accepted answer"),
+        (rotbench_record([{}]), "found dict as accepted answer"),
+        (rotbench_record(["finish"]), "accepted answer: "),
+        (rotbench_record([react("other", {})]), "expected a call of one of the record's tools"),
+        (rotbench_record([react("get_news", [])]), "expected a call of one of the record's tools"),
+        (
+            {**GOOD, "conversations": [{"from": "system", "value": "-"}, *GOOD["conversations"][1:]]},
+            "found no JSON list",
+        ),
+        (
+            {**GOOD, "conversations": [{"from": "system", "value": "[1]"}, *GOOD["conversations"][1:]]},
+            "tools[0]: found",
+        ),
+        (rotbench_record([react("get_news", {})], turns=[("robot", "x")]), "found role 'robot'"),
+    ],
+)
+def test_malformed_rotbench_records_name_file_and_line(tmp_path, record, expected):
+    path = tmp_path / "clean.json"
+    path.write_text(f"[{json.dumps(GOOD)},\n{json.dumps(record)}]")
+    with pytest.raises(DataError) as caught:
+        load_rotbench(path)
+    assert str(caught.value).startswith(f"{path}:2: ") and expected in str(caught.value)
 
 
 # ----------------------------------------------------------------------------------------------- the scorer's own rules
@@ -197,7 +293,7 @@ def evaluate(capsys, answers, predictions, *flags):
 
 def test_official_file_rows_and_summary(files, tmp_path, capsys):
     code, out, err = evaluate(capsys, *files, "--output", str(tmp_path / "out"))
-    assert (code, err) == (0, "")
+    assert (code, err) == (0, f"{files[0]}: found 5 records, the published set has 105\n")
     summary = json.loads(out.splitlines()[-1])
     assert [summary[key] for key in ("n", "TS", "PI", "CF", "TS_percent", "rules", "primary")] == [
         5,
@@ -227,7 +323,7 @@ def test_jsonl_predictions_in_any_order_with_a_torn_last_line(files, tmp_path, c
     lines = [json.dumps({"index": index, "output": 'get_weather(city="Oslo", unit="C")'}) for index in range(5)]
     path.write_text("\n".join(lines[::-1]) + '\n{"index": 3, "out')
     code, out, err = evaluate(capsys, files[0], path)
-    assert code == 0 and json.loads(out)["CF"] == 5 and err.endswith("dropped a partial last line\n")
+    assert code == 0 and json.loads(out)["CF"] == 5 and f"{path}: dropped a partial last line\n" in err
     path.write_text("\n".join(lines[:2]))
     assert json.loads(evaluate(capsys, files[0], path, "--limit", "2")[1])["n"] == 2
 
@@ -245,8 +341,8 @@ def test_jsonl_predictions_in_any_order_with_a_torn_last_line(files, tmp_path, c
         ('{"index": 0, "output": ""}', "found 1 of 5 predictions"),
         ('{"index": 5, "output": ""}', ":1: found index 5"),
         ('{"index": 0, "output": ""}\n{"index": 0, "output": ""}', ":2: found index 0 again"),
-        ('{"index": 0, "out\n{"index": 0, "output": ""}', ":1: found no valid JSON"),
-        ("7", ":1: found int"),
+        ('{"index": 0, "out\n{"index": 0, "output": ""}', ":1: found '\"out' at column 14, expected JSON"),
+        ("7", ":1: found a number"),
         ('{"index": 0, "output": []}', ":1: found list"),
         ("", "found 0 of 5"),
         ('{"index": 0, "output": "", "format": "xml"}', ":1: found format 'xml'"),
@@ -426,3 +522,21 @@ def test_every_accepted_answer_is_right_under_fair():
                     wrong[rules].append(example.index)
     assert wrong["fair"] == []
     assert wrong["official"] == [1, 1, 1, 2, 61, 63, 72, 75, 85, 98, 99, 102]  # in 2 the fifth answer is {}
+
+
+@pytest.mark.skipif(not REAL.is_dir(), reason="needs the published benchmarks in ../shared/data/benchmarks")
+def test_published_rotbench_files():
+    for split in ("clean", "slight", "medium", "heavy", "union"):
+        examples = load_rotbench(REAL / f"First_Turn/{split}.json")
+        assert len(examples) == BENCHMARKS[f"rotbench-{split}"].published
+        assert len(set(Counter(example.meta["scenario"] for example in examples).values())) == 1
+        assert len(load_rotbench(REAL / f"Third_Turn/{split}.json")) == len(examples) * 2 // 3
+    clean = load_rotbench(REAL / "First_Turn/clean.json")
+    assert Counter(min(len(example.gold), 5) for example in clean) == {1: 79, 2: 10, 3: 11, 5: 5}
+    calls = [answer.calls[0] for example in clean for answer in example.gold]
+    assert sum(not call.arguments for call in calls) == 9
+    assert sum("None" in call.arguments.values() for call in calls) == 13
+    assert sum(len(example.tools) for example in clean) == 892
+    names = [[tool["function"]["name"] for tool in example.tools] for example in clean]
+    assert sum(len(set(each)) < len(each) for each in names) == 3
+    assert all(each[-2:] == ["ask_to_user", "finish"] for each in names)

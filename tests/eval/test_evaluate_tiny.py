@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from eval.evaluate_tiny import main
-from eval.reports.report import compare_rates, summarize_results
+from eval.rates import summarize_results
+from eval.reports.report import compare_rates
 
 ROOT = Path(__file__).resolve().parents[2]
 TOOL = {
@@ -139,16 +140,16 @@ def change(files, tmp_path, line, text):
         (3, '{"index": -1, "output": ""}', ":3: found index -1"),
         (3, '{"index": true, "output": ""}', ":3: found index True, expected the record"),
         (3, '{"index": 2.0, "output": ""}', ":3: found index 2.0"),
-        (3, '{"index": ' + "9" * 5000 + ', "output": ""}', ":3: found no valid JSON"),
+        (3, '{"index": ' + "9" * 5000 + ', "output": ""}', ":3: found an integer of too many digits"),
         (3, '{"output": ""}', ":3: found index None"),
         (3, '{"index": 2}', ":3: found NoneType as 'output'"),
         (3, '{"index": 2, "output": ["f()"]}', ":3: found list as 'output'"),
         (3, '{"index": 2, "output": "", "format": "xml"}', ":3: found format 'xml'"),
         (3, '{"index": 2, "output": "", "format": ["tl"]}', ":3: found format"),
         (3, '{"index": 2, "output": "", "stop": 1}', ":3: found stop 1"),
-        (3, '{"index": 2, "outp', ":3: found no valid JSON"),
-        (3, "[2]", ":3: found list"),
-        (3, "[" * 100_000, ":3: found no valid JSON"),
+        (3, '{"index": 2, "outp', "at column 14, expected JSON"),
+        (3, "[2]", ":3: found a list"),
+        (3, "[" * 100_000, ":3: found lists or objects nested too deeply"),
         (3, "", "found 9 of 10 predictions, expected all (first missing index 2)"),
     ],
 )
@@ -184,9 +185,9 @@ def damaged(**changes):
 @pytest.mark.parametrize(
     "second_line, expected",
     [
-        ("{", "found no valid JSON"),
-        ('"text"', "found str"),
-        ('{"id": NaN}', "found no valid JSON"),
+        ("{", "found the end at column 2, expected JSON"),
+        ('"text"', "found a string"),
+        ('{"id": NaN}', "found NaN, expected JSON"),
         (damaged(id=None), "found NoneType as 'id'"),
         (damaged(tools={}), "found dict as 'tools'"),
         (damaged(tools=[{"type": "function", "function": {}}]), "tools"),
@@ -285,7 +286,7 @@ def test_runs_as_a_module(files):
     assert result.returncode == 0 and json.loads(result.stdout.splitlines()[-1])["TS"] == 5
     result = subprocess.run([*command, "none"], cwd=ROOT, capture_output=True, text=True)
     assert result.returncode == 2
-    assert result.stderr == "none: found No such file or directory, expected a readable JSONL file\n"
+    assert result.stderr == "none: found No such file or directory, expected a readable file\n"
 
 
 # ------------------------------------------------------------------------------------------------------------ summaries

@@ -3,13 +3,22 @@
 import json
 import random
 import time
+from collections import Counter
 from pathlib import Path
 
 import pytest
 
+from data.json_records import DataError
 from data.tool_calls import ToolCall, render_tool_call
-from eval.benchmark_data import load_toolalpaca
-from eval.evaluate_toolalpaca import PRIMARY, VARIANTS, main, score_toolalpaca_call, summarize_toolalpaca
+from eval.benchmarks import BENCHMARKS
+from eval.evaluate_toolalpaca import (
+    PRIMARY,
+    VARIANTS,
+    load_toolalpaca,
+    main,
+    score_toolalpaca_call,
+    summarize_toolalpaca,
+)
 from eval.metrics import equal_json, equal_lenient, equal_python
 from eval.predict.prediction_files import Prediction
 from eval.predict.react_output import read_call
@@ -18,6 +27,11 @@ from tests.support.rotbench_records import react, toolalpaca_record
 REAL = Path(__file__).resolve().parents[3] / "shared/data/benchmarks/toolalpaca/eval_real.masked.json"
 RIGHT, VALUES, TOOL, WRONG = (1, 1, 1), (1, 1, 0), (1, 0, 0), (0, 0, 0)
 ALL_VARIANTS = ("first_call", "rotbench_rules", "any_call", "authentication_ignored", "lenient_values")
+
+
+def write(path, records):
+    path.write_text(json.dumps(records, indent=1))
+    return path
 
 
 @pytest.fixture
@@ -29,6 +43,66 @@ def answers(tmp_path):
 
 def predict(texts, output_format="tl"):
     return [Prediction(index=i, output=text, format=output_format, stop="", line=i) for i, text in enumerate(texts)]
+
+
+# ------------------------------------------------------------------------------------------------------------- records
+
+
+def test_toolalpaca_record(tmp_path):
+    path = write(tmp_path / "eval_real.json", [toolalpaca_record(), toolalpaca_record(name="Second")])
+    examples = load_toolalpaca(path)
+    assert [(example.index, example.id) for example in examples] == [
+        (0, "Rates/0"),
+        (1, "Rates/1"),
+        (2, "Rates/2"),
+        (3, "Second/0"),
+        (4, "Second/1"),
+        (5, "Second/2"),
+    ]
+    tools = {tool["function"]["name"]: tool["function"] for tool in examples[0].tools}
+    assert list(tools) == ["latest_get", "list_get", "ask_to_user", "finish"]  # `components` is prose, no tool
+    assert tools["latest_get"]["description"] == "Get rates." and tools["list_get"]["description"] == ""
+    assert tools["latest_get"]["parameters"] == {
+        "type": "object",
+        "required": ["key", "base"],
+        "properties": {
+            "key": {"type": "string", "description": "Your key."},
+            "base": {"type": "string", "description": ""},
+            "days": {"type": "integer", "description": "How many. At most 5."},
+        },
+    }
+    assert examples[0].messages[0].content == "Rates of the euro?"
+    (gold,) = examples[0].gold[0].calls
+    assert (gold.name, gold.arguments) == ("latest_get", {"key": "MASKED_API_KEY", "base": "EUR", "days": 2})
+    assert [call.name for call in examples[0].meta["gold_calls"]] == ["latest_get", "list_get"]
+    assert examples[0].meta["authentication"] == ["key"] and examples[0].meta["is_documented"]
+    assert examples[1].gold[0].calls[0].arguments == {"base": "USD", "symbols": ["EUR"]}  # the doubled key is repaired
+    assert examples[2].gold[0].calls[0].name == "secret_get" and not examples[2].meta["is_documented"]
+
+
+@pytest.mark.parametrize(
+    "change, expected",
+    [
+        ({"Golden_Answers": []}, "found 0 Golden_Answers for 3 Instructions"),
+        ({"Name": 3}, "found int as 'Name'"),
+        ({"Instructions": [1, 2, 3]}, "instruction 0: found int"),
+        ({"Authentication": None}, "found NoneType"),
+        ({"Golden_Answers": [[], [], []]}, "instruction 0: found no gold call"),
+        ({"Golden_Answers": [[{"Action": "x", "Action_Input": "{"}]] * 3}, "found Action_Input '{', expected a JSON"),
+        ({"Function_Description": {"f": "no such part"}}, "'f': found no 'Parameters: '"),
+        ({"Function_Description": {"f": 'Parameters: {"a": "whatever"}'}}, "found 'whatever' for 'a'"),
+        ({"Function_Description": {"f": "Parameters: [1]"}}, "found no 'Parameters: ' with a JSON object"),
+    ],
+)
+def test_malformed_toolalpaca_records_name_file_and_line(tmp_path, change, expected):
+    path = tmp_path / "eval.json"
+    path.write_text(f"[{json.dumps(toolalpaca_record())},\n{json.dumps({**toolalpaca_record(), **change})}]")
+    with pytest.raises(DataError) as caught:
+        load_toolalpaca(path)
+    assert str(caught.value).startswith(f"{path}:2: ") and expected in str(caught.value)
+
+
+# -------------------------------------------------------------------------------------------------------------- scores
 
 
 # The first gold call: latest_get(key=MASKED_API_KEY, base="EUR", days=2); the second: list_get(). Expected results in
@@ -132,7 +206,8 @@ def test_files_in_rows_and_summary_out(answers, tmp_path, capsys):
     predictions.write_text("\n".join(lines) + "\n")
     code, out, err = evaluate(capsys, answers, predictions, "--output", str(tmp_path / "out"))
     summary = json.loads(out.splitlines()[-1])
-    assert (code, err) == (0, "") and [summary[key] for key in ("n", "TS", "PI", "CF")] == [3, 3, 2, 2]
+    assert err == f"{answers}: found 3 records, the published set has 114\n" and code == 0
+    assert [summary[key] for key in ("n", "TS", "PI", "CF")] == [3, 3, 2, 2]
     assert summary["rules"] == "fair" and summary["by_api"]["Rates"]["n"] == 3
     assert set(PRIMARY.values()) <= set(VARIANTS)
     rows = [json.loads(line) for line in (tmp_path / "out/results/toolalpaca.jsonl").read_text().splitlines()]
@@ -260,3 +335,15 @@ def test_ceilings_of_the_published_set():
     )
     assert without_keys["first_call"] == (114, 114, 80) and without_keys["authentication_ignored"] == (114,) * 3
     assert without_keys["rotbench_rules"] == (97, 97, 63)
+
+
+@pytest.mark.skipif(not REAL.is_file(), reason="needs the published benchmarks in ../shared/data/benchmarks")
+def test_published_toolalpaca_file():
+    examples = load_toolalpaca(REAL)
+    assert len(examples) == BENCHMARKS["toolalpaca"].published
+    assert Counter(len(example.meta["gold_calls"]) for example in examples) == {1: 94, 2: 13, 3: 6, 5: 1}
+    golds = [example.gold[0].calls[0] for example in examples]
+    assert sum(not example.meta["is_documented"] for example in examples) == 6
+    assert sum(not gold.arguments for gold in golds) == 17
+    assert sum("MASKED_API_KEY" in gold.arguments.values() for gold in golds) == 34
+    assert len({example.meta["api"] for example in examples}) == 11

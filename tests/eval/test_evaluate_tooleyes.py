@@ -1,4 +1,4 @@
-"""eval/evaluate_tooleyes.py and eval/tooleyes_data.py: the records, files in and out, hostile files and predictions."""
+"""eval/evaluate_tooleyes.py: the records, files in and out, hostile files and predictions."""
 
 import json
 import random
@@ -9,14 +9,18 @@ import pytest
 from data.formats.table import FORMATS
 from data.json_records import DataError
 from data.trajectories import Message
-from eval.evaluate_tooleyes import evaluate_tooleyes_files, main
-from eval.tooleyes_data import load_tool_sets, load_tooleyes
+from eval.evaluate_tooleyes import load_tool_sets, load_tooleyes, main, score_tooleyes
+from eval.records import ScoreSettings
 from tests.support.dialogue_doubles import TOOLS
 
 ROOT = Path(__file__).resolve().parents[2]
 REAL = ROOT / "../shared/data/benchmarks/tooleyes"
 needs_files = pytest.mark.skipif(not REAL.is_dir(), reason="the benchmark files are not there")
 DOCUMENTS = [tool["function"] for tool in TOOLS]
+
+
+def evaluate_files(answers, predictions, limit):
+    return score_tooleyes(load_tooleyes(answers), predictions, ScoreSettings(limit, "", False, max_turns=9))
 
 
 def record(query="Weather in Oslo?", path="ToolEyes/Tool_Library/Weather/Weather", scenario="RS", documents=DOCUMENTS):
@@ -218,18 +222,6 @@ def test_wrong_files_end_with_one_line_and_code_2(tmp_path, capsys, content, tex
     assert ended.value.code == 2
 
 
-def test_bundled_tasks(tmp_path):
-    answers = ROOT / "assets/tiny_data/test_multi.jsonl"
-    tasks = [json.loads(line) for line in answers.read_text().splitlines()]
-    rows = []
-    for index, task in enumerate(tasks):
-        turns = [turn((call["name"], call["arguments"], '{"result": "x"}')) for call in task["meta"]["calls"]]
-        rows.append(row(index, [*turns, turn(("finish", {"answer": task["meta"]["answer"]}, None))]))
-    rows, summary, _ = evaluate_tooleyes_files(answers, predictions_file(tmp_path, *rows), None)
-    assert (summary["n"], summary["DE"], summary["CE"], summary["VA"]) == (200, 0, 0, 200)
-    assert set(summary["by_scenario"]) == {"seen", "unseen"} and len(rows) == 200
-
-
 # ------------------------------------------------------------------------------------------ the file of ToolEyes' loop
 
 SAID = {  # what the loop's messages say, and what they are to us: attempted calls, DE, CE, VA
@@ -319,7 +311,7 @@ def test_file_of_the_official_loop(tmp_path):
         official_row(said[0][0], "a"),
         official_row(said[2][0], "same"),
     )
-    rows, summary, _ = evaluate_tooleyes_files(answers, path, None)
+    rows, summary, _ = evaluate_files(answers, path, None)
     for row, (_, calls, de, ce, va) in zip(rows, said, strict=True):
         assert (row["calls"], row["DE"], row["CE"], row["VA"]) == (calls, de, ce, va), row
     assert [row["turns"] for row in rows] == [2, 6, 9, 0] and summary["executors"] == {"recorded": 12}
@@ -397,7 +389,7 @@ def test_mutated_predictions_never_crash(tmp_path):
             rows[number] = changed if isinstance(changed, dict) else rows[number]
         predictions = predictions_file(tmp_path, *rows)
         try:
-            results, summary, _ = evaluate_tooleyes_files(answers, predictions, None)
+            results, summary, _ = evaluate_files(answers, predictions, None)
         except DataError as error:
             assert str(error).startswith(str(predictions)) and "\n" not in str(error) and len(str(error)) < 600
             continue
@@ -419,7 +411,7 @@ def test_mutated_bytes_never_crash(tmp_path):
             raw[rng.randrange(len(raw))] = rng.choice(b'"{}[]:,\\\n0x\xff\x00')
         path.write_bytes(bytes(raw))
         try:
-            evaluate_tooleyes_files(answers, path, None)
+            evaluate_files(answers, path, None)
         except DataError as error:
             assert str(error).startswith(str(path))
 
@@ -428,5 +420,5 @@ def test_very_long_dialogues(tmp_path):
     """A dialogue of 5,000 turns is scored like any other; its finish comes too late."""
     answers = answers_file(tmp_path, record())
     predictions = predictions_file(tmp_path, row(0, RIGHT[:1] * 5_000 + RIGHT[1:]))
-    rows, summary, _ = evaluate_tooleyes_files(answers, predictions, None)
+    rows, summary, _ = evaluate_files(answers, predictions, None)
     assert summary["n_calls"] == 5_000 and summary["VA"] == 0 and rows[0]["reason"].startswith("finish in turn 5001")

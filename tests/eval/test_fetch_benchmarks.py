@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from data.json_records import DataError
-from eval.benchmark_data import BENCHMARK_FILES
+from eval.benchmarks import BENCHMARKS
 from eval.fetch_benchmarks import (
     ORIGINS,
     OriginFile,
@@ -166,10 +166,10 @@ def test_check_needs_no_network_and_names_the_first_fault(tmp_path, capsys, monk
     assert main(["--benchmark_dir", str(tmp_path), "--check"]) == 2
     err = capsys.readouterr().err
     assert "LICENSE: found no such file" in err and "(1 of 2 files missing or altered)" in err
-    check_benchmark("gsm8k", tmp_path)  # the licence is not read by the evaluator
+    check_benchmark(BENCHMARKS["gsm8k"], tmp_path)  # the licence is not read by the evaluator
     (tmp_path / "gsm8k/test.jsonl").write_bytes(b"{}")
     with pytest.raises(DataError, match="found 2 bytes"):
-        check_benchmark("gsm8k", tmp_path)
+        check_benchmark(BENCHMARKS["gsm8k"], tmp_path)
     (tmp_path / "gsm8k/test.jsonl").write_bytes(b"{}\n")
     (tmp_path / "gsm8k/LICENSE").write_bytes(b"MIT\n")
     assert main(["--benchmark_dir", str(tmp_path), "--check"]) == 0
@@ -190,8 +190,8 @@ def test_the_list_covers_every_benchmark_and_is_well_formed():
         assert re.fullmatch(r"[0-9a-f]{64}", file.sha256) and re.fullmatch(r"[0-9a-f]{64}", file.source_sha256)
         assert re.fullmatch(r"/[\w-]+/[\w-]+/[0-9a-f]{40}/.+", file.url_path) and file.size > 0
         assert not Path(file.path).is_absolute() and ".." not in file.path.split("/")
-    assert [file.path for file in files if file.sha256 != file.source_sha256] == [BENCHMARK_FILES["toolalpaca"]]
-    counts = {name: len(files_of_benchmark(name, files)) for name in BENCHMARK_FILES if not name.startswith("tiny-")}
+    assert [file.path for file in files if file.sha256 != file.source_sha256] == [BENCHMARKS["toolalpaca"].path]
+    counts = {name: len(files_of_benchmark(each, files)) for name, each in BENCHMARKS.items() if each.published}
     assert counts == {**dict.fromkeys(counts, 1), "bfcl-exec": 4, "mmlu": 115, "tooleyes": 101}
 
 

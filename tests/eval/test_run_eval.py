@@ -13,10 +13,10 @@ import pytest
 
 from data.formats.table import encode_prompt
 from data.tool_calls import ToolCall, render_tool_call
-from eval.benchmark_data import load_tiny
+from eval.benchmarks import BENCHMARKS
+from eval.evaluate_tiny import load_tiny
 from eval.predict import generate as generate_predictions
 from eval.predict.generate import generated_rows, length_sorted_batches, read_response
-from eval.queries import load_queries
 from eval.reports.compare import main as compare_main
 from model.pretrained_weights import load_pretrained
 from model.tokenizer import load_tokenizer
@@ -209,7 +209,7 @@ def test_generation_is_told_the_control_tokens_that_end_it(benchmark_dir, monkey
         return [([*ids, bos], [0.0] * (len(ids) + 1)) for _ in prompts]
 
     monkeypatch.setattr(generate_predictions, "generate", scripted)
-    queries = load_queries("tiny-seen", benchmark_dir / "test_seen.jsonl")[:3]
+    queries = BENCHMARKS["tiny-seen"].load(benchmark_dir / "test_seen.jsonl")[:3]
     rows = list(
         generated_rows(
             load_pretrained(tiny_files()[0]),

@@ -10,11 +10,12 @@ import torch
 
 from data.formats.table import render_output
 from data.tool_calls import ToolCall
-from eval.general_tasks import LETTERS, load_mmlu, mmlu_prompt
+from eval.evaluate_humaneval import load_humaneval
+from eval.evaluate_mmlu import LETTERS, load_mmlu
 from eval.predict import endpoint as endpoint_module
-from eval.predict.generate import generated_rows
+from eval.predict.choices import choice_prompt
+from eval.predict.generate import encode_text, generated_rows
 from eval.predict.letter_logprobs import letter_rows
-from eval.queries import encode_text, load_queries
 from model.pretrained_weights import load_pretrained
 from model.tokenizer import load_tokenizer
 from tests.eval.test_endpoint import Server
@@ -144,10 +145,10 @@ def test_every_benchmark_is_predicted_scored_and_resumed(folder, tmp_path):
 def test_letters_are_those_of_whole_forwards_and_of_any_share(folder, model):
     """Oracle: one forward without a cache over the prompt and each letter."""
     network, tokenizer = model
-    queries = load_queries("mmlu", folder / "mmlu")
+    queries = load_mmlu(folder / "mmlu")
     rows = list(letter_rows(network, tokenizer, queries))
     for query, row in zip(queries, rows, strict=True):
-        ids = encode_text(mmlu_prompt(query.question, query.shots), tokenizer)
+        ids = encode_text(choice_prompt(query, 5), tokenizer)
         for letter, logprob in zip(LETTERS, row["logprobs"], strict=True):
             letter_ids = tokenizer.encode_continuation(f" {letter}")
             with torch.no_grad():
@@ -161,9 +162,8 @@ def test_letters_are_those_of_whole_forwards_and_of_any_share(folder, model):
 
 def test_letters_with_fewer_shots_where_the_model_is_short(folder, model):
     network, tokenizer = model
-    questions, shots = load_mmlu(folder / "mmlu")
-    lengths = [len(encode_text(mmlu_prompt(questions[0], shots["art"][:kept]), tokenizer)) for kept in range(6)]
-    config, queries = network.config, load_queries("mmlu", folder / "mmlu")[:1]
+    config, queries = network.config, load_mmlu(folder / "mmlu")[:1]
+    lengths = [len(encode_text(choice_prompt(queries[0], kept), tokenizer)) for kept in range(6)]
     longest = max(len(tokenizer.encode_continuation(f" {letter}")) for letter in LETTERS)
 
     def row_with(positions):
@@ -180,7 +180,7 @@ def test_letters_with_fewer_shots_where_the_model_is_short(folder, model):
 
 
 def test_ranks_share_the_queries(folder, model):
-    queries = load_queries("humaneval", folder / "humaneval/HumanEval.jsonl.gz")
+    queries = load_humaneval(folder / "humaneval/HumanEval.jsonl.gz")
 
     def rows(rank, world_size, batch_size):
         return list(
@@ -273,7 +273,7 @@ def test_endpoint_that_fails_loses_nothing(folder, tmp_path, monkeypatch):
     "change, expected",
     [
         ({"prompt_format": "openai"}, "--prompt_format: found openai without --endpoint"),
-        ({"prompt_format": "qwen25"}, "--prompt_format qwen25: found no token <|im_start|> in the tokenizer"),
+        ({"prompt_format": "qwen25"}, "--prompt_format qwen25: found no token <|im_end|> in the tokenizer"),
         ({"endpoint": "localhost:1"}, "--endpoint: found 'localhost:1', expected the base of an API"),
         ({"endpoint": "http://h/v1", "predictions": "p"}, "--endpoint: found it beside --predictions"),
         ({"endpoint_timeout": 0}, "--endpoint_timeout"),

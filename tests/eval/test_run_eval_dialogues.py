@@ -8,9 +8,8 @@ import pytest
 
 from data.formats.table import render_output
 from data.tool_calls import ToolCall
-from eval.benchmark_data import load_tiny_multi
-from eval.benchmarks import add_right_answers, is_answer_right
 from eval.dialogues.journal import RecordedDialogue, read_dialogues
+from eval.evaluate_tiny_multi import add_right_answers, is_answer_right, load_tiny_multi
 from eval.predict import endpoint as endpoint_module
 from eval.reports.compare import main as compare_main
 from tests.eval.test_endpoint import Server
@@ -411,7 +410,7 @@ def test_bad_lines_are_one_line_and_code_2(folder, tmp_path, spoil, expected):
         ({"instability_rate": 0.6, "call_failure_rate": 0.6}, "--instability_rate: found 1.2 together with"),
         ({"max_turn_tokens": 1024}, "--max_turn_tokens: found 1024, expected less than the model's 1024 positions"),
         ({"benchmarks": "tooleyes", "check_files": "on"}, "tooleyes/LICENSE: found no such file, expected it"),
-        ({"prompt_format": "qwen25"}, "--prompt_format qwen25: found no token <|im_start|> in the tokenizer"),
+        ({"prompt_format": "qwen25"}, "--prompt_format qwen25: found no token <|im_end|> in the tokenizer"),
         ({"predictions": "none.jsonl", "prompt_format": "tl"}, "none.jsonl: found No such file"),
     ],
 )

@@ -7,9 +7,10 @@ from types import SimpleNamespace
 from data.formats.table import render_output
 from data.tool_calls import ToolCall
 from data.trajectories import Message
-from eval.dialogues.journal import DialogueTask, read_dialogues
+from eval.dialogues.journal import read_dialogues
 from eval.dialogues.play import complete_dialogues, run_dialogues_with_model
 from eval.dialogues.tools import ToolResult
+from eval.records import Record
 
 
 def document(name, required=(), optional=()):
@@ -33,7 +34,7 @@ TOOLS = [
 
 
 def task(index=0, query="Weather in Oslo?", tool_set="toolbox", **meta):
-    return DialogueTask(index, f"t{index}", TOOLS, [Message("user", query)], tool_set, meta)
+    return Record(index, f"t{index}", TOOLS, [Message("user", query)], tool_set, meta=meta)
 
 
 def call(name, prompt_format="tl", /, **arguments):
