@@ -155,7 +155,7 @@ def encode_trajectory(
 
     error_filter: structured, substring or none (data.error_filter). Masked turns get weight 0 (E2) and stay context;
     so do turns for which the data itself says weight 0, whatever the filter.
-    Nothing is cut: data.batches.drop_unusable drops rows that are too long or train nothing, and says so.
+    Nothing is cut: data.batches.drop_unusable drops rows that are too long or train nothing, and reports them.
     """
     decisions = tuple(decide_masked_turns(trajectory, error_filter))
     masked = {decision.message_index: decision.masked for decision in decisions}

@@ -75,9 +75,9 @@ def compute_gae(
         delta_t     = reward_t + gamma * V_(t+1) - V_t
         advantage_t = delta_t + gamma * gae_lambda * advantage_(t+1),        return_t = advantage_t + V_t
 
-    t + 1 is the next slot inside the mask: a hole is stepped over and costs no discount. Behind the last token the
+    t + 1 is the next slot inside the mask: a hole is skipped and costs no discount. After the last token the
     value is 0, for a response cut off at the limit too: its score is the whole of what it will ever get, as the paper's
-    reward judges the text as it stands.
+    reward judges the text as it is.
     Returns (advantages_BR, returns_BR), both 0 outside the mask; advantages are not whitened.
     Raises ValueError for shapes that disagree or a mask that is not bool.
     """
@@ -184,6 +184,7 @@ def next_kl_coef(
 
 
 def arithmetic_dtype(tensor: Tensor) -> torch.dtype:
+    """fp64 for fp64 inputs, fp32 for all others."""
     return torch.float64 if tensor.dtype == torch.float64 else torch.float32
 
 
@@ -193,7 +194,10 @@ def inside(x_BR: Tensor, response_mask_BR: Tensor, dtype: torch.dtype) -> Tensor
 
 
 def check_response_shapes(response_mask_BR: Tensor, *tensors_BR: Tensor) -> None:
-    """Without this a (B,) or (B, 1) tensor would be broadcast over the tokens and train on nonsense."""
+    """Raise ValueError unless the mask is bool (B, R) and all others have its shape.
+
+    Without this check a (B,) or (B, 1) tensor would be broadcast over the tokens and train on nonsense.
+    """
     if response_mask_BR.dtype != torch.bool or response_mask_BR.dim() != 2:
         raise ValueError(
             f"response mask is {response_mask_BR.dtype} {tuple(response_mask_BR.shape)}, expected torch.bool (B, R)"

@@ -39,7 +39,7 @@ def load_models(config: PPOConfig, tokenizer: Tokenizer, world: World, loss_back
     """All models of a run, from the folders that `config` names; a collective.
 
     Loading is strict: a tensor that is missing, unexpected or of another shape is an error. So the critic really starts
-    from its folder's weights; the released code's critic is random, because no name matches and nothing says so.
+    from its folder's weights; in the released code no name matches, the error is never read, and the critic is random.
     Raises ModelFolderError for a folder that cannot be used and for models of different shapes.
     """
     reference_dir, critic_dir = config.reference_model or config.model, config.critic_model or config.model

@@ -32,7 +32,7 @@ def plot_ppo(output: Path) -> str:
     rows = read_metrics(output / "metrics.jsonl")
     if not rows:
         return "no plot: metrics.jsonl holds no step"
-    # figures of a rollout stand on every line of its iteration; drawn once each, or long iterations would weigh more
+    # every line of an iteration repeats the figures of its rollout: draw them once, or long iterations would weigh more
     rollouts = list({row["iteration"]: row for row in rows}.values())
     figure, axes = pyplot.subplots(3, 3, figsize=(15, 11), sharex=True)
     score_axis, category_axis, *other_axes = axes.flat

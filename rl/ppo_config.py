@@ -37,13 +37,13 @@ class PPOConfig:
     critic_model: str = setting(
         "",
         "folder the critic starts from, with or without value_head.safetensors; empty = "
-        "model (paper: the SFT model; released code: random by a fault)",
+        "model (paper: the SFT model; released code: random, by mistake)",
         free=True,
     )
     # prompts
     error_filter: str = setting(
         "structured",
-        "turns that are no prompts because their gold call is erroneous",
+        "drop turns whose gold call is erroneous, by this filter",
         choices=("structured", "substring", "none"),
     )
     prompt_turns: str = setting(
@@ -57,8 +57,8 @@ class PPOConfig:
     )
     max_prompt_tokens: int = setting(
         0,
-        "longer prompts are left out and counted, never cut; 0 = what the context "
-        "leaves beside the response; tokens (released code: 8192, cut)",
+        "longer prompts are dropped and counted, never cut; tokens; 0 = the context minus "
+        "the response (released code: 8192, cut)",
         low=0,
     )
     # rollout
@@ -86,9 +86,9 @@ class PPOConfig:
         choices=("on", "off"),
     )
     # losses
-    clip_range: float = setting(0.2, "the ratio is clipped to 1 - this .. 1 + this (released code: 0.2)", low=1e-6)
+    clip_range: float = setting(0.2, "clip the ratio to 1 - this .. 1 + this (released code: 0.2)", low=1e-6)
     value_clip_range: float = setting(
-        0.2, "values move at most this far from the rollout's (released code: 0.2)", low=1e-6
+        0.2, "clip values to at most this far from those of the rollout (released code: 0.2)", low=1e-6
     )
     entropy_coef: float = setting(0.0, "factor of the entropy bonus (paper and released code: none)", low=0.0)
     ppo_epochs: int = setting(1, "passes over each rollout (released code: 1)", low=1)
@@ -96,7 +96,9 @@ class PPOConfig:
     micro_batch_size: int = setting(
         8, "responses packed into one forward of one rank; memory only (ours)", low=1, free=True
     )
-    critic_only_iterations: int = setting(40, "first iterations that train the critic alone (ours; paper: none)", low=0)
+    critic_only_iterations: int = setting(
+        40, "the first so many iterations train the critic alone (ours; paper: none)", low=0
+    )
     # optimisation
     policy_learning_rate: float = setting(
         1e-4, "peak learning rate of the policy (paper: 2e-6; released code: 2e-7)", low=0.0

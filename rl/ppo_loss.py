@@ -3,7 +3,7 @@
 Losses are means over all response tokens of the batch they are given. For micro-batches and ranks multiply each loss by
 its `stats["tokens"]` and divide by the global number of tokens once; a mean of means would favour short responses.
 Slots outside the response mask are replaced by `torch.where` before any arithmetic: they may hold inf or nan, and their
-gradient is exactly 0. Arithmetic in fp32 (fp64 for fp64 inputs), statistics from the log-ratio on in fp64.
+gradient is exactly 0. Arithmetic in fp32 (fp64 for fp64 inputs), statistics in fp64 from the log-ratio on.
 
 Shape legend: B responses, R response slots; M rows (tokens), C rows of one chunk, D model dim, V vocabulary.
 """
@@ -95,6 +95,7 @@ def masked_mean(x_BR: Tensor, response_mask_BR: Tensor) -> Tensor:
 
 
 def check_clip_range(name: str, clip_range: float) -> None:
+    """Raise ValueError unless clip_range > 0."""
     if not clip_range > 0:
         raise ValueError(f"{name} is {clip_range}, expected a number > 0")
 

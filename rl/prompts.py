@@ -1,6 +1,6 @@
 """PPO prompts: every kept assistant turn of a training file, or every record of a held-out file, with its gold calls.
 
-The rules, in this order; each turn is counted under the first that takes it out, and the counts are the notes:
+A turn is dropped by the first rule that applies, and the notes say how many turns each rule dropped:
     plain text      the turn is no call, so there is nothing to score
     excluded        the data gives the turn weight 0
     unparsable      its call does not parse (unparsable_calls "mask"; "error" refuses the file, as SFT does)
@@ -40,7 +40,7 @@ _DROPPED_BEFORE = (
 
 @dataclass(frozen=True, slots=True)
 class PPOPrompt:
-    """One state to act in: what the model reads, and the calls that are right there."""
+    """What the model reads, and the calls that would be right next."""
 
     id: str  # of the trajectory or record
     turn: int  # which assistant turn of the trajectory, from 0; plain text counts
@@ -70,7 +70,8 @@ def read_prompts(
 
     `path` holds trajectories in either form of data.trajectories, or held-out records, one JSON object per line:
     {"id", "tools", "messages": [user ...], "gold": [{"calls": [{"name", "arguments"}]}]}; "gold" in the first record
-    tells. There every answer of exactly one call without wildcards is a gold call; a record has one turn, number 0.
+    decides. A held-out record has one turn, number 0, and every answer of exactly one call without wildcards is a gold
+    call.
     Raises DataError for malformed files, and with all counts if no prompt is left; ValueError for unknown settings.
     """
     _check_setting("error_filter", error_filter, ERROR_FILTERS)

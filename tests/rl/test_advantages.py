@@ -45,7 +45,7 @@ def random_batch(seed, n_rows=6, width=9):
 
 
 def gae_from_the_definition(rewards, values, gamma, gae_lambda):
-    """Lists of one response without holes: A_t = sum over l of (gamma lambda)^l delta_(t+l), V behind the end is 0."""
+    """Lists of one response without holes: A_t = sum over l of (gamma lambda)^l delta_(t+l), V after the end is 0."""
     n = len(rewards)
     deltas = [rewards[t] + gamma * (values[t + 1] if t + 1 < n else 0.0) - values[t] for t in range(n)]
     return [sum((gamma * gae_lambda) ** (k - t) * deltas[k] for k in range(t, n)) for t in range(n)]

@@ -141,7 +141,7 @@ def test_every_detail_names_a_place_in_the_code():
 
 
 def test_every_setting_of_ppo_is_a_detail_and_its_default_is_right():
-    """`name` = `value` in the column "here" is the default of PPOConfig; every field stands somewhere on the page."""
+    """`name` = `value` in the column "here" is the default of PPOConfig; every field is somewhere on the page."""
     defaults = {each.name: each.default for each in fields(PPOConfig)}
     stated = [pair for _, row in details() for pair in re.findall(r"`(\w+)` = `([^`]*)`", row)]
     assert not {name for name, _ in stated} - defaults.keys()

@@ -3,7 +3,9 @@
 pytest tests/rl/test_ppo_loop.py
 """
 
+import inspect
 import os
+import re
 import signal
 from dataclasses import replace
 
@@ -42,7 +44,7 @@ def run(output, **flags):
 
 @pytest.fixture(scope="module")
 def straight(tmp_path_factory):
-    """The run that nobody disturbed."""
+    """An undisturbed run to compare with."""
     output = tmp_path_factory.mktemp("straight") / "run"
     run(output, **LONG)
     return output
@@ -97,6 +99,16 @@ def test_every_response_is_journaled_once(straight):
         assert row["ppo/share_correct"] == sum(sample["category"] == "correct" for sample in mine) / len(mine)
         assert row["ppo/kl_sequence"] == pytest.approx(sum(sample["kl"] for sample in mine) / len(mine), abs=1e-6)
     assert [line["step"] for line in journal_of(straight, "evaluations.jsonl")] == [0, 2, 4, 6]
+
+
+def test_the_docstring_numbers_the_steps_as_the_code_does():
+    """And every step takes what the one before returned: nothing of the rollout is written twice."""
+    stated = re.findall(r"^    (\d \w+)  ", ppo_loop.__doc__, re.MULTILINE)
+    body = inspect.getsource(ppo_loop.run_iteration)
+    assert re.findall(r"^    # (\d \w+)$", body, re.MULTILINE) == stated
+    assert stated == ["1 sample", "2 judge", "3 measure", "4 credit", "5 update"]
+    calls = re.findall(r"\b(sample_responses|judge_responses|measure_responses|credit_responses|update_models)\(", body)
+    assert [call.split("_")[0] for call in calls] == [step[2:] for step in stated]
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -190,14 +190,14 @@ def test_unparsable_calls_stop_or_are_counted(tmp_path):
 
 
 def first_records(tmp_path: Path, n: int) -> Path:
-    """The first records of the bundled training file, which stand one per line in a list."""
+    """The first records of the bundled training file, one per line in a list."""
     with open(ASSETS / "tiny_data" / "train.json", encoding="utf-8") as file:
         assert next(file) == "[\n"
         return write_lines(tmp_path, *(next(file).rstrip(",\n") for _ in range(n)))
 
 
 def test_prompt_ids_are_the_prefix_of_the_sft_sample(tmp_path):
-    """Against the per-turn expansion of SFT: the first trained target stands right behind the prompt."""
+    """Against the per-turn expansion of SFT: the first trained target comes right after the prompt."""
     tokenizer = load_tokenizer(ASSETS / "tiny_model")
     path = first_records(tmp_path, 80)
     by_place = {(prompt.id, prompt.turn): prompt for prompt in read_prompts(path, tokenizer, **SETTINGS)[0]}

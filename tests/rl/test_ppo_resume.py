@@ -39,7 +39,7 @@ def settings(**changes):
 
 @pytest.fixture(scope="module")
 def straight(tmp_path_factory):
-    """The run that nobody disturbed."""
+    """An undisturbed run to compare with."""
     output = tmp_path_factory.mktemp("straight") / "run"
     rows = run(output, **settings())
     assert [row["step"] for row in rows] == list(range(1, STEPS + 1))
