@@ -10,6 +10,7 @@ import pytest
 
 from rl.ppo_config import PPOConfig
 from run_eval import EvalConfig
+from tests.test_import_rules import MAY_IMPORT
 from train.sft_config import SFTConfig
 
 ROOT = Path(__file__).parent.parent
@@ -76,6 +77,13 @@ def test_commands_are_found():
     found = dict(commands(README))
     assert {"run_sft", "run_ppo", "run_eval", "data.inspect_loss_weights", "eval.evaluate_rotbench"} <= found.keys()
     assert "endpoint" in found["eval.collect_trajectories"]
+
+
+def test_the_house_table_is_the_import_rule():
+    rows = re.findall(r"^\| `(\w+)/` \|.*\| ([^|]+) \|$", (ROOT / "CONTRIBUTING.md").read_text("ascii"), re.MULTILINE)
+    stated = {folder: set(re.findall(r"`(\w+)`", may)) for folder, may in rows if may != "everything"}
+    assert stated.pop("examples") == set()
+    assert stated == {folder: may for folder, may in MAY_IMPORT.items() if folder != "benchmarks"}
 
 
 def test_the_picture_names_the_file_of_each_stage():
