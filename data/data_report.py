@@ -36,7 +36,9 @@ def describe_data(
     for trajectory in trajectories:
         left_out.update(trajectory.left_out)
     if n_thoughts := sum(bool(message.thought.strip()) for each in trajectories for message in each.messages):
-        lines.append(f"{n_thoughts} turns have text beside the call: the prompt has no place for it, it is not trained")
+        lines.append(
+            f"{n_thoughts} turns have text next to the call: the prompt has no place for it, so it is not trained"
+        )
     if n_nulls := left_out.pop(LEFT_OUT_NULLS, 0):
         lines.append(
             f"{n_nulls} null arguments dropped: no document has or allows them (columnar storage pads with null)"

@@ -27,7 +27,7 @@ class DataError(ValueError):
 def read_records(path: str | Path) -> Iterator[tuple[int, object]]:
     """(line from 1, value) of the items of a JSON list, or of the lines of a JSONL file; the first character decides.
 
-    One value is in memory at a time, beside the text. Raises DataError, also for a file without any value.
+    One value is in memory at a time, in addition to the text. Raises DataError, also for a file without any value.
     """
     text = _read_text(path)
     start = _skip_blanks(text, 0)

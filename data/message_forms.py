@@ -116,7 +116,7 @@ def _is_tool_list(role: object, content: object) -> bool:
 
 
 def _sharegpt_messages(entries: list[tuple[str, dict]]) -> list[tuple[str, dict]]:
-    """The same messages with OpenAI's roles; an assistant's text right before its call becomes the text beside it."""
+    """The same messages with OpenAI's roles; an assistant's text right before its call becomes the text next to it."""
     messages: list[tuple[str, dict]] = []
     for where, entry in entries:
         role, content = role_and_content(entry)
@@ -185,7 +185,7 @@ def _with_tool_calls(entry: dict, calls: list[dict], where: str) -> dict:
 
 
 def call_parts(tool_call: object, where: str) -> tuple[object, object, object]:
-    """(id, name, arguments) of one entry of `tool_calls`; name and arguments inside `function` or beside the id."""
+    """(id, name, arguments) of one entry of `tool_calls`; name and arguments inside `function` or next to the id."""
     function = tool_call.get("function") if isinstance(tool_call, dict) else None
     function = parse_json(function, f"{where}: function") if isinstance(function, str) else function
     if function is None and isinstance(tool_call, dict) and isinstance(tool_call.get("name"), str):

@@ -56,7 +56,7 @@ def normalize_tools(tools: object, where: str) -> list[dict]:
 def tool_parameters(function: dict) -> tuple[dict, list[str]]:
     """(properties, required) of the `function` part of a tool, read leniently: benchmarks have documents of all sorts.
 
-    `required` may be inside `parameters` or beside it; what is absent or null is empty.
+    `required` may be inside `parameters` or next to it; what is absent or null is empty.
     """
     parameters = function.get("parameters") or {}
     required = parameters.get("required")
@@ -127,7 +127,7 @@ def _normalize_tool(tool: object, where: str) -> dict:
 
 
 def _unwrap(tool: object, where: str) -> dict:
-    """The function object out of `function` or `toolSpec`, with parameters that are beside it moved inside."""
+    """The function object out of `function` or `toolSpec`, with parameters that are next to it moved inside."""
     if not isinstance(tool, dict):
         raise DataError(f"{where}: found {kind_of(tool)}, expected a function object")
     wrapper = next((key for key in ("function", "toolSpec") if tool.get(key) is not None), None)
@@ -137,15 +137,15 @@ def _unwrap(tool: object, where: str) -> dict:
     function = _opened(tool[wrapper], f"{where}: {wrapper}")
     if not isinstance(function, dict):
         raise DataError(f"{where}: found {kind_of(function)}, expected a function object")
-    beside = {
+    outside = {
         key: value
         for key, value in tool.items()
         if key in (*_SCHEMA_KEYS, *_TOOLBENCH_KEYS, "name", "description", "required") and value is not None
     }
-    for key, value in beside.items():
+    for key, value in outside.items():
         if function.get(key) not in (None, value):
-            raise DataError(f"{where}: found two different {key!r}, beside {wrapper!r} and inside it, expected one")
-    return function | {key: value for key, value in beside.items() if function.get(key) is None}
+            raise DataError(f"{where}: found two different {key!r}, next to {wrapper!r} and inside it, expected one")
+    return function | {key: value for key, value in outside.items() if function.get(key) is None}
 
 
 def _parameter_keys(function: dict, where: str) -> tuple[list[str], bool]:
@@ -283,8 +283,8 @@ class _Expander:
             target = self.expand(self._target(reference), (*open_refs, reference), level + 1)
             if not isinstance(target, dict):
                 raise DataError(f"{self.where}: $ref {shown(reference)}: found {kind_of(target)}, expected an object")
-            beside = {key: entry for key, entry in value.items() if key != "$ref" and entry is not None}
-            return {**target, **self._entries(beside, open_refs, level)}
+            outside = {key: entry for key, entry in value.items() if key != "$ref" and entry is not None}
+            return {**target, **self._entries(outside, open_refs, level)}
         return self._entries(value, open_refs, level)
 
     def _entries(self, value: dict, open_refs: tuple[str, ...], level: int) -> dict:
@@ -515,7 +515,7 @@ def _json_type(kind: object) -> tuple[dict, bool]:
 
 
 def _opened(value: object, where: str) -> object:
-    """JSON text as its value, anything else as it is. Raises DataError for text that is no JSON."""
+    """JSON text as its value, anything else as it is. Raises DataError for text that is not JSON."""
     return parse_json(value, where) if isinstance(value, str) else value
 
 

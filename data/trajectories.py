@@ -34,10 +34,10 @@ class Message:
     """One message. An assistant message is a call, plain text (`call` None) or a call that does not parse (`fault`)."""
 
     role: str  # "user", "assistant" or "tool"; "system" only first, for the system text of OpenAI-form data
-    content: str  # as in the file; for a call of the OpenAI form the text beside it
+    content: str  # as in the file; for a call of the OpenAI form the text next to it
     call: ToolCall | None = None
     fault: str | None = None  # why the call does not parse; such a turn is context only (category `unparsable`)
-    thought: str = ""  # the text beside a call, which some prompt formats write before it
+    thought: str = ""  # the text next to a call, which some prompt formats write before it
     weight: int = 1  # 0: the file asks for no gradient on this turn (`weight`, `train` or `loss`)
 
 
@@ -128,7 +128,7 @@ def _read_record(record: object, form: str, source: str, index: int, mask: bool)
 def _read_call(
     name: object, arguments: object, tools: list[dict], left_out: Counter[str]
 ) -> tuple[ToolCall | None, str | None]:
-    """(call, None), or (None, reason) if the arguments are no JSON object or the call cannot be rendered."""
+    """(call, None), or (None, reason) if the arguments are not a JSON object or the call cannot be rendered."""
     is_object = isinstance(arguments, dict)
     if isinstance(arguments, str):
         try:
@@ -265,7 +265,7 @@ def _text_message(entry: dict, tools: list[dict], where: str, mask: bool) -> Mes
 def _openai_calls(
     entry: dict, tools: list[dict], where: str, mask: bool, left_out: Counter[str]
 ) -> list[tuple[object, Message]]:
-    """(id, message) of each call. The text beside them belongs to the first."""
+    """(id, message) of each call. The text next to them belongs to the first."""
     text = "" if is_blank(entry.get("content")) else _openai_text(entry, where)
     weight = message_weight(entry, where)
     result: list[tuple[object, Message]] = []

@@ -41,7 +41,9 @@ class Benchmark:
         return getattr(self._module(), f"score_{self.evaluator}")(records, predictions, settings)
 
     def stop_texts(self) -> tuple[str, ...]:
-        """Where the continuation of a text ends, beside the model's own end; () where records are asked otherwise."""
+        """Where the continuation of a text ends, in addition to the model's own end; () where records are asked
+        otherwise.
+        """
         return self._module().STOP_TEXTS if self.asked == "text" else ()
 
     def equality(self, rules: str) -> Callable[[object, object], bool] | None:
@@ -73,7 +75,7 @@ _TABLE = (
         "dialogue",
         "tooleyes",
         382,
-        folder="tooleyes",  # the tools lie beside the queries
+        folder="tooleyes",  # the tools are next to the queries
     ),
     Benchmark("mmlu", "mmlu", "choice", "mmlu", 14042, figure=5, metric="accuracy"),
     Benchmark("gsm8k", "gsm8k/test.jsonl", "text", "gsm8k", 1319, figure=5, metric="exact_match"),

@@ -88,9 +88,9 @@ class EvalConfig:
         if self.predictions and len(names) != 1:
             raise ValueError(f"benchmarks: found {len(names)} benchmarks, expected one, that of --predictions")
         if self.predictions and self.prompt_format != DEFAULT_FORMAT:
-            raise ValueError('prompt_format: found it beside --predictions, expected "format" in that file\'s lines')
+            raise ValueError('prompt_format: found it with --predictions, expected "format" in that file\'s lines')
         if self.predictions and self.endpoint:
-            raise ValueError("endpoint: found it beside --predictions, expected one of the two")
+            raise ValueError("endpoint: found it with --predictions, expected one of the two")
         if self.prompt_format not in COMPLETION_FORMATS and not self.endpoint:
             raise ValueError(
                 f"prompt_format: found {self.prompt_format} without --endpoint, expected the chat API of a server"

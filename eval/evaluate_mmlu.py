@@ -3,7 +3,7 @@
     python -m eval.evaluate_mmlu --answers mmlu --predictions FILE [--output DIR]
 
 The answer is the letter with the largest of four log-probabilities, or the letter that a text begins with. accuracy is
-the share of all questions, as in the benchmark's code, not a mean over its 57 subjects; those are given beside it. The
+the share of all questions, as in the benchmark's code, not a mean over its 57 subjects; those are given too. The
 TL-Training paper names the set without a protocol; the choices: docs/evaluation.md.
 """
 

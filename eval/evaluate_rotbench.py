@@ -137,7 +137,7 @@ def score_rotbench_call(name: str, arguments: object, example: Record, rules: st
     1. Arguments that Python takes for false (`{}`, `[]`, 0, null) make all three metrics wrong; `fair` lets `{}` pass.
     2. The accepted answers are tried in order. Where one calls the tool in the last place, a predicted `finish` is
        renamed to that tool; with `official` it keeps that name for the answers that follow.
-    3. TS: equal names. Arguments that are no object stop the scorer here: TS stands, PI and CF are wrong.
+    3. TS: equal names. Arguments that are not an object stop the scorer here: TS counts, PI and CF are wrong.
     4. PI: also equal sets of argument names; what the document requires does not matter.
     5. CF: also equal values (`==`) of all arguments but those with the gold value "None". With `official` the latter
        are deleted from the prediction, which the answers that follow then see without them. Values do not count for the
@@ -184,7 +184,7 @@ def _reason(name: str, arguments: object, example: Record, level: int) -> str:
 
 
 def _with_finish(example: Record) -> list[GoldAnswer]:
-    """The accepted answers, and beside each that calls the last tool the same under the name `finish`."""
+    """The accepted answers, and for each that calls the last tool the same one under the name `finish`."""
     calls = [answer.calls[0] for answer in example.gold if answer.calls[0].name == example.meta["finish"]]
     return [*example.gold, *(GoldAnswer((replace(call, name="finish"),), order_free=False) for call in calls)]
 

@@ -52,8 +52,8 @@ def _record(row: dict, index: int, where: str) -> Record:
 def is_answer_right(task: Record, dialogue: RecordedDialogue) -> bool:
     """Whether the answer given by `finish` holds every requested result of a tiny-multi task, `meta["results"]`.
 
-    Each must stand there letter by letter and as whole words (`calm 6` is not in `calm 61`), in any order, whatever is
-    beside it. The results come from the tools alone and no two of a task are equal, so a right answer shows that every
+    Each must be there letter by letter and as whole words (`calm 6` is not in `calm 61`), in any order, with any text
+    around it. The results come from the tools alone and no two of a task are equal, so a right answer shows that every
     right call was made.
     """
     last = dialogue.turns[-1]["calls"][-1:] if dialogue.end == "finish" and dialogue.turns else []

@@ -49,7 +49,7 @@ def load_tooleyes(path: Path) -> list[Record]:
     """Read ToolEyes' scenario_data_zero_processed.json: one record per item, in the file's order, none left out.
 
     Two ids occur twice, so records are told apart by their index. The tools are those of the system prompt; where the
-    benchmark's Tool_Library lies beside the file's folder, they must be those of the record's tool set. `meta`:
+    benchmark's Tool_Library is next to the file's folder, they must be those of the record's tool set. `meta`:
     `scenario`, and `path` as in the file. Raises DataError with `file:line`.
     """
     library = path.parent.parent / "Tool_Library"

@@ -184,7 +184,7 @@ def sorted_keys(value: object) -> object:
 def readable_thought(
     message: Message | WrittenTurn, write: Callable[[ToolCall, str], tuple[str, str, str]], parse: Callable
 ) -> str:
-    """The text beside a message's call; "" where it holds marks of a call, so that the call could not be read back."""
+    """The text next to a message's call; "" where it holds marks of a call, so that the call could not be read back."""
     if not message.thought:
         return ""
     try:

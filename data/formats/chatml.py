@@ -2,7 +2,7 @@
 
 from data.formats.prompt_format import Segment, control
 
-# Beside the tokenizer's EOS.
+# In addition to the tokenizer's EOS.
 CHATML_ENDS = ("<|im_end|>", "<|endoftext|>")
 
 

@@ -23,7 +23,7 @@ ASSISTANT_HEADER = "\nAssistant:"
 def render_tools(tools: list[dict]) -> str:
     """The documents of all tools as Python-like signatures, two newlines between them (Table 13).
 
-    `tools` are OpenAI function dicts. Required parameters stand first, in the order of `required`; the others follow
+    `tools` are OpenAI function dicts. Required parameters come first, in the order of `required`; the others follow
     with ` = None`. A parameter without type is `any`; several types are joined by `|`.
     """
     return "\n\n".join(_render_tool(tool["function"]) for tool in tools)

@@ -50,7 +50,7 @@ def dialogue_segments(tools: list[dict], messages: Dialogue) -> list[Segment]:
 
 
 def _required_outside(function: dict) -> dict:
-    """The function with `required` beside `parameters`, where Table 6 has it."""
+    """The function with `required` next to `parameters`, where Table 6 has it."""
     _, required = tool_parameters(function)
     parameters = {key: value for key, value in (function.get("parameters") or {}).items() if key != "required"}
     return {

@@ -82,7 +82,7 @@ def find_answers(benchmark: Benchmark, config: EvalConfig) -> Path:
 def make_source(
     config: EvalConfig, *, rank: int, world_size: int, device: torch.device
 ) -> tuple[LocalModel | Endpoint, dict]:
-    """The model or endpoint of the settings, and what identifies it in the settings beside the predictions."""
+    """The model or endpoint of the settings, and what identifies it in the settings file of the predictions."""
     if not config.endpoint:
         model, tokenizer = load_model(config, device)
         identity = {"model_sha256": folder_sha256(Path(config.model)), "dtype": config.dtype, "device": device.type}
@@ -168,7 +168,7 @@ def predict(
 
 
 def deciding_settings(run: BenchmarkRun, config: EvalConfig) -> dict[str, str | int | float]:
-    """What decides the predictions of a benchmark beside the model: a run goes on only where these are the same."""
+    """What decides the predictions of a benchmark, with the model: a run continues only where these are the same."""
     settings = {
         "prompt_format": config.prompt_format,
         "max_new_tokens": longest_output(run.benchmark, config),

@@ -11,9 +11,9 @@ DIALOGUE_METRICS = ("DE", "CE", "VA")
 CALL_METRICS = ("DE", "CE")  # shares of calls, n_calls of a summary; every other metric is a share of its n records
 SUMMARY_DECIMALS = 2  # digits of the percentages in a summary
 METRICS_NOTE = (
-    "DE, lower is better: share of calls that go against the documents (tool or parameter not "
-    "documented, required parameter missing). CE, lower is better: share of calls that fail otherwise, "
-    "outputs that are no call included. VA: share of dialogues that the model ends with an answer in time."
+    "DE, lower is better: share of calls that contradict the tool's documentation (tool or parameter not "
+    "documented, required parameter missing). CE, lower is better: share of all other failed calls, including "
+    "outputs that are not a call. VA: share of dialogues that the model ends in time with an answer."
 )
 EXECUTOR_NOTE = (
     "local: a tool of this project did what the document says. simulated: the feedback follows from the "

@@ -85,7 +85,7 @@ def test_what_is_not_used_is_counted(tmp_path):
     assert "turns masked by error_filter=structured: none" in notes
     assert "turns of weight 0 in the data: 2, kept as context and not trained" in notes
     assert any(note.startswith("4 null arguments dropped: ") for note in notes)
-    assert any(note.startswith("2 turns have text beside the call: ") for note in notes)
+    assert any(note.startswith("2 turns have text next to the call: ") for note in notes)
     assert "2 texts under 'reasoning_content' of an assistant message: not read" in notes
 
 

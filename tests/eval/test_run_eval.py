@@ -377,7 +377,7 @@ def test_compare_prints_the_verdicts(reference, benchmark_dir, tmp_path, capsys)
         ({"benchmark_dir": "no/such"}, "no/such/test_seen.jsonl: found No such file"),
         ({"predictions": "none.jsonl"}, "none.jsonl: found No such file"),
         ({"predictions": "p", "benchmarks": "tiny-seen,tiny-unseen"}, "expected one, that of --predictions"),
-        ({"predictions": "p", "prompt_format": "plain"}, "--prompt_format: found it beside --predictions"),
+        ({"predictions": "p", "prompt_format": "plain"}, "--prompt_format: found it with --predictions"),
         ({"config": "none.json"}, "none.json"),
     ],
 )

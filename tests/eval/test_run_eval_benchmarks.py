@@ -275,7 +275,7 @@ def test_endpoint_that_fails_loses_nothing(folder, tmp_path, monkeypatch):
         ({"prompt_format": "openai"}, "--prompt_format: found openai without --endpoint"),
         ({"prompt_format": "qwen25"}, "--prompt_format qwen25: found no token <|im_end|> in the tokenizer"),
         ({"endpoint": "localhost:1"}, "--endpoint: found 'localhost:1', expected the base of an API"),
-        ({"endpoint": "http://h/v1", "predictions": "p"}, "--endpoint: found it beside --predictions"),
+        ({"endpoint": "http://h/v1", "predictions": "p"}, "--endpoint: found it with --predictions"),
         ({"endpoint_timeout": 0}, "--endpoint_timeout"),
         ({"benchmarks": "humaneval"}, "--execute_code: found off, expected on for humaneval"),
         ({"benchmarks": "tooleyes"}, "scenario_data_zero_processed.json: found No such file"),
