@@ -238,7 +238,7 @@ PAPER_TABLES = {
 def test_letters_are_those_of_the_papers_text(number):
     """Everything but white space, which the text of the paper does not keep."""
     if not PAPER.exists():
-        pytest.skip("../shared/paper.txt is absent")
+        pytest.skip("the text of the paper is not beside this checkout")
     text = PAPER.read_text(encoding="utf-8")
     start = text.index("\n", text.index(f"\nTable {number}. An example") + 1)
     end = min(

@@ -136,7 +136,7 @@ def test_unknown_roles_are_refused():
 
 def llama2():
     if not LLAMA2.exists():
-        pytest.skip("the LLaMA-2 tokenizer of ../shared/fixtures is not there")
+        pytest.skip("the tokenizer of LLaMA-2 is not beside this checkout")
     return load_tokenizer(LLAMA2)
 
 

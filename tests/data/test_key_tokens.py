@@ -107,7 +107,7 @@ def test_bounds_and_set_sizes_on_random_ids():
 @pytest.fixture(scope="module")
 def llama2():
     if not LLAMA2.exists():
-        pytest.skip("LLaMA-2's tokenizer.model is not at ../shared/fixtures/llama2-tokenizer")
+        pytest.skip("the tokenizer of LLaMA-2 is not beside this checkout")
     from model.tokenizer import load_tokenizer
 
     return load_tokenizer(LLAMA2)

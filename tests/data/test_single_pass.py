@@ -80,11 +80,11 @@ def assert_same(found, expected, tolerance):
 # -------------------------------------------------------------------------------- per turn == one pass
 
 
-@pytest.mark.parametrize("dtype,tolerance", [(torch.float64, 1e-10), (torch.float32, 1e-5)])
-def test_single_pass_equals_per_turn_expansion_on_50_random_trajectories(dtype, tolerance):
+@pytest.mark.parametrize("dtype,tolerance,count", [(torch.float64, 1e-10, 50), (torch.float32, 1e-5, 10)])
+def test_single_pass_equals_per_turn_expansion_on_random_trajectories(dtype, tolerance, count):
     model, generator, tokenizer = small_model(dtype), random.Random(11), PieceTokenizer(VOCAB_SIZE)
     compared = 0
-    while compared < 50:
+    while compared < count:
         sample = random_trajectory(generator, f"r{compared}")
         singles = [
             pack([encode_trajectory(sample, tokenizer, **SETTINGS, loss_normalization=name)])
@@ -199,7 +199,7 @@ def test_gradient_of_a_step_depends_on_neither_micro_batches_nor_ranks(normaliza
 def test_rotbench_third_turn_is_read_as_calls():
     path = Path(__file__).parents[3] / "shared" / "data" / "benchmarks" / "rotbench" / "Third_Turn" / "clean.json"
     if not path.exists():
-        pytest.skip("RoTBench is not at ../shared/data/benchmarks/rotbench")
+        pytest.skip("the benchmark files are not beside this checkout")
     trajectories = read_multi_turn(path)
     assert len(trajectories) == 70
     turns = [message for t in trajectories for message in t.messages if message.role == "assistant"]

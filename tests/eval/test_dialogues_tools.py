@@ -43,7 +43,7 @@ from eval.sandbox.run import ToolServer
 from toolbox.world import draw_trajectories, execute
 
 TOOLEYES = Path(__file__).resolve().parents[3] / "shared" / "data" / "benchmarks" / "tooleyes"
-needs_tooleyes = pytest.mark.skipif(not TOOLEYES.is_dir(), reason="needs ToolEyes' documents in ../shared")
+needs_tooleyes = pytest.mark.skipif(not TOOLEYES.is_dir(), reason="the benchmark files are not beside this checkout")
 
 
 def document(name, required=(), optional=(), kind="string", description="A tool."):

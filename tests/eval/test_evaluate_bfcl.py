@@ -31,7 +31,7 @@ from eval.predict.prediction_files import Prediction
 from eval.rates import METRICS
 
 REAL = Path(__file__).resolve().parents[3] / "shared/data/benchmarks/bfcl_v3_exec/2024-12-19_5bd63a96"
-needs_real_files = pytest.mark.skipif(not REAL.is_dir(), reason="needs ../shared/data/benchmarks/bfcl_v3_exec")
+needs_real_files = pytest.mark.skipif(not REAL.is_dir(), reason="the benchmark files are not beside this checkout")
 RIGHT, VALUES, TOOL, WRONG = (1, 1, 1), (1, 1, 0), (1, 0, 0), (0, 0, 0)
 
 

@@ -22,7 +22,7 @@ from eval.evaluate_gsm8k import (
 
 ROOT = Path(__file__).resolve().parents[2]
 REAL = ROOT / "../shared/data/benchmarks/gsm8k/test.jsonl"
-needs_real = pytest.mark.skipif(not REAL.is_file(), reason="needs the published GSM8K file in ../shared")
+needs_real = pytest.mark.skipif(not REAL.is_file(), reason="the benchmark files are not beside this checkout")
 
 ANSWERS = ["2 and 3 make <<2+3=5>>5.\n#### 5", "#### 1,200", "so\n#### -7", "#### 3", "#### 8"]
 # Per record: output, exact_match, last_number, start of the reason. Worked by hand from the rules in the docstrings.

@@ -16,7 +16,7 @@ from eval.sandbox.run import SandboxError
 
 ROOT = Path(__file__).resolve().parents[2]
 REAL = ROOT / "../shared/data/benchmarks/humaneval/HumanEval.jsonl.gz"
-needs_real = pytest.mark.skipif(not REAL.is_file(), reason="needs the published HumanEval file in ../shared")
+needs_real = pytest.mark.skipif(not REAL.is_file(), reason="the benchmark files are not beside this checkout")
 
 PROMPT = 'def double(x: list) -> list:\n    """Every item twice.\n    """\n'
 TEST = (

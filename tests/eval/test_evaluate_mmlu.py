@@ -13,7 +13,7 @@ from eval.predict.choices import choice_prompt, choose_letter, fitting_shots
 
 ROOT = Path(__file__).resolve().parents[2]
 REAL = ROOT / "../shared/data/benchmarks/mmlu"
-needs_real = pytest.mark.skipif(not REAL.is_dir(), reason="needs the published MMLU files in ../shared")
+needs_real = pytest.mark.skipif(not REAL.is_dir(), reason="the benchmark files are not beside this checkout")
 HEADER = "question,choice0,choice1,choice2,choice3,answer\n"
 SHOTS = "".join(f"Shot {i}?,p,q,r,s,{i % 4}\n" for i in range(5))
 

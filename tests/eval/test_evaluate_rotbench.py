@@ -479,7 +479,7 @@ def test_10_000_predictions_in_less_than_3_seconds_of_processor_time(tmp_path):
 # ---------------------------------------------------------------------------------------------------- published records
 
 
-@pytest.mark.skipif(not REAL.is_dir(), reason="needs the published benchmarks in ../shared/data/benchmarks")
+@pytest.mark.skipif(not REAL.is_dir(), reason="the benchmark files are not beside this checkout")
 @pytest.mark.parametrize(
     "file, official, n",
     [
@@ -509,7 +509,7 @@ def test_ceilings_reached_by_the_gold_answers(file, official, n):
         assert [row["index"] for row in rows if not row["TS"]] == [61, 63, 72, 75, 85, 98, 99, 102]
 
 
-@pytest.mark.skipif(not REAL.is_dir(), reason="needs the published benchmarks in ../shared/data/benchmarks")
+@pytest.mark.skipif(not REAL.is_dir(), reason="the benchmark files are not beside this checkout")
 def test_every_accepted_answer_is_right_under_fair():
     """Each alternative, not only the first. `official` deletes arguments on the way to three answers of record 1."""
     path = REAL / "First_Turn/clean.json"

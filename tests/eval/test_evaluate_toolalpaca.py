@@ -311,7 +311,7 @@ def test_10_000_predictions_in_less_than_3_seconds_of_processor_time(answers):
 # ---------------------------------------------------------------------------------------------------- published records
 
 
-@pytest.mark.skipif(not REAL.is_file(), reason="needs the published benchmarks in ../shared/data/benchmarks")
+@pytest.mark.skipif(not REAL.is_file(), reason="the benchmark files are not beside this checkout")
 def test_ceilings_of_the_published_set():
     """Gold calls as predictions; a model that calls only documented tools; one that does not know the API keys."""
     examples = load_toolalpaca(REAL)

@@ -197,5 +197,5 @@ def test_the_list_covers_every_benchmark_and_is_well_formed():
 
 def test_real_files_have_the_listed_hashes():
     if not REAL.is_dir():
-        pytest.skip("needs the published benchmarks in ../shared/data/benchmarks")
+        pytest.skip("the benchmark files are not beside this checkout")
     assert not find_faults(read_origins(ORIGINS), REAL)
