@@ -15,8 +15,8 @@ from eval.dialogues.play import FORMAT_REMINDER
 from eval.evaluate_tiny_multi import load_tiny_multi
 from eval.predict import endpoint as endpoint_module
 from eval.records import Record
-from tests.eval.test_endpoint import Server
 from tests.eval.test_run_eval_dialogues import TOOLEYES, gold_script, needs_tooleyes
+from tests.support.endpoint_server import Server
 from tests.support.processes import start
 from tests.support.tiny_run import ROOT, run_here
 from toolbox.world import build_toolbox, special_tools

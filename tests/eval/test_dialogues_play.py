@@ -33,7 +33,6 @@ from eval.predict import endpoint as endpoint_module
 from eval.predict.endpoint import EndpointError
 from model.pretrained_weights import load_pretrained
 from model.tokenizer import load_tokenizer
-from tests.eval.test_endpoint import Server
 from tests.support.dialogue_doubles import (
     FINISH,
     TOOLS,
@@ -46,6 +45,7 @@ from tests.support.dialogue_doubles import (
     play,
     task,
 )
+from tests.support.endpoint_server import Server
 from tests.support.tiny_run import tiny_model
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -524,7 +524,7 @@ def test_every_accepted_answer_is_right_under_fair():
     assert wrong["official"] == [1, 1, 1, 2, 61, 63, 72, 75, 85, 98, 99, 102]  # in 2 the fifth answer is {}
 
 
-@pytest.mark.skipif(not REAL.is_dir(), reason="needs the published benchmarks in ../shared/data/benchmarks")
+@pytest.mark.skipif(not REAL.is_dir(), reason="the benchmark files are not beside this checkout")
 def test_published_rotbench_files():
     for split in ("clean", "slight", "medium", "heavy", "union"):
         examples = load_rotbench(REAL / f"First_Turn/{split}.json")

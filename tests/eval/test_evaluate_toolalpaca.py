@@ -337,7 +337,7 @@ def test_ceilings_of_the_published_set():
     assert without_keys["rotbench_rules"] == (97, 97, 63)
 
 
-@pytest.mark.skipif(not REAL.is_file(), reason="needs the published benchmarks in ../shared/data/benchmarks")
+@pytest.mark.skipif(not REAL.is_file(), reason="the benchmark files are not beside this checkout")
 def test_published_toolalpaca_file():
     examples = load_toolalpaca(REAL)
     assert len(examples) == BENCHMARKS["toolalpaca"].published

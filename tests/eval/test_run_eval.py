@@ -1,8 +1,6 @@
 """run_eval.py from model to report: files, determinism over batches, ranks and kills, refusals, comparison of runs."""
 
-import contextlib
 import fcntl
-import io
 import json
 import random
 import signal
@@ -20,7 +18,7 @@ from eval.predict.generate import generated_rows, length_sorted_batches, read_re
 from eval.reports.compare import main as compare_main
 from model.pretrained_weights import load_pretrained
 from model.tokenizer import load_tokenizer
-from run_eval import main
+from tests.support.eval_runs import flags_of, predictions_of, run_here
 from tests.support.processes import lines_in, start
 from tests.support.tiny_run import CITIES, ROOT, copy_of_model, make_records, tiny_files
 
@@ -61,31 +59,6 @@ def benchmark_dir(tmp_path_factory):
     return make_benchmarks(tmp_path_factory.mktemp("eval") / "data")
 
 
-def flags_of(folder, output, **flags):
-    values = {
-        "model": tiny_files()[0],
-        "benchmark_dir": folder,
-        "output": output,
-        "device": "cpu",
-        "max_new_tokens": 12,
-        "batch_size": 8,
-        "benchmarks": "tiny-seen",
-        **flags,
-    }
-    return [part for name, value in values.items() for part in (f"--{name}", str(value))]
-
-
-def run_here(arguments):
-    """run_eval.main in this process: (exit code, stdout, stderr)."""
-    out, err = io.StringIO(), io.StringIO()
-    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-        try:
-            code = main(arguments)
-        except SystemExit as stop:
-            code = stop.code
-    return code, out.getvalue(), err.getvalue()
-
-
 @pytest.fixture(scope="module")
 def reference(benchmark_dir, tmp_path_factory):
     """An undisturbed run on both benchmarks: (folder, stdout)."""
@@ -93,10 +66,6 @@ def reference(benchmark_dir, tmp_path_factory):
     code, out, _ = run_here(flags_of(benchmark_dir, output, benchmarks="tiny-seen,tiny-unseen"))
     assert code == 0
     return output, out
-
-
-def predictions_of(output, name="tiny-seen"):
-    return (output / "predictions" / f"{name}.jsonl").read_bytes()
 
 
 def scores_of(output):

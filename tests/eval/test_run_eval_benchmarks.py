@@ -18,8 +18,8 @@ from eval.predict.generate import encode_text, generated_rows
 from eval.predict.letter_logprobs import letter_rows
 from model.pretrained_weights import load_pretrained
 from model.tokenizer import load_tokenizer
-from tests.eval.test_endpoint import Server
-from tests.eval.test_run_eval import flags_of, predictions_of, run_here
+from tests.support.endpoint_server import Server
+from tests.support.eval_runs import flags_of, predictions_of, run_here
 from tests.support.tiny_run import tiny_files
 
 TOOL = {

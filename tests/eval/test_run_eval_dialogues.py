@@ -12,8 +12,8 @@ from eval.dialogues.journal import RecordedDialogue, read_dialogues
 from eval.evaluate_tiny_multi import add_right_answers, is_answer_right, load_tiny_multi
 from eval.predict import endpoint as endpoint_module
 from eval.reports.compare import main as compare_main
-from tests.eval.test_endpoint import Server
-from tests.eval.test_run_eval import flags_of, run_here
+from tests.support.endpoint_server import Server
+from tests.support.eval_runs import flags_of, run_here
 from tests.support.processes import lines_in, start
 from tests.support.tiny_run import ROOT
 from toolbox.world import execute

@@ -212,4 +212,4 @@ ptxas info    : Used 7 registers, used 0 barriers
 
 
 def test_page_says_that_nothing_ran_on_a_gpu():
-    assert "No kernel here has been run on a GPU by us" in README.read_text(encoding="ascii")
+    assert "We have not run these kernels on a GPU" in README.read_text(encoding="ascii")

@@ -13,8 +13,8 @@ import torch
 
 from run_sft import main
 from tests.support.cuda_build import ROOT
+from tests.support.loss_rows import make_rows, oracle
 from tests.train.test_cuda_launch import assert_rows_agree, random_rows
-from tests.train.test_weighted_cross_entropy import make_rows, oracle
 from train.cuda.launch import (
     DTYPES,
     ROW_KERNELS,

@@ -22,8 +22,8 @@ import torch
 
 from tests.support.build_cache import made_once
 from tests.support.cuda_build import COMMON_FLAGS, ROOT, SHIM, run_compiler, shim_texts, translation_unit, why_no_gxx
+from tests.support.loss_rows import make_rows, oracle
 from tests.support.tiny_run import random_batch, tiny_model
-from tests.train.test_weighted_cross_entropy import make_rows, oracle
 from train.cuda import launch as cuda_cross_entropy
 from train.cuda import runtime as cuda_runtime
 from train.cuda.launch import (

@@ -8,9 +8,9 @@ import torch
 from torch.library import opcheck
 
 from run_sft import main
+from tests.support.loss_rows import make_rows, oracle
 from tests.support.tiny_ppo import run_ppo_here
 from tests.support.tiny_run import random_batch, tiny_files, tiny_model
-from tests.train.test_weighted_cross_entropy import make_rows, oracle
 from train import weighted_cross_entropy as module_file
 from train.cuda.launch import LossBackendError, agree_on_loss_backend, choose_loss_backend
 from train.distributed import init_world
