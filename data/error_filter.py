@@ -1,20 +1,27 @@
 """Which assistant turns made a tool report an error (mitigating adverse effects, E2): they stay context, untrained.
 
-    structured   documents first (tool offered? parameters documented? required ones there?), then feedback patterns
+    structured   documents first (tool offered? parameters documented? required ones there?), then feedback
     substring    the released matcher, bit for bit: a list of substrings after all punctuation and spaces are stripped
     none         standard SFT: every turn is trained
 
 In every mode a turn whose call does not parse (kept by `read_trajectories(..., unparsable_calls="mask")`) is masked.
 Feedback alone cannot tell a hallucinated tool from a failing one (Table 14 shows the same `Response error.` for both),
 so the documents decide first. Each decision names its rule and the text that matched, for the report.
+
+    python -m data.error_filter --cases tests/data/feedback_cases.jsonl     what each filter makes of labelled feedback
 """
 
-import json
+import argparse
 import re
+import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
-from data.tool_calls import ToolCall, ToolCallError, parse_value
-from data.tool_documents import accepts_any_parameter, tool_parameters
+from data.json_records import DataError, read_json_lines
+from data.tool_calls import ToolCall
+from data.tool_documents import IMPLICIT_TOOLS, accepts_any_parameter, offered_names, tool_parameters
+from data.tool_feedback import find_fault
 from data.trajectories import Trajectory
 
 ERROR_FILTERS = ("structured", "substring", "none")
@@ -27,9 +34,6 @@ CATEGORIES = (
     "tool_instability",
     "unparsable",
 )
-
-# Offered in every trajectory, listed or not: the two ways to speak to the user in the authors' data.
-ALWAYS_OFFERED = ("finish", "ask_to_user")
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,50 +70,43 @@ class FilterDifference:
 
 _ALL_RIGHT = Finding("all_right", "", "")
 
-# ----------------------------------------------------------------------------------------------- structured: patterns
+# ---------------------------------------------------------------------------------------------------------------------
+# categories of errors
 
-# In this order, the first match wins. {tool} is the called tool's name: "name 'pandas' is not defined" from the code
-# that a code-running tool was given is no hallucinated tool.
-_FEEDBACK_PATTERNS = (
+# What kind an error is, by the first words found in the text that reports it; else it is a tool_call_failure, the
+# paper's "Others" included. {tool} is the called tool's name: "name 'pandas' is not defined" from the code that a
+# code-running tool was given is no hallucinated tool.
+_CATEGORY_WORDS = (
     (
         "tool_hallucination",
-        r"name '{tool}' is not defined|cannot import name|is not a valid action"
-        r"|has no attribute '{tool}'",
+        r"name '{tool}' is not defined|cannot import name|is not a valid action|has no attribute '{tool}'"
+        r"|(?:no such|unknown) (?:function|tool)\b|(?:function|tool) (?:\S+ )?(?:not found|does not exist)",
     ),
-    ("parameter_hallucination", r"unexpected keyword argument|takes (?:from \d+ to )?\d+ positional arguments? but"),
-    ("parameter_missing", r"missing \d+ required (?:positional|keyword-only) arguments?|Missing required parameters"),
+    (
+        "parameter_hallucination",
+        r"unexpected keyword argument|takes (?:from \d+ to )?\d+ positional arguments? but|takes no arguments"
+        r"|(?:unknown|unexpected) (?:parameter|argument)",
+    ),
+    (
+        "parameter_missing",
+        r"missing \d+ required (?:positional|keyword-only) arguments?|missing (?:a )?(?:required|mandatory) "
+        r"(?:parameter|argument|field|propert)|missing parameter|field (?:is )?required"
+        r"|\bparam(?:eter)? .{0,40}(?:missing|is required)",
+    ),
     ("unparsable", r"argument after \*\* must be a mapping|output format does not match the specified format"),
     (
         "tool_instability",
-        r"Max retries exceeded|ConnectionError|connection error|timed out"
-        r"|\b[45]\d\d (?:Client|Server) Error|Invalid API call",
-    ),
-    (
-        "tool_call_failure",
-        r"Response error|not JSON serializable|slice indices must be integers"
-        r"|\A\s*['\"]?related_searches['\"]?\s*\Z|not supported|Parameter type error"
-        r"|unsupported (?:operand )?type",
+        r"Max retries exceeded|connection ?(?:error|refused|reset|aborted|timed)|time[ds]?[ -]?out"
+        r"|\b[45]\d\d (?:Client|Server) Error|Invalid API call|rate[ _-]?limit|too many requests|quota"
+        r"|exceeded (?:the|your)\b.{0,40}limit|internal server error|bad gateway|unavailable"
+        r"|(?:\A|(?:http|status|code|error|returned)\W{1,4}(?:\w+\W){0,2})(?:429|50[0234])\b"
+        r"|could not resolve|name or service not known|temporary failure|network (?:is )?unreachable|overloaded",
     ),
 )
 
-# Text that an executor raised, in words that no pattern above knows. A lone quoted word is the text of a KeyError.
-_RAISED = re.compile(
-    r"cannot be executed successfully|Traceback \(most recent call last\)|\A\s*[\w.]{0,80}(?:Error|Exception)\b\s*[:(]"
-    r"|\A\s*'\w*'\s*\Z|\A\s*name '[^'\n]{1,200}' is not defined"
-    r"|\A\s*(?:list|string|tuple) index out of range|\A\s*'?[\w.]{1,80}'? object (?:has no|is not|does not)\b"
-    r"|\A\s*(?:float )?division by zero\s*\Z|\A\s*invalid literal for|\A\s*could not convert string to",
-    re.IGNORECASE,
-)
-_STARTS_WITH_ERROR = re.compile(r"\A\s*Error\b", re.IGNORECASE)
-# A JSON object cut off in the middle does not parse; its error key still stands at the front.
-_OPENS_WITH_ERROR_KEY = re.compile(
-    r"""\A\s*\{\s*["']errors?["']\s*:\s*(?!null|None|false|False|""|''|\[\s*\]|\{\s*\}|0\b)\S""", re.IGNORECASE
-)
-_ERROR_KEYS = ("error", "errors")
-_MESSAGE_KEYS = ("message", "msg", "detail", "details", "reason", "exception")
 
-
-# ---------------------------------------------------------------------------------------------------------- structured
+# ---------------------------------------------------------------------------------------------------------------------
+# structured
 
 
 def classify_feedback(feedback: str | None, call: ToolCall | None, tools: list[dict]) -> str:
@@ -126,7 +123,8 @@ def find_error(feedback: str | None, call: ToolCall | None, tools: list[dict]) -
     if call is None:
         return Finding("unparsable", "the call does not parse", "")
     finding = check_documents(call, tools)
-    if finding.category == "all_right" and feedback is not None:
+    # What follows `ask_to_user` or `finish` is the user's word, never a tool's.
+    if finding.category == "all_right" and feedback is not None and call.name not in IMPLICIT_TOOLS:
         return _read_feedback(feedback, call.name)
     return finding
 
@@ -138,7 +136,7 @@ def check_documents(call: ToolCall, tools: list[dict]) -> Finding:
     offered even if not listed.
     """
     findings = [_check_document(call, tool["function"]) for tool in tools if tool["function"].get("name") == call.name]
-    if not findings and call.name not in ALWAYS_OFFERED:
+    if call.name not in offered_names(tools):
         return Finding("tool_hallucination", "tool not offered", call.name)
     return _ALL_RIGHT if _ALL_RIGHT in findings or not findings else findings[0]
 
@@ -155,78 +153,24 @@ def _check_document(call: ToolCall, function: dict) -> Finding:
 
 
 def _read_feedback(feedback: str, tool_name: str) -> Finding:
-    """A result that is a JSON object says by its keys whether it is an error; other text is searched for patterns.
-
-    So words inside a good result ("Comedy of Errors", a page about connection errors) do not count.
-    """
-    result = _as_object(feedback)
-    if isinstance(result, str):
-        return (
-            _search_patterns(result, tool_name)
-            or _search("text starts with Error", "tool_call_failure", _STARTS_WITH_ERROR, result)
-            or _search("error key", "tool_call_failure", _OPENS_WITH_ERROR_KEY, result)
-            or _search("raised by the executor", "tool_call_failure", _RAISED, result)
-            or _ALL_RIGHT
-        )
-    if not isinstance(result, dict):
+    """Whether the feedback reports an error (data/tool_feedback.py), and which."""
+    fault = find_fault(feedback)
+    if fault is None:
         return _ALL_RIGHT
-    for key, value in result.items():
-        if key.lower() in _ERROR_KEYS and _is_error_value(key.lower(), value):
-            shown = f"{json.dumps(key)}: {json.dumps(value, ensure_ascii=False)}"
-            return _search_patterns(feedback, tool_name) or Finding("tool_call_failure", "error key", _cut(shown))
-    if any(key.lower() in _ERROR_KEYS for key in result):
-        return _ALL_RIGHT  # "error": null is a statement that there was none
-    messages = [value for key, value in result.items() if key.lower() in _MESSAGE_KEYS and isinstance(value, str)]
-    return next(filter(None, (_search_patterns(message, tool_name) for message in messages)), _ALL_RIGHT)
-
-
-def _as_object(feedback: str) -> object:
-    """The feedback as a dict or list if it is one (JSON, or Python's repr of one), else as text.
-
-    A JSON string is unpacked, at most three times: some tools answer with JSON inside a JSON string.
-    """
-    value: object = feedback
-    for _ in range(4):
-        if not isinstance(value, str):
-            return value if isinstance(value, (dict, list)) else feedback
-        text = value.strip()
-        if text[:1] not in ('"', "{", "["):
-            return value
-        try:
-            value = json.loads(text)
-        except (ValueError, RecursionError):
-            try:
-                value = parse_value(text)
-            except ToolCallError:
-                return value
-    return feedback
-
-
-def _is_error_value(key: str, value: object) -> bool:
-    """Null, false, 0 and empty values report no error; a number under `errors` is a count, not a report."""
-    if isinstance(value, str):
-        return value.strip() != ""
-    return bool(value) and not (key == "errors" and isinstance(value, (int, float)) and not isinstance(value, bool))
-
-
-def _search_patterns(text: str, tool_name: str) -> Finding | None:
-    for category, pattern in _FEEDBACK_PATTERNS:
-        compiled = re.compile(pattern.replace("{tool}", re.escape(tool_name)), re.IGNORECASE)
-        if finding := _search("feedback pattern", category, compiled, text):
-            return finding
-    return None
-
-
-def _search(rule: str, category: str, pattern: re.Pattern, text: str) -> Finding | None:
-    match = pattern.search(text)
-    return Finding(category, rule, _cut(match[0].strip())) if match else None
+    rule, text = fault
+    for category, pattern in _CATEGORY_WORDS:
+        found = re.search(pattern.replace("{tool}", re.escape(tool_name)), text[:2000], re.IGNORECASE)
+        if found:
+            return Finding(category, rule, _cut(found[0]))
+    return Finding("tool_call_failure", rule, _cut(text.strip()))
 
 
 def _cut(text: str) -> str:
     return text if len(text) <= 200 else text[:197] + "..."
 
 
-# ----------------------------------------------------------------------------------------------------- substring mode
+# ---------------------------------------------------------------------------------------------------------------------
+# substring mode
 
 # What the released list (code/mae/mae.py, commit 1a62191) comes down to once its entries are
 # reduced as the feedback is. Entries that contain "error" are left out: the quoted `"error":` is reduced to that bare
@@ -267,7 +211,8 @@ def find_released_substring(feedback: str) -> tuple[str, str] | None:
     return None
 
 
-# ----------------------------------------------------------------------------------------------------------- decisions
+# ---------------------------------------------------------------------------------------------------------------------
+# decisions
 
 
 def decide_masked_turns(trajectory: Trajectory, error_filter: str) -> list[TurnDecision]:
@@ -317,3 +262,57 @@ def _decide_turn(trajectory: Trajectory, index: int, error_filter: str) -> TurnD
         if found := find_released_substring(feedback):
             return TurnDecision(index, True, finding.category, f"released substring {found[0]}", found[1])
     return TurnDecision(index, False, finding.category, finding.rule, finding.matched_text)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# measurement
+
+_CASE_CALL = ToolCall("search", {"q": "x"})
+_CASE_TOOLS = [
+    {
+        "type": "function",
+        "function": {"name": "search", "parameters": {"properties": {"q": {"type": "string"}}, "required": ["q"]}},
+    }
+]
+
+
+def measure_cases(path: Path) -> str:
+    """Table of labelled feedback of a tool `search(q)`: by label the cases, and those that each filter calls an error.
+
+    A line is {"feedback": text, "is_error": bool, "category": one of CATEGORIES or absent}. Raises DataError.
+    """
+    counts: dict[str, list[int]] = {}  # label -> cases, structured, substring
+    for line, case in read_json_lines(path, drop_partial_last_line=False)[0]:
+        feedback, is_error, category = case.get("feedback"), case.get("is_error"), case.get("category")
+        if not isinstance(feedback, str) or not isinstance(is_error, bool) or category not in (None, *CATEGORIES):
+            raise DataError(
+                f'{path}:{line}: found another record, expected {{"feedback": text, "is_error": true/false}}'
+            )
+        row = counts.setdefault((category or "error") if is_error else "all_right", [0, 0, 0])
+        found = classify_feedback(feedback, _CASE_CALL, _CASE_TOOLS) != "all_right"
+        for column, value in enumerate((True, found, matches_released_substrings(feedback))):
+            row[column] += value
+    errors = [sum(row[column] for label, row in counts.items() if label != "all_right") for column in range(3)]
+    rows = [(label, *counts[label]) for label in (*CATEGORIES, "error") if label in counts]
+    rows += [("all errors", *errors)] if errors[0] else []
+    lines = [f"{'label':<26}{'cases':>6}  called an error by:{'structured':>12}{'substring':>12}"]
+    for label, cases, *found in rows:
+        shares = "".join(f"{count:>5} {100 * count / cases:>5.1f}%" for count in found)
+        lines.append(f"{label:<26}{cases:>6}  {'':<19}{shares}")
+    return "\n".join(lines)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Exit code 0, or 2 with one line on stderr for bad input."""
+    parser = argparse.ArgumentParser(prog="python -m data.error_filter", description=__doc__.split("\n")[0])
+    parser.add_argument("--cases", type=Path, required=True, help="JSON lines of labelled feedback")
+    try:
+        print(measure_cases(parser.parse_args(arguments).cases))
+    except (ValueError, OSError) as error:
+        print(" ".join(str(error).split("\n")), file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

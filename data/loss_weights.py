@@ -23,6 +23,7 @@ from data.error_filter import TurnDecision, decide_masked_turns
 from data.formats.prompt_format import encode_segments
 from data.formats.table import DEFAULT_FORMAT, FORMATS, dialogue_segments
 from data.key_tokens import find_key_tokens, weigh_key_tokens
+from data.tool_documents import offered_names
 from data.trajectories import Trajectory
 
 TOKEN_CLASSES = ("context", "masked", "normal", "key", "eos", "excluded")
@@ -159,7 +160,7 @@ def encode_trajectory(
     """
     decisions = tuple(decide_masked_turns(trajectory, error_filter))
     masked = {decision.message_index: decision.masked for decision in decisions}
-    name_ids = encode_names([tool["function"]["name"] for tool in trajectory.tools], tokenizer) if key_tokens else {}
+    name_ids = encode_names(offered_names(trajectory.tools), tokenizer) if key_tokens else {}
     input_ids, target_ids = [], []
     loss_weights, codes, message_indices = [], [], []
     trained_turns, trained_tokens, denominator = 0, 0, 0.0

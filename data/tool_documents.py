@@ -16,6 +16,9 @@ from collections.abc import Iterator
 
 from data.json_records import DataError, check_text, kind_of, parse_json, shown
 
+# Offered in every trajectory, listed or not: the two ways to speak to the user in the authors' data.
+IMPLICIT_TOOLS = ("finish", "ask_to_user")
+
 # Where a document may keep its parameters; whatever the key, all forms of `parameters` are read.
 _SCHEMA_KEYS = (
     "parameters",
@@ -51,6 +54,15 @@ def normalize_tools(tools: object, where: str) -> list[dict]:
     if not isinstance(tools, list):
         raise DataError(f"{where}: found {kind_of(tools)}, expected a list of tools")
     return [_normalize_tool(tool, place) for tool, place in _flatten(tools, where, 0)]
+
+
+def offered_names(tools: list[dict]) -> list[str]:
+    """Names of the offered tools, each once: those of `tools` in their order, then the implicit ones not among them.
+
+    tools: OpenAI function dicts. One reading of T for the error filter, the key tokens (E3) and the reward.
+    """
+    names = [tool["function"].get("name") for tool in tools]  # benchmarks have documents without one
+    return list(dict.fromkeys([*filter(None, names), *IMPLICIT_TOOLS]))
 
 
 def tool_parameters(function: dict) -> tuple[dict, list[str]]:

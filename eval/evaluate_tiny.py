@@ -13,7 +13,7 @@ from pathlib import Path
 from data.formats.table import parse_output
 from data.json_records import DataError
 from data.tool_calls import ToolCallError
-from data.tool_documents import normalize_tools
+from data.tool_documents import normalize_tools, offered_names
 from data.trajectories import Message
 from eval.benchmarks import benchmark_of
 from eval.evaluator_command_line import evaluator_parser, read_flags, run_evaluator
@@ -23,7 +23,6 @@ from eval.rates import summarize_results
 from eval.records import Record, Scores, ScoreSettings, field_of, read_lines
 
 EQUALITY = {"": equal_strict}  # of values, for eval/reports/error_statistics.py
-IMPLICIT_TOOLS = ("finish", "ask_to_user")  # callable in every dialogue, listed or not
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -41,7 +40,7 @@ def load_tiny(path: Path) -> list[Record]:
 def _record(row: dict, index: int, where: str) -> Record:
     record_id = field_of(row, "id", str, where)
     tools = normalize_tools(field_of(row, "tools", list, where), f"{where}: tools")
-    offered = {*IMPLICIT_TOOLS, *(tool["function"]["name"] for tool in tools)}
+    offered = set(offered_names(tools))
     messages = user_messages(row, where)
     gold = tuple(_answer(answer, offered, where) for answer in field_of(row, "gold", list, where))
     if not gold:

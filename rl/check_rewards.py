@@ -12,10 +12,9 @@ import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from data.error_filter import ALWAYS_OFFERED
 from data.json_records import DataError, parse_json, shown
 from data.tool_calls import ToolCall, ToolCallError, render_tool_call
-from data.tool_documents import accepts_any_parameter, normalize_tools, tool_parameters
+from data.tool_documents import accepts_any_parameter, normalize_tools, offered_names, tool_parameters
 from rl.prompts import PPOPrompt, read_gold_call, take_field
 from rl.reward import REWARDS, tool_call_reward
 
@@ -55,12 +54,9 @@ def _mutations(gold: ToolCall, tools: list[dict]) -> Iterator[tuple[str, str]]:
     yield text, "correct"
     yield text[:-1], "unparsable"  # cut off at the length limit
     yield f"{text}\n{text}", "unparsable"
-    names = [tool["function"]["name"] for tool in tools]
-    yield (
-        render_tool_call(ToolCall(_unused_name(gold.name, {*names, *ALWAYS_OFFERED}), gold.arguments)),
-        "hallucinated_tool",
-    )
-    other = next(name for name in (*names, *ALWAYS_OFFERED) if name != gold.name and _is_writable(name))
+    names = offered_names(tools)
+    yield render_tool_call(ToolCall(_unused_name(gold.name, set(names)), gold.arguments)), "hallucinated_tool"
+    other = next(name for name in names if name != gold.name and _is_writable(name))
     yield render_tool_call(ToolCall(other, gold.arguments)), "wrong_tool"
     documented = [
         name for tool in tools if tool["function"]["name"] == gold.name for name in tool_parameters(tool["function"])[0]

@@ -17,11 +17,11 @@ from math import ceil
 from pathlib import Path
 
 from data.batches import epoch_order
-from data.error_filter import ALWAYS_OFFERED, CATEGORIES, ERROR_FILTERS, check_documents, decide_masked_turns
+from data.error_filter import CATEGORIES, ERROR_FILTERS, check_documents, decide_masked_turns
 from data.formats.table import encode_prompt
 from data.json_records import DataError, parse_json, read_json_lines
 from data.tool_calls import ToolCall, ToolCallError, render_tool_call
-from data.tool_documents import normalize_tools
+from data.tool_documents import IMPLICIT_TOOLS, normalize_tools, offered_names
 from data.trajectories import Message, Trajectory, read_trajectories
 
 PROMPT_TURNS = ("all", "tools", "first", "last")
@@ -110,7 +110,7 @@ def _check_setting(name: str, value: str, choices: Sequence[str]) -> None:
 
 def _select_turns(candidates: list[_Candidate], prompt_turns: str) -> list[_Candidate]:
     if prompt_turns == "tools":
-        return [candidate for candidate in candidates if candidate.gold_calls[0].name not in ALWAYS_OFFERED]
+        return [candidate for candidate in candidates if candidate.gold_calls[0].name not in IMPLICIT_TOOLS]
     if prompt_turns == "first":
         return candidates[:1]
     return candidates[-1:] if prompt_turns == "last" else candidates
@@ -171,7 +171,7 @@ def _kept_turns(trajectory: Trajectory, error_filter: str, counts: Counter) -> I
 
 
 def _is_offered(call: ToolCall, tools: list[dict]) -> bool:
-    return call.name in ALWAYS_OFFERED or any(tool["function"]["name"] == call.name for tool in tools)
+    return call.name in offered_names(tools)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

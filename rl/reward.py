@@ -16,10 +16,9 @@ every prompt before training and explains the reward of one response on the comm
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
-from data.error_filter import ALWAYS_OFFERED
 from data.json_records import shown
 from data.tool_calls import ToolCall, ToolCallError, parse_tool_call
-from data.tool_documents import accepts_any_parameter, tool_parameters
+from data.tool_documents import accepts_any_parameter, offered_names, tool_parameters
 
 # Each category with its reward; a call with several parameter faults has the sum of theirs.
 REWARDS = {
@@ -66,7 +65,7 @@ def tool_call_reward(output_text: str, gold_calls: Sequence[ToolCall], tools: li
     except ToolCallError as error:
         return _judge_tool("unparsable", None, gold_calls[0], fault=str(error))
     functions = [tool["function"] for tool in tools if tool["function"].get("name") == call.name]
-    if not functions and call.name not in ALWAYS_OFFERED:
+    if call.name not in offered_names(tools):
         return _judge_tool("hallucinated_tool", call, gold_calls[0])
     documented = {name for function in functions for name in tool_parameters(function)[0]}
     if any(map(accepts_any_parameter, functions)):

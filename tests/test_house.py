@@ -37,7 +37,6 @@ OTHER_RULERS = {
     "benchmarks/benchmark_rollout.py",
     "benchmarks/benchmark_single_pass.py",
     "benchmarks/benchmark_train_step.py",
-    "data/error_filter.py",
     "data/formats/call_text.py",
     "data/formats/prompt_format.py",
     "data/tool_calls.py",

@@ -14,6 +14,7 @@ from collections.abc import Mapping, Sequence
 
 from data.error_filter import CATEGORIES, classify_feedback
 from data.tool_calls import ToolCall
+from data.tool_documents import IMPLICIT_TOOLS
 from eval.confidence import Z_95, wilson_interval
 from eval.dialogues.journal import EXECUTORS, RecordedDialogue
 from eval.records import Record
@@ -31,8 +32,6 @@ GIVE_UPS = (
     "unable to handle the task",
     "give up and restart",
 )
-NOT_CALLED = ("finish", "ask_to_user")
-
 
 # -------------------------------------------------------------------------------------------------------- one dialogue
 
@@ -46,7 +45,7 @@ def call_categories(dialogue: RecordedDialogue, tools: list[dict]) -> list[str]:
         categories += [
             classify_feedback(call["feedback"], ToolCall(call["name"], call["arguments"]), tools)
             for call in turn["calls"]
-            if call["name"].lower() not in NOT_CALLED
+            if call["name"].lower() not in IMPLICIT_TOOLS
         ]
     return categories
 
@@ -118,7 +117,7 @@ def score_dialogues(
         for dialogue in dialogues
         for turn in dialogue.turns
         for call in turn["calls"]
-        if call["name"].lower() not in NOT_CALLED
+        if call["name"].lower() not in IMPLICIT_TOOLS
     )
     summary = {
         **dialogue_rates(rows),

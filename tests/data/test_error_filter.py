@@ -6,7 +6,6 @@ import time
 import pytest
 
 from data.error_filter import (
-    ALWAYS_OFFERED,
     CATEGORIES,
     ERROR_FILTERS,
     TurnDecision,
@@ -19,6 +18,7 @@ from data.error_filter import (
     matches_released_substrings,
 )
 from data.tool_calls import ToolCall
+from data.tool_documents import IMPLICIT_TOOLS
 from data.trajectories import Message, Trajectory
 
 
@@ -70,7 +70,7 @@ def test_documents_decide_first_and_without_feedback(call, category, matched):
 def test_listed_finish_is_checked_like_any_tool():
     tools = [tool("finish", ["answer"], [])]
     assert classify_feedback(None, ToolCall("finish", {}), tools) == "parameter_missing"
-    assert set(ALWAYS_OFFERED) == {"finish", "ask_to_user"}
+    assert set(IMPLICIT_TOOLS) == {"finish", "ask_to_user"}
 
 
 def test_one_of_several_documents_of_the_same_name_is_enough():
@@ -370,7 +370,7 @@ def test_decisions_name_message_rule_and_matched_text():
     record = trajectory(ASK, call(), COMEDY, call(), BROKEN, call("nosuch"))
     assert decide_masked_turns(record, "structured") == [
         TurnDecision(1, False, "all_right", "", ""),
-        TurnDecision(3, True, "tool_call_failure", "feedback pattern", "Response error"),
+        TurnDecision(3, True, "tool_call_failure", "error key", '"error": "Response error."'),
         TurnDecision(5, True, "tool_hallucination", "tool not offered", "nosuch"),
     ]
     assert decide_masked_turns(record, "substring") == [

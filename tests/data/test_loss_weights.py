@@ -84,6 +84,15 @@ def test_golden_count_and_weights_of_a_trajectory_with_a_failing_call():
     assert [decision.masked for decision in row.turn_decisions] == [True, False, False]
 
 
+def test_finish_decides_between_tools_whether_it_is_listed_or_not():
+    """` finis|h|_|order|(|id|="|7|")`: `finish(` shares two pieces, so K = { finis, _}, |NK| = 7, w = 3.5 (E3)."""
+    listed = [tool("finish_order", "id"), tool("finish", "answer"), tool("ask_to_user", "question")]
+    messages = (("user", "q", None), ("assistant", "", ToolCall("finish_order", {"id": "7"})))
+    for tools in (listed, listed[:1], listed[:2]):
+        row = encode(trajectory(*messages, tools=tools))
+        assert [weights for _, weights in trained_runs(row)] == [[3.5, 1, 3.5, 1, 1, 1, 1, 1, 1, 1]]
+
+
 def test_eos_is_the_target_where_the_next_input_is_a_newline():
     tokenizer = PieceTokenizer()
     row = encode(FIND_PAPER, tokenizer)

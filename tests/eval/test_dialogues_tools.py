@@ -15,6 +15,7 @@ import pytest
 
 from data.error_filter import classify_feedback
 from data.tool_calls import ToolCall, parse_tool_call
+from data.tool_documents import IMPLICIT_TOOLS
 from eval.dialogues.local_tools import (
     _PLAIN_TOOLS,
     _RANDOM_TOOLS,
@@ -343,13 +344,13 @@ def test_files_persist_within_a_dialogue_and_nowhere_else(tools, can):
         ("exit()", '""'),
         ("print(1)\nexit(3)", '"1\\n"'),
         ("raise KeyError('x')", "'x'"),
-        ("raise ValueError", f"{REASON}ValueError"),
-        ("f(", f"{REASON}'(' was never closed (<unknown>, line 1)"),
+        ("raise ValueError", "ValueError"),
+        ("f(", "'(' was never closed (<unknown>, line 1)"),
         ("def f(a): pass\nf()", CALL_FAILURE),  # Python's words would read as a missing parameter of the tool
         ("execute_pycode", CALL_FAILURE),
         ("raise OSError('connection error')", CALL_FAILURE),
         ("print('{\"error\": 1}')", json.dumps({"result": '"{\\"error\\": 1}\\n"'})),
-        ("'Max retries exceeded'", json.dumps({"result": "\"'Max retries exceeded'\\n\""})),
+        ("'Max retries exceeded'", "\"'Max retries exceeded'\\n\""),
     ],
 )
 def test_python_code(tools, can, code, feedback):
@@ -378,7 +379,7 @@ def test_shell(tools, can):
     failed = run_shell(tools, "ls nowhere", 20)
     assert failed.feedback == f"{REASON}Command 'ls nowhere' returned non-zero exit status 2."
     told = run_shell(tools, "LC_ALL=C ls nowhere", 20, **{"return_err_outputpersistent=False": "true"}).feedback
-    assert "cannot access" in told and told.startswith('"ls:')
+    assert "cannot access" in told and json.loads(told)["result"].startswith('"ls:')  # asked for: no error
     assert run_shell(tools, "ls", 21).feedback == '""'
     tools.forget(20)
 
@@ -512,6 +513,8 @@ def simulate(settings):
 def check_round_trip(tool_set, tools, executors):
     for tool in tools:
         for meant, arguments, settings, name in situations(tool):
+            if name in IMPLICIT_TOOLS and meant in ("tool_instability", "tool_call_failure"):
+                continue  # what follows these is the user's word
             asked = request(tool_set, name, arguments, tools=tools)
             key = tuple(settings)
             executors.setdefault(key, simulate(settings))

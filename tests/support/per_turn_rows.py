@@ -6,6 +6,7 @@ from data.error_filter import decide_masked_turns
 from data.formats.prompt_format import encode_segments
 from data.formats.table import DEFAULT_FORMAT, FORMATS, dialogue_segments
 from data.loss_weights import CONTEXT, EncodedTrajectory, TextEncoder, encode_names, scale_turn, weigh_turn
+from data.tool_documents import offered_names
 from data.trajectories import Trajectory
 
 
@@ -24,7 +25,7 @@ def expand_per_turn(
     """
     decisions = tuple(decide_masked_turns(trajectory, error_filter))
     masked = {decision.message_index: decision.masked for decision in decisions}
-    name_ids = encode_names([tool["function"]["name"] for tool in trajectory.tools], tokenizer)
+    name_ids = encode_names(offered_names(trajectory.tools), tokenizer)
     segments, rows = dialogue_segments(trajectory.tools, trajectory.messages), []
     for last, segment in enumerate(segments):
         if not segment.is_target or masked[segment.message_index]:
