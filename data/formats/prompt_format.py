@@ -122,10 +122,10 @@ def encode_segments(segments: Sequence[Segment], tokenizer, prompt_format: Promp
     """
     start = [control(text) for text in prompt_format.start_tokens or ()]
     id_of_control = {part.text: tokenizer.control_id(part.text) for part in (*start, *segments) if part.is_control}
-    missing = {text for text, token_id in id_of_control.items() if token_id is None}
+    missing = [text for text, token_id in id_of_control.items() if token_id is None]
     if missing and not prompt_format.may_spell_controls:
         raise PromptError(
-            f"--prompt_format {prompt_format.name}: found no token {min(missing)} in the tokenizer, expected that of a "
+            f"--prompt_format {prompt_format.name}: found no token {missing[0]} in the tokenizer, expected that of a "
             "model of this format"
         )
     if missing:

@@ -11,15 +11,13 @@
 A kill leaves at most one partial line per journal, which is dropped; any number of ranks can continue.
 """
 
-import json
-import threading
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Self
 
 from data.formats.table import DEFAULT_FORMAT, PROMPT_FORMATS
-from data.json_records import DataError, read_json_lines, write_json_lines
+from data.json_records import DataError, kind_of, read_json_lines, shown, write_json_lines
+from eval.predict.journals import Journal, journal_file, journal_files, read_index, read_rows
 
 END_REASONS = ("finish", "max_turns", "prompt_too_long", "refused")
 # Who answered a call: a tool runtime, the fixed reply to ask_to_user, or no one (finish).
@@ -94,12 +92,12 @@ def match_dialogues(
 def _dialogue(row: dict, line: int, where: str) -> RecordedDialogue:
     turns = row.get("turns")
     if not isinstance(turns, list):
-        raise DataError(f"{where}: found {_kind(turns)} as 'turns', expected a list of turns")
+        raise DataError(f"{where}: found {kind_of(turns)} as 'turns', expected a list of turns")
     output_format = row.get("format", DEFAULT_FORMAT)
     if output_format not in PROMPT_FORMATS:
-        raise DataError(f"{where}: found format {_shown(output_format)}, expected one of {', '.join(PROMPT_FORMATS)}")
+        raise DataError(f"{where}: found format {shown(output_format)}, expected one of {', '.join(PROMPT_FORMATS)}")
     return RecordedDialogue(
-        index=_index(row, where),
+        index=read_index(row, where),
         turns=[_turn(turn, f"{where}: turn {number}") for number, turn in enumerate(turns, 1)],
         end=_end(row, where),
         error=_text_of(row, "error", where),
@@ -110,10 +108,10 @@ def _dialogue(row: dict, line: int, where: str) -> RecordedDialogue:
 
 def _turn(turn: object, where: str) -> dict:
     if not isinstance(turn, dict):
-        raise DataError(f"{where}: found {_kind(turn)}, expected an object")
+        raise DataError(f"{where}: found {kind_of(turn)}, expected an object")
     calls = turn.get("calls")
     if not isinstance(turn.get("output"), str):
-        raise DataError(f"{where}: found {_kind(turn.get('output'))} as 'output', expected the raw model text")
+        raise DataError(f"{where}: found {kind_of(turn.get('output'))} as 'output', expected the raw model text")
     if not isinstance(calls, list) or not all(map(_is_call, calls)):
         raise DataError(
             f"{where}: found other 'calls', expected a list of objects with name, arguments, feedback, "
@@ -122,7 +120,7 @@ def _turn(turn: object, where: str) -> dict:
     fault = _text_of(turn, "fault", where)
     if bool(fault) == bool(calls):
         raise DataError(
-            f"{where}: found {len(calls)} calls and the fault {_shown(fault)}, expected either calls or a fault"
+            f"{where}: found {len(calls)} calls and the fault {shown(fault)}, expected either calls or a fault"
         )
     return {
         "output": turn["output"],
@@ -145,52 +143,19 @@ def _is_call(call: object) -> bool:
     return call.get("feedback") is None if call["executor"] == "" else isinstance(call.get("feedback"), str)
 
 
-def _index(row: dict, where: str) -> int:
-    if type(row.get("index")) is not int:  # bool is an int to isinstance
-        raise DataError(
-            f"{where}: found index {_shown(row.get('index'))}, expected the record's number, an integer from 0"
-        )
-    return row["index"]
-
-
 def _end(row: dict, where: str) -> str:
     if row.get("end") not in END_REASONS:
-        raise DataError(f"{where}: found end {_shown(row.get('end'))}, expected one of {', '.join(END_REASONS)}")
+        raise DataError(f"{where}: found end {shown(row.get('end'))}, expected one of {', '.join(END_REASONS)}")
     return row["end"]
 
 
 def _text_of(row: dict, key: str, where: str) -> str:
     if not isinstance(row.get(key, ""), str):
-        raise DataError(f"{where}: found {_kind(row[key])} as {key!a}, expected text")
+        raise DataError(f"{where}: found {kind_of(row[key])} as {key!a}, expected text")
     return row.get(key, "")
 
 
-def _kind(value: object) -> str:
-    return "nothing" if value is None else type(value).__name__
-
-
-def _shown(value: object) -> str:
-    """A value of a file in a few characters of ASCII; one nested deeply could not be written out."""
-    return (
-        ascii(value[:40])
-        if isinstance(value, str)
-        else str(value)[:40]
-        if type(value) in (int, float, bool)
-        else _kind(value)
-    )
-
-
 # ------------------------------------------------------------------------------------------------------------- journals
-
-
-def journal_file(path: Path, rank: int) -> Path:
-    """Where rank `rank` writes its turns while the dialogues of the prediction file `path` run."""
-    return path.with_name(f"{path.stem}.rank{rank:04d}.jsonl")
-
-
-def journal_files(path: Path) -> list[Path]:
-    """The journals that exist."""
-    return sorted(path.parent.glob(f"{path.stem}.rank[0-9]*.jsonl"))
 
 
 def read_journals(path: Path) -> tuple[dict[int, RecordedDialogue], int]:
@@ -202,25 +167,21 @@ def read_journals(path: Path) -> tuple[dict[int, RecordedDialogue], int]:
     finished = {dialogue.index for dialogue in read_dialogues(path)[0]} if path.exists() else set()
     turns: dict[tuple[int, int], dict] = {}
     ends: dict[int, tuple[str, str]] = {}
-    dropped = 0
-    for source in journal_files(path):
-        rows, has_dropped = read_json_lines(source, drop_partial_last_line=True)
-        dropped += has_dropped
-        for line, row in rows:
-            where = f"{source}:{line}"
-            index = _index(row, where)
-            if "end" in row:
-                end = (_end(row, where), _text_of(row, "error", where))
-                is_new = ends.setdefault(index, end) == end
-            else:
-                number = row.get("turn")
-                if type(number) is not int or number < 1:
-                    raise DataError(f"{where}: found turn {_shown(number)}, expected an integer from 1")
-                turn = _turn(row, where)
-                is_new = turns.setdefault((index, number), turn) == turn
-            if not is_new:  # equal ones come from a kill while journals were merged
-                raise DataError(f"{where}: found a second, different record of this turn of index {index}")
-    return _in_order(path, turns, ends, finished), dropped
+    rows, n_dropped = read_rows(journal_files(path))
+    for where, row in rows:
+        index = row["index"]
+        if "end" in row:
+            end = (_end(row, where), _text_of(row, "error", where))
+            is_new = ends.setdefault(index, end) == end
+        else:
+            number = row.get("turn")
+            if type(number) is not int or number < 1:
+                raise DataError(f"{where}: found turn {shown(number)}, expected an integer from 1")
+            turn = _turn(row, where)
+            is_new = turns.setdefault((index, number), turn) == turn
+        if not is_new:  # equal ones come from a kill while journals were merged
+            raise DataError(f"{where}: found a second, different record of this turn of index {index}")
+    return _in_order(path, turns, ends, finished), n_dropped
 
 
 def _in_order(
@@ -239,7 +200,7 @@ def _in_order(
     return {index: dialogue for index, dialogue in dialogues.items() if index not in finished}
 
 
-def join_journals(path: Path, dialogues: Iterable[RecordedDialogue]) -> None:
+def rewrite_journals(path: Path, dialogues: Iterable[RecordedDialogue]) -> None:
     """Write what read_journals returned to the journal of rank 0 and remove the other ranks' journals."""
     rows: list[dict] = []
     for dialogue in dialogues:
@@ -263,22 +224,20 @@ def close_journals(path: Path, prompt_format: str) -> list[RecordedDialogue]:
     rows = [dialogue_row(dialogue, dialogue.format) for dialogue in earlier]
     rows += [dialogue_row(dialogue, prompt_format) for dialogue in ended]
     write_json_lines(path, sorted(rows, key=lambda row: row["index"]))
-    join_journals(path, [dialogue for dialogue in dialogues.values() if not dialogue.end])
+    rewrite_journals(path, [dialogue for dialogue in dialogues.values() if not dialogue.end])
     return read_dialogues(path)[0]
 
 
-class DialogueJournal:
+class DialogueJournal(Journal):
     """The journal that one rank appends to, and what all ranks had recorded when it was opened.
 
-    State: the open file, a lock (threads of an endpoint append concurrently), the recorded dialogues by index.
+    State: that of Journal, and the recorded dialogues by index.
     """
 
     def __init__(self, path: Path, *, rank: int, recorded: dict[int, RecordedDialogue]) -> None:
+        super().__init__(journal_file(path, rank))
         self.path = path
         self.recorded = recorded
-        path.parent.mkdir(parents=True, exist_ok=True)
-        self._file = open(journal_file(path, rank), "a", encoding="utf-8")  # noqa: SIM115, close() ends it
-        self._lock = threading.Lock()
 
     def recorded_turn(self, index: int, number: int) -> dict | None:
         """Turn `number` (from 1) of a dialogue, if an earlier process made it."""
@@ -286,25 +245,9 @@ class DialogueJournal:
         return dialogue.turns[number - 1] if dialogue is not None and number <= len(dialogue.turns) else None
 
     def add_turn(self, index: int, number: int, turn: dict) -> None:
-        """Append a turn and flush it at once."""
-        self._write({"index": index, "turn": number, **turn})
+        """Append a turn."""
+        self.append({"index": index, "turn": number, **turn})
 
     def add_end(self, index: int, end: str, error: str = "") -> None:
         """Append how a dialogue ended."""
-        self._write({"index": index, "end": end, "error": error})
-
-    def _write(self, row: dict) -> None:
-        line = json.dumps(row) + "\n"
-        with self._lock:
-            self._file.write(line)
-            self._file.flush()
-
-    def close(self) -> None:
-        """Close the file."""
-        self._file.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self.close()
+        self.append({"index": index, "end": end, "error": error})

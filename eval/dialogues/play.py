@@ -12,7 +12,6 @@ from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 from tqdm import tqdm
 
 from data.formats.prompt_format import WrittenTurn
@@ -24,9 +23,9 @@ from eval.dialogues.journal import (
     DialogueJournal,
     RecordedDialogue,
     close_journals,
-    join_journals,
     read_dialogues,
     read_journals,
+    rewrite_journals,
 )
 from eval.dialogues.metrics import MAX_TURNS
 from eval.dialogues.tools import MAX_FEEDBACK_CHARACTERS, Executor, ToolRequest
@@ -41,7 +40,8 @@ from eval.predict.endpoint import (
     completed_text,
     message_text,
 )
-from eval.predict.generate import read_response
+from eval.predict.generate import join_journals, read_response
+from eval.predict.journals import describe_resume
 from eval.records import Record
 from model.dialogue_decoding import DialogueDecoder
 from model.tokenizer import Tokenizer
@@ -197,13 +197,10 @@ def complete_dialogues(
     cannot be continued, and whatever `run` raises; the turns made before are in the journal.
     """
     # 1. What earlier processes left becomes one journal, before any rank appends to its own.
-    _wait_for_all_ranks()
-    recorded, dropped = read_journals(path)
     finished = {dialogue.index for dialogue in read_dialogues(path)[0]} if path.exists() else set()
-    _wait_for_all_ranks()
-    if rank == 0:
-        join_journals(path, recorded.values())
-    _wait_for_all_ranks()
+    recorded, n_dropped = join_journals(
+        rank, lambda: read_journals(path), lambda found: rewrite_journals(path, found[0].values())
+    )
 
     # 2. The dialogues; those that ended in a journal are done.
     missing = [task for task in tasks if task.index not in finished and not _has_ended(recorded.get(task.index))]
@@ -211,42 +208,22 @@ def complete_dialogues(
         run(missing, journal)
 
     # 3. The complete file, in order.
-    _wait_for_all_ranks()
-    if rank == 0:
-        close_journals(path, prompt_format)
-    _wait_for_all_ranks()
-    turns = sum(len(recorded[task.index].turns) for task in missing if task.index in recorded)
-    return _notices(path, read_dialogues(path)[0], resumed=len(tasks) - len(missing), turns=turns, dropped=dropped)
+    join_journals(rank, lambda: None, lambda _: close_journals(path, prompt_format))
+    n_kept = len(tasks) - len(missing)
+    n_turns = sum(len(recorded[task.index].turns) for task in missing if task.index in recorded)
+    dialogues = read_dialogues(path)[0]
+    return describe_resume(
+        path,
+        kept=f"{n_kept} dialogues and {n_turns} turns of others" if n_kept or n_turns else "",
+        n_dropped=n_dropped,
+        too_long=[dialogue.index for dialogue in dialogues if dialogue.end == "prompt_too_long"],
+        refused=[(dialogue.index, dialogue.error) for dialogue in dialogues if dialogue.end == "refused"],
+        what="dialogues counted as no valid answer",
+    )
 
 
 def _has_ended(dialogue: RecordedDialogue | None) -> bool:
     return dialogue is not None and bool(dialogue.end)
-
-
-def _wait_for_all_ranks() -> None:
-    if dist.is_initialized() and dist.get_world_size() > 1:
-        dist.barrier()
-
-
-def _notices(path: Path, dialogues: Sequence[RecordedDialogue], *, resumed: int, turns: int, dropped: int) -> list[str]:
-    notices = []
-    if resumed or turns:
-        notices.append(f"{path}: kept {resumed} dialogues and {turns} turns of others of an earlier run")
-    if dropped:
-        notices.append(f"{path}: dropped {dropped} partial line(s) of a killed run")
-    too_long = [dialogue.index for dialogue in dialogues if dialogue.end == "prompt_too_long"]
-    if too_long:
-        notices.append(
-            f"{path}: {len(too_long)} dialogues ended because the prompt no longer fits the model, counted "
-            f"as no valid answer; first index {too_long[0]}"
-        )
-    refused = [dialogue for dialogue in dialogues if dialogue.end == "refused"]
-    if refused:
-        notices.append(
-            f"{path}: {len(refused)} dialogues refused by the endpoint, counted as no valid answer; index "
-            f"{refused[0].index}: {refused[0].error}"
-        )
-    return notices
 
 
 # ---------------------------------------------------------------------------------------------------------------- model

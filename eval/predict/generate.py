@@ -1,29 +1,31 @@
 """Predictions of a model or an endpoint for one benchmark, journaled per item, resumable, split over ranks.
 
-While running, rank 0 appends to PREDICTIONS/<benchmark>.jsonl itself and rank r to <benchmark>.rank<r>.jsonl; each
-item is one line, flushed. At the start and at the end rank 0 merges all of them into the first, sorted by index, by an
-atomic rename. So a killed run leaves at most one partial line per rank, and any number of ranks can take up the rest.
+While running, rank 0 appends to PREDICTIONS/<benchmark>.jsonl itself and rank r to its journal (journals.py). At the
+start and at the end rank 0 merges all of them into the first, sorted by index.
 """
 
 import hashlib
 import json
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import TypeVar
 
 import torch.distributed as dist
 from tqdm import tqdm
 
 from data.formats.table import encode_prompt
-from data.json_records import DataError, read_json_lines, write_json_lines, write_text
+from data.json_records import DataError, parse_json, write_json_lines, write_text
 from eval.predict.cut_output import cut_at
-from eval.predict.prediction_files import read_predictions
+from eval.predict.journals import Journal, describe_resume, journal_file, journal_files, read_rows
+from eval.predict.prediction_files import prediction_of
 from eval.records import Record
 from model.sampling import generate
 from model.tokenizer import Tokenizer
 from model.transformer import Transformer
 
 HASH_BLOCK = 1 << 20  # bytes read at a time
-SHOWN_INDICES = 20  # of the records named in a notice
+
+Found = TypeVar("Found")
 
 
 # ------------------------------------------------------------------------------------------------------------- identity
@@ -65,14 +67,14 @@ def check_settings(path: Path, settings: dict[str, str | int], *, resume: str, i
     predictions have other settings or none, or if there are any and `resume` is "never": nothing is ever overwritten.
     """
     settings_path = path.with_suffix(".settings.json")
-    if not path.exists() and not _rank_journals(path):
+    if not path.exists() and not journal_files(path):
         if is_writer:
             write_text(settings_path, json.dumps(settings, indent=2) + "\n")
         return
     if resume == "never":
         raise DataError(f"{path}: found predictions, expected none for --resume never; choose another --output")
     try:
-        found = json.loads(settings_path.read_text(encoding="utf-8"))
+        found = parse_json(settings_path.read_text(encoding="utf-8"), str(settings_path))
     except (OSError, ValueError):
         found = None
     if not isinstance(found, dict):
@@ -86,59 +88,6 @@ def check_settings(path: Path, settings: dict[str, str | int], *, resume: str, i
                 f"{settings_path}: found {name} {found.get(name)!a}, expected {value!a}: the predictions "
                 "belong to another run; choose another --output"
             )
-
-
-# -------------------------------------------------------------------------------------------------------------- journal
-
-
-def _journal(path: Path, rank: int) -> Path:
-    return path if rank == 0 else path.with_name(f"{path.stem}.rank{rank:04d}.jsonl")
-
-
-def _rank_journals(path: Path) -> list[Path]:
-    return sorted(path.parent.glob(f"{path.stem}.rank[0-9]*.jsonl"))
-
-
-def read_journals(path: Path) -> tuple[list[dict], int]:
-    """The lines of all ranks, sorted by index, and how many partial lines killed writers left.
-
-    Raises DataError for malformed lines and for an index with two different outputs.
-    """
-    row_of_index: dict[int, dict] = {}
-    dropped = 0
-    for source in (path, *_rank_journals(path)):
-        if not source.exists():
-            continue
-        read_predictions(source)  # raises on anything malformed
-        rows, has_dropped = read_json_lines(source, drop_partial_last_line=True)
-        dropped += has_dropped
-        for line, row in rows:
-            # A kill between the rename and the removal in merge_journals leaves lines in both files: no conflict.
-            if row_of_index.setdefault(row["index"], row) != row:
-                raise DataError(f"{source}:{line}: found a second, different output for index {row['index']}")
-    return [row_of_index[index] for index in sorted(row_of_index)], dropped
-
-
-def merge_journals(path: Path, rank: int) -> tuple[list[dict], int]:
-    """Put the lines of all journals into `path`, remove the other ranks' files; returns what read_journals does.
-
-    A collective: all ranks wait for each other before they read, and again before any of them may append. Raises
-    DataError, on all ranks, as read_journals does.
-    """
-    _wait_for_all_ranks()
-    rows, dropped = read_journals(path)
-    _wait_for_all_ranks()
-    if rank == 0:
-        write_json_lines(path, rows)
-        for source in _rank_journals(path):
-            source.unlink()
-    _wait_for_all_ranks()
-    return rows, dropped
-
-
-def _wait_for_all_ranks() -> None:
-    if dist.is_initialized() and dist.get_world_size() > 1:
-        dist.barrier()
 
 
 # -------------------------------------------------------------------------------------------------------- whole files
@@ -160,47 +109,80 @@ def complete_predictions(
     before are in the journal.
     """
     # 1. Everything that earlier processes left becomes one file, before any rank appends to its own journal.
-    earlier, dropped = merge_journals(path, rank)
+    earlier, n_dropped = merge_journals(path, rank)
     done = {row["index"] for row in earlier}
     missing = [query for query in queries if query.index not in done]
 
     # 2. Predict, and append item by item.
     predicted = predict(missing)  # settings that do not fit show before the bar
     with (
-        open(_journal(path, rank), "a", encoding="utf-8") as journal,
+        Journal(path if rank == 0 else journal_file(path, rank)) as journal,
         tqdm(total=len(missing), desc=path.stem, unit="item", disable=rank != 0 or not missing) as bar,
     ):
         for row in predicted:
-            journal.write(json.dumps({**row, **label}) + "\n")
-            journal.flush()
+            journal.append({**row, **label})
             bar.update(_rank_count())  # of rank 0 standing for all
 
     # 3. The complete file, in order.
     rows, _ = merge_journals(path, rank)
-    return _notices(path, rows, resumed=len(queries) - len(missing), dropped=dropped)
+    n_kept = len(queries) - len(missing)
+    return describe_resume(
+        path,
+        kept=f"{n_kept} predictions" if n_kept else "",
+        n_dropped=n_dropped,
+        too_long=[row["index"] for row in rows if row.get("stop") == "prompt_too_long"],
+        refused=[(row["index"], row.get("error", "")) for row in rows if row.get("stop") == "refused"],
+        what="predictions counted as wrong",
+    )
+
+
+def merge_journals(path: Path, rank: int) -> tuple[list[dict], int]:
+    """The rows of all ranks, sorted by index, put into `path`; and how many partial lines killed writers left.
+
+    A collective (join_journals). Raises DataError, on all ranks, for malformed lines and for an index with two
+    different outputs.
+    """
+
+    def read() -> tuple[list[dict], int]:
+        row_of_index: dict[int, dict] = {}
+        rows, n_dropped = read_rows((path, *journal_files(path)))
+        for where, row in rows:
+            prediction_of(row, where)  # raises on anything malformed
+            # A kill between the rename and the removal below leaves lines in both files: no conflict.
+            if row_of_index.setdefault(row["index"], row) != row:
+                raise DataError(f"{where}: found a second, different output for index {row['index']}")
+        return [row_of_index[index] for index in sorted(row_of_index)], n_dropped
+
+    def write(found: tuple[list[dict], int]) -> None:
+        write_json_lines(path, found[0])
+        for file in journal_files(path):
+            file.unlink()
+
+    return join_journals(rank, read, write)
+
+
+def join_journals(rank: int, read: Callable[[], Found], write: Callable[[Found], None]) -> Found:
+    """What `read` finds in all journals, after rank 0 has put it together with `write`.
+
+    A collective: all ranks wait for each other before they read, and again before any of them may append. What `read`
+    raises, it raises on all ranks.
+    """
+    _wait_for_all_ranks()
+    found = read()
+    _wait_for_all_ranks()
+    if rank == 0:
+        write(found)
+    _wait_for_all_ranks()
+    return found
+
+
+def _wait_for_all_ranks() -> None:
+    if dist.is_initialized() and dist.get_world_size() > 1:
+        dist.barrier()
 
 
 def _rank_count() -> int:
     return dist.get_world_size() if dist.is_initialized() else 1
-
-
-def _notices(path: Path, rows: Sequence[dict], *, resumed: int, dropped: int) -> list[str]:
-    too_long = [row["index"] for row in rows if row.get("stop") == "prompt_too_long"]
-    refused = [row for row in rows if row.get("stop") == "refused"]
-    notices = []
-    if resumed:
-        notices.append(f"{path}: kept {resumed} predictions of an earlier run")
-    if dropped:
-        notices.append(f"{path}: dropped {dropped} partial line(s) of a killed run")
-    if too_long:
-        shown = f"{too_long[:SHOWN_INDICES]}".replace("]", ", ..]" if len(too_long) > SHOWN_INDICES else "]")
-        notices.append(f"{path}: {len(too_long)} prompts too long for the model, counted as wrong: {shown}")
-    if refused:
-        notices.append(
-            f"{path}: {len(refused)} requests refused by the endpoint, counted as wrong; index "
-            f"{refused[0]['index']}: {refused[0].get('error', '')}"
-        )
-    return notices
 
 
 # ----------------------------------------------------------------------------------------------------------- generation

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from data.formats.table import DEFAULT_FORMAT, PROMPT_FORMATS
 from data.json_records import DataError, read_json_lines
+from eval.predict.journals import read_index
 
 # Why generation ended, written as "stop" by generate_predictions; files of other origin need not have it.
 # "refused": an endpoint answered this request, and only such, with an error; the output is empty.
@@ -29,13 +30,12 @@ def read_predictions(path: Path) -> tuple[list[Prediction], bool]:
     Raises DataError with `file:line` for anything malformed, also a line that is only partial but not the last.
     """
     rows, has_dropped = read_json_lines(path, drop_partial_last_line=True)
-    return [_prediction(row, line, f"{path}:{line}") for line, row in rows], has_dropped
+    return [prediction_of(row, f"{path}:{line}") for line, row in rows], has_dropped
 
 
-def _prediction(row: dict, line: int, where: str) -> Prediction:
-    index, output = row.get("index"), row.get("output")
-    if type(index) is not int:  # bool is an int to isinstance
-        raise DataError(f"{where}: found index {index!a}, expected the record's number, an integer from 0")
+def prediction_of(row: dict, where: str) -> Prediction:
+    """The prediction in a row of the file and line `where` ("file:line"). Raises DataError for anything malformed."""
+    index, output = read_index(row, where), row.get("output")
     if not isinstance(output, str):
         raise DataError(f"{where}: found {type(output).__name__} as 'output', expected the raw model text")
     output_format, stop = row.get("format", DEFAULT_FORMAT), row.get("stop", "")
@@ -43,7 +43,7 @@ def _prediction(row: dict, line: int, where: str) -> Prediction:
         raise DataError(f"{where}: found format {output_format!a}, expected one of {', '.join(PROMPT_FORMATS)}")
     if stop not in ("", *STOP_REASONS):
         raise DataError(f"{where}: found stop {stop!a}, expected one of {', '.join(STOP_REASONS)}")
-    return Prediction(index=index, output=output, format=output_format, stop=stop, line=line)
+    return Prediction(index=index, output=output, format=output_format, stop=stop, line=int(where.rpartition(":")[2]))
 
 
 def match_predictions(

@@ -13,13 +13,12 @@ from eval.dialogues.journal import (
     DialogueJournal,
     RecordedDialogue,
     close_journals,
-    join_journals,
-    journal_file,
-    journal_files,
     match_dialogues,
     read_dialogues,
     read_journals,
+    rewrite_journals,
 )
+from eval.predict.journals import journal_file, journal_files
 from tests.support.dialogue_doubles import FINISH, WEATHER, answer_right, call, play, task
 
 CALL = {"name": "f", "arguments": {"a": 1}, "feedback": "x", "executor": "local"}
@@ -67,10 +66,10 @@ def test_dialogues_are_read(tmp_path):
     [
         ({"index": True}, "found index True, expected the record's number"),
         ({"index": "0"}, "found index '0'"),
-        ({"index": None}, "found index nothing"),
-        ({"turns": {}}, "found dict as 'turns'"),
-        ({"turns": [[]]}, "turn 1: found list, expected an object"),
-        ({"turns": [TURN, {**TURN, "output": 5}]}, "turn 2: found int as 'output'"),
+        ({"index": None}, "found index None"),
+        ({"turns": {}}, "found an object as 'turns'"),
+        ({"turns": [[]]}, "turn 1: found a list, expected an object"),
+        ({"turns": [TURN, {**TURN, "output": 5}]}, "turn 2: found a number as 'output'"),
         ({"turns": [{**TURN, "calls": None}]}, "turn 1: found other 'calls'"),
         ({"turns": [{**TURN, "calls": [{**CALL, "arguments": []}]}]}, "found other 'calls'"),
         ({"turns": [{**TURN, "calls": [{**CALL, "name": None}]}]}, "found other 'calls'"),
@@ -80,12 +79,12 @@ def test_dialogues_are_read(tmp_path):
         ({"turns": [{**TURN, "calls": [{**CALL, "executor": ["local"]}]}]}, "found other 'calls'"),
         ({"turns": [{**TURN, "fault": "both"}]}, "found 1 calls and the fault 'both'"),
         ({"turns": [{**FAULTY, "fault": ""}]}, "found 0 calls and the fault ''"),
-        ({"turns": [{**FAULTY, "fault": 3}]}, "found int as 'fault'"),
+        ({"turns": [{**FAULTY, "fault": 3}]}, "found a number as 'fault'"),
         ({"end": "gave up"}, "found end 'gave up', expected one of finish, max_turns"),
-        ({"end": None}, "found end nothing"),
+        ({"end": None}, "found end None"),
         ({"format": "xml"}, "found format 'xml', expected one of tl"),
-        ({"format": []}, "found format list"),
-        ({"error": 7}, "found int as 'error'"),
+        ({"format": []}, r"found format \[\]"),
+        ({"error": 7}, "found a number as 'error'"),
         ({"index": 0}, "found index 0 again, expected it once .first in line 1"),
     ],
 )
@@ -108,7 +107,7 @@ def test_journals_of_all_ranks(tmp_path):
     assert dropped == 2 and list(dialogues) == [0, 1, 2, 3]  # 4 is finished: its journal was about to go
     assert dialogues[0].turns == [TURN, LAST] and (dialogues[0].end, dialogues[1].end) == ("finish", "")
     assert (dialogues[3].turns, dialogues[3].end, dialogues[3].error) == ([], "refused", "no")
-    join_journals(path, dialogues.values())
+    rewrite_journals(path, dialogues.values())
     assert journal_files(path) == [journal_file(path, 0)]
     assert read_journals(path) == (dialogues, 0)
     finished = close_journals(path, "plain")
@@ -137,8 +136,8 @@ def test_kills_while_journals_are_put_together(tmp_path):
         ([line(0, 1), line(0, 3)], "found turn 3 of index 0 in its journals, expected turn 2 before it"),
         ([line(0, 0)], ":1: found turn 0, expected an integer from 1"),
         ([line(0, "1")], "found turn '1'"),
-        ([{"index": 0, "turn": 1}], "found nothing as 'output'"),
-        ([{"turn": 1}], "found index nothing"),
+        ([{"index": 0, "turn": 1}], "found null as 'output'"),
+        ([{"turn": 1}], "found index None"),
         ([{"index": 0, "end": 5}], "found end 5"),
     ],
 )

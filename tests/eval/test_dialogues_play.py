@@ -16,7 +16,7 @@ from data.formats.table import COMPLETION_FORMATS, FORMATS, PROMPT_FORMATS, prom
 from data.json_records import DataError
 from data.tool_calls import ToolCall
 from data.trajectories import Message
-from eval.dialogues.journal import DialogueJournal, journal_file, journal_files, read_dialogues, read_journals
+from eval.dialogues.journal import DialogueJournal, read_dialogues, read_journals
 from eval.dialogues.metrics import score_dialogues
 from eval.dialogues.play import (
     MAX_TURNS,
@@ -31,6 +31,7 @@ from eval.dialogues.tools import MAX_FEEDBACK_CHARACTERS, ToolResult, make_execu
 from eval.evaluate_tooleyes import load_tooleyes
 from eval.predict import endpoint as endpoint_module
 from eval.predict.endpoint import EndpointError
+from eval.predict.journals import journal_file, journal_files
 from model.pretrained_weights import load_pretrained
 from model.tokenizer import load_tokenizer
 from tests.support.dialogue_doubles import (
@@ -203,7 +204,7 @@ def test_prompts_that_no_longer_fit(tmp_path):
     path = tmp_path / "later" / "p.jsonl"
     dialogues, notices, _ = play(path, [task()], follow(NEWS, FINISH), positions=length + 20, max_new_tokens=20)
     assert dialogues[0].end == "prompt_too_long" and len(dialogues[0].turns) == 1
-    assert "1 dialogues ended because the prompt no longer fits" in notices[0]
+    assert "1 dialogues counted as no valid answer because the prompt does not fit" in notices[0]
     with pytest.raises(DataError, match="found room for 20 tokens, expected more than the 20 of one turn"):
         play(path, [task(1)], follow(FINISH), positions=20, max_new_tokens=20)
 

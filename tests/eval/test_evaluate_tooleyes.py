@@ -201,12 +201,12 @@ def test_partial_last_line_is_told(tmp_path, capsys):
     ("content", "text"),
     [
         ("", "found 0 of 2 dialogues"),
-        ('{"index": 0}\n', ":1: found nothing as 'turns'"),
+        ('{"index": 0}\n', ":1: found null as 'turns'"),
         ("[1]\n", ":1: found a list"),
         ("{\n{}\n", ":1: found the end at column 2, expected JSON"),
         (json.dumps(row(5, RIGHT)) + "\n", ":1: found index 5, expected 0 to 1"),
         (json.dumps(row(0, RIGHT)) + "\n" + json.dumps(row(0, WRONG)) + "\n", ":2: found index 0 again"),
-        ('{"index": 0, "output": "f()"}\n', ":1: found nothing as 'turns'"),
+        ('{"index": 0, "output": "f()"}\n', ":1: found null as 'turns'"),
     ],
 )
 def test_wrong_files_end_with_one_line_and_code_2(tmp_path, capsys, content, text):

@@ -144,7 +144,11 @@ def test_prompt_that_does_not_fit_is_wrong_and_reported(reference, benchmark_dir
     code, out, _ = run_here(flags_of(benchmark_dir, tmp_path / "out", model=model))
     rows = [json.loads(line) for line in predictions_of(tmp_path / "out").splitlines()]
     undisturbed = [json.loads(line) for line in predictions_of(reference[0]).splitlines()]
-    assert code == 0 and f"{sum(length > room for length in lengths)} prompts too long for the model" in out
+    assert (
+        code == 0
+        and f"{sum(length > room for length in lengths)} predictions counted as wrong because the prompt does not fit"
+        in out
+    )
     for length, row, other in zip(lengths, rows, undisturbed, strict=True):
         assert row == ({"index": row["index"], "output": "", "stop": "prompt_too_long"} if length > room else other)
 

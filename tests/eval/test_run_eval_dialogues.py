@@ -424,7 +424,7 @@ def test_bad_dialogue_files_are_refused(reference, folder, tmp_path):
     for content, expected in (
         (lines[1:], "first missing index 0"),
         ([*lines, lines[0]], ":8: found index 0 again"),
-        (['{"index": 0, "output": "x"}'], ":1: found nothing as 'turns'"),
+        (['{"index": 0, "output": "x"}'], ":1: found null as 'turns'"),
     ):
         path = tmp_path / "p.jsonl"
         path.write_text("\n".join(content) + "\n")
