@@ -1,15 +1,22 @@
 """Settings: defaults, file, flags, and every way to get them wrong."""
 
+import argparse
 import dataclasses
 import json
+import os
 import re
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 
-from command_line import ConfigError, read_config
+import command_line
+import run_eval
+import run_ppo
+import run_sft
+from command_line import ConfigError, fail, parse_arguments, read_config, run_command
 from rl.ppo_config import PPOConfig
 from train.sft_config import SFTConfig
 
@@ -140,6 +147,60 @@ def test_a_switch_may_stand_alone():
     alone = read_config(PPOConfig, "test", ["--print_ledger", "--seed", "1"])
     assert (alone.print_ledger, alone.seed) == ("on", 1)
     assert read_config(PPOConfig, "test", ["--print_ledger", "off"]).print_ledger == "off"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# How programs end
+
+
+@pytest.mark.parametrize("script", [run_sft, run_ppo, run_eval], ids=lambda script: script.__name__)
+def test_a_device_that_is_not_there_is_named_once(script, monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    with pytest.raises(SystemExit) as ended:
+        script.main(["--device", "cuda", "--model", str(ROOT / "assets/tiny_model"), "--output", str(tmp_path)])
+    error = capsys.readouterr().err
+    assert ended.value.code == 2 and error.startswith("--device: found cuda, expected cpu or auto")
+    assert error.count("\n") == 1
+
+
+@pytest.mark.parametrize("rank, line", [("0", "x: found a, expected b\n"), ("3", "rank 3: x: found a, expected b\n")])
+def test_every_rank_says_why_it_ends(rank, line, monkeypatch, capsys):
+    monkeypatch.setenv("RANK", rank)
+    monkeypatch.setattr(command_line, "PATIENCE_SECONDS", 0.0)
+    with pytest.raises(SystemExit) as ended:
+        fail(ConfigError("x: found a,\n  expected b"))
+    assert ended.value.code == 2 and capsys.readouterr().err == line
+
+
+def test_a_rank_that_is_ended_with_rank_0_says_nothing():
+    """torchrun ends the other ranks once rank 0 has failed; they do not repeat its line before."""
+    program = "from command_line import fail; print('ready', flush=True); fail(ValueError('x'))"
+    environment = {**os.environ, "RANK": "1"}
+    rank1 = subprocess.Popen(
+        [sys.executable, "-c", program], cwd=ROOT, env=environment, stdout=-1, stderr=-1, text=True
+    )
+    assert rank1.stdout.readline() == "ready\n"
+    time.sleep(0.1)
+    rank1.terminate()
+    assert rank1.communicate(timeout=60)[1] == ""
+
+
+def test_a_small_program_ends_in_one_line(capsys):
+    parser = argparse.ArgumentParser(prog="tool")
+    parser.add_argument("--n", type=int)
+    assert parse_arguments(parser, ["--n", "3"]).n == 3
+    with pytest.raises(SystemExit) as ended:
+        parse_arguments(parser, ["--n", "three"])
+    assert ended.value.code == 2
+    assert capsys.readouterr().err == "tool: argument --n: invalid int value: 'three' (see --help)\n"
+
+    def missing():
+        raise FileNotFoundError("f: found\nno such file")
+
+    assert run_command(lambda: None, (OSError,)) == 0
+    assert run_command(missing, (OSError,)) == 2 and capsys.readouterr().err == "f: found no such file\n"
+    with pytest.raises(FileNotFoundError):  # a fault of the program keeps its traceback
+        run_command(missing, (ConfigError,))
 
 
 @pytest.mark.slow
