@@ -3,8 +3,8 @@
 Greedy predictions, then scores with 95 % intervals per benchmark. Without flags: the model of run_sft.py on the bundled
 tiny benchmarks. On multi-turn benchmarks (tooleyes, tiny-multi) every call is executed and its feedback goes back to
 the model. `--endpoint URL` asks an OpenAI-compatible server instead of a model folder; `--predictions FILE` scores an
-existing file. A killed run goes on with the same command, under any number of ranks. Exit codes: 0 everything scored; 2
-bad input (one line on stderr).
+existing file. A killed run continues with the same command, under any number of ranks. Exit codes: 0 everything scored;
+2 bad input (one line on stderr).
 """
 
 import sys

@@ -1,7 +1,8 @@
 """PPO with the paper's reward from an SFT model: `python run_ppo.py`, or `torchrun --nproc_per_node N run_ppo.py`.
 
 Without flags: the model of `python run_sft.py` on the bundled data. Exit codes: 0 all steps done and final/ written; 2
-bad input, with one line on stderr; 130 or 143 stopped by SIGINT or SIGTERM after saving: go on with the same command.
+bad input, with one line on stderr; 130 or 143 stopped by SIGINT or SIGTERM after saving: continue with the same
+command.
 """
 
 import shlex
@@ -89,7 +90,7 @@ def make_prompts(config: PPOConfig, path: str, tokenizer: Tokenizer) -> tuple[li
     max_prompt_tokens = config.max_prompt_tokens or context - config.max_response_tokens
     if max_prompt_tokens < 1 or max_prompt_tokens + config.max_response_tokens > context:
         raise ConfigError(
-            f"--max_prompt_tokens: found {max_prompt_tokens} beside {config.max_response_tokens} "
+            f"--max_prompt_tokens: found {max_prompt_tokens} with {config.max_response_tokens} "
             f"response tokens, expected at most {context} together, the context of {config.model}"
         )
     prompts, notes = read_prompts(

@@ -1,7 +1,8 @@
 """Supervised fine-tuning of a tool-calling model: `python run_sft.py`, or `torchrun --nproc_per_node N run_sft.py`.
 
 Without flags: the bundled tiny model and data. Exit codes: 0 all steps done and final/ written; 2 bad input, with one
-line on stderr; 130 or 143 stopped by SIGINT or SIGTERM after saving: go on with the same command.
+line on stderr; 130 or 143 stopped by SIGINT or SIGTERM after saving: continue with the same
+command.
 """
 
 import shlex

@@ -7,7 +7,7 @@
 ours      rl.ppo_loop.run_iteration itself: prompts of any length decoded from one cache, a free row taking the next
           prompt; packed rows without padding; the head only where a response token was sampled. It also computes
           entropies and all checks and metrics of a real run.
-padded N  the released code's way, written anew: every prompt padded on the left to N tokens; per minibatch one padded
+padded N  the released code's way, rewritten: every prompt padded on the left to N tokens; per minibatch one padded
           generation that lasts as long as its longest response; then full passes over all N + R positions: policy,
           reference and critic, and in the update policy and critic again; of both language models all V logits at every
           position. Nothing of one pass is used in the next. N is the longest prompt of the run, and --pad_to (released:

@@ -96,7 +96,7 @@ def random_model(vocab_size: int, dim: int, n_layers: int) -> Transformer:
 
 
 def forward_backward(model: Transformer, batches: Sequence[PackedBatch]) -> tuple[float, float, float]:
-    """(wall seconds, CPU seconds, weighted loss sum) of all batches; the gradients are thrown away."""
+    """(wall seconds, CPU seconds, weighted loss sum) of all batches; the gradients are discarded."""
     wall_start, cpu_start, loss_sum = time.perf_counter(), time.process_time(), 0.0
     for batch in batches:
         hidden_BTD = model(

@@ -69,7 +69,7 @@ def drop_unusable(encoded: Sequence[EncodedTrajectory], max_tokens: int) -> tupl
 
 
 def _first_few(names: list[str]) -> str:
-    """The first five: a log line of thousands of ids helps nobody."""
+    """The first five: a log line of thousands of ids is no help."""
     return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
 
 

@@ -221,7 +221,7 @@ def message_weight(entry: dict, where: str) -> int:
 
 
 def unread_text_keys(entry: dict) -> list[str]:
-    """Keys of an assistant's message that hold text which nobody reads (`reasoning_content`, `refusal`, ...)."""
+    """Keys of an assistant's message that hold text that is not read (`reasoning_content`, `refusal`, ...)."""
     return [
         key for key, value in entry.items() if key not in _READ_KEYS and isinstance(value, str) and not is_blank(value)
     ]

@@ -300,7 +300,7 @@ class _Expander:
         return self._entries(value, open_refs, level)
 
     def _entries(self, value: dict, open_refs: tuple[str, ...], level: int) -> dict:
-        # definitions are reached by their $ref only: a type that nobody uses may be cyclic
+        # definitions are reached by their $ref only: an unused type may be cyclic
         return {
             key: entry if level == 0 and key in ("$defs", "definitions") else self.expand(entry, open_refs, level + 1)
             for key, entry in value.items()

@@ -3,7 +3,7 @@
     python -m eval.evaluate_gsm8k --answers gsm8k/test.jsonl --predictions FILE [--output DIR]
 
 exact_match (primary) is the benchmark's own rule: the first `#### number` of the output, commas removed, equals the
-gold text letter by letter. last_number takes the last number before the output goes on to another question, by value.
+gold text letter by letter. last_number takes the last number before the output starts another question, by value.
 The TL-Training paper names the set without a protocol; the choices: docs/evaluation.md.
 """
 
@@ -103,7 +103,7 @@ def load_gsm8k(path: Path) -> list[Record]:
 
 
 def gsm8k_prompt(question: str) -> str:
-    """The eight shots, then `Question: ...` and `Answer:` for a model to go on."""
+    """The eight shots, then `Question: ...` and `Answer:` for a model to continue."""
     return f"{GSM8K_SHOTS}Question: {question}\nAnswer:"
 
 
@@ -114,7 +114,7 @@ def extract_marked(text: str) -> str | None:
 
 
 def extract_last_number(text: str) -> Decimal | None:
-    """The last number in `text` before it goes on to another question; None where there is none."""
+    """The last number in `text` before it starts another question; None where there is none."""
     found = ANY_NUMBER.findall(text.partition(NEXT_QUESTION)[0])
     return _as_number(found[-1]) if found else None
 

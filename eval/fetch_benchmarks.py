@@ -3,7 +3,7 @@
     python -m eval.fetch_benchmarks --benchmark_dir DIR [--only rotbench,toolalpaca] [--check]
 
 benchmark_origins.json says for each file where it lies (GitHub repository, commit, path), its size and its sha256. A
-file that is there with the right sha256 is not downloaded again, so the same command goes on after an interruption. A
+file that is there with the right sha256 is not downloaded again, so the same command continues after an interruption. A
 file appears whole or not at all. `--check` only compares the folder with the list, without network.
 ToolAlpaca's gold answers were published with API keys; they are masked before the file is written.
 """
@@ -183,7 +183,7 @@ def _download(url: str, size: int) -> bytes:
         time.sleep(BACKOFF_SECONDS * 2 ** (attempt - 1))
     raise DataError(
         f"{url}: found {reason} (attempt {attempt}), expected the file; files that came before are kept, "
-        "the same command goes on"
+        "the same command continues"
     )
 
 

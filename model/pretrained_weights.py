@@ -264,7 +264,7 @@ def _check_headers(model_dir: Path, files: dict[str, Path], targets: dict[str, T
 
 
 def _copy_slice(path: Path, name: str, parameter: Tensor) -> None:
-    # The file is opened anew for each tensor: closing it unmaps the pages read so far, which would otherwise count as
+    # The file is opened again for each tensor: closing it unmaps the pages read so far, which would otherwise count as
     # resident until the end and look like a second model.
     with _open(path) as file:
         if isinstance(parameter, DTensor):
@@ -539,7 +539,7 @@ def _finish_folder(
 
 
 def _raise_on_all_ranks(final: Path, failure: Exception | None, any_parameter: Tensor) -> None:
-    """One flag from rank 0 to all, so that no rank goes on as if the export existed."""
+    """One flag from rank 0 to all, so that no rank continues as if the export existed."""
     if dist.is_initialized() and dist.get_world_size() > 1:
         local = any_parameter.to_local() if isinstance(any_parameter, DTensor) else any_parameter
         failed = torch.tensor([float(failure is not None)], device=local.device)

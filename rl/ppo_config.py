@@ -27,7 +27,7 @@ class PPOConfig:
     )
     resume: str = setting(
         "auto",
-        "auto goes on from the newest good checkpoint in output; never refuses a folder that has one",
+        "auto continues from the newest good checkpoint in output; never refuses a folder that has one",
         choices=("auto", "never"),
         free=True,
     )

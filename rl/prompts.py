@@ -1,7 +1,7 @@
 """PPO prompts: every kept assistant turn of a training file, or every record of a held-out file, with its gold calls.
 
 A turn is dropped by the first rule that applies, and the notes say how many turns each rule dropped:
-    plain text      the turn is no call, so there is nothing to score
+    plain text      the turn is not a call, so there is nothing to score
     excluded        the data gives the turn weight 0
     unparsable      its call does not parse (unparsable_calls "mask"; "error" refuses the file, as SFT does)
     erroneous       the error filter masks it, by category (data.error_filter, as in SFT)

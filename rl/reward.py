@@ -123,7 +123,7 @@ def _compare(call: ToolCall, gold: ToolCall, documented: set[str]) -> RewardResu
 
 
 def _judge_tool(category: str, call: ToolCall | None, gold: ToolCall, *, fault: str | None = None) -> RewardResult:
-    """E22 for a response that is no call, or does not call the gold tool: parameters are not compared."""
+    """E22 for a response that is not a call, or does not call the gold tool: parameters are not compared."""
     if call is None:
         detail = fault
     elif category == "hallucinated_tool":

@@ -98,7 +98,7 @@ def sample_responses(
 
     The policy's parameters are gathered once for all tokens, a collective; the copy is freed on return. Decoding itself
     is local, so ranks need not decode equally many tokens. must_stop() is asked before every token: once it is True,
-    unfinished responses come back short, to be thrown away.
+    unfinished responses are returned short, to be discarded.
     Raises TrainingError, on every rank alike, for weights that are not finite.
     """
     gathered = gathered_model(models.policy, world, dtype=config.dtype)

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-FOLDERS = ("docs/", "assets/", "eval/sandbox/", "eval/dialogues/", "README.md", "CONTRIBUTING.md", "demo.sh", "test.sh")
+NOT_YET = {"data/error_filter.py", "data/formats/prompt_format.py"}  # this list only shrinks
 # A phrase, and what to write instead. CONTRIBUTING.md ("Habits") asks for plain native English.
 PHRASES = {
     r"stands?\b(?!-)(?! for\b)": "is, has, appears",
@@ -20,6 +20,9 @@ PHRASES = {
     r"has not[,.;)]": "lacks",
     r"starts at nothing\b": "scores zero",
     r"take in what\b": "read what",
+    r"anew\b": "again",
+    r"nobody\b(?!\)|,| =)": "no one, or say who",
+    r"command goes on\b": "command continues",
 }
 ALLOWED = re.compile(r"left behind|leaves? behind|behind a proxy", re.IGNORECASE)
 BANNED = re.compile(r"\b(?:" + "|".join(f"({phrase})" for phrase in PHRASES) + ")", re.IGNORECASE)
@@ -30,7 +33,11 @@ def files() -> list[str]:
     listed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     if listed.returncode:
         pytest.skip("this is not a git checkout, so the list of product files is unknown")
-    return [name for name in listed.stdout.split() if name.startswith(FOLDERS) and (ROOT / name).is_file()]
+    return [
+        name
+        for name in listed.stdout.split()
+        if not name.startswith("tests/") and name not in NOT_YET and (ROOT / name).is_file()
+    ]
 
 
 def faults(text: str) -> list[tuple[int, str]]:

@@ -354,8 +354,8 @@ def load_weights(path: Path, model: torch.nn.Module, part: str = "model") -> int
 def load_checkpoint(path: Path, parts: Parts, world: World) -> TrainerState:
     """Read a verified checkpoint into sharded models and their optimizers, in place; a collective.
 
-    The number of ranks may differ from the saving run's: shards are cut anew; a rank without saved generators keeps its
-    own seed. Raises CheckpointError when parts, names or shapes do not fit.
+    The number of ranks may differ from the saving run's: shards are cut again; a rank without saved generators keeps
+    its own seed. Raises CheckpointError when parts, names or shapes do not fit.
     """
     state = _read_json(path / "trainer_state.json")
     if set(state["optimizers"]) != set(parts):

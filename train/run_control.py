@@ -26,7 +26,7 @@ from train.run_logging import (
 
 
 class TrainingError(RuntimeError):
-    """Training cannot go on (non-finite values, no trained tokens in a batch). One line; checkpoints are untouched."""
+    """Training cannot continue (non-finite values, no trained tokens in a batch). One line; checkpoints stay."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,7 +80,7 @@ def open_output(output: Path, settings: dict, identity: dict, world: World, *, r
 def lock_folder(folder: Path, world: World) -> TextIO:
     """Keep other runs out of `folder` until the file returned is closed, by this process's end at the latest.
 
-    Each rank holds a shared lock: a torchrun that is killed outright leaves its workers alive, and they go on writing.
+    Each rank holds a shared lock: a torchrun that is killed outright leaves its workers alive, and they keep writing.
     Raises DataError, on all ranks, while any process of another run holds one.
     """
     folder.mkdir(parents=True, exist_ok=True)
@@ -137,12 +137,12 @@ def resume_newest(
 
 
 def report_stop(stopped_by: int, step: int, last_step: int, output: Path, world: World) -> TrainResult:
-    """The result of a run that a signal ended, and a line that says how to go on."""
+    """The result of a run that a signal ended, and a line that says how to continue."""
     stopped_by = stopped_by or signal.SIGTERM  # the signal may have reached another rank only
     if world.is_main:
         saved = f"checkpoint saved in {output}" if step > 0 else "nothing to save yet"
         log_line(
             f"stopped by {signal.Signals(stopped_by).name} after step {step} of {last_step}; {saved}; the same command "
-            "with --resume auto goes on"
+            "with --resume auto continues"
         )
     return TrainResult(step=step, last_step=last_step, stopped_by=int(stopped_by))

@@ -23,7 +23,7 @@ class SFTConfig:
     output: str = setting("runs/sft", "folder of this run: config, metrics, checkpoints, final model", free=True)
     resume: str = setting(
         "auto",
-        "auto goes on from the newest good checkpoint in output; never refuses a folder that has one",
+        "auto continues from the newest good checkpoint in output; never refuses a folder that has one",
         choices=("auto", "never"),
         free=True,
     )

@@ -24,7 +24,7 @@ def _messages(messages: Dialogue) -> list[dict]:
     Such are the answers to ask_to_user. Several calls of one turn get their feedback in their order.
     """
     result: list[dict] = []
-    open_calls: list[str] = []  # ids of the latest turn's calls that nobody has answered
+    open_calls: list[str] = []  # ids of the latest turn's calls without an answer
     for index, message in enumerate(messages):
         if message.role == "assistant":
             entry = _turn(message, index)

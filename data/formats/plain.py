@@ -1,6 +1,6 @@
-"""The bundled base model: the prompt of `tl`, but calls of the form `name(p: "v", q: 12).`, which nobody renders.
+"""The bundled base model: the prompt of `tl`, but calls of the form `name(p: "v", q: 12).`, which only the base writes.
 
-The base has learned no end of a turn: after its call it goes on with the next line of the dialogue. So only the first
+The base never learned to end a turn: after its call it continues with the next line of the dialogue. So only the first
 line of the output is read. Everything else is strict:
     call     = name "(" [ argument { "," argument } ] ")" "."
     argument = parameter ":" ( JSON string in double quotes | JSON number )
@@ -78,6 +78,6 @@ FORMAT = PromptFormat(
     parse_calls=lambda text: [parse_plain_call(text)],
     render_calls=None,
     dialogue_segments=dialogue_segments,
-    stop_strings=("\nOutput:", "\nUser:"),  # the base knows no end and goes on with a whole dialogue
+    stop_strings=("\nOutput:", "\nUser:"),  # the base never ends a turn and continues with a whole dialogue
     has_one_call=True,
 )

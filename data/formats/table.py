@@ -70,7 +70,7 @@ def prompt_text(tools: list[dict], messages: Dialogue, prompt_format: str = DEFA
 def encode_prompt(tools: list[dict], messages: Dialogue, tokenizer, prompt_format: str = DEFAULT_FORMAT) -> list[int]:
     """Ids of the prompt for a model of ours: start, then each control token as one id and each text by itself.
 
-    Nobody who writes "<|im_end|>" into a query can end a turn. Raises as dialogue_segments, and PromptError for a
+    A query that contains "<|im_end|>" cannot end a turn. Raises as dialogue_segments, and PromptError for a
     tokenizer without the format's control tokens.
     """
     segments = prompt_segments(tools, messages, prompt_format)

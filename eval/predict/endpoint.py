@@ -133,7 +133,7 @@ def ask(endpoint: Endpoint, path: str, body: dict) -> Answer:
                     break
     raise EndpointError(
         f"{endpoint.url}{path}: {message} in attempt {attempt + 1} of {endpoint.attempts}; what was "
-        "predicted is kept, the same command goes on"
+        "predicted is kept, the same command continues"
     )
 
 
@@ -164,7 +164,7 @@ def _ask_once(endpoint: Endpoint, path: str, body: dict) -> Answer:
 
 
 def _read(response: http.client.HTTPResponse, deadline: float) -> bytes:
-    """The whole body; the socket's own timeout starts anew with every byte that a slow server sends."""
+    """The whole body; the socket's own timeout restarts with every byte that a slow server sends."""
     chunks, size = [], 0
     while chunk := response.read1(1 << 16):
         chunks.append(chunk)
@@ -396,7 +396,7 @@ def ask_records(
                     )
                 if failure is not None:
                     endpoint.stopping.set()
-        except BaseException:  # interrupted: do not wait for attempts that would be made in vain
+        except BaseException:  # interrupted: do not wait for attempts that are in vain
             endpoint.stopping.set()
             raise
     if failure is not None:

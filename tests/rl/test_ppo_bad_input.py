@@ -68,13 +68,13 @@ def test_prompts_longer_than_the_context(tmp_path):
     expect_refusal(tmp_path, "found no prompt.* turns dropped: longer than 56 prompt tokens", model=folder)
     expect_refusal(
         tmp_path,
-        r"--max_prompt_tokens: found 60 beside 24 response tokens, expected at most 80 together",
+        r"--max_prompt_tokens: found 60 with 24 response tokens, expected at most 80 together",
         model=folder,
         max_prompt_tokens=60,
     )
     expect_refusal(
         tmp_path,
-        r"--max_prompt_tokens: found -44 beside 124 response tokens, expected at most 80",
+        r"--max_prompt_tokens: found -44 with 124 response tokens, expected at most 80",
         model=folder,
         max_response_tokens=124,
     )
