@@ -77,7 +77,7 @@ def _judge(feedback: str, depth: int) -> Fault | None:
 
 
 def _judge_text(text: str, depth: int) -> Fault | None:
-    """Text that is no object: with a status line before the result proper, a page, or plain."""
+    """Text that is not an object: with a status line before the result, a page, or plain."""
     if depth <= 0:
         return None
     if _LONG.match(text.lstrip()):

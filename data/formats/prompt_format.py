@@ -24,7 +24,7 @@ class WrittenTurn:
     """
 
     content: str  # the raw output
-    calls: tuple[ToolCall, ...]  # what was read from it; () if that is no call
+    calls: tuple[ToolCall, ...]  # what was read from it; () if that is not a call
     role: str = "assistant"
     call: None = None  # no call to be rendered in place of the content
 
@@ -58,7 +58,7 @@ class PromptFormat:
     dialogue_segments: Callable[[list[dict], Dialogue], list[Segment]] | None
     # (tools, messages) -> (messages, tools) of the chat API, tools [] where the messages hold them; None: completions.
     chat_request: Callable[[list[dict], Dialogue], tuple[list[dict], list[dict]]] | None = None
-    # Text that ends a turn: control tokens beside the tokenizer's EOS, and words that the model must not write itself.
+    # Text that ends a turn: control tokens other than the tokenizer's EOS, and words that the model must not write.
     stop_strings: tuple[str, ...] = ()
     has_one_call: bool = False  # per turn
     start_tokens: tuple[str, ...] | None = None  # before the first segment; None: the tokenizer's BOS, if it has one
