@@ -13,7 +13,7 @@ import re
 from collections.abc import Iterator
 
 from data.json_records import DataError, kind_of, parse_json, shown
-from data.tool_documents import accepts_any_parameter, tool_parameters
+from data.tool_documents import accepts_any_parameter, is_padding, tool_parameters
 
 # What ShareGPT's roles mean; "call" is an assistant's message that is the JSON of one call or of a list of calls.
 _SHAREGPT_ROLES = {
@@ -294,7 +294,7 @@ def _without_nulls(value: object, schema: object, is_object: bool) -> tuple[obje
         document = properties.get(key)
         is_undocumented = key not in properties and is_closed
         is_not_nullable = is_object and key in properties and key not in required and not _is_nullable(document)
-        is_null = entry is None or is_object and isinstance(entry, dict) and bool(entry) and is_blank(entry)
+        is_null = is_padding(entry) if is_object else entry is None
         if is_null and is_undocumented or entry is None and is_not_nullable:
             n_dropped += 1
             continue
@@ -307,7 +307,8 @@ def _is_nullable(document: object) -> bool:
     """Whether the document of a parameter allows null: it says so, or says nothing about the type."""
     if not isinstance(document, dict):
         return True
-    alternatives = [entry for key in ("anyOf", "oneOf") for entry in document.get(key) or []]
+    lists = [document[key] for key in ("anyOf", "oneOf") if isinstance(document.get(key), list)]
+    alternatives = [entry for entries in lists for entry in entries]
     enum = document.get("enum")
     if document.get("nullable") is True or isinstance(enum, list) and None in enum:
         return True

@@ -213,9 +213,7 @@ def _read_json_schema(parameters: dict, required_beside: object, where: str) -> 
     """A JSON Schema: branches merged, `required` in one list, and openness marked by `additionalProperties`."""
     merged = _merge_branches(parameters, where)
     is_open = accepts_any_parameter({"parameters": merged})
-    properties = _opened(_or_empty(merged.get("properties"), {}), f"{where}: properties")
-    if not isinstance(properties, dict):
-        raise DataError(f"{where}: properties: found {kind_of(properties)}, expected an object")
+    properties = _properties_of(merged, where)
     properties = {name: {} if schema is True else schema for name, schema in properties.items() if schema is not None}
     for parameter, schema in properties.items():
         if not isinstance(schema, dict):
@@ -236,9 +234,16 @@ def _read_json_schema(parameters: dict, required_beside: object, where: str) -> 
     return {"type": "object", **merged, "properties": properties, "required": required, **opening}
 
 
-def _is_padding(value: object) -> bool:
+def is_padding(value: object) -> bool:
     """Null, or an object of nothing but nulls: what columnar storage leaves of another tool's parameter."""
-    return value is None or isinstance(value, dict) and bool(value) and all(map(_is_padding, value.values()))
+    return value is None or isinstance(value, dict) and bool(value) and all(map(is_padding, value.values()))
+
+
+def _properties_of(schema: dict, where: str) -> dict:
+    properties = _opened(_or_empty(schema.get("properties"), {}), f"{where}: properties")
+    if not isinstance(properties, dict):
+        raise DataError(f"{where}: properties: found {kind_of(properties)}, expected an object")
+    return properties
 
 
 def _required_names(required: object, where: str) -> list[str]:
@@ -304,7 +309,7 @@ class _Expander:
         return {
             key: entry if level == 0 and key in ("$defs", "definitions") else self.expand(entry, open_refs, level + 1)
             for key, entry in value.items()
-            if not _is_padding(entry) or key in ("default", "const")
+            if not is_padding(entry) or key in ("default", "const")
         }
 
     def _target(self, reference: str) -> object:
@@ -332,7 +337,7 @@ def _merge_branches(schema: dict, where: str) -> dict:
     if not keys:
         return schema
     merged = {key: value for key, value in schema.items() if key not in keys}
-    properties, required = dict(_or_empty(schema.get("properties"), {})), list(_or_empty(schema.get("required"), []))
+    properties, required = dict(_properties_of(schema, where)), _required_names(schema.get("required"), where)
     has_properties = "properties" in schema
     for key in keys:
         entries = schema[key] if isinstance(schema[key], list) else [schema[key]]
@@ -342,8 +347,8 @@ def _merge_branches(schema: dict, where: str) -> dict:
             if isinstance(entry, dict) and entry.get("type") != "null"
         ]
         for branch in branches:
-            has_properties |= isinstance(branch.get("properties"), dict)
-            for name, document in _or_empty(branch.get("properties"), {}).items():
+            has_properties |= branch.get("properties") is not None
+            for name, document in _properties_of(branch, where).items():
                 properties[name] = (
                     _joined(properties[name], document, key, name, where) if name in properties else document
                 )
@@ -355,6 +360,10 @@ def _merge_branches(schema: dict, where: str) -> dict:
             required += [name for name in names if key == "allOf" or all(name in names for names in lists)]
     merged |= {"properties": properties} if has_properties else {}
     return {**merged, "required": list(dict.fromkeys(required))}
+
+
+def _is_alternatives(document: object) -> bool:
+    return isinstance(document, dict) and document.keys() == {"anyOf"} and isinstance(document["anyOf"], list)
 
 
 def _joined(first: object, second: object, key: str, name: str, where: str) -> object:
@@ -369,7 +378,7 @@ def _joined(first: object, second: object, key: str, name: str, where: str) -> o
         ):
             return {**first, **second}
         raise DataError(f"{where}: allOf: found two documents of parameter {shown(name)}, expected one")
-    alternatives = first["anyOf"] if isinstance(first, dict) and first.keys() == {"anyOf"} else [first]
+    alternatives = first["anyOf"] if _is_alternatives(first) else [first]
     return {"anyOf": [*alternatives, *([second] if second not in alternatives else [])]}
 
 
