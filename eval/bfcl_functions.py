@@ -33,7 +33,8 @@ def _whole(number: float) -> int:
     return int(number)
 
 
-# ------------------------------------------------------------------------------------------------------------- integers
+# ---------------------------------------------------------------------------------------------------------------------
+# Integers
 
 
 def add_binary_numbers(a: str, b: str) -> str:
@@ -89,7 +90,8 @@ def calculate_permutations(n: int, k: int) -> int:
     return math.perm(_whole(n), _whole(k))
 
 
-# ----------------------------------------------------------------------------------------------------------- statistics
+# ---------------------------------------------------------------------------------------------------------------------
+# Statistics
 
 
 def calc_binomial_probability(n: int, k: int, p: float) -> float:
@@ -124,7 +126,8 @@ def sort_array(array: Sequence[float], reverse: bool = False) -> list[float]:
     return sorted(array, reverse=reverse)
 
 
-# ------------------------------------------------------------------------------------------- vectors, points, formulas
+# ---------------------------------------------------------------------------------------------------------------------
+# Vectors, points, formulas
 
 
 def calculate_cosine_similarity(vectorA: Sequence[float], vectorB: Sequence[float]) -> float:
@@ -257,7 +260,8 @@ def _value_of(node: ast.expr, parameter: str, x: Fraction) -> Fraction | float:
     raise ValueError(f"found {type(node).__name__}, expected arithmetic in {parameter}")
 
 
-# -------------------------------------------------------------------------------------------------------------- physics
+# ---------------------------------------------------------------------------------------------------------------------
+# Physics
 
 
 def calculate_density(mass: float, volume: float) -> float:
@@ -280,7 +284,8 @@ def calculate_final_velocity(initial_velocity: float, acceleration: float, time:
     return initial_velocity + acceleration * time
 
 
-# ---------------------------------------------------------------------------------------------------- money, daily life
+# ---------------------------------------------------------------------------------------------------------------------
+# Money, daily life
 
 
 def calculate_future_value(present_value: float, interest_rate: float, periods: int) -> float:
@@ -389,7 +394,8 @@ FUNCTIONS: dict[str, Callable] = {
 }
 
 
-# -------------------------------------------------------------------------------------------------------------- program
+# ---------------------------------------------------------------------------------------------------------------------
+# Program
 
 
 def answer_call(name: str, arguments: dict) -> str:

@@ -55,7 +55,8 @@ USER_ROLES = ("system", "user")  # what a query may begin with; the teacher says
 _LONE_SURROGATE = re.compile(r"[\ud800-\udfff]")
 
 
-# ------------------------------------------------------------------------------------------------------------- queries
+# ---------------------------------------------------------------------------------------------------------------------
+# Queries
 
 
 def read_queries(path: Path) -> list[Record]:
@@ -126,7 +127,8 @@ def is_toolbox(tools: Sequence[dict]) -> bool:
     return bool(documents) and all(_toolbox_documents().get(tool["function"]["name"]) == tool for tool in documents)
 
 
-# ------------------------------------------------------------------------------------------------------------- records
+# ---------------------------------------------------------------------------------------------------------------------
+# Records
 
 
 def authors_record(identity: str, task: Record, dialogue: RecordedDialogue, *, keeps_unparsable: bool) -> dict | None:
@@ -161,7 +163,8 @@ def _encodable(text: str) -> str:
     return _LONE_SURROGATE.sub("\ufffd", text)
 
 
-# ----------------------------------------------------------------------------------------------------------- whole file
+# ---------------------------------------------------------------------------------------------------------------------
+# Whole file
 
 
 @dataclass(frozen=True, slots=True)
@@ -322,7 +325,8 @@ def player_of(
     return play
 
 
-# --------------------------------------------------------------------------------------------------------- command line
+# ---------------------------------------------------------------------------------------------------------------------
+# Command line
 
 # What decides the dialogues, with model and queries: a run continues only where these are the same.
 DECIDING_FLAGS = (

@@ -78,7 +78,8 @@ def mask_api_keys(content: bytes) -> bytes:
     return _API_KEY.sub(rb"\g<1>" + MASKED_API_KEY.encode("ascii"), content)
 
 
-# ------------------------------------------------------------------------------------------------------------- on disk
+# ---------------------------------------------------------------------------------------------------------------------
+# On disk
 
 
 def find_faults(files: Sequence[OriginFile], benchmark_dir: Path) -> list[str]:
@@ -118,7 +119,8 @@ def _expected(file: OriginFile) -> str:
     return f"{file.size} bytes with sha256 {file.sha256[:16]}.."
 
 
-# ------------------------------------------------------------------------------------------------------------ download
+# ---------------------------------------------------------------------------------------------------------------------
+# Download
 
 
 def fetch_files(files: Sequence[OriginFile], benchmark_dir: Path, host: str) -> Iterator[str]:
@@ -187,7 +189,8 @@ def _download(url: str, size: int) -> bytes:
     )
 
 
-# -------------------------------------------------------------------------------------------------------- command line
+# ---------------------------------------------------------------------------------------------------------------------
+# Command line
 
 
 def main(arguments: Sequence[str]) -> int:

@@ -45,7 +45,8 @@ class CallScore:
     reason: str
 
 
-# --------------------------------------------------------------------------------------------------------------- values
+# ---------------------------------------------------------------------------------------------------------------------
+# Values
 
 
 def equal_strict(predicted: object, gold: object) -> bool:
@@ -117,7 +118,8 @@ def _is_number(value: object) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
-# ------------------------------------------------------------------------------------------------------------- one call
+# ---------------------------------------------------------------------------------------------------------------------
+# One call
 
 
 def is_same_tool(call: ToolCall, gold: GoldCall) -> bool:
@@ -137,7 +139,8 @@ def is_same_content(call: ToolCall, gold: GoldCall, values_equal: Callable[[obje
     )
 
 
-# -------------------------------------------------------------------------------------------------------- whole answers
+# ---------------------------------------------------------------------------------------------------------------------
+# Whole answers
 
 
 def can_pair(calls: Sequence[ToolCall], answer: GoldAnswer, is_match: Callable[[ToolCall, GoldCall], bool]) -> bool:
@@ -197,7 +200,8 @@ def score_calls(
     return CallScore(TS=bool(with_tool), PI=bool(with_parameters), CF=is_correct, reason=reason)  # E21
 
 
-# -------------------------------------------------------------------------------------------------------------- reasons
+# ---------------------------------------------------------------------------------------------------------------------
+# Reasons
 
 
 def _show(value: object) -> str:

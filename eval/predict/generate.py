@@ -7,6 +7,7 @@ start and at the end rank 0 merges all of them into the first, sorted by index.
 import hashlib
 import json
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
@@ -28,7 +29,8 @@ HASH_BLOCK = 1 << 20  # bytes read at a time
 Found = TypeVar("Found")
 
 
-# ------------------------------------------------------------------------------------------------------------- identity
+# ---------------------------------------------------------------------------------------------------------------------
+# Identity
 
 
 def folder_sha256(model_dir: Path) -> str:
@@ -90,7 +92,8 @@ def check_settings(path: Path, settings: dict[str, str | int], *, resume: str, i
             )
 
 
-# -------------------------------------------------------------------------------------------------------- whole files
+# ---------------------------------------------------------------------------------------------------------------------
+# Whole files
 
 
 def complete_predictions(
@@ -185,7 +188,18 @@ def _rank_count() -> int:
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
-# ----------------------------------------------------------------------------------------------------------- generation
+# ---------------------------------------------------------------------------------------------------------------------
+# Generation
+
+
+@dataclass(frozen=True, slots=True)
+class LocalModel:
+    """A model of ours, whole on this process's device, and which share of the records this process answers."""
+
+    model: Transformer
+    tokenizer: Tokenizer
+    rank: int
+    world_size: int
 
 
 def encode_record(record: Record, prompt_format: str, tokenizer: Tokenizer) -> list[int]:
@@ -210,16 +224,13 @@ def length_sorted_batches(prompts: dict[int, list[int]], batch_size: int) -> lis
 
 
 def generated_rows(
-    model: Transformer,
-    tokenizer: Tokenizer,
+    local: LocalModel,
     queries: Sequence[Record],
     *,
     prompt_format: str,
     stop_texts: Sequence[str],
     max_new_tokens: int,
     batch_size: int,
-    rank: int,
-    world_size: int,
 ) -> Iterator[dict]:
     """The greedy output for this rank's share of the queries, batch by batch, longest prompts first.
 
@@ -228,6 +239,7 @@ def generated_rows(
     that leaves less than `max_new_tokens` of the model's positions gets the empty output with
     `"stop": "prompt_too_long"`. A row does not depend on batch_size or ranks. Raises PromptError, before the first row.
     """
+    model, tokenizer = local.model, local.tokenizer
     prompts = {query.index: encode_record(query, prompt_format, tokenizer) for query in queries}
     continued = {query.index for query in queries if query.text}
     stop_ids = {
@@ -256,7 +268,7 @@ def generated_rows(
             )
             yield {"index": index, "output": output, "stop": stop}
 
-    own_batches = length_sorted_batches(prompts, batch_size)[rank::world_size]
+    own_batches = length_sorted_batches(prompts, batch_size)[local.rank :: local.world_size]
     return (row for batch in own_batches for row in rows_of(batch))
 
 

@@ -21,7 +21,8 @@ REACT = "react"  # format of the predictions of an official file; JSONL files ha
 NAME_OFFSET, ARGUMENTS_OFFSET = len("Action: "), len("Action Input: ")
 
 
-# ------------------------------------------------------------------------------------------------------------- one text
+# ---------------------------------------------------------------------------------------------------------------------
+# One text
 
 
 def parse_react(text: str) -> tuple[str, object]:
@@ -69,7 +70,8 @@ def read_call(prediction: Prediction) -> PredictedCall:
     return PredictedCall(call.name, call.arguments, fault="")
 
 
-# ----------------------------------------------------------------------------------------------------- prediction files
+# ---------------------------------------------------------------------------------------------------------------------
+# Prediction files
 
 
 def read_call_predictions(path: Path, count: int, limit: int | None) -> tuple[list[Prediction], list[str]]:

@@ -18,7 +18,14 @@ from eval.dialogues.tools import make_executor
 from eval.eval_config import EvalConfig
 from eval.fetch_benchmarks import check_benchmark
 from eval.predict.endpoint import Endpoint, ask_records, make_endpoint
-from eval.predict.generate import answers_sha256, check_settings, complete_predictions, folder_sha256, generated_rows
+from eval.predict.generate import (
+    LocalModel,
+    answers_sha256,
+    check_settings,
+    complete_predictions,
+    folder_sha256,
+    generated_rows,
+)
 from eval.predict.letter_logprobs import letter_rows
 from eval.records import Record
 from model.pretrained_weights import ModelFolderError, load_pretrained
@@ -37,16 +44,6 @@ class BenchmarkRun:
     answers_sha256: str
     records: list[Record]  # all of them, whatever --limit
     predictions: Path
-
-
-@dataclass(frozen=True, slots=True)
-class LocalModel:
-    """A model of ours, whole on this process's device, and which share of the records this process answers."""
-
-    model: Transformer
-    tokenizer: Tokenizer
-    rank: int
-    world_size: int
 
 
 def open_benchmarks(config: EvalConfig) -> list[BenchmarkRun]:
@@ -202,15 +199,7 @@ def answer_records(
     if benchmark.asked == "choice":  # neighbours share a prefix: whole stretches, not every second one
         first, last = (len(records) * part // source.world_size for part in (source.rank, source.rank + 1))
         return letter_rows(source.model, source.tokenizer, records[first:last])
-    return generated_rows(
-        source.model,
-        source.tokenizer,
-        records,
-        **settings,
-        batch_size=config.batch_size,
-        rank=source.rank,
-        world_size=source.world_size,
-    )
+    return generated_rows(source, records, **settings, batch_size=config.batch_size)
 
 
 def play_dialogues(

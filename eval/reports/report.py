@@ -28,7 +28,8 @@ def format_rate(summary: Mapping, metric: str) -> str:
     return f"{summary[f'{metric}_percent']:.1f} [{low:.1f}, {high:.1f}]"
 
 
-# --------------------------------------------------------------------------------------------------------------- tables
+# ---------------------------------------------------------------------------------------------------------------------
+# Tables
 
 
 def format_table(rows: Sequence[Sequence[str]]) -> str:
@@ -213,7 +214,8 @@ def _breakdowns(calls: Mapping[str, Mapping]) -> list[str]:
     return parts
 
 
-# ----------------------------------------------------------------------------------------------------------- comparison
+# ---------------------------------------------------------------------------------------------------------------------
+# Comparison
 
 
 def compare_rates(baseline: Mapping, other: Mapping, metric: str) -> str:

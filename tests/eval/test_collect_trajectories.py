@@ -330,7 +330,7 @@ def test_toolbox_is_known_by_its_documents():
             {"model": ROOT / "assets/tiny_model", "max_new_tokens": 1024},
             "--max_new_tokens: found 1024, expected less than",
         ),
-        ({"model": ROOT / "assets/tiny_model", "prompt_format": "qwen25", "limit": 1}, "found no token <|im_end|>"),
+        ({"model": ROOT / "assets/tiny_model", "prompt_format": "qwen25", "limit": 1}, "found no token <|im_start|>"),
     ],
 )
 def test_bad_flags_are_one_line_and_code_2(tmp_path, flags, expected):

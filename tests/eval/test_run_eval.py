@@ -14,7 +14,7 @@ from data.tool_calls import ToolCall, render_tool_call
 from eval.benchmarks import BENCHMARKS
 from eval.evaluate_tiny import load_tiny
 from eval.predict import generate as generate_predictions
-from eval.predict.generate import generated_rows, length_sorted_batches, read_response
+from eval.predict.generate import LocalModel, generated_rows, length_sorted_batches, read_response
 from eval.reports.compare import main as compare_main
 from model.pretrained_weights import load_pretrained
 from model.tokenizer import load_tokenizer
@@ -185,15 +185,12 @@ def test_generation_is_told_the_control_tokens_that_end_it(benchmark_dir, monkey
     queries = BENCHMARKS["tiny-seen"].load(benchmark_dir / "test_seen.jsonl")[:3]
     rows = list(
         generated_rows(
-            load_pretrained(tiny_files()[0]),
-            tokenizer,
+            LocalModel(load_pretrained(tiny_files()[0]), tokenizer, rank=0, world_size=1),
             queries,
             prompt_format="tl",
             stop_texts=("<s>", "(city"),
             max_new_tokens=12,
             batch_size=4,
-            rank=0,
-            world_size=1,
         )
     )
     assert calls == [({bos, tokenizer.eos_id}, 12)]

@@ -14,7 +14,7 @@ from eval.evaluate_humaneval import load_humaneval
 from eval.evaluate_mmlu import LETTERS, load_mmlu
 from eval.predict import endpoint as endpoint_module
 from eval.predict.choices import choice_prompt
-from eval.predict.generate import encode_text, generated_rows
+from eval.predict.generate import LocalModel, encode_text, generated_rows
 from eval.predict.letter_logprobs import letter_rows
 from model.pretrained_weights import load_pretrained
 from model.tokenizer import load_tokenizer
@@ -185,14 +185,12 @@ def test_ranks_share_the_queries(folder, model):
     def rows(rank, world_size, batch_size):
         return list(
             generated_rows(
-                *model,
+                LocalModel(*model, rank, world_size),
                 queries,
                 prompt_format="tl",
                 stop_texts=("\ndef",),
                 max_new_tokens=4,
                 batch_size=batch_size,
-                rank=rank,
-                world_size=world_size,
             )
         )
 
@@ -273,7 +271,7 @@ def test_endpoint_that_fails_loses_nothing(folder, tmp_path, monkeypatch):
     "change, expected",
     [
         ({"prompt_format": "openai"}, "--prompt_format: found openai without --endpoint"),
-        ({"prompt_format": "qwen25"}, "--prompt_format qwen25: found no token <|im_end|> in the tokenizer"),
+        ({"prompt_format": "qwen25"}, "--prompt_format qwen25: found no token <|im_start|> in the tokenizer"),
         ({"endpoint": "localhost:1"}, "--endpoint: found 'localhost:1', expected the base of an API"),
         ({"endpoint": "http://h/v1", "predictions": "p"}, "--endpoint: found it with --predictions"),
         ({"endpoint_timeout": 0}, "--endpoint_timeout"),
