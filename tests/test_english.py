@@ -28,7 +28,7 @@ BANNED = re.compile(r"\b(?:" + "|".join(f"({phrase})" for phrase in PHRASES) + "
 
 
 def files() -> list[str]:
-    command = ["git", "ls-files", "*.py", "*.md", "*.sh"]
+    command = ["git", "ls-files", "*.py", "*.md", "*.sh", "*.cu"]
     listed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     if listed.returncode:
         pytest.skip("this is not a git checkout, so the list of product files is unknown")

@@ -10,7 +10,7 @@
 // same rule, so any tree of merges gives the row's pair. The price: two exponentials per logit where there was one.
 // A row now belongs to a whole block: fewer rows are open at a time, so the second pass finds more of its row in the L2
 // cache (arithmetic in README.md), and the row's share of one thread gets small enough for step 4.
-// Across warps the pairs meet in shared memory, behind a barrier.
+// Across warps the pairs meet in shared memory, after a barrier.
 //
 // Grid: one block per row, block size a multiple of 32 up to 1024.
 
@@ -57,7 +57,7 @@ extern "C" __global__ void __launch_bounds__(1024) ladder_block(
     for (int v = threadIdx.x; v < vocabulary_size; v += blockDim.x) {
         const float logit = z[v];
         pair = merge(pair, {logit, 1.0f});
-        if (v == target) shared_target_score[0] = logit;  // one thread writes, thread 0 reads behind the barrier
+        if (v == target) shared_target_score[0] = logit;  // one thread writes, thread 0 reads after the barrier
     }
     pair = warp_merge(pair);
     if (threadIdx.x % 32 == 0) warp_pairs[threadIdx.x / 32] = pair;

@@ -6,7 +6,7 @@
 // A row of weight 0 is never read: loss 0, gradient 0. Targets must lie in [0, V).
 //
 // Memory: three passes read the row, the last one writes it: 12 + 4 bytes per logit asked for. But the 32 lanes of
-// a warp stand in 32 rows, so one load instruction touches 32 far apart sectors of 32 bytes to use 4 of each:
+// a warp are in 32 rows, so one load instruction touches 32 far apart sectors of 32 bytes to use 4 of each:
 // 8 times the bytes move. A cache that keeps a sector for its next seven users would help; 32 sectors for each warp
 // of an SM (2048 threads: 64 KiB at one instant) leave it little room.
 // Parallelism: as many threads as rows, each of them walking V logits alone.

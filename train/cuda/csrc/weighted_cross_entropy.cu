@@ -4,7 +4,7 @@
 //   gradient_ij   = w_i * upstream * (softmax(x_i)_j - [j == target_i])                                             E10
 //
 // One text for nvcc, for NVRTC and for the CPU check in tests/support/cuda_shim: therefore no #include, no templates in
-// the names that are launched, and every line that a CPU cannot run stands in the block "What only the GPU has".
+// the names that are launched, and every line that a CPU cannot run is in the block "What only the GPU has".
 //
 // Kernels, one block per row (grid.x = rows). Bytes per logit are those to and from device memory.
 //
@@ -20,7 +20,7 @@
 //   wce_scale_<dtype>           any      any number, any grid                        1 + 1, nothing if the factor is 1
 //
 // Row kernels: the first logit and the first gradient of every row are 16-byte aligned (base and stride). Rows may have
-// any length up to the table's: what is left over behind the last whole vector goes one logit to a thread.
+// any length up to the table's: after the last whole vector each thread takes one logit.
 // Stream kernels: any length and any alignment that the element type allows.
 //
 // Promises of both: no logit of a row of weight 0 is read and its target may be anything; its gradient, loss and
@@ -151,7 +151,7 @@ __device__ __forceinline__ void store_vector(Storage* start, long long index, co
     reinterpret_cast<Vector*>(start)[index] = vector;
 }
 
-// A run of elements as: single ones up to the next 16-byte border, whole vectors, single ones behind them.
+// A run of elements as: single ones up to the next 16-byte border, whole vectors, single ones after them.
 struct Split {
     int n_head;
     long long n_vectors;
@@ -297,7 +297,7 @@ __device__ __forceinline__ void row_kernel(const Arguments<Dtype>& call) {
     Row<Dtype> row;
     if (!open_row(call, row)) return;
 
-    // 1. Load. Vectors behind the row's end are -inf: they change no maximum and add 2^-inf = 0.
+    // 1. Load. Vectors after the row's end are -inf: they change no maximum and add 2^-inf = 0.
     const int n_vectors = call.vocabulary_size / PER_VECTOR;
     const int tail_start = n_vectors * PER_VECTOR;
     const int tail_column = tail_start + threadIdx.x;
