@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 
 from data.tool_calls import ToolCall
 from data.trajectories import Message
+from model.tokenizer import Tokenizer
 
 
 class PromptError(ValueError):
@@ -114,7 +115,9 @@ def join_context(segments: Sequence[Segment]) -> list[Segment]:
 # ------------------------------------------------------------------------------------------------------------ encoding
 
 
-def encode_segments(segments: Sequence[Segment], tokenizer, prompt_format: PromptFormat) -> list[tuple[Segment, list]]:
+def encode_segments(
+    segments: Sequence[Segment], tokenizer: Tokenizer, prompt_format: PromptFormat
+) -> list[tuple[Segment, list[int]]]:
     """(segment, its ids) in order; the ids of the start are with the first. Only the first text opens a sequence.
 
     Control tokens that the tokenizer lacks become part of the context around them if the format allows that. Raises

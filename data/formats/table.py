@@ -21,6 +21,7 @@ from data.formats import chatglm4, llama31, nexusraven, openai, plain, qwen2, qw
 from data.formats.prompt_format import Dialogue, PromptFormat, Segment, encode_segments
 from data.tool_calls import ToolCall, ToolCallError, render_tool_call
 from data.trajectories import Message
+from model.tokenizer import Tokenizer
 
 FORMATS: dict[str, PromptFormat] = {
     module.FORMAT.name: module.FORMAT
@@ -67,7 +68,9 @@ def prompt_text(tools: list[dict], messages: Dialogue, prompt_format: str = DEFA
     return "".join(segment.text for segment in prompt_segments(tools, messages, prompt_format))
 
 
-def encode_prompt(tools: list[dict], messages: Dialogue, tokenizer, prompt_format: str = DEFAULT_FORMAT) -> list[int]:
+def encode_prompt(
+    tools: list[dict], messages: Dialogue, tokenizer: Tokenizer, prompt_format: str = DEFAULT_FORMAT
+) -> list[int]:
     """Ids of the prompt for a model of ours: start, then each control token as one id and each text by itself.
 
     A query that contains "<|im_end|>" cannot end a turn. Raises as dialogue_segments, and PromptError for a
