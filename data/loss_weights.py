@@ -17,10 +17,9 @@ Lists here are not tensors, so they carry no shape suffix; T in the docstrings i
 from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 from data.error_filter import TurnDecision, decide_masked_turns
-from data.formats.prompt_format import encode_segments
+from data.formats.prompt_format import TextEncoder, encode_segments
 from data.formats.table import DEFAULT_FORMAT, FORMATS, dialogue_segments
 from data.key_tokens import find_key_tokens, weigh_key_tokens
 from data.tool_documents import offered_names
@@ -29,19 +28,6 @@ from data.trajectories import Trajectory
 TOKEN_CLASSES = ("context", "masked", "normal", "key", "eos", "excluded")
 LOSS_NORMALIZATIONS = ("turn_mean", "token_mean", "sum")
 CONTEXT, MASKED, NORMAL, KEY, EOS, EXCLUDED = range(len(TOKEN_CLASSES))
-
-
-class TextEncoder(Protocol):
-    """What is needed of a tokenizer: `model.tokenizer.load_tokenizer` returns one."""
-
-    bos_id: int | None  # None: the tokenizer has none (Qwen-2) and rows start with text
-    eos_id: int
-
-    def encode(self, text: str) -> list[int]: ...
-
-    def encode_continuation(self, text: str) -> list[int]: ...
-
-    def piece(self, token_id: int) -> str: ...
 
 
 @dataclass(frozen=True, slots=True, eq=False)

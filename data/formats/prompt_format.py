@@ -7,10 +7,25 @@ whole dialogue: training and inference see the same tokens, whatever the user's 
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import Protocol
 
 from data.tool_calls import ToolCall
 from data.trajectories import Message
-from model.tokenizer import Tokenizer
+
+
+class TextEncoder(Protocol):
+    """What is needed of a tokenizer; `model.tokenizer.load_tokenizer` returns one. Evaluators must not import `model`."""
+
+    bos_id: int | None  # None: the tokenizer has none (Qwen-2) and rows start with text
+    eos_id: int
+
+    def encode(self, text: str) -> list[int]: ...
+
+    def encode_continuation(self, text: str) -> list[int]: ...
+
+    def control_id(self, text: str) -> int | None: ...
+
+    def piece(self, token_id: int) -> str: ...
 
 
 class PromptError(ValueError):
@@ -116,7 +131,7 @@ def join_context(segments: Sequence[Segment]) -> list[Segment]:
 
 
 def encode_segments(
-    segments: Sequence[Segment], tokenizer: Tokenizer, prompt_format: PromptFormat
+    segments: Sequence[Segment], tokenizer: TextEncoder, prompt_format: PromptFormat
 ) -> list[tuple[Segment, list[int]]]:
     """(segment, its ids) in order; the ids of the start are with the first. Only the first text opens a sequence.
 

@@ -18,10 +18,9 @@ paper's tables leave open and what was decided.
 from collections.abc import Sequence
 
 from data.formats import chatglm4, llama31, nexusraven, openai, plain, qwen2, qwen25, react, tl, toolllama
-from data.formats.prompt_format import Dialogue, PromptFormat, Segment, encode_segments
+from data.formats.prompt_format import Dialogue, PromptFormat, Segment, TextEncoder, encode_segments
 from data.tool_calls import ToolCall, ToolCallError, render_tool_call
 from data.trajectories import Message
-from model.tokenizer import Tokenizer
 
 FORMATS: dict[str, PromptFormat] = {
     module.FORMAT.name: module.FORMAT
@@ -69,7 +68,7 @@ def prompt_text(tools: list[dict], messages: Dialogue, prompt_format: str = DEFA
 
 
 def encode_prompt(
-    tools: list[dict], messages: Dialogue, tokenizer: Tokenizer, prompt_format: str = DEFAULT_FORMAT
+    tools: list[dict], messages: Dialogue, tokenizer: TextEncoder, prompt_format: str = DEFAULT_FORMAT
 ) -> list[int]:
     """Ids of the prompt for a model of ours: start, then each control token as one id and each text by itself.
 
