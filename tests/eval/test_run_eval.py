@@ -5,10 +5,12 @@ import json
 import random
 import signal
 import time
+from collections import Counter
 from pathlib import Path
 
 import pytest
 
+from data import json_records
 from data.formats.table import encode_prompt
 from data.tool_calls import ToolCall, render_tool_call
 from eval.benchmarks import BENCHMARKS
@@ -75,6 +77,19 @@ def scores_of(output):
 
 
 # ---------------------------------------------------------------------------------------------------------------- files
+
+
+def test_each_answer_file_is_read_once(benchmark_dir, tmp_path, monkeypatch):
+    """By all of prediction, scoring and report together; a prediction file when it is complete and for the scores."""
+    n_reads, read_bytes = Counter(), json_records._read_bytes
+
+    def counted(path):
+        n_reads[Path(path).name] += 1
+        return read_bytes(path)
+
+    monkeypatch.setattr(json_records, "_read_bytes", counted)
+    assert run_here(flags_of(benchmark_dir, tmp_path, benchmarks="tiny-seen,tiny-unseen", limit=2))[0] == 0
+    assert n_reads == {"test_seen.jsonl": 1, "test_unseen.jsonl": 1, "tiny-seen.jsonl": 2, "tiny-unseen.jsonl": 2}
 
 
 def test_run_leaves_predictions_results_summary_report(reference, benchmark_dir):
