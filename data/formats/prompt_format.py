@@ -14,7 +14,7 @@ from data.trajectories import Message
 
 
 class TextEncoder(Protocol):
-    """What is needed of a tokenizer; `model.tokenizer.load_tokenizer` returns one. Evaluators must not import `model`."""
+    """What is needed of a tokenizer. `model.tokenizer` has them; evaluators read outputs without importing `model`."""
 
     bos_id: int | None  # None: the tokenizer has none (Qwen-2) and rows start with text
     eos_id: int
