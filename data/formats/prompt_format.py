@@ -14,7 +14,7 @@ from data.trajectories import Message
 
 
 class TextEncoder(Protocol):
-    """What is needed of a tokenizer. `model.tokenizer` has them; evaluators read outputs without importing `model`."""
+    """The part of a tokenizer that is needed, as `model.tokenizer.load_tokenizer` returns it."""
 
     bos_id: int | None  # None: the tokenizer has none (Qwen-2) and rows start with text
     eos_id: int
