@@ -18,7 +18,7 @@ from data.trajectories import Message
 from eval.benchmarks import benchmark_of
 from eval.evaluator_command_line import evaluator_parser, read_flags, run_evaluator
 from eval.metrics import GoldAnswer, GoldCall, equal_strict, score_calls
-from eval.predict.prediction_files import Prediction, match_predictions, read_predictions
+from eval.predict.prediction_files import Prediction, read_matched
 from eval.rates import summarize_results
 from eval.records import Record, Scores, ScoreSettings, field_of, read_lines
 
@@ -112,10 +112,8 @@ def _score(example: Record, prediction: Prediction) -> dict:
 
 def score_tiny(records: Sequence[Record], predictions: Path, settings: ScoreSettings) -> Scores:
     """Rows, summary and notices for a prediction file. Raises DataError, `file:line`."""
-    found, dropped = read_predictions(predictions)
-    matched = match_predictions(found, len(records), settings.limit, path=predictions)
+    matched, notices = read_matched(predictions, len(records), settings.limit)
     rows = evaluate_tiny(records[: settings.limit], matched)
-    notices = [f"{predictions}: dropped a partial last line"] if dropped else []
     return Scores(rows, summarize_results(rows), notices)
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from data.formats.table import parse_output
 from data.json_records import DataError, read_json_list
 from data.tool_calls import ToolCallError
-from eval.predict.prediction_files import Prediction, match_predictions, read_predictions
+from eval.predict.prediction_files import Prediction, match_predictions, read_matched
 
 REACT = "react"  # format of the predictions of an official file; JSONL files have the formats of output_formats
 NAME_OFFSET, ARGUMENTS_OFFSET = len("Action: "), len("Action Input: ")
@@ -84,9 +84,7 @@ def read_call_predictions(path: Path, count: int, limit: int | None) -> tuple[li
         if not (count if limit is None else min(limit, count)) <= len(predictions) <= count:
             raise DataError(f"{path}: found {len(predictions)} predictions, expected {count}, one per record")
         return match_predictions(predictions, count, limit, path=path), []
-    predictions, has_dropped = read_predictions(path)
-    notices = [f"{path}: dropped a partial last line"] if has_dropped else []
-    return match_predictions(predictions, count, limit, path=path), notices
+    return read_matched(path, count, limit)
 
 
 def read_react_predictions(path: Path) -> list[Prediction]:
