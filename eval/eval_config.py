@@ -29,7 +29,7 @@ class EvalConfig:
     endpoint_key: str = setting("OPENAI_API_KEY", "environment variable that holds the endpoint's key")
     endpoint_timeout: float = setting(120.0, "seconds that the endpoint may take for one answer", low=0.1)
     endpoint_attempts: int = setting(6, "requests per record before the run ends, with growing pauses between", low=1)
-    endpoint_concurrency: int = setting(8, "requests at the endpoint at a time", low=1)
+    endpoint_concurrency: int = setting(8, "simultaneous requests to the endpoint", low=1)
     predictions: str = setting("", "score this file of predictions (one benchmark), no model; empty = predict")
     rules: str = setting(
         "default",
@@ -55,17 +55,17 @@ class EvalConfig:
     max_turns: int = setting(MAX_TURNS, "model outputs of a dialogue (ToolEyes and paper: 9)", low=1, high=MAX_TURNS)
     max_dialogue_tokens: int = setting(
         8192,
-        "prompt and output together, at most the model's positions; a dialogue "
-        "that grows beyond ends. The key/value cache holds batch_size times as many",
+        "prompt and output together, at most the model's positions; a longer "
+        "dialogue ends. The key/value cache holds batch_size times as many",
         low=2,
     )
     limit: int = setting(0, "only the first N records of each benchmark; 0 = all", low=0)
     max_new_tokens: int = setting(
-        128, "longest output of a call, tokens; longer ones are cut and count as they are", low=1
+        128, "longest output of a call, tokens; longer ones are cut and scored as they are", low=1
     )
     max_answer_tokens: int = setting(384, "the same for the continuation of a text, as in gsm8k", low=1)
     max_turn_tokens: int = setting(512, "the same for a turn of a dialogue, whose answer may be long", low=1)
-    batch_size: int = setting(32, "prompts generated together on one rank; memory and speed only", low=1)
+    batch_size: int = setting(32, "prompts generated together on one rank; changes memory and speed only", low=1)
     output: str = setting("runs/eval", "folder of predictions, results, summary.json, report.md, plots")
     resume: str = setting(
         "auto",

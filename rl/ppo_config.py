@@ -94,10 +94,10 @@ class PPOConfig:
     ppo_epochs: int = setting(1, "passes over each rollout (released code: 1)", low=1)
     minibatch_size: int = setting(8, "responses per optimizer step over all ranks (released code: 8)", low=1)
     micro_batch_size: int = setting(
-        8, "responses packed into one forward of one rank; memory only (ours)", low=1, free=True
+        8, "responses packed into one forward of one rank; changes memory only (ours)", low=1, free=True
     )
     critic_only_iterations: int = setting(
-        40, "the first so many iterations train the critic alone (ours; paper: none)", low=0
+        40, "number of first iterations that train the critic alone (ours; paper: none)", low=0
     )
     # optimisation
     policy_learning_rate: float = setting(
@@ -140,7 +140,7 @@ class PPOConfig:
     loss_backend: str = setting(
         "auto",
         "what computes log-probabilities of tokens: our CUDA kernels, PyTorch's "
-        "operators, or auto, the kernels where they work; rounding only (ours)",
+        "operators, or auto, the kernels where they work; changes rounding only (ours)",
         choices=("auto", "cuda", "torch"),
         free=True,
     )
@@ -170,7 +170,7 @@ class PPOConfig:
         low=0,
         free=True,
     )
-    eval_limit: int = setting(0, "use only the first so many held-out prompts; 0 = all (ours)", low=0, free=True)
+    eval_limit: int = setting(0, "use only the first N held-out prompts; 0 = all (ours)", low=0, free=True)
     print_ledger: str = setting(
         "off",
         "print position, token, mask, log-prob, KL, reward, value, advantage and return of the first response (ours)",

@@ -18,7 +18,7 @@ class SFTConfig:
         "assets/tiny_model", "folder of the base model, Hugging Face layout (paper: CodeLLaMA-2-7B)", free=True
     )
     data: str = setting(
-        "assets/tiny_data/train.json", "training trajectories: the authors' JSON list or OpenAI JSONL", free=True
+        "assets/tiny_data/train.json", "training trajectories: the authors' JSON, OpenAI JSONL or ShareGPT", free=True
     )
     output: str = setting("runs/sft", "folder of this run: config, metrics, checkpoints, final model", free=True)
     resume: str = setting(
@@ -65,7 +65,7 @@ class SFTConfig:
     max_grad_norm: float = setting(1.0, "clip the global L2 norm of the gradient to this; 0 = never (ours)", low=0.0)
     global_batch_size: int = setting(4, "trajectories per optimizer step over all ranks (paper: 4)", low=1)
     micro_batch_size: int = setting(
-        4, "trajectories packed into one forward of one rank; memory only (ours)", low=1, free=True
+        4, "trajectories packed into one forward of one rank; changes memory only (ours)", low=1, free=True
     )
     epochs: int = setting(1, "passes over the data (paper: 1)", low=1)
     max_steps: int = setting(
@@ -85,7 +85,7 @@ class SFTConfig:
     loss_backend: str = setting(
         "auto",
         "what computes the loss: our CUDA kernels, PyTorch's operators, or auto, the "
-        "kernels where they work; rounding only (ours)",
+        "kernels where they work; changes rounding only (ours)",
         choices=("auto", "cuda", "torch"),
         free=True,
     )
