@@ -13,8 +13,8 @@ from pathlib import Path
 from command_line import ConfigError, fail, read_config
 from data.json_records import DataError
 from model.config import ModelFolderError
+from model.pretrained_weights import check_folder, describe_eos_change, save_pretrained_streamed, save_value_model
 from model.pretrained_weights import read_config as read_model_config
-from model.pretrained_weights import save_pretrained_streamed, save_value_model
 from model.tokenizer import Tokenizer, load_tokenizer
 from rl.check_rewards import check_rewards
 from rl.models import Models, load_models
@@ -50,6 +50,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 "with python run_sft.py, or name another with --model"
             )
         tokenizer = load_tokenizer(config.model)
+        check_folder(config.model, tokenizer)
         prompts, notes = make_prompts(config, config.data, tokenizer)
         held_out = make_prompts(config, config.eval_data, tokenizer)[0] if config.eval_data else []
         world = init_world(config.device)
@@ -112,7 +113,10 @@ def make_prompts(config: PPOConfig, path: str, tokenizer: Tokenizer) -> tuple[li
 def export(config: PPOConfig, models: Models, world: World) -> None:
     """Write output/final (the policy), output/critic if wanted, and the plot. A collective."""
     output = Path(config.output)
-    save_pretrained_streamed(models.policy, output / "final", companions_from=config.model)
+    eos_id = models.tokenizer.eos_id
+    save_pretrained_streamed(models.policy, output / "final", companions_from=config.model, eos_id=eos_id)
+    if world.is_main and (change := describe_eos_change(config.model, eos_id)):
+        log_line(change)
     if config.save_critic == "on":
         companions = config.critic_model or config.model
         save_value_model(models.critic, output / "critic", companions_from=companions)

@@ -16,7 +16,7 @@ from command_line import ConfigError, fail, read_config
 from data.batches import step_batches, steps_per_epoch
 from data.json_records import DataError
 from model.config import ModelFolderError
-from model.pretrained_weights import save_pretrained_streamed
+from model.pretrained_weights import check_folder, describe_eos_change, save_pretrained_streamed
 from model.tokenizer import load_tokenizer
 from train.checkpoint import CheckpointError
 from train.cuda.launch import LossBackendError, agree_on_loss_backend
@@ -44,6 +44,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         config = read_config(SFTConfig, "Supervised fine-tuning with MAE and PKT.", arguments, section="sft")
         tokenizer = load_tokenizer(config.model)
+        check_folder(config.model, tokenizer)
         encoded, notes = encode_data(config, tokenizer)
         world = init_world(config.device)
         say = log_line if world.is_main else lambda line: None
@@ -76,7 +77,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if result.stopped_by:
             return 128 + result.stopped_by
         final = Path(config.output) / "final"
-        save_pretrained_streamed(model, final, dtype=torch.float32, companions_from=config.model)
+        save_pretrained_streamed(
+            model, final, dtype=torch.float32, companions_from=config.model, eos_id=tokenizer.eos_id
+        )
+        if change := describe_eos_change(config.model, tokenizer.eos_id):
+            say(change)
         if world.is_main and config.plot == "on":
             say(plot_losses(Path(config.output)))
         say(f"trained {result.step} steps; model: {final}")

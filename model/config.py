@@ -6,9 +6,7 @@ LLaMA, CodeLLaMA, Llama-3.1 and Qwen-2/2.5 differ only in the fields below; the 
 from dataclasses import dataclass
 from typing import Any
 
-
-class ModelFolderError(ValueError):
-    """A model folder that cannot be used; the message is one line that names the file and what was expected."""
+from model.folder_json import ModelFolderError, shown
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,7 +41,7 @@ class ModelConfig:
         for name in ("vocab_size", "dim", "n_layers", "n_heads", "n_kv_heads", "head_dim", "ffn_dim", "max_positions"):
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise ModelFolderError(f"model config: {name} is {value!r}, expected a positive whole number")
+                raise ModelFolderError(f"model config: {name} is {shown(value)}, expected a positive whole number")
         if self.n_heads % self.n_kv_heads:
             raise ModelFolderError(
                 f"model config: n_heads {self.n_heads} is not a multiple of n_kv_heads {self.n_kv_heads}"
@@ -53,53 +51,108 @@ class ModelConfig:
         for name in ("norm_eps", "rope_theta"):
             value = getattr(self, name)
             if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 < value < float("inf"):
-                raise ModelFolderError(f"model config: {name} is {value!r}, expected a positive number")
+                raise ModelFolderError(f"model config: {name} is {shown(value)}, expected a positive number")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Hugging Face config.json
+
+# Every whole number of config.json that shapes the model, and the most that we take it for. The largest published
+# models stay a factor of 5 or more below; above, a number is a slip or an attack, and building its model would hang.
+MOST = {
+    "vocab_size": 10**7,
+    "hidden_size": 10**6,
+    "num_hidden_layers": 1000,
+    "num_attention_heads": 10**5,
+    "num_key_value_heads": 10**5,
+    "head_dim": 10**5,
+    "intermediate_size": 10**7,
+    "max_position_embeddings": 10**9,
+    "original_max_position_embeddings": 10**9,
+}
 
 
 def config_from_hf(hf_config: dict[str, Any]) -> ModelConfig:
     """Reads the dict of a Hugging Face config.json (model_type llama or qwen2) into a ModelConfig.
 
     Accepts the older `rope_theta` + `rope_scaling` and the newer `rope_parameters` spelling. Raises ModelFolderError
-    for anything that this model does not compute (another activation, sliding windows in use, other RoPE scalings,
-    biases on the output projection or the feed-forward), because ignoring such a field gives wrong logits without any
-    sign of it.
+    for a value of the wrong type or out of bounds, and for anything that this model does not compute (another
+    activation, sliding windows in use, other RoPE scalings, biases on the output projection or the feed-forward),
+    because ignoring such a field gives wrong logits without any sign of it.
     """
     if not isinstance(hf_config, dict):
         raise ModelFolderError(f"config.json: found {type(hf_config).__name__}, expected a JSON object")
     model_type = hf_config.get("model_type")
     if model_type not in ("llama", "qwen2"):
-        raise ModelFolderError(f"config.json: model_type is {model_type!r}, expected 'llama' or 'qwen2'")
-    _refuse_unsupported(hf_config, model_type)
-    n_heads = _whole_number(hf_config, "num_attention_heads")
-    dim = _whole_number(hf_config, "hidden_size")
-    head_dim = hf_config.get("head_dim")
-    if head_dim is None:
-        if dim % n_heads:
-            raise ModelFolderError(f"config.json: hidden_size {dim} is not a multiple of num_attention_heads {n_heads}")
-        head_dim = dim // n_heads
-    n_kv_heads = hf_config.get("num_key_value_heads")
-    max_positions = hf_config.get("max_position_embeddings")
-    max_positions = (2048 if model_type == "llama" else 32768) if max_positions is None else max_positions
+        raise ModelFolderError(f"config.json: model_type is {shown(model_type)}, expected 'llama' or 'qwen2'")
+    dim = whole_number(hf_config, "hidden_size")
+    n_heads = whole_number(hf_config, "num_attention_heads")
+    head_dim = whole_number(hf_config, "head_dim", 0)
+    if not head_dim and dim % n_heads:
+        raise ModelFolderError(f"config.json: hidden_size {dim} is not a multiple of num_attention_heads {n_heads}")
+    max_positions = whole_number(hf_config, "max_position_embeddings", 2048 if model_type == "llama" else 32768)
     rope_theta, rope_scaling = _rope_from_hf(hf_config, max_positions)
-    return ModelConfig(
-        vocab_size=_whole_number(hf_config, "vocab_size"),
+    config = ModelConfig(
+        vocab_size=whole_number(hf_config, "vocab_size"),
         dim=dim,
-        n_layers=_whole_number(hf_config, "num_hidden_layers"),
+        n_layers=whole_number(hf_config, "num_hidden_layers"),
         n_heads=n_heads,
-        n_kv_heads=n_heads if n_kv_heads is None else n_kv_heads,
-        head_dim=head_dim,
-        ffn_dim=_whole_number(hf_config, "intermediate_size"),
-        norm_eps=hf_config.get("rms_norm_eps", 1e-6),
+        n_kv_heads=whole_number(hf_config, "num_key_value_heads", n_heads),
+        head_dim=head_dim or dim // n_heads,
+        ffn_dim=whole_number(hf_config, "intermediate_size"),
+        norm_eps=number(hf_config, "rms_norm_eps", 1e-6, low=1e-30, high=1.0),
         rope_theta=rope_theta,
         rope_scaling=rope_scaling,
-        tie_embeddings=bool(hf_config.get("tie_word_embeddings", False)),
+        tie_embeddings=switch(hf_config, "tie_word_embeddings"),
         qkv_bias=model_type == "qwen2",
         max_positions=max_positions,
     )
+    _refuse_unsupported(hf_config, model_type, config.n_layers)
+    check_token_ids(hf_config, config.vocab_size)
+    return config
+
+
+def whole_number(hf_config: dict[str, Any], key: str, default: int | None = None) -> int:
+    """The whole number from 1 to MOST[key] under `key`; `default`, if there is one, where it is absent or null."""
+    value = hf_config.get(key)
+    if value is None and default is not None:
+        return default
+    if type(value) is not int or not 1 <= value <= MOST[key]:  # exact: True is an int to isinstance
+        raise ModelFolderError(
+            f"config.json: {key} is {shown(value)}, expected a positive whole number of at most {MOST[key]}"
+        )
+    return value
+
+
+def number(hf_config: dict[str, Any], key: str, default: float | None = None, *, low: float, high: float) -> float:
+    """The number from `low` to `high` under `key`; `default` where it is absent. NaN is in no range."""
+    value = hf_config.get(key, default)
+    if type(value) not in (int, float) or not low <= value <= high:
+        raise ModelFolderError(f"config.json: {key} is {shown(value)}, expected a number from {low:g} to {high:g}")
+    return float(value)
+
+
+def switch(hf_config: dict[str, Any], key: str) -> bool:
+    """The true or false under `key`; false where it is absent or null."""
+    value = hf_config.get(key)
+    if value is not None and not isinstance(value, bool):
+        raise ModelFolderError(f"config.json: {key} is {shown(value)}, expected true or false")
+    return bool(value)
+
+
+def check_token_ids(hf_config: dict[str, Any], vocab_size: int) -> None:
+    """Raise ModelFolderError unless the ids of BOS, EOS (one or a list) and padding are rows of the embedding, or null.
+
+    Padding may be -1, as the first published LLaMA folders have it.
+    """
+    for key, lowest in (("bos_token_id", 0), ("eos_token_id", 0), ("pad_token_id", -1)):
+        value = hf_config.get(key)
+        ids = value if key == "eos_token_id" and isinstance(value, list) and value else [value]
+        if value is not None and not all(type(each) is int and lowest <= each < vocab_size for each in ids):
+            wanted = "a token id or a list of them" if key == "eos_token_id" else "a token id"
+            raise ModelFolderError(
+                f"config.json: {key} is {shown(value)}, expected {wanted}, from {lowest} to {vocab_size - 1}"
+            )
 
 
 def config_to_hf(config: ModelConfig) -> dict[str, Any]:
@@ -139,54 +192,54 @@ def config_to_hf(config: ModelConfig) -> dict[str, Any]:
     return hf_config
 
 
-def _whole_number(hf_config: dict[str, Any], key: str) -> int:
-    value = hf_config.get(key)
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise ModelFolderError(f"config.json: {key} is {value!r}, expected a positive whole number")
-    return value
-
-
-def _refuse_unsupported(hf_config: dict[str, Any], model_type: str) -> None:
+def _refuse_unsupported(hf_config: dict[str, Any], model_type: str, n_layers: int) -> None:
     activation = hf_config.get("hidden_act", "silu")
     if activation not in ("silu", "swish"):
-        raise ModelFolderError(f"config.json: hidden_act is {activation!r}, expected 'silu' (SwiGLU)")
+        raise ModelFolderError(f"config.json: hidden_act is {shown(activation)}, expected 'silu' (SwiGLU)")
     for key in ("attention_bias", "mlp_bias"):
         # Qwen-2 fixes its biases in code and ignores these keys; in LLaMA they also put a bias on wo / w2.
-        if model_type == "llama" and hf_config.get(key):
+        if switch(hf_config, key) and model_type == "llama":
             raise ModelFolderError(f"config.json: {key} is true, which this model does not compute (expected false)")
-    layer_types = hf_config.get("layer_types") or []
-    if hf_config.get("use_sliding_window") or "sliding_attention" in layer_types:
+    layer_types = hf_config.get("layer_types")
+    if switch(hf_config, "use_sliding_window"):
         raise ModelFolderError("config.json: sliding-window attention is in use, expected full attention")
-    if hf_config.get("partial_rotary_factor") not in (None, 1, 1.0):
-        raise ModelFolderError("config.json: partial_rotary_factor is set, expected RoPE over the whole head")
-    if hf_config.get("quantization_config"):
+    if layer_types is not None and layer_types != ["full_attention"] * n_layers:
+        raise ModelFolderError(
+            f"config.json: layer_types is {shown(layer_types)}, expected 'full_attention' for each of {n_layers} layers"
+        )
+    if hf_config.get("quantization_config") not in (None, {}):
         raise ModelFolderError("config.json: quantization_config is set, expected plain floating-point weights")
 
 
 def _rope_from_hf(hf_config: dict[str, Any], max_positions: int) -> tuple[float, RopeScaling | None]:
-    parameters = hf_config.get("rope_parameters") or {}
-    scaling = hf_config.get("rope_scaling") or {}
-    if not isinstance(parameters, dict) or not isinstance(scaling, dict):
-        raise ModelFolderError("config.json: rope_parameters / rope_scaling is not a JSON object")
-    merged = {**scaling, **parameters}
-    rope_theta = merged.get("rope_theta", hf_config.get("rope_theta", 10000.0))
-    rope_type = merged.get("rope_type", merged.get("type", "default"))
-    if merged.get("partial_rotary_factor") not in (None, 1, 1.0):
-        raise ModelFolderError("config.json: partial_rotary_factor is set, expected RoPE over the whole head")
+    merged = {}
+    for key in ("rope_scaling", "rope_parameters"):
+        value = hf_config.get(key)
+        if value is not None and not isinstance(value, dict):
+            raise ModelFolderError(f"config.json: {key} is {shown(value)}, expected an object or null")
+        merged |= value or {}
+    for values in (hf_config, merged):
+        factor = values.get("partial_rotary_factor")
+        if factor is not None and (type(factor) not in (int, float) or factor != 1):
+            raise ModelFolderError("config.json: partial_rotary_factor is set, expected RoPE over the whole head")
+    rope_theta = number({"rope_theta": hf_config.get("rope_theta", 10000.0)} | merged, "rope_theta", low=1.0, high=1e12)
+    rope_type = merged.get("rope_type", merged.get("type"))
     if rope_type in (None, "default"):
         return rope_theta, None
     if rope_type != "llama3":
-        raise ModelFolderError(f"config.json: rope_scaling type is {rope_type!r}, expected none or 'llama3'")
-    values = {}
-    for key in ("factor", "low_freq_factor", "high_freq_factor"):
-        value = merged.get(key)
-        if not isinstance(value, (int, float)) or isinstance(value, bool) or value <= 0:
-            raise ModelFolderError(f"config.json: rope_scaling {key} is {value!r}, expected a positive number")
-        values[key] = float(value)
-    if values["high_freq_factor"] <= values["low_freq_factor"]:
+        raise ModelFolderError(f"config.json: rope_scaling type is {shown(rope_type)}, expected none or 'llama3'")
+    low_freq_factor = number(merged, "low_freq_factor", low=1e-6, high=1e6)
+    high_freq_factor = number(merged, "high_freq_factor", low=1e-6, high=1e6)
+    if high_freq_factor <= low_freq_factor:
         raise ModelFolderError("config.json: rope_scaling high_freq_factor must be above low_freq_factor")
-    original = merged.get("original_max_position_embeddings", max_positions)
-    return rope_theta, RopeScaling(original_max_positions=original, **values)
+    # The top level wins over the scaling's own, as in transformers; the context length is what is left.
+    inner = whole_number(merged, "original_max_position_embeddings", max_positions)
+    return rope_theta, RopeScaling(
+        factor=number(merged, "factor", low=1e-6, high=1e6),
+        low_freq_factor=low_freq_factor,
+        high_freq_factor=high_freq_factor,
+        original_max_positions=whole_number(hf_config, "original_max_position_embeddings", inner),
+    )
 
 
 # ---------------------------------------------------------------------------------------------------------------------

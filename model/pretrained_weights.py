@@ -6,6 +6,7 @@ above what the model itself holds on this rank (benchmarks/benchmark_load_memory
 """
 
 import json
+import math
 import os
 import shutil
 import struct
@@ -20,15 +21,18 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from model.config import ModelConfig, ModelFolderError, config_from_hf, config_to_hf
-from model.tokenizer import load_tokenizer
+from model.config import ModelConfig, check_token_ids, config_from_hf, config_to_hf, count_parameters
+from model.folder_json import ModelFolderError, listed, printable, read_json_object, shown
+from model.tokenizer import Tokenizer, check_vocabulary_fits, load_tokenizer
 from model.transformer import Transformer
 from model.value_model import ValueModel
 
 WEIGHTS_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 VALUE_HEAD_FILE = "value_head.safetensors"  # of a ValueModel's folder, next to its backbone's files
+GENERATION_FILE = "generation_config.json"
 DEFAULT_SHARD_BYTES = 5_000_000_000
+MAX_HEADER_BYTES = 32 << 20  # of one safetensors file; a header takes about 100 bytes per tensor
 
 # Files that belong to the tokenizer or to generation: copied unchanged from the folder the run started with.
 COMPANION_FILES = (
@@ -40,7 +44,7 @@ COMPANION_FILES = (
     "vocab.json",
     "merges.txt",
     "chat_template.jinja",
-    "generation_config.json",
+    GENERATION_FILE,
 )
 
 _FLOAT_NAMES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -88,8 +92,9 @@ def load_pretrained(
 
     Raises ModelFolderError, one line, for whatever is wrong with the folder.
     """
+    config = sized_config(model_dir)
     with torch.device("meta"):  # no memory and no random numbers are spent on weights about to be overwritten
-        model = Transformer(read_config(model_dir)).to(dtype)
+        model = Transformer(config).to(dtype)
     load_weights_into(model, model_dir, device=device)
     return model
 
@@ -101,8 +106,9 @@ def load_value_model(
 
     Raises ModelFolderError, one line, for whatever is wrong with the folder.
     """
+    config = sized_config(model_dir)
     with torch.device("meta"):
-        model = ValueModel(read_config(model_dir)).to(dtype)
+        model = ValueModel(config).to(dtype)
     load_value_weights_into(model, model_dir, device=device)
     return model
 
@@ -111,12 +117,60 @@ def read_config(model_dir: str | Path) -> ModelConfig:
     """The ModelConfig of a folder's config.json. Raises ModelFolderError naming the file."""
     path = Path(model_dir) / "config.json"
     try:
-        return config_from_hf(_read_json(path))
+        return config_from_hf(read_json_object(path))
     except ModelFolderError as error:
         message = str(error)
         raise ModelFolderError(
             message if message.startswith(str(path)) else f"{path}: {message.removeprefix('config.json: ')}"
-        ) from error
+        ) from None
+
+
+def sized_config(model_dir: str | Path) -> ModelConfig:
+    """read_config, after a look at the weight files' headers: they must hold about as many numbers as the config says.
+
+    Even an empty model of a wrong config (a thousand layers, a billion rows) can take minutes and terabytes. Where the
+    config asks for up to twice what is stored, load_weights_into names each tensor that differs.
+    """
+    config, held = read_config(model_dir), 0
+    files = tensor_files(Path(model_dir))
+    for path in sorted(set(files.values())):
+        with _open(path) as file:
+            held += sum(math.prod(file.get_slice(name).get_shape()) for name in file.keys())  # noqa: SIM118, no dict
+    if count_parameters(config) > 2 * held:
+        raise ModelFolderError(
+            f"{model_dir}: config.json describes a model of {count_parameters(config)} parameters, the weight files "
+            f"hold {held}"
+        )
+    return config
+
+
+def check_folder(model_dir: str | Path, tokenizer: Tokenizer) -> ModelConfig:
+    """The config of a folder in which everything fits, as far as it can be known without reading a weight.
+
+    Settings, tensor names, shapes and types, the tokenizer's size, the token ids of generation_config.json. A run calls
+    this first: a folder that it cannot use, or could not export, ends it before any memory or time is spent. Raises
+    ModelFolderError.
+    """
+    config = sized_config(model_dir)
+    check_vocabulary_fits(tokenizer, config.vocab_size)
+    _generation_settings(Path(model_dir), config.vocab_size)
+    with torch.device("meta"):
+        targets = {hf_name(name): parameter for name, parameter in Transformer(config).state_dict().items()}
+    _check_headers(Path(model_dir), tensor_files(Path(model_dir)), targets, may_hold_head=config.tie_embeddings)
+    return config
+
+
+def _generation_settings(model_dir: Path, vocab_size: int) -> dict[str, Any] | None:
+    """The content of generation_config.json, None where there is none. Raises ModelFolderError, also for token ids."""
+    path = model_dir / GENERATION_FILE
+    if not path.exists():
+        return None
+    settings = read_json_object(path)
+    try:
+        check_token_ids(settings, vocab_size)
+    except ModelFolderError as error:
+        raise ModelFolderError(f"{path}: {str(error).removeprefix('config.json: ')}") from None
+    return settings
 
 
 def check_same_shape(policy_dir: str | Path, other_dir: str | Path, role: str) -> None:
@@ -186,48 +240,54 @@ def load_value_weights_into(model: ValueModel, model_dir: str | Path, *, device:
 
 
 def tensor_files(model_dir: Path) -> dict[str, Path]:
-    """Which file holds each tensor: by the index if there is one, else by the headers of all *.safetensors.
+    """Which file holds each tensor: model.safetensors if it is there, else what the index says, else all *.safetensors.
 
-    The value head's file is not among them. Raises ModelFolderError when the folder has no weights or its index is
-    wrong.
+    The single file wins over an index, as in transformers: shards next to it are those of an older export. The index
+    must be well-formed all the same. The value head's file is not among them. Raises ModelFolderError when the folder
+    has no weights or its index is wrong.
     """
     if not model_dir.is_dir():
         raise ModelFolderError(f"{model_dir}: no such folder, expected a model in Hugging Face layout")
-    index = model_dir / INDEX_FILE
-    if index.is_file():
-        return _files_of_index(index)
-    single = model_dir / WEIGHTS_FILE
+    single, index = model_dir / WEIGHTS_FILE, model_dir / INDEX_FILE
+    weight_map = _read_weight_map(index) if index.exists() else None
+    if weight_map is not None and not single.is_file():
+        return _files_of_index(index, weight_map)
     paths = [single] if single.is_file() else sorted(model_dir.glob("*.safetensors"))
-    paths = [path for path in paths if path.name != VALUE_HEAD_FILE]
+    paths = [path for path in paths if path.name != VALUE_HEAD_FILE and path.is_file()]
     if not paths:
         others = sorted(p.name for pattern in ("*.bin", "*.pth", "*.pt", "*.gguf") for p in model_dir.glob(pattern))
-        found = f"found {', '.join(others)}" if others else "found none"
+        found = f"found {listed(others)}" if others else "found none"
         raise ModelFolderError(f"{model_dir}: no weights, {found}, expected {WEIGHTS_FILE} or shards with {INDEX_FILE}")
     files: dict[str, Path] = {}
     for path in paths:
         for name in _open_names(path):
             if name in files:
-                raise ModelFolderError(f"{path}: tensor {name} is also in {files[name].name}, expected it once")
+                raise ModelFolderError(
+                    f"{path}: tensor {printable(name)} is also in {files[name].name}, expected it once"
+                )
             files[name] = path
     return files
 
 
-def _files_of_index(index: Path) -> dict[str, Path]:
-    weight_map = _read_json(index).get("weight_map")
+def _read_weight_map(index: Path) -> dict[str, str]:
+    """Tensor name -> name of a file next to the index."""
+    weight_map = read_json_object(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map or not all(isinstance(f, str) for f in weight_map.values()):
         raise ModelFolderError(f"{index}: found no weight_map object of tensor names to file names")
-    outside = sorted({f for f in weight_map.values() if Path(f).name != f})
+    outside = sorted({f for f in weight_map.values() if Path(f).name != f or "\0" in f or len(f) > 255})
     if outside:
-        raise ModelFolderError(
-            f"{index}: weight_map points to {', '.join(outside)}, expected names of files next to it"
-        )
-    absent = sorted({f for f in weight_map.values() if not (index.parent / f).is_file()})
+        raise ModelFolderError(f"{index}: weight_map points to {listed(outside)}, expected names of files next to it")
+    return weight_map
+
+
+def _files_of_index(index: Path, weight_map: dict[str, str]) -> dict[str, Path]:
+    absent = sorted({f for f in weight_map.values() if not _is_file(index.parent / f)})
     if absent:
-        raise ModelFolderError(f"{index}: weight files missing from the folder: {', '.join(absent)}")
+        raise ModelFolderError(f"{index}: weight files missing from the folder: {listed(absent)}")
     held = {f: set(_open_names(index.parent / f)) for f in sorted(set(weight_map.values()))}
     wrong = [f"{name} ({f})" for name, f in weight_map.items() if name not in held[f]]
     if wrong:
-        raise ModelFolderError(f"{index}: tensors that are not in the file the index names: {', '.join(wrong)}")
+        raise ModelFolderError(f"{index}: tensors that are not in the file the index names: {listed(wrong)}")
     return {name: index.parent / f for name, f in weight_map.items()}
 
 
@@ -246,11 +306,12 @@ def _check_headers(model_dir: Path, files: dict[str, Path], targets: dict[str, T
             for name in (n for n in targets if files.get(n) == path):
                 header = file.get_slice(name)
                 if list(header.get_shape()) != list(targets[name].shape):
-                    misshaped.append(f"{name} (found {list(header.get_shape())}, expected {list(targets[name].shape)})")
+                    found = shown(str(header.get_shape()))[1:-1]
+                    misshaped.append(f"{name} (found {found}, expected {list(targets[name].shape)})")
                 if header.get_dtype() not in _FLOAT_NAMES:
                     not_float.append(f"{name} ({header.get_dtype()})")
     problems = [
-        f"{len(names)} {kind}: {', '.join(names)}"
+        f"{len(names)} {kind}: {listed(names)}"
         for kind, names in (
             ("missing", missing),
             ("unexpected", unexpected),
@@ -309,11 +370,18 @@ def _check_tied_head(files: dict[str, Path]) -> None:
 
 def _open(path: Path) -> Any:
     try:
-        return safe_open(str(path), framework="pt", device="cpu")
+        with path.open("rb") as file:
+            header_bytes = int.from_bytes(file.read(8), "little")
+        if header_bytes <= MAX_HEADER_BYTES:
+            return safe_open(str(path), framework="pt", device="cpu")
     except (SafetensorError, OSError) as error:
         raise ModelFolderError(
-            f"{path}: not a readable safetensors file, perhaps truncated ({_one_line(error)})"
-        ) from error
+            f"{path}: not a readable safetensors file, perhaps truncated ({printable(error)})"
+        ) from None
+    raise ModelFolderError(
+        f"{path}: not a readable safetensors file, perhaps truncated (a header of {header_bytes} bytes, expected at "
+        f"most {MAX_HEADER_BYTES})"
+    )
 
 
 def _open_names(path: Path) -> list[str]:
@@ -321,22 +389,11 @@ def _open_names(path: Path) -> list[str]:
         return list(file.keys())
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def _is_file(path: Path) -> bool:
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise ModelFolderError(f"{path}: no such file, expected a model folder in Hugging Face layout") from error
-    except json.JSONDecodeError as error:
-        raise ModelFolderError(f"{path}:{error.lineno}: not valid JSON ({error.msg})") from error
-    except (OSError, ValueError) as error:
-        raise ModelFolderError(f"{path}: cannot be read ({_one_line(error)})") from error
-    if not isinstance(value, dict):
-        raise ModelFolderError(f"{path}: found {type(value).__name__}, expected a JSON object")
-    return value
-
-
-def _one_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+        return path.is_file()
+    except (OSError, ValueError):  # a name that no file system takes
+        return False
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -355,6 +412,7 @@ def save_pretrained_streamed(
     *,
     dtype: torch.dtype | None = None,
     companions_from: str | Path | None = None,
+    eos_id: int | None = None,
     max_shard_bytes: int = DEFAULT_SHARD_BYTES,
 ) -> None:
     """Writes the model in Hugging Face layout, gathering one tensor at a time; all ranks call it, rank 0 writes.
@@ -362,12 +420,15 @@ def save_pretrained_streamed(
     1. plan the shards from shapes, 2. write everything into a folder with a temporary name, 3. re-open and verify, 4.
     rename, so that the final name is either absent, the previous export, or complete. dtype: of the stored tensors
     (default: as they are). companions_from: model folder whose tokenizer files are copied and whose BOS/EOS ids go
-    into config.json. Raises ModelFolderError on every rank when rank 0 could not write (for example a full disk),
-    leaving no temporary files.
+    into config.json. eos_id: the trained end of turn, which then is the EOS of config.json and of
+    generation_config.json (exported_eos), so that generation stops where training taught it to. Raises
+    ModelFolderError on every rank when rank 0 could not write (for example a full disk), leaving no temporary files.
     """
     parameters = {hf_name(name): parameter for name, parameter in model.state_dict().items()}
     shards = _plan_shards(parameters, dtype, max_shard_bytes)
     hf_config = config_to_hf(model.config)
+    if eos_id is not None:
+        hf_config["eos_token_id"] = eos_id
     _write_folder(Path(model_dir), hf_config, parameters, shards, dtype=dtype, companions_from=companions_from)
 
 
@@ -484,20 +545,48 @@ def _write_safetensors(
 def _write_config(
     hf_config: dict[str, Any], folder: Path, dtype: torch.dtype, companions_from: str | Path | None
 ) -> None:
+    """config.json and the companions. An eos_token_id that hf_config already has is the trained one."""
     hf_config["torch_dtype"] = str(dtype).removeprefix("torch.")
     if companions_from is not None:
-        source = Path(companions_from)
+        source, trained = Path(companions_from), hf_config.get("eos_token_id")
         for name in COMPANION_FILES:
             if (source / name).is_file():
                 shutil.copyfile(source / name, folder / name)
         hf_config.update(_token_ids(source))
+        if trained is not None:
+            hf_config["eos_token_id"] = exported_eos(hf_config.get("eos_token_id"), trained)
+            settings = _generation_settings(source, hf_config["vocab_size"])
+            if settings is not None:
+                settings["eos_token_id"] = exported_eos(settings.get("eos_token_id"), trained)
+                (folder / GENERATION_FILE).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
     (folder / "config.json").write_text(json.dumps(hf_config, indent=2) + "\n", encoding="utf-8")
+
+
+def exported_eos(stated: int | list[int] | None, trained: int) -> int | list[int]:
+    """The eos_token_id of an exported folder: the trained id alone, unless the folder listed it among others.
+
+    Then the list stays, the trained id first: the others also end a response, as they did before training.
+    """
+    if isinstance(stated, list) and trained in stated:
+        return [trained, *(each for each in stated if each != trained)]
+    return trained
+
+
+def describe_eos_change(model_dir: str | Path, eos_id: int) -> str:
+    """One line for the log where an export from this folder says another eos_token_id than the folder; else ""."""
+    source, changes = Path(model_dir), []
+    config = read_json_object(source / "config.json")
+    settings = _generation_settings(source, read_config(source).vocab_size)
+    for name, values in (("config.json", config), (GENERATION_FILE, settings)):
+        if values is not None and (stated := values.get("eos_token_id")) != exported_eos(stated, eos_id):
+            changes.append(f"{name} said {json.dumps(stated)}, is now {json.dumps(exported_eos(stated, eos_id))}")
+    return f"end of turn of the exported model (eos_token_id): {'; '.join(changes)}" if changes else ""
 
 
 def _token_ids(source: Path) -> dict[str, Any]:
     """BOS/EOS/padding ids for config.json: those of the source's config.json, else the tokenizer's."""
     if (source / "config.json").is_file():
-        stated = _read_json(source / "config.json")
+        stated = read_json_object(source / "config.json")
         return {key: stated[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id") if key in stated}
     tokenizer = load_tokenizer(source)
     return {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id}
@@ -549,4 +638,4 @@ def _raise_on_all_ranks(final: Path, failure: Exception | None, any_parameter: T
     if isinstance(failure, ModelFolderError):
         raise failure
     if failure is not None:
-        raise ModelFolderError(f"{final}: the model could not be written ({_one_line(failure)})") from failure
+        raise ModelFolderError(f"{final}: the model could not be written ({printable(failure)})") from failure

@@ -4,13 +4,17 @@ Both classes offer the same plain methods. Text is always data: a user who write
 of those characters, never the control token, so no text can end a turn or forge one.
 """
 
+import contextlib
 import json
+import os
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import sentencepiece
 
-from model.config import ModelFolderError
+from model.folder_json import ModelFolderError, printable, read_json_object, read_text, shown
 
 # ModelProto.normalizer_spec (field 3) holding only add_dummy_prefix (field 3) = false. Protobuf merges a message field
 # that occurs twice, so appending this to a serialized model changes that one switch and nothing else.
@@ -20,24 +24,29 @@ _NO_DUMMY_PREFIX = b"\x1a\x02\x18\x00"
 _COMMON_BOS = ("<s>", "<|begin_of_text|>")
 _COMMON_EOS = ("</s>", "<|eot_id|>", "<|im_end|>", "<|end_of_text|>", "<|endoftext|>")
 
+# Encoded once when a tokenizer is loaded: a broken file often fails only at its first text.
+_PROBE = 'get_weather(city="Oslo")\n  1234 it\'s \u00e9\u4e2d\U0001f600\t</s><|eot_id|>'
+
 
 class SentencePieceTokenizer:
-    """A `tokenizer.model`. `bos_id` is None if the model defines none; `vocab_size` counts its pieces."""
+    """A `tokenizer.model`. `bos_id` starts every row, None if the tokenizer adds none; `vocab_size` counts pieces."""
 
     def __init__(self, path: Path) -> None:
-        try:
+        with _native_code(f"{path}: not a readable SentencePiece model"):
             self._start = sentencepiece.SentencePieceProcessor()
             self._start.LoadFromFile(str(path))
             serialized = self._start.serialized_model_proto()
             self._middle = sentencepiece.SentencePieceProcessor(model_proto=serialized + _NO_DUMMY_PREFIX)
-        except (RuntimeError, OSError) as error:
-            raise ModelFolderError(f"{path}: not a readable SentencePiece model ({_first_line(error)})") from error
+            for tokenizer in (self._start, self._middle):
+                tokenizer.decode(tokenizer.encode(_PROBE))
         if self._start.eos_id() < 0:
             raise ModelFolderError(f"{path}: the tokenizer defines no EOS piece, expected one to end responses with")
         self.path = path
         self.vocab_size: int = self._start.vocab_size()
         self.eos_id: int = self._start.eos_id()
-        self.bos_id: int | None = self._start.bos_id() if self._start.bos_id() >= 0 else None
+        bos_id = self._start.bos_id()
+        bos = self._start.id_to_piece(bos_id) if bos_id >= 0 else ""
+        self.bos_id: int | None = bos_id if bos and adds_bos(path.parent, bos, default=True) else None
 
     def encode(self, text: str) -> list[int]:
         """Ids of text at the start of a sequence (SentencePiece puts a space before it); no BOS, no EOS."""
@@ -88,16 +97,15 @@ class JsonTokenizer:
                 f"{path}: reading tokenizer.json needs the package 'tokenizers' "
                 "(pip install -r requirements-optional.txt)"
             ) from error
-        try:
-            text = path.read_text(encoding="utf-8")
-            self._start = Tokenizer.from_str(text)
-            self._middle = Tokenizer.from_str(json.dumps(_without_prefix_space(json.loads(text))))
-        except Exception as error:  # the package raises bare Exception for a malformed file
-            raise ModelFolderError(f"{path}: not a readable tokenizer.json ({_first_line(error)})") from error
-        for tokenizer in (self._start, self._middle):
-            tokenizer.encode_special_tokens = True  # read "<|eot_id|>" in a text as its characters
-            tokenizer.no_truncation()
-            tokenizer.no_padding()
+        tree = read_json_object(path)
+        with _native_code(f"{path}: not a readable tokenizer.json"):
+            self._start = Tokenizer.from_str(read_text(path))
+            self._middle = Tokenizer.from_str(json.dumps(_without_prefix_space(tree)))
+            for tokenizer in (self._start, self._middle):
+                tokenizer.encode_special_tokens = True  # read "<|eot_id|>" in a text as its characters
+                tokenizer.no_truncation()
+                tokenizer.no_padding()
+                tokenizer.decode(tokenizer.encode(_PROBE, add_special_tokens=False).ids)
         self.path = path
         self.vocab_size: int = max(self._start.get_vocab(with_added_tokens=True).values(), default=-1) + 1
         # Added tokens that are not special, such as Qwen's <tool_call>, are found in any text.
@@ -106,7 +114,9 @@ class JsonTokenizer:
             for token_id, token in self._start.get_added_tokens_decoder().items()
             if token.special
         }
-        self.bos_id = self._special_id("bos", _COMMON_BOS)
+        bos_id = self._special_id("bos", _COMMON_BOS)
+        bos = None if bos_id is None else self._start.id_to_token(bos_id)
+        self.bos_id = bos_id if bos and adds_bos(path.parent, bos, default=False) else None
         eos_id = self._special_id("eos", _COMMON_EOS)
         if eos_id is None:
             raise ModelFolderError(f"{path}: no EOS token, expected eos_token in tokenizer_config.json next to it")
@@ -149,21 +159,26 @@ class JsonTokenizer:
 
     def _special_id(self, kind: str, common_names: tuple[str, ...]) -> int | None:
         """The id of BOS or EOS: tokenizer_config.json's name, else config.json's number, else a well-known name."""
-        settings = _read_json_object(self.path.with_name("tokenizer_config.json"))
+        settings = _read_if_there(self.path.with_name("tokenizer_config.json"))
         if f"{kind}_token" in settings:
             name = settings[f"{kind}_token"]
             name = name.get("content") if isinstance(name, dict) else name
             if name is None:
                 return None  # said to have none, as Qwen-2's BOS
-            token_id = self._start.token_to_id(name)
+            token_id = self._start.token_to_id(_encodable(name)) if isinstance(name, str) else None
             if token_id is None:
                 raise ModelFolderError(
-                    f"{self.path}: {kind}_token {name!r} of tokenizer_config.json is not in the vocabulary"
+                    f"{self.path}: {kind}_token {shown(name)} of tokenizer_config.json is not in the vocabulary"
                 )
             return token_id
-        number = _read_json_object(self.path.with_name("config.json")).get(f"{kind}_token_id")
+        number = _read_if_there(self.path.with_name("config.json")).get(f"{kind}_token_id")
         number = number[0] if isinstance(number, list) and number else number
-        if isinstance(number, int):
+        if number is not None:
+            if type(number) is not int or not 0 <= number < self.vocab_size:
+                raise ModelFolderError(
+                    f"{self.path.with_name('config.json')}: {kind}_token_id is {shown(number)}, expected a token id "
+                    f"from 0 to {self.vocab_size - 1}"
+                )
             return number
         return next((i for i in map(self._start.token_to_id, common_names) if i is not None), None)
 
@@ -197,7 +212,8 @@ def check_vocabulary_fits(tokenizer: Tokenizer, embedding_rows: int) -> None:
     """
     if tokenizer.vocab_size > embedding_rows:
         raise ModelFolderError(
-            f"{tokenizer.path}: {tokenizer.vocab_size} tokens, but the model's embedding has only {embedding_rows} rows"
+            f"{tokenizer.path}: found a tokenizer of {tokenizer.vocab_size} ids, expected at most {embedding_rows}, "
+            "the rows of the model's embedding"
         )
 
 
@@ -230,13 +246,58 @@ def _without_prefix_space(node: Any) -> Any:
     return copy
 
 
-def _read_json_object(path: Path) -> dict[str, Any]:
+def adds_bos(folder: Path, bos: str, *, default: bool) -> bool:
+    """Whether a tokenizer puts the token `bos` at the start of a text; training, prompts and evaluation follow it.
+
+    `add_bos_token` of tokenizer_config.json decides; without it the post-processor of tokenizer.json, if it has one;
+    else `default` (LLaMA's SentencePiece models add it, a tokenizer.json adds what it says). Raises ModelFolderError.
+    """
+    stated = _read_if_there(folder / "tokenizer_config.json").get("add_bos_token")
+    if stated is not None:
+        if not isinstance(stated, bool):
+            raise ModelFolderError(
+                f"{folder / 'tokenizer_config.json'}: add_bos_token is {shown(stated)}, expected true or false"
+            )
+        return stated
+    processor = _read_if_there(folder / "tokenizer.json").get("post_processor")
+    return default if processor is None else _starts_with(processor, bos)
+
+
+def _starts_with(processor: Any, bos: str) -> bool:
+    """Whether a post-processor of tokenizer.json puts the token `bos` before a text."""
+    if not isinstance(processor, dict):
+        return False
+    if isinstance(processor.get("processors"), list):  # a Sequence
+        return any(_starts_with(each, bos) for each in processor["processors"])
+    if isinstance(processor.get("single"), list):  # a TemplateProcessing
+        first = next(iter(processor["single"]), None)
+        special = first.get("SpecialToken") if isinstance(first, dict) else None
+        return isinstance(special, dict) and special.get("id") == bos
+    cls = processor.get("cls")  # of BertProcessing and RobertaProcessing: the token and its id
+    return isinstance(cls, list) and cls[:1] == [bos]
+
+
+def _read_if_there(path: Path) -> dict[str, Any]:
+    return read_json_object(path) if path.exists() else {}
+
+
+@contextlib.contextmanager
+def _native_code(problem: str) -> Iterator[None]:
+    """Turn whatever C++ or Rust code raises into a ModelFolderError that begins with `problem`.
+
+    A panic of Rust is no Exception (only a BaseException), and both libraries also write to file descriptor 2 on their
+    own: what they say there is dropped, since the error says it once.
+    """
+    sys.stderr.flush()
+    kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 2)
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return value if isinstance(value, dict) else {}
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+        yield
+    except (KeyboardInterrupt, SystemExit, ModelFolderError):
+        raise
+    except BaseException as error:
+        raise ModelFolderError(f"{problem} ({printable(error)})") from None
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(nowhere)

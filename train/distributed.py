@@ -19,7 +19,7 @@ from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionP
 from torch.distributed.tensor import DTensor
 
 from model.config import ModelConfig, ModelFolderError
-from model.pretrained_weights import load_value_weights_into, load_weights_into, read_config
+from model.pretrained_weights import load_value_weights_into, load_weights_into, sized_config
 from model.transformer import Transformer
 from model.value_model import ValueModel
 
@@ -171,7 +171,7 @@ def load_sharded_value_model(
 
 
 def _read_config_for(model_dir: str, tokenizer_size: int) -> ModelConfig:
-    config = read_config(model_dir)
+    config = sized_config(model_dir)
     if tokenizer_size > config.vocab_size:
         raise ModelFolderError(
             f"{model_dir}: found a tokenizer of {tokenizer_size} ids, expected at most {config.vocab_size}, "

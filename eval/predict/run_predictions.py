@@ -28,8 +28,8 @@ from eval.predict.generate import (
 )
 from eval.predict.letter_logprobs import letter_rows
 from eval.records import Record
-from model.pretrained_weights import ModelFolderError, load_pretrained
-from model.tokenizer import Tokenizer, check_vocabulary_fits, load_tokenizer
+from model.pretrained_weights import ModelFolderError, check_folder, load_pretrained
+from model.tokenizer import Tokenizer, load_tokenizer
 from model.transformer import Transformer
 
 TINY_DATA = Path("assets/tiny_data")  # of the bundled benchmarks where --benchmark_dir does not have them
@@ -107,8 +107,8 @@ def load_model(config: EvalConfig, device: torch.device) -> tuple[Transformer, T
             "runs/sft/final, or give --model DIR"
         )
     tokenizer = load_tokenizer(config.model)
+    check_folder(config.model, tokenizer)
     model = load_pretrained(config.model, dtype=getattr(torch, config.dtype), device=device)
-    check_vocabulary_fits(tokenizer, model.config.vocab_size)
     for name in config.benchmarks.split(","):
         longest = longest_output(BENCHMARKS[name], config)
         if longest >= model.config.max_positions:

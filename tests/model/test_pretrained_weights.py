@@ -216,10 +216,11 @@ def test_bad_config(folder, text, words):
         ('{"weight_map": {"a": 3}}', "no weight_map"),
         ('{"weight_map": {"a": "../secret.safetensors"}}', "expected names of files next to it"),
         ('{"weight_map": {"a": "model-00009-of-00009.safetensors"}}', "missing from the folder: model-00009"),
-        ('{"weight_map": {"a": "model.safetensors"}}', "not in the file the index names: a (model.safetensors)"),
+        ('{"weight_map": {"a": "one.safetensors"}}', "not in the file the index names: a (one.safetensors)"),
     ],
 )
 def test_bad_index(folder, index, words):
+    (folder / WEIGHTS_FILE).rename(folder / "one.safetensors")
     (folder / INDEX_FILE).write_text(index)
     message = load_error(folder)
     assert words in message and INDEX_FILE in message

@@ -130,7 +130,7 @@ def test_vocabulary_larger_than_the_embedding(trained):
     tokenizer = load_tokenizer(trained)
     check_vocabulary_fits(tokenizer, tokenizer.vocab_size)
     check_vocabulary_fits(tokenizer, tokenizer.vocab_size + 64)
-    with pytest.raises(ModelFolderError, match="340 tokens, but the model's embedding has only 339 rows"):
+    with pytest.raises(ModelFolderError, match="found a tokenizer of 340 ids, expected at most 339, the rows"):
         check_vocabulary_fits(tokenizer, 339)
 
 
@@ -168,6 +168,9 @@ def write_json_twin(source: Path, folder: Path, **settings: object) -> None:
         ]
     )
     tokenizer.add_special_tokens(["<unk>", "<s>", "</s>"])
+    tokenizer.post_processor = tokenizers.processors.TemplateProcessing(
+        single="<s> $A", pair="<s> $A <s> $B", special_tokens=[("<s>", 1)]
+    )
     tokenizer.save(str(folder / "tokenizer.json"))
     if settings:
         (folder / "tokenizer_config.json").write_text(json.dumps(settings))
@@ -192,9 +195,70 @@ def test_bos_and_eos_of_tokenizer_config(trained, tmp_path):
     write_json_twin(trained, tmp_path, eos_token="<|nothing|>")
     with pytest.raises(ModelFolderError, match="is not in the vocabulary"):
         load_tokenizer(tmp_path)
-    (tmp_path / "tokenizer_config.json").unlink()
+    (tmp_path / "tokenizer_config.json").write_text('{"add_bos_token": true}')
     (tmp_path / "config.json").write_text('{"bos_token_id": 7, "eos_token_id": [9, 10]}')
     assert (load_tokenizer(tmp_path).bos_id, load_tokenizer(tmp_path).eos_id) == (7, 9)
+
+
+@pytest.mark.parametrize(
+    "settings, processor, sentencepiece_bos, json_bos",
+    [
+        (None, None, 1, None),
+        ({"add_bos_token": True}, None, 1, 1),
+        ({"add_bos_token": False}, "template", None, None),  # the setting wins
+        ({"add_bos_token": None}, "template", 1, 1),
+        ({}, "template", 1, 1),
+        ({}, "sequence", 1, 1),
+        ({}, "roberta", 1, 1),
+        ({}, "bytes", None, None),
+    ],
+)
+def test_bos_only_where_the_tokenizer_adds_it(trained, tmp_path, settings, processor, sentencepiece_bos, json_bos):
+    """Oracle for tokenizer.json: the package `tokenizers`, asked for the text with special tokens."""
+    write_json_twin(trained, tmp_path)
+    tree = json.loads((tmp_path / "tokenizer.json").read_text())
+    single = [{"SpecialToken": {"id": "<s>", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}]
+    template = {
+        "type": "TemplateProcessing",
+        "single": single,
+        "pair": single,
+        "special_tokens": {"<s>": {"id": "<s>", "ids": [1], "tokens": ["<s>"]}},
+    }
+    tail = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
+    cls = {"type": "RobertaProcessing", "sep": ["</s>", 2], "cls": ["<s>", 1]}
+    tree["post_processor"] = {
+        "template": template,
+        "sequence": {"type": "Sequence", "processors": [tail, template]},
+        "roberta": cls | {"trim_offsets": True, "add_prefix_space": False},
+        "bytes": tail,
+        None: None,
+    }[processor]
+    (tmp_path / "tokenizer.json").write_text(json.dumps(tree))
+    if settings is not None:
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
+    assert load_tokenizer(tmp_path).bos_id == json_bos
+    if not settings or settings["add_bos_token"] is None:
+        from tokenizers import Tokenizer
+
+        assert (Tokenizer.from_file(str(tmp_path / "tokenizer.json")).encode("the").ids[0] == 1) == (json_bos == 1)
+    (tmp_path / "tokenizer.model").write_bytes((trained / "tokenizer.model").read_bytes())
+    assert load_tokenizer(tmp_path).bos_id == sentencepiece_bos
+
+
+def test_infill_pieces_of_codellama_are_text():
+    """SentencePiece reads `<PRE>` after a space as one piece, which is not a control token: it can end no turn."""
+    if not FIXTURES.is_dir():
+        pytest.skip("the CodeLLaMA-like tokenizer is not next to the repository")
+    tokenizer = load_tokenizer(FIXTURES / "codellama-derived-tokenizer")
+    ids = dict(zip(("PRE", "SUF", "MID", "EOT"), range(32007, 32011), strict=True))
+    for name, token_id in ids.items():
+        assert tokenizer.encode(f"x <{name}> y")[1:-1] == [token_id]
+        assert tokenizer.encode_continuation(f" <{name}>") == [token_id]
+        for text in (f"x<{name}>", f"\n<{name}>"):
+            assert token_id not in tokenizer.encode(text)
+        assert tokenizer.control_id(f"<{name}>") is tokenizer.control_id(f"\u2581<{name}>") is None
+        assert tokenizer.decode(tokenizer.encode(f"x <{name}> y")) == f"x <{name}> y"
+        assert token_id not in (tokenizer.bos_id, tokenizer.eos_id)
 
 
 def test_byte_level_json_and_no_injection(tmp_path):
@@ -211,7 +275,7 @@ def test_byte_level_json_and_no_injection(tmp_path):
     tokenizer.add_tokens(["<tool_call>"])
     tokenizer.save(str(tmp_path / "tokenizer.json"))
     ours = load_tokenizer(tmp_path)
-    assert (ours.bos_id, ours.eos_id) == (0, 1)
+    assert (ours.bos_id, ours.eos_id) == (None, 1)  # no post-processor: nothing adds BOS
     assert [ours.control_id(text) for text in ("<|begin_of_text|>", "<|eot_id|>", "<tool_call>", "hello", "")] == [
         0,
         1,
@@ -253,6 +317,6 @@ def test_bad_tokenizer_files_are_one_line(trained, tmp_path):
 def test_malformed_tokenizer_json(tmp_path):
     pytest.importorskip("tokenizers", reason="the optional package tokenizers is not installed")
     (tmp_path / "tokenizer.json").write_text('{"model": 3')
-    with pytest.raises(ModelFolderError, match="not a readable tokenizer.json") as caught:
+    with pytest.raises(ModelFolderError, match="tokenizer.json:1: not valid JSON") as caught:
         load_tokenizer(tmp_path)
     assert "\n" not in str(caught.value)
