@@ -19,7 +19,12 @@ from typing import Any, NoReturn, TypeVar
 
 Config = TypeVar("Config")
 EXIT_BAD_INPUT = 2
+MAX_CONFIG_BYTES = 1 << 20
+MAX_TEXT = 4096  # characters of a text setting; as long as a path may be
+MAX_MESSAGE = 2000  # characters of an error line
+MAX_WHOLE_NUMBER = 2**63 - 1  # of a setting without a bound of its own
 PATIENCE_SECONDS = 1.0  # of a rank above 0 before it writes its error: torchrun may end it first
+_NOT_TEXT = re.compile(r"[\x00-\x1f\x7f-\x9f\ud800-\udfff]")
 _TYPE_NAMES = {int: "a whole number", float: "a number", str: "text"}
 
 
@@ -73,7 +78,7 @@ def read_config(
     given, unknown = parser.parse_known_args(arguments)
     if unknown:
         name = unknown[0].split("=")[0]
-        raise ConfigError(f"{name}: found an unknown flag, expected one of those in --help")
+        raise ConfigError(f"{_short(name)}: found an unknown flag, expected one of those in --help")
     by_name = {each.name: each for each in fields(config_class)}
     values, places = {}, {}
     if given.config is not None:
@@ -103,16 +108,34 @@ def fail(error: BaseException) -> NoReturn:
     rank = os.environ.get("RANK", "0")
     if rank != "0":
         time.sleep(PATIENCE_SECONDS)
-    sys.stderr.write(f"rank {rank}: " * (rank != "0") + " ".join(str(error).split()) + "\n")
+    sys.stderr.write(f"rank {rank}: " * (rank != "0") + printable_line(error) + "\n")
     sys.stderr.flush()
     raise SystemExit(EXIT_BAD_INPUT) from None
+
+
+def printable_line(message: object) -> str:
+    """A message as one line of printable ASCII, of at most MAX_MESSAGE characters: the middle of a longer one is cut.
+
+    Backslashes stay as they are, since repr() has doubled those of the values shown.
+    """
+    words = " ".join(str(message).split())
+    line = "".join(each if " " <= each <= "~" else ascii(each)[1:-1] for each in words)
+    return line if len(line) <= MAX_MESSAGE else f"{line[: MAX_MESSAGE // 2]} ... {line[-MAX_MESSAGE // 2 + 5 :]}"
+
+
+def shown(value: object) -> str:
+    """A value as JSON in printable ASCII, of at most 60 characters; of long whole numbers only the size."""
+    if type(value) is int and abs(value) >= 10**50:
+        return f"a whole number of about {int(value.bit_length() * math.log10(2)) + 1} digits"
+    text = json.dumps(value)
+    return text if len(text) <= 60 else text[:57] + "..."
 
 
 def parse_arguments(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> argparse.Namespace:
     """`parser.parse_args(arguments)`; a wrong flag ends the program with one line and exit code 2."""
 
     def end(message: str) -> NoReturn:
-        sys.stderr.write(f"{parser.prog}: {message} (see --help)\n")
+        sys.stderr.write(printable_line(f"{parser.prog}: {message} (see --help)") + "\n")
         raise SystemExit(EXIT_BAD_INPUT)
 
     parser.error = end
@@ -124,7 +147,7 @@ def run_command(command: Callable[[], None], errors: tuple[type[Exception], ...]
     try:
         command()
     except errors as error:
-        sys.stderr.write(" ".join(str(error).split("\n")) + "\n")
+        sys.stderr.write(printable_line(error) + "\n")
         return EXIT_BAD_INPUT
     return 0
 
@@ -161,8 +184,9 @@ def _from_text(each: Field, text: str) -> object:
     """The flag's text as a value of the field's type."""
     try:
         return each.type(text)
-    except ValueError:
-        raise ConfigError(f"--{each.name}: found {text!r}, expected {_TYPE_NAMES[each.type]}") from None
+    except ValueError:  # also an integer of more than 4,300 digits
+        found = repr(text) if len(text) <= 60 else f"{text[:40]!r}... ({len(text)} characters)"
+        raise ConfigError(f"--{each.name}: found {found}, expected {_TYPE_NAMES[each.type]}") from None
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -172,6 +196,10 @@ def _from_text(each: Field, text: str) -> object:
 def _read_file(path: Path, by_name: dict[str, Field], section: str) -> tuple[dict, dict[str, str]]:
     """Values of a config file (of one section, if it has any) and the place of each ("file:line")."""
     try:
+        if path.exists() and not path.is_file():  # reading a pipe or a device would never end
+            raise ConfigError(f"{path}: found no readable file (not a regular file), expected a JSON config")
+        if path.exists() and path.stat().st_size > MAX_CONFIG_BYTES:
+            raise ConfigError(f"{path}: found more than {MAX_CONFIG_BYTES} bytes, expected a JSON config")
         text = path.read_text(encoding="utf-8")
     except OSError as error:
         raise ConfigError(f"{path}: found no readable file ({error.strerror}), expected a JSON config") from None
@@ -183,36 +211,48 @@ def _read_file(path: Path, by_name: dict[str, Field], section: str) -> tuple[dic
         raise ConfigError(f"{path}:{error.lineno}: found malformed JSON ({error.msg}), expected one object") from None
     except RecursionError:
         raise ConfigError(f"{path}:1: found JSON nested too deeply, expected one flat object") from None
+    except ConfigError:
+        raise
+    except ValueError:  # Python's limit on the digits of an integer
+        raise ConfigError(f"{path}:1: found a whole number of too many digits, expected fewer") from None
     if not isinstance(values, dict):
         raise ConfigError(f"{path}:1: found a JSON {type(values).__name__}, expected an object of settings")
     first_line = 1
     if section and values and all(isinstance(value, dict) for value in values.values()):
         if section not in values:
-            raise ConfigError(f"{path}:1: found the sections {', '.join(values)}, expected one named {section}")
+            raise ConfigError(
+                f"{path}:1: found the sections {', '.join(map(_short, values))}, expected one named {section}"
+            )
         first_line = _line_of(text, section, 1)
         values = values[section]
     places = {name: f"{path}:{_line_of(text, name, first_line)}" for name in values}
     for name, value in values.items():
         if name not in by_name:
             raise ConfigError(
-                f"{places[name]}: found unknown key {name!r}, expected one of {', '.join(sorted(by_name))}"
+                f"{places[name]}: found unknown key {_short(name)!r}, expected one of {', '.join(sorted(by_name))}"
             )
         wanted = by_name[name].type
-        if wanted is float and type(value) is int:
+        if wanted is float and type(value) is int and abs(value) < 10**300:
             values[name] = float(value)
         elif type(value) is not wanted:  # exact: True is an int to isinstance
-            raise ConfigError(f"{places[name]}: found {name} = {json.dumps(value)}, expected {_TYPE_NAMES[wanted]}")
+            raise ConfigError(f"{places[name]}: found {name} = {shown(value)}, expected {_TYPE_NAMES[wanted]}")
     return values, places
 
 
 def _without_duplicates(pairs: list[tuple[str, object]], path: Path, text: str) -> dict:
     names = [name for name, _ in pairs]
-    for name in names:
-        if names.count(name) > 1:
-            raise ConfigError(
-                f"{path}:{_line_of(text, name, 1)}: found key {name!r} {names.count(name)} times, expected once"
-            )
-    return dict(pairs)
+    result = dict(pairs)
+    if len(result) < len(names):
+        seen: set[str] = set()
+        name = next(name for name in names if name in seen or seen.add(name))
+        raise ConfigError(
+            f"{path}:{_line_of(text, name, 1)}: found key {_short(name)!r} {names.count(name)} times, expected once"
+        )
+    return result
+
+
+def _short(name: str) -> str:
+    return name if len(name) <= 60 else name[:57] + "..."
 
 
 def _line_of(text: str, name: str, first_line: int) -> int:
@@ -227,14 +267,20 @@ def _line_of(text: str, name: str, first_line: int) -> int:
 
 
 def _check(each: Field, value: object, place: str) -> None:
-    """Choices and bounds of one field."""
+    """Choices and bounds of one field; text must be short and free of control characters and lone surrogates."""
     choices, low, high = each.metadata["choices"], each.metadata["low"], each.metadata["high"]
-    shown = json.dumps(value)
+    found = f"{place}: found {each.name} = {shown(value)}"
     if choices and value not in choices:
-        raise ConfigError(f"{place}: found {each.name} = {shown}, expected one of {', '.join(choices)}")
+        raise ConfigError(f"{found}, expected one of {', '.join(choices)}")
+    if isinstance(value, str) and _NOT_TEXT.search(value):
+        raise ConfigError(f"{found}, expected text without control characters and lone surrogates")
+    if isinstance(value, str) and len(value) > MAX_TEXT:
+        raise ConfigError(f"{found} of {len(value)} characters, expected at most {MAX_TEXT}")
     if isinstance(value, float) and not math.isfinite(value):
-        raise ConfigError(f"{place}: found {each.name} = {shown}, expected a finite number")
+        raise ConfigError(f"{found}, expected a finite number")
     if low is not None and value < low:
-        raise ConfigError(f"{place}: found {each.name} = {shown}, expected at least {low}")
+        raise ConfigError(f"{found}, expected at least {low}")
+    if high is None and isinstance(value, int):
+        high = MAX_WHOLE_NUMBER
     if high is not None and value > high:
-        raise ConfigError(f"{place}: found {each.name} = {shown}, expected at most {high}")
+        raise ConfigError(f"{found}, expected at most {high}")
