@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from data.inspect_loss_weights import main as inspect_loss_weights
 from rl.ppo_config import PPOConfig
 from run_eval import EvalConfig
 from tests.test_import_rules import MAY_IMPORT
@@ -90,6 +91,16 @@ def test_the_picture_names_the_file_of_each_stage():
     picture = README.partition("```mermaid\n")[2].partition("```")[0]
     files = re.findall(r"<br>([\w/]+\.py)", picture)
     assert len(files) >= 8 and all((ROOT / file).is_file() for file in files)
+
+
+def test_the_shown_trajectory_is_what_the_command_prints(capsys, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    section = README.partition("## See what is trained\n")[2].partition("The failed call stays")[0]
+    command, *shown = [line.strip() for line in section.splitlines() if line.startswith("    ")]
+    arguments = command.removeprefix("python -m data.inspect_loss_weights ").split()
+    assert inspect_loss_weights([*arguments, "--no_color"]) == 0
+    printed = [line.strip() for line in capsys.readouterr().out.splitlines()]
+    assert len(shown) == 6 and printed[printed.index(shown[0]) :][:6] == shown
 
 
 def test_all_pages_and_requirement_files_are_in_the_readme():
