@@ -25,7 +25,7 @@ from tests.support.cuda_build import (
 )
 from train.cuda.launch import ROW_KERNELS, SOURCE, STREAM_THREADS, choose_kernel
 
-pytestmark = pytest.mark.skipif(why_no_gxx() != "", reason=why_no_gxx() or "g++ is there")
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(why_no_gxx() != "", reason=why_no_gxx() or "g++ is there")]
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 VOCABULARIES = [1, 7, 8, 31, 1000, 1003, 4096, 32016]

@@ -11,7 +11,7 @@ import torch
 
 from tests.support.cuda_build import ORDERS, ROOT, emulated_library, launch, why_no_gxx
 
-pytestmark = pytest.mark.skipif(why_no_gxx() != "", reason=why_no_gxx() or "g++ is there")
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(why_no_gxx() != "", reason=why_no_gxx() or "g++ is there")]
 
 FOLDER = ROOT / "benchmarks" / "cuda_kernel_ladder"
 STEPS = {"naive": (32, 32), "warp": (4, 128), "block": (1, 1024), "registers": (1, 1024)}  # rows, threads of a block

@@ -504,6 +504,7 @@ def results(fake_driver, cache) -> dict[str, str]:
     return json.loads(run_child(code, fake_driver, cache))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CHECKS)
 def test_in_a_process_with_the_fake_driver(results, name):
     assert not results[name], results[name]
@@ -677,6 +678,7 @@ def test_default_folder_is_below_the_home(tmp_path, monkeypatch):
 # What is missing
 
 
+@pytest.mark.slow
 def test_cpu_needs_no_bindings():
     """torch itself imports them where they are installed; nvrtc is ours alone."""
     code = """
