@@ -32,7 +32,8 @@ MASKED_API_KEY = "MASKED_API_KEY"  # in place of the keys that the gold answers 
 # Variant -> what it changes against first_call, the primary one of `--rules fair`.
 VARIANTS = {
     "first_call": "gold is the instruction's first call, {} may be right, values equal as JSON, API keys literally",
-    "rotbench_rules": "empty arguments are wrong, values by Python's ==: primary with --rules official",
+    "rotbench_rules": "empty arguments are wrong, arguments that are no object count for TS, values by Python's ==: "
+    "primary with --rules official",
     "any_call": "any gold call of the instruction is accepted",
     "authentication_ignored": "an API key must be named, its value is free",
     "lenient_values": '"2024" is 2024, letter case and blanks at the ends of strings do not count',
@@ -169,12 +170,10 @@ def score_toolalpaca_call(name: str, arguments: object, example: Record, variant
     if variant == "rotbench_rules" and not arguments:
         return CallScore(TS=False, PI=False, CF=False, reason="empty arguments: wrong by RoTBench's first rule")
     if not isinstance(arguments, dict):
-        return CallScore(
-            TS=False,
-            PI=False,
-            CF=False,
-            reason=f"unparsable: found {type(arguments).__name__} as arguments, expected an object",
-        )
+        # RoTBench's scorer compares the names first, and stops at arguments that have no keys.
+        has_tool = variant == "rotbench_rules" and name == example.gold[0].calls[0].name
+        found = type(arguments).__name__
+        return CallScore(has_tool, False, False, reason=f"unparsable: found {found} as arguments, expected an object")
     answers = example.gold
     if variant == "any_call":
         answers = [GoldAnswer((call,), order_free=False) for call in example.meta["gold_calls"]]

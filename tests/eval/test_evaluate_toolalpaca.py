@@ -138,6 +138,39 @@ def test_variants_of_one_instruction(answers, call, expected):
     assert (rows[0]["TS"], rows[0]["PI"], rows[0]["CF"]) == expected[1] and bool(rows[0]["reason"]) != expected[1][2]
 
 
+def rotbench_scorer(name, text, gold_name, gold_arguments):
+    """(TS, PI, CF) by the steps of RoTBench's published scorer on one ReAct text: an exception keeps what was counted."""
+    counted = [0, 0, 0]
+    try:
+        arguments = json.loads(text)
+        arguments = 0 if isinstance(arguments, str) else arguments
+    except ValueError:
+        arguments = 0
+    if arguments and name == gold_name:
+        counted[0] = 1
+        if getattr(arguments, "keys", None) is not None and set(arguments.keys()) == set(gold_arguments):
+            counted[1] = 1
+            counted[2] = int(arguments == gold_arguments)
+    return tuple(counted)
+
+
+def test_arguments_that_are_no_object_count_for_the_tool_as_rotbench_does(answers):
+    (example,) = load_toolalpaca(answers)[:1]
+    gold = example.gold[0].calls[0]
+    texts = [json.dumps(gold.arguments), '["EUR"]', "[[]]", "7", "0.5", "true", "[]", "0", "false", "null", "{}"]
+    texts += ['"EUR"', '"{}"', "", "EUR", '{"base": "EUR"}', json.dumps({**gold.arguments, "days": 3})]
+    by_hand = [RIGHT, *[TOOL] * 5, *[WRONG] * 9, TOOL, VALUES]
+    for name in (gold.name, "list_get"):
+        for text, expected in zip(texts, by_hand, strict=True):
+            output = f"Thought: x\nAction: {name}\nAction Input: {text}"
+            (row,), _ = summarize_toolalpaca([example], predict([output], "react"), "official")
+            found = (row["TS"], row["PI"], row["CF"])
+            assert found == rotbench_scorer(name, text, gold.name, gold.arguments), text
+            assert found == (expected if name == gold.name else WRONG) and bool(row["reason"]) == (found != RIGHT), text
+            (row,), _ = summarize_toolalpaca([example], predict([output], "react"), "fair")
+            assert text.startswith("{") or (row["TS"], row["PI"], row["CF"]) == WRONG, text
+
+
 def test_python_equality_only_under_rotbench_rules(answers):
     example = load_toolalpaca(answers)[0]
     example.gold[0].calls[0].arguments["days"] = 1
