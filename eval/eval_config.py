@@ -65,6 +65,12 @@ class EvalConfig:
     )
     max_answer_tokens: int = setting(384, "the same for the continuation of a text, as in gsm8k", low=1)
     max_turn_tokens: int = setting(512, "the same for a turn of a dialogue, whose answer may be long", low=1)
+    mmlu_max_prompt_tokens: int = setting(
+        2048,
+        "leave out solved questions of MMLU, the last first, while its prompt is longer, as the benchmark's own code "
+        "does; 0 = only where the model's positions end. An endpoint counts its own tokens",
+        low=0,
+    )
     batch_size: int = setting(32, "prompts generated together on one rank; changes memory and speed only", low=1)
     output: str = setting("runs/eval", "folder of predictions, results, summary.json, report.md, plots")
     resume: str = setting(

@@ -19,7 +19,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from data.formats.table import parse_output
+from data.formats.table import FORMATS, parse_output
 from data.json_records import DataError
 from data.tool_calls import ToolCall, ToolCallError
 from data.tool_documents import normalize_tools
@@ -468,6 +468,7 @@ def summarize_bfcl(
         **summarize_results(rows),
         "rules": rules,
         "primary": PRIMARY[rules],
+        "one_call_per_turn": all(FORMATS[prediction.format].has_one_call for prediction in predictions),
         "variants": {variant: rates(scored) for variant, scored in rows_by_variant.items()},
         "by_category": {name: rates(group) for name, group in groups.items() if group},
     }

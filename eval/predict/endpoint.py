@@ -342,6 +342,8 @@ def _ask_choice(endpoint: Endpoint, query: Record, prompt_format: str) -> dict:
         if answer.stop != "prompt_too_long":
             break
     row = {"index": query.index, "output": output, "stop": "end" if answer.choice else answer.stop}
+    if answer.choice and n_shots < len(query.shots):
+        row["n_shots"] = n_shots
     return {**row, "error": answer.error} if answer.error else row
 
 

@@ -129,7 +129,9 @@ def complete_predictions(
     # 3. The complete file, in order.
     rows, _ = merge_journals(path, rank)
     n_kept = len(queries) - len(missing)
-    return describe_resume(
+    n_fewer = sum("n_shots" in row for row in rows)
+    fewer = [f"{path}: {n_fewer} of {len(rows)} prompts have fewer solved questions, to fit"] if n_fewer else []
+    return fewer + describe_resume(
         path,
         kept=f"{n_kept} predictions" if n_kept else "",
         n_dropped=n_dropped,

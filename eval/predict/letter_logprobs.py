@@ -19,18 +19,23 @@ from model.tokenizer import Tokenizer
 from model.transformer import Transformer
 
 
-def letter_rows(model: Transformer, tokenizer: Tokenizer, queries: Sequence[Record]) -> Iterator[dict]:
+def letter_rows(
+    model: Transformer, tokenizer: Tokenizer, queries: Sequence[Record], *, max_prompt_tokens: int = 0
+) -> Iterator[dict]:
     """One predictions row per question: index, logprobs (natural, one per letter), output (the letter chosen), stop.
 
-    Solved questions are left out, the last first, while the prompt is longer than the model's positions.
+    Solved questions are left out, the last first, while the prompt is longer than the model's positions or than
+    `max_prompt_tokens` (0: no such limit). A row says how many are left, `n_shots`, where some are not. A question that
+    exceeds `max_prompt_tokens` by itself is asked all the same.
     """
     prefix = _Prefix(model, tokenizer)
     for query in queries:
         letters = [tokenizer.encode_continuation(f" {letter}") for letter in query.letters]
         longest = max(map(len, letters))
+        room = model.config.max_positions - longest + 1
         n_shots = fitting_shots(
             query,
-            max_tokens=model.config.max_positions - longest + 1,
+            max_tokens=min(room, max_prompt_tokens or room),
             count_tokens=lambda candidate: len(encode_text(candidate, tokenizer)),
         )
         ids = encode_text(choice_prompt(query, n_shots), tokenizer)
@@ -43,7 +48,7 @@ def letter_rows(model: Transformer, tokenizer: Tokenizer, queries: Sequence[Reco
             "output": f" {choose_letter(logprobs, query.letters)}",
             "stop": "end",
             "logprobs": logprobs,
-        }
+        } | ({"n_shots": n_shots} if n_shots < len(query.shots) else {})
 
 
 class _Prefix:

@@ -171,6 +171,8 @@ def deciding_settings(run: BenchmarkRun, config: EvalConfig) -> dict[str, str | 
         "max_new_tokens": longest_output(run.benchmark, config),
         "answers_sha256": run.answers_sha256,
     }
+    if run.benchmark.asked == "choice" and not config.endpoint:
+        return settings | {"max_prompt_tokens": config.mmlu_max_prompt_tokens}
     if run.benchmark.asked != "dialogue":
         return settings
     return settings | {
@@ -198,7 +200,8 @@ def answer_records(
         return ask_records(source, records, **settings)
     if benchmark.asked == "choice":  # neighbours share a prefix: whole stretches, not every second one
         first, last = (len(records) * part // source.world_size for part in (source.rank, source.rank + 1))
-        return letter_rows(source.model, source.tokenizer, records[first:last])
+        limit = config.mmlu_max_prompt_tokens
+        return letter_rows(source.model, source.tokenizer, records[first:last], max_prompt_tokens=limit)
     return generated_rows(source, records, **settings, batch_size=config.batch_size)
 
 

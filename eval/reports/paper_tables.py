@@ -1,4 +1,4 @@
-"""The paper's published numbers (published_results.json) and its Tables 3, 4 and 5 with a run of ours as a row more."""
+"""The paper's published numbers (published_results.json) and its Tables 3, 4 and 5 with a run of ours below them."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -9,6 +9,7 @@ from eval.confidence import attainable_count
 
 PUBLISHED = Path(__file__).parent / "published_results.json"
 DECIMALS = 2  # digits of the paper's percentages
+ONE_CALL_VARIANT = "first_call"  # of BFCL: how a model of one call per turn can reach what the paper prints
 TITLES = {"table3": "Table 3: single-turn", "table4": "Table 4: multi-turn", "table5": "Table 5: ablation"}
 
 
@@ -44,9 +45,10 @@ def unattainable_cells() -> list[tuple[str, str, str, float]]:
 def paper_tables(summaries: Mapping[str, Mapping], name: str) -> list[tuple[str, list[list[str]], list[str]]]:
     """(title, table, notes) of each paper table that has a benchmark in `summaries` with all its metrics.
 
-    `summaries`: benchmark -> summary with `<metric>_percent`; `name` is our row's, put last. Columns of benchmarks that
-    were not run are left out; where the run is of fewer records than published, a note says so. Published cells that
-    cannot be k/n are marked with `?`.
+    `summaries`: benchmark -> summary with `<metric>_percent`; `name` is our row's, after theirs. Columns of benchmarks
+    that were not run are left out; where the run is of fewer records than published, a note says so. Published cells
+    that cannot be k/n are marked with `?`. Where the outputs of a benchmark with parallel calls hold one call per turn,
+    a second row of ours has its variant `first_call`.
     """
     published, odd = read_published(), set(unattainable_cells())
     tables = []
@@ -64,9 +66,25 @@ def paper_tables(summaries: Mapping[str, Mapping], name: str) -> list[tuple[str,
             cells = [_cell(row, benchmark, metric, key, odd) for benchmark, metric in columns]
             rows.append([" ".join(filter(None, (row["model"], row.get("size", "")))), *cells])
         rows.append([name, *(f"{summaries[benchmark][f'{metric}_percent']:.2f}" for benchmark, metric in columns)])
+        rows += _one_call_rows(summaries, name, columns)
         shown = {benchmark for benchmark, _ in columns}
         tables.append((title, rows, _notes(summaries, sorted(shown), any("?" in cell for row in rows for cell in row))))
     return tables
+
+
+def _one_call_rows(summaries: Mapping[str, Mapping], name: str, columns: Sequence[tuple[str, str]]) -> list[list[str]]:
+    """Our row by ONE_CALL_VARIANT, for each benchmark whose summary says that its outputs hold one call per turn."""
+    return [
+        [
+            f"{name}, {ONE_CALL_VARIANT} of {one}",
+            *(
+                f"{summaries[one]['variants'][ONE_CALL_VARIANT][f'{metric}_percent']:.2f}" if benchmark == one else "-"
+                for benchmark, metric in columns
+            ),
+        ]
+        for one in dict.fromkeys(benchmark for benchmark, _ in columns)
+        if summaries[one].get("one_call_per_turn") and ONE_CALL_VARIANT in summaries[one].get("variants", {})
+    ]
 
 
 def _has_metrics(summaries: Mapping[str, Mapping], benchmark: str) -> bool:
@@ -98,6 +116,12 @@ def _notes(summaries: Mapping[str, Mapping], shown: Sequence[str], has_marks: bo
                 "simulated executor; the paper's models called the real tools."
             )
     notes += [note for benchmark, note in published["notes"].items() if benchmark in shown]
+    notes += [
+        f"{benchmark}: the outputs hold one call per turn, and many records want several; {ONE_CALL_VARIANT} compares "
+        "the first call only."
+        for benchmark in shown
+        if summaries[benchmark].get("one_call_per_turn")
+    ]
     if has_marks:
         notes.append("?: no whole number of records gives this percentage.")
     return notes

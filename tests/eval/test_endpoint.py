@@ -129,7 +129,7 @@ def test_choices_by_log_probability_with_fewer_shots_where_needed(serve):
         return completion("\n", "length", logprobs={"top_logprobs": [top]})
 
     server = serve(script)
-    assert ask_one(server, "tl", asked) == {"index": 7, "output": " C", "stop": "end"}
+    assert ask_one(server, "tl", asked) == {"index": 7, "output": " C", "stop": "end", "n_shots": 3}
     assert [body["prompt"].count("shot") for _, body, _ in server.requests] == [5, 4, 3]
     assert server.requests[0][1]["logprobs"] == 5 and server.requests[0][1]["max_tokens"] == 1
     chat = serve(lambda *_: (200, {"choices": [{"message": {"content": "B"}}]}, {}))

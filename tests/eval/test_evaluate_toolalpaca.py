@@ -139,7 +139,7 @@ def test_variants_of_one_instruction(answers, call, expected):
 
 
 def rotbench_scorer(name, text, gold_name, gold_arguments):
-    """(TS, PI, CF) by the steps of RoTBench's published scorer on one ReAct text: an exception keeps what was counted."""
+    """(TS, PI, CF) by the steps of RoTBench's published scorer on one text: an exception keeps what was counted."""
     counted = [0, 0, 0]
     try:
         arguments = json.loads(text)

@@ -116,6 +116,25 @@ def test_report_of_part_of_a_benchmark_and_variants():
     assert "75.56?" in report and "?: no whole number of records gives this percentage." in report
 
 
+def test_first_call_is_shown_below_the_papers_rows_for_formats_of_one_call():
+    """90 of 240 records want several calls, so 150 of 240 is the most that one call per turn can get by order_free."""
+    summary = summarize_results(rows_of([3] * 150 + [0] * 90)) | {"primary": "order_free"}
+    first = summarize_results(rows_of([3] * 212 + [2] * 13 + [1] * 6 + [0] * 9))  # TL-CodeLLaMA-2's row of Table 3
+    del first["errors"]
+    tables = {}
+    for one_call in (True, False):
+        bfcl = {**summary, "one_call_per_turn": one_call, "variants": {"order_free": summary, "first_call": first}}
+        tables[one_call] = format_report(run_of(bfcl_exec=bfcl, rotbench_clean=summarize_results(rows_of([3] * 105))))
+    cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in tables[True].splitlines() if "|" in line]
+    paper = next(row for row in cells if row[0] == "TL-CodeLLaMA-2 7B")
+    ours = cells[cells.index(paper) + 1 : cells.index(paper) + 3]
+    assert paper[4:] == ["96.25", "93.75", "88.33"]
+    assert ours[0] == ["this run", "100.00", "100.00", "100.00", "62.50", "62.50", "62.50"]
+    assert ours[1] == ["this run, first_call of bfcl-exec", "-", "-", "-", "96.25", "93.75", "88.33"]
+    assert "bfcl-exec: the outputs hold one call per turn" in tables[True]
+    assert "first_call of" not in tables[False] and "one call per turn" not in tables[False]
+
+
 def test_percentages_that_cannot_be_are_warned_of():
     summary = summarize_results(rows_of([3, 0, 0]))
     assert unattainable_rates(summary) == [] and metrics_of(summary) == ["TS", "PI", "CF"]

@@ -179,6 +179,42 @@ def test_letters_with_fewer_shots_where_the_model_is_short(folder, model):
     assert row_with(lengths[0] - 1) == {"index": 0, "output": "", "stop": "prompt_too_long"}
 
 
+def test_longest_prompt_as_the_benchmarks_own_loop_counts_it(folder, model):
+    network, tokenizer = model
+    queries = load_mmlu(folder / "mmlu")[::3]
+    lengths = sorted({len(encode_text(choice_prompt(query, k), tokenizer)) for query in queries for k in range(6)})
+    for limit in (*lengths, lengths[0] - 1, lengths[2] + 1, 1):
+        for query, row in zip(queries, letter_rows(network, tokenizer, queries, max_prompt_tokens=limit), strict=True):
+            k = 5
+            while k and len(encode_text(choice_prompt(query, k), tokenizer)) > limit:
+                k -= 1
+            ids = encode_text(choice_prompt(query, k), tokenizer)
+            with torch.inference_mode():
+                last_V = network(torch.tensor([ids]))[0, -1].double().log_softmax(-1)
+            first = [tokenizer.encode_continuation(f" {letter}") for letter in LETTERS]
+            assert row.get("n_shots", 5) == k and ("n_shots" in row) == (k < 5)
+            for logprob, letter_ids in zip(row["logprobs"], first, strict=True):
+                assert len(letter_ids) > 1 or logprob == pytest.approx(last_V[letter_ids[0]].item(), abs=1e-4)
+    assert list(letter_rows(network, tokenizer, queries)) == list(
+        letter_rows(network, tokenizer, queries, max_prompt_tokens=lengths[-1])
+    )
+
+
+def test_fewer_shots_are_counted_in_the_log_and_decide_the_predictions(folder, model, tmp_path):
+    queries = load_mmlu(folder / "mmlu")
+    room = max(len(encode_text(choice_prompt(query, 3), model[1])) for query in queries)
+    code, out, err = run(folder, tmp_path, benchmarks="mmlu", mmlu_max_prompt_tokens=room)
+    assert code == 0 and f"{len(queries)} of {len(queries)} prompts have fewer solved questions, to fit" in out, err
+    rows = [json.loads(line) for line in predictions_of(tmp_path, "mmlu").splitlines()]
+    assert {row["n_shots"] for row in rows} <= {3, 4} and len(rows) == len(queries)
+    code, out, err = run(folder, tmp_path, benchmarks="mmlu", mmlu_max_prompt_tokens=0)
+    assert code == 2 and "max_prompt_tokens" in err
+    code, out, err = run(folder, tmp_path / "all", benchmarks="mmlu", mmlu_max_prompt_tokens=0)
+    assert (
+        code == 0 and "fewer solved questions" not in out and b"n_shots" not in predictions_of(tmp_path / "all", "mmlu")
+    )
+
+
 def test_ranks_share_the_queries(folder, model):
     queries = load_humaneval(folder / "humaneval/HumanEval.jsonl.gz")
 
