@@ -37,7 +37,8 @@ INCOMING_GRADIENT = 1 / 7  # as in benchmark_loss
 FLUSH_BYTES = 256 * 2**20  # more than any L2 cache
 
 
-# ------------------------------------------------------------------------------------------------------------ measuring
+# ---------------------------------------------------------------------------------------------------------------------
+# Measuring
 def median_seconds(call: Callable[[], object], args) -> float:
     """Of one call on the device (of the host on the CPU)."""
     flush = torch.empty(FLUSH_BYTES if args.device == "cuda" else 1, dtype=torch.int8, device=args.device)
@@ -72,7 +73,8 @@ def extra_mib(call: Callable[[], object], args) -> float:
     return (torch.cuda.max_memory_allocated() - before) / 2**20
 
 
-# ----------------------------------------------------------------------------------------------------- part 1: the roof
+# ---------------------------------------------------------------------------------------------------------------------
+# Part 1: the roof
 def print_roof(args, dtype: torch.dtype) -> None:
     logits_CV = torch.randn(args.tokens, args.vocab_size, device=args.device).to(dtype)
     target_ids_C = torch.randint(0, args.vocab_size, (args.tokens,), device=args.device)
@@ -98,7 +100,8 @@ def print_roof(args, dtype: torch.dtype) -> None:
         print(f"{name:24}  {seconds:.6f}  {rate * 1e-9:8.0f}  {rate / (2 * logit_bytes / roof):.2f}")
 
 
-# ----------------------------------------------------------------------------------------------------- part 2: the loss
+# ---------------------------------------------------------------------------------------------------------------------
+# Part 2: the loss
 def make_inputs(args, dtype: torch.dtype, percent: float) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """hidden (M, D), head (V, D), targets (M,), weights (M,), index of the rows with weight (K,)."""
     generator = torch.Generator().manual_seed(args.seed)

@@ -66,7 +66,8 @@ def make_model(name: str, seed: int) -> Transformer:
     return model.eval()
 
 
-# ---------------------------------------------------------------------------------------------------------------- sides
+# ---------------------------------------------------------------------------------------------------------------------
+# Sides
 def kept(
     model: Transformer, dialogues: Dialogues, chosen: list[int], is_reworded: bool = False
 ) -> tuple[dict[int, Turns], int, int]:
@@ -109,7 +110,8 @@ def whole(model: Transformer, dialogues: Dialogues) -> tuple[dict[int, Turns], i
     return responses, n_forwarded
 
 
-# --------------------------------------------------------------------------------------------------------- measurements
+# ---------------------------------------------------------------------------------------------------------------------
+# Measurements
 def timed_rounds(sides: dict, repeats: int, clock) -> tuple[dict, dict]:
     """(seconds per side, list over rounds; results of the last round). The first side runs once before, untimed."""
     next(iter(sides.values()))()

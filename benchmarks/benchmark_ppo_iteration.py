@@ -67,7 +67,8 @@ TOLERANCE = 1e-3  # of log-probabilities and losses: padded and packed rows diff
 CLOCKS = {"cpu": time.process_time, "wall": time.perf_counter}
 
 
-# --------------------------------------------------------------------------------------------------- models and prompts
+# ---------------------------------------------------------------------------------------------------------------------
+# Models and prompts
 def save_random_model(args, folder: Path) -> None:
     """A LLaMA of the given shape with random weights; only its shape matters here."""
     model = Transformer(
@@ -130,7 +131,8 @@ def plain_copy(models: Models) -> Models:
     return Models(policy, reference, critic, *optimizers, models.tokenizer, starts_at_reference=True)
 
 
-# ------------------------------------------------------------------------------------------------------- padded forward
+# ---------------------------------------------------------------------------------------------------------------------
+# Padded forward
 class PaddedCache:
     """Keys and values (B, K, L, H) of every layer; the same number of slots is filled in all rows."""
 
@@ -186,7 +188,8 @@ def padded_values(critic: ValueModel, ids_BT: Tensor, mask_BT: Tensor, n_respons
     return values_BT[:, :-1][:, -n_response:]
 
 
-# ----------------------------------------------------------------------------------------------------- padded iteration
+# ---------------------------------------------------------------------------------------------------------------------
+# Padded iteration
 @torch.no_grad()
 def padded_generation(
     policy: Transformer,
@@ -313,7 +316,8 @@ def padded_update(
     return losses
 
 
-# --------------------------------------------------------------------------------------------------------- measurements
+# ---------------------------------------------------------------------------------------------------------------------
+# Measurements
 @contextmanager
 def timed(seconds: dict[str, float], name: str, clock: Callable[[], float]) -> Iterator[None]:
     began = clock()

@@ -57,7 +57,8 @@ GOALS = {"tiny": 2.0, "135m": 1.3}
 N_ROLLOUT, ROLLOUT_BATCH = 64, 8
 
 
-# --------------------------------------------------------------------------------------------------- models and prompts
+# ---------------------------------------------------------------------------------------------------------------------
+# Models and prompts
 def make_models(name: str, seed: int) -> tuple[Transformer, torch.nn.Module]:
     """Ours and transformers' with the same weights."""
     from transformers import AutoModelForCausalLM
@@ -78,7 +79,8 @@ def random_prompts(lengths: list[int], vocab_size: int, seed: int) -> list[list[
     return [torch.randint(3, vocab_size, (length,), generator=generator).tolist() for length in lengths]
 
 
-# ---------------------------------------------------------------------------------------------------------------- sides
+# ---------------------------------------------------------------------------------------------------------------------
+# Sides
 @torch.inference_mode()
 def transformers_generate(peer: torch.nn.Module, prompts: list[list[int]], new_tokens: int) -> list[list[int]]:
     """Greedy ids, padded on the left to the longest prompt."""
@@ -125,7 +127,8 @@ def read_rate(clock) -> float:
     return 4 * len(numbers) / best
 
 
-# --------------------------------------------------------------------------------------------------------- measurements
+# ---------------------------------------------------------------------------------------------------------------------
+# Measurements
 def timed_rounds(sides: dict, repeats: int, clock) -> tuple[dict, dict]:
     """(seconds per side, list over rounds; ids of the warm-up)."""
     ids = {name: side() for name, side in sides.items()}

@@ -33,7 +33,8 @@ ROLES = {"user": "user", "function": "tool", "assistant": "assistant"}
 DEFAULT_DATA = "../shared/data/benchmarks/rotbench/Third_Turn/clean.json"
 
 
-# -------------------------------------------------------------------------------- reading
+# ---------------------------------------------------------------------------------------------------------------------
+# Reading
 
 
 def read_react_record(record: dict, source: str) -> Trajectory:
@@ -71,7 +72,8 @@ def read_multi_turn(path: Path) -> list[Trajectory]:
     return read_trajectories(path)
 
 
-# -------------------------------------------------------------------------------- measuring
+# ---------------------------------------------------------------------------------------------------------------------
+# Measuring
 
 
 def random_model(vocab_size: int, dim: int, n_layers: int) -> Transformer:

@@ -59,7 +59,8 @@ HF_NAMES = (  # ours -> transformers
 )
 
 
-# ----------------------------------------------------------------------------------------------------- models and batch
+# ---------------------------------------------------------------------------------------------------------------------
+# Models and batch
 def make_config(args) -> ModelConfig:
     return ModelConfig(
         vocab_size=args.vocab_size,
@@ -129,7 +130,8 @@ def make_batch(args, percent: int) -> PackedBatch:
     )
 
 
-# ---------------------------------------------------------------------------------------------------------------- sides
+# ---------------------------------------------------------------------------------------------------------------------
+# Sides
 def eager_loss(model, batch: PackedBatch):
     logits_BTV = model(input_ids=batch.input_ids_T.view(N_SEQUENCES, -1), use_cache=False).logits
     rows = cross_entropy(logits_BTV.flatten(0, 1).float(), batch.target_ids_T, reduction="none")
@@ -194,7 +196,8 @@ def make_sides(args, dtype: torch.dtype, world) -> dict:
     return sides
 
 
-# --------------------------------------------------------------------------------------------------------- measurements
+# ---------------------------------------------------------------------------------------------------------------------
+# Measurements
 def useful_flops(args, trained_rows: int) -> tuple[float, float]:
     """(blocks, head) floating-point operations of one forward and backward."""
     config = make_config(args)

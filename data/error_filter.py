@@ -71,7 +71,7 @@ class FilterDifference:
 _ALL_RIGHT = Finding("all_right", "", "")
 
 # ---------------------------------------------------------------------------------------------------------------------
-# categories of errors
+# Categories of errors
 
 # What kind an error is, by the first words found in the text that reports it; else it is a tool_call_failure, the
 # paper's "Others" included. {tool} is the called tool's name: "name 'pandas' is not defined" from the code that a
@@ -106,7 +106,7 @@ _CATEGORY_WORDS = (
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# structured
+# Structured
 
 
 def classify_feedback(feedback: str | None, call: ToolCall | None, tools: list[dict]) -> str:
@@ -170,7 +170,7 @@ def _cut(text: str) -> str:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# substring mode
+# Substring mode
 
 # What the released list (code/mae/mae.py, commit 1a62191) comes down to once its entries are
 # reduced as the feedback is. Entries that contain "error" are left out: the quoted `"error":` is reduced to that bare
@@ -212,7 +212,7 @@ def find_released_substring(feedback: str) -> tuple[str, str] | None:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# decisions
+# Decisions
 
 
 def decide_masked_turns(trajectory: Trajectory, error_filter: str) -> list[TurnDecision]:
@@ -265,7 +265,7 @@ def _decide_turn(trajectory: Trajectory, index: int, error_filter: str) -> TurnD
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# measurement
+# Measurement
 
 _CASE_CALL = ToolCall("search", {"q": "x"})
 _CASE_TOOLS = [

@@ -51,7 +51,8 @@ def is_blank(value: object) -> bool:
     return all(map(is_blank, value)) if isinstance(value, list) else value in (None, "")
 
 
-# ------------------------------------------------------------------------------------------------------------ records
+# ---------------------------------------------------------------------------------------------------------------------
+# Records
 
 
 def is_sharegpt(record: dict) -> bool:
@@ -112,7 +113,8 @@ def _is_tool_list(role: object, content: object) -> bool:
     return isinstance(content, list) or re.match(r"\s*\[\s*[\{\]]", content) is not None
 
 
-# ------------------------------------------------------------------------------------------------------------ messages
+# ---------------------------------------------------------------------------------------------------------------------
+# Messages
 
 
 def _sharegpt_messages(entries: list[tuple[str, dict]]) -> list[tuple[str, dict]]:
@@ -256,7 +258,8 @@ def _is_call_object(text: str, name: str) -> bool:
     )
 
 
-# ---------------------------------------------------------------------------------------------------- padded arguments
+# ---------------------------------------------------------------------------------------------------------------------
+# Padded arguments
 
 
 def without_padding(arguments: dict, functions: list[dict], *, is_object: bool) -> tuple[dict, int]:

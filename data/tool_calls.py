@@ -54,7 +54,8 @@ class ToolCall:
     arguments: dict
 
 
-# ---------------------------------------------------------------------------------------------------------- parsing
+# ---------------------------------------------------------------------------------------------------------------------
+# Parsing
 
 
 def parse_tool_call(text: str) -> ToolCall:
@@ -268,7 +269,8 @@ def _fault(text: str, position: int, expected: str) -> ToolCallError:
     return ToolCallError(f"character {position}: found {found}, expected {expected}")
 
 
-# -------------------------------------------------------------------------------------------------------- rendering
+# ---------------------------------------------------------------------------------------------------------------------
+# Rendering
 
 
 def render_tool_call(call: ToolCall) -> str:

@@ -89,7 +89,8 @@ def accepts_any_parameter(function: dict) -> bool:
     return parameters.get("properties") is None if additional is None else additional is not False
 
 
-# ------------------------------------------------------------------------------------------------- lists and wrappers
+# ---------------------------------------------------------------------------------------------------------------------
+# Lists and wrappers
 
 
 def _declared(tool: dict) -> object:
@@ -187,7 +188,8 @@ def _without_json(schema: object) -> object:
     return schema
 
 
-# ---------------------------------------------------------------------------------------------- parameters as a schema
+# ---------------------------------------------------------------------------------------------------------------------
+# Parameters as a schema
 
 
 def _read_schema(parameters: object, function: dict, tool: object, where: str) -> dict:
@@ -275,7 +277,8 @@ def _lower_types(schema: object) -> object:
     }
 
 
-# ------------------------------------------------------------------------------------------ $ref, allOf, anyOf, oneOf
+# ---------------------------------------------------------------------------------------------------------------------
+# $ref, allOf, anyOf, oneOf
 
 
 class _Expander:
@@ -382,7 +385,8 @@ def _joined(first: object, second: object, key: str, name: str, where: str) -> o
     return {"anyOf": [*alternatives, *([second] if second not in alternatives else [])]}
 
 
-# ------------------------------------------------------------------------ xLAM, ToolBench, lists: a spec per parameter
+# ---------------------------------------------------------------------------------------------------------------------
+# xLAM, ToolBench, lists: a spec per parameter
 
 # What may be at the top of a JSON Schema, with its kind. Anything else that is an object is a parameter (xLAM).
 _SCHEMA_KINDS = {
@@ -532,7 +536,8 @@ def _json_type(kind: object) -> tuple[dict, bool]:
     return {"type": _JSON_TYPES.get(text.lower(), kind)}, False
 
 
-# --------------------------------------------------------------------------------------------------------------- small
+# ---------------------------------------------------------------------------------------------------------------------
+# Small
 
 
 def _opened(value: object, where: str) -> object:

@@ -93,7 +93,7 @@ def _judge_text(text: str, depth: int) -> Fault | None:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# reading
+# Reading
 
 
 def read_structure(feedback: str) -> dict | list | str:
@@ -167,7 +167,7 @@ def _complete(text: str) -> dict | list | str:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# structure
+# Structure
 
 
 def _judge_structure(value: dict | list, depth: int, *, is_root: bool) -> Fault | None:

@@ -56,7 +56,8 @@ LEFT_OUT_NULLS = "null arguments that no document has or allows"  # a key of `Tr
 _UNPARSABLE = ("error", "mask")
 
 
-# ---------------------------------------------------------------------------------------------------------- reading
+# ---------------------------------------------------------------------------------------------------------------------
+# Reading
 
 
 def read_trajectories(path: str | Path, *, unparsable_calls: str = "error") -> list[Trajectory]:
@@ -122,7 +123,8 @@ def _read_record(record: object, form: str, source: str, index: int, mask: bool)
     return Trajectory(str(identity), tools, messages, source, dict(left_out))
 
 
-# ------------------------------------------------------------------------------------------------------------- calls
+# ---------------------------------------------------------------------------------------------------------------------
+# Calls
 
 
 def _read_call(
@@ -156,7 +158,8 @@ def _assistant_message(
     return Message("assistant", content, call, fault, weight=weight)
 
 
-# ----------------------------------------------------------------------------------------------------- authors' form
+# ---------------------------------------------------------------------------------------------------------------------
+# Authors' form
 
 
 def _read_authors_messages(
@@ -203,7 +206,8 @@ def _authors_call(content: str, tools: list[dict], left_out: Counter[str]) -> tu
     return _read_call(name.strip(), arguments, tools, left_out)
 
 
-# ------------------------------------------------------------------------------------------- OpenAI form and ShareGPT
+# ---------------------------------------------------------------------------------------------------------------------
+# OpenAI form and ShareGPT
 
 
 def _read_openai_messages(
@@ -321,7 +325,8 @@ def _openai_text(entry: dict, where: str) -> str:
     return content
 
 
-# ----------------------------------------------------------------------------------------------------------- checks
+# ---------------------------------------------------------------------------------------------------------------------
+# Checks
 
 # Who may speak after whom. A call without feedback may precede the user's answer: ask_to_user(question).
 _MAY_FOLLOW = {

@@ -98,7 +98,8 @@ def headings(document: Path) -> set[str]:
     return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
 
 
-# ------------------------------------------------------------------------------------------------------ shipped configs
+# ---------------------------------------------------------------------------------------------------------------------
+# Shipped configs
 SECTIONS = [("sft", SFTConfig, "one field per difference"), ("ppo", PPOConfig, "one setting per difference")]
 
 

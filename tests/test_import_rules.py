@@ -191,7 +191,8 @@ def test_other_tracked_text_has_no_machine_paths():
             assert not found, f"{name}: {found and found[0]}"
 
 
-# ------------------------------------------------------------------------------------------ the rules are not blind
+# ---------------------------------------------------------------------------------------------------------------------
+# The rules are not blind
 
 
 @pytest.mark.parametrize(

@@ -36,7 +36,8 @@ class RecordedDialogue:
     line: int = 0  # its line in the file, for messages
 
 
-# ---------------------------------------------------------------------------------------------------- prediction files
+# ---------------------------------------------------------------------------------------------------------------------
+# Prediction files
 
 
 def dialogue_row(dialogue: RecordedDialogue, prompt_format: str) -> dict:
@@ -155,7 +156,8 @@ def _text_of(row: dict, key: str, where: str) -> str:
     return row.get(key, "")
 
 
-# ------------------------------------------------------------------------------------------------------------- journals
+# ---------------------------------------------------------------------------------------------------------------------
+# Journals
 
 
 def read_journals(path: Path) -> tuple[dict[int, RecordedDialogue], int]:

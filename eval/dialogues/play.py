@@ -69,7 +69,8 @@ def is_question(name: str) -> bool:
     return name.lower() == "ask_to_user"
 
 
-# --------------------------------------------------------------------------------------------------------- one dialogue
+# ---------------------------------------------------------------------------------------------------------------------
+# One dialogue
 
 
 class Dialogue:
@@ -179,7 +180,8 @@ def _call_entry(call: ToolCall, feedback: str | None, executor: str) -> dict:
     return {"name": call.name, "arguments": call.arguments, "feedback": feedback, "executor": executor}
 
 
-# ---------------------------------------------------------------------------------------------------------- whole files
+# ---------------------------------------------------------------------------------------------------------------------
+# Whole files
 
 
 def complete_dialogues(
@@ -226,7 +228,8 @@ def _has_ended(dialogue: RecordedDialogue | None) -> bool:
     return dialogue is not None and bool(dialogue.end)
 
 
-# ---------------------------------------------------------------------------------------------------------------- model
+# ---------------------------------------------------------------------------------------------------------------------
+# Model
 
 
 def run_dialogues_with_model(
@@ -318,7 +321,8 @@ def turn_generator(seed: int, index: int, turn: int) -> torch.Generator:
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
 
 
-# ------------------------------------------------------------------------------------------------------------- endpoint
+# ---------------------------------------------------------------------------------------------------------------------
+# Endpoint
 
 
 def run_dialogues_with_endpoint(

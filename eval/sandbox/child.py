@@ -44,7 +44,8 @@ class CandidateError(Exception):
     """The function under test raised, ended its process or returned something that is not a plain value."""
 
 
-# --------------------------------------------------------------------------------------------------------------- values
+# ---------------------------------------------------------------------------------------------------------------------
+# Values
 
 
 def encode_value(value: object) -> object:
@@ -123,7 +124,8 @@ def _read_exactly(pipe: int, count: int) -> bytes:
     return bytes(data)
 
 
-# ------------------------------------------------------------------------------------------------------------- programs
+# ---------------------------------------------------------------------------------------------------------------------
+# Programs
 
 
 def serve_calls(function: Callable, requests: int, responses: int) -> None:
@@ -199,7 +201,8 @@ def describe_error(error: BaseException) -> str:
     return f"{type(error).__name__}: {text}"[:MAX_REASON_CHARACTERS] if text else type(error).__name__
 
 
-# --------------------------------------------------------------------------------------------------------------- limits
+# ---------------------------------------------------------------------------------------------------------------------
+# Limits
 
 
 def separate(job: dict, *, ends_with_parent: bool = True, second_user: int | None = None) -> dict[str, bool]:

@@ -204,7 +204,8 @@ def set_resource_limits(
         resource.setrlimit(which, (limit, limit))
 
 
-# ----------------------------------------------------------------------------------------------------------- namespaces
+# ---------------------------------------------------------------------------------------------------------------------
+# Namespaces
 
 
 def enter_namespaces(*, second_user: int | None = None) -> bool:
@@ -343,7 +344,8 @@ def _set_process_option(option: int, value: int, more: int = 0) -> bool:
     return _LIBC.prctl(option, *map(ctypes.c_ulong, (value, more, 0, 0))) == 0
 
 
-# ------------------------------------------------------------------------------------------------------------- Landlock
+# ---------------------------------------------------------------------------------------------------------------------
+# Landlock
 
 
 def restrict_files(readable: Iterable[str], writable: Sequence[str], executable: Sequence[str] = ()) -> bool:
@@ -393,7 +395,8 @@ def _allow(ruleset: int, path: str, rights: int) -> None:
     os.close(opened)
 
 
-# -------------------------------------------------------------------------------------------------------------- seccomp
+# ---------------------------------------------------------------------------------------------------------------------
+# Seccomp
 
 
 class _Instruction(ctypes.Structure):

@@ -39,7 +39,8 @@ GOOD = ToolCall("f", {"a": "x"})
 PREFIX = "The function cannot be executed successfully with the given parameters for the reason: "
 
 
-# ---------------------------------------------------------------------------------------------------------- documents
+# ---------------------------------------------------------------------------------------------------------------------
+# Documents
 
 
 @pytest.mark.parametrize(
@@ -89,7 +90,8 @@ def test_a_call_that_does_not_parse():
     assert classify_feedback("anything", None, TOOLS) == "unparsable"
 
 
-# ------------------------------------------------------------------------------------------------------------ feedback
+# ---------------------------------------------------------------------------------------------------------------------
+# Feedback
 
 
 @pytest.mark.parametrize(
@@ -224,7 +226,8 @@ def test_hostile_feedback_neither_crashes_nor_stalls(feedback):
     assert time.process_time() - start < 3
 
 
-# --------------------------------------------------------------------------------------------------- released matcher
+# ---------------------------------------------------------------------------------------------------------------------
+# Released matcher
 
 
 @pytest.mark.parametrize(
@@ -321,7 +324,8 @@ def test_released_matcher_against_a_character_by_character_reading():
     assert 500 < hits < 4500
 
 
-# ----------------------------------------------------------------------------------------------------------- decisions
+# ---------------------------------------------------------------------------------------------------------------------
+# Decisions
 
 
 def trajectory(*messages: Message) -> Trajectory:

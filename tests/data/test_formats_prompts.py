@@ -56,7 +56,8 @@ DIALOGUE = [
     Message("user", "And Rome?"),
 ]
 
-# ------------------------------------------------------------------------------------------------ tables of the paper
+# ---------------------------------------------------------------------------------------------------------------------
+# Tables of the paper
 
 # Tables 6 to 11 and 13 as they read there, for the tool random_advice. Line breaks are those of the models' own
 # templates (the text of the paper has lost its own); of Table 6 only what is not a long instruction.
@@ -252,7 +253,8 @@ def test_letters_are_those_of_the_papers_text(number):
     assert re.sub(r"\s", "", prompt_with_start([ADVICE], QUERY, prompt_format)) == found
 
 
-# ------------------------------------------------------------------------------------------------- dialogues and tools
+# ---------------------------------------------------------------------------------------------------------------------
+# Dialogues and tools
 
 
 AFTER_QUERY = {  # what follows the text of the first query, up to the place where the model goes on
@@ -503,7 +505,8 @@ def test_unknown_format():
         prompt_with_start([ADVICE], QUERY, "xml")
 
 
-# ------------------------------------------------------------------------------------------------------ control tokens
+# ---------------------------------------------------------------------------------------------------------------------
+# Control tokens
 
 
 class CharacterTokenizer:

@@ -64,7 +64,8 @@ class PageReader(HTMLParser):
             self.scripts.append(text)
 
 
-# -------------------------------------------------------------------------------- view
+# ---------------------------------------------------------------------------------------------------------------------
+# View
 
 
 @pytest.mark.parametrize("normalization", ["turn_mean", "token_mean", "sum"])
@@ -95,7 +96,8 @@ def test_printable_escapes_what_acts_on_a_terminal():
     assert printable("a\x1b[31m\u202eb\ud800\x00\nc") == "a\\x1b[31m\\u202eb\\ud800\\x00\nc"
 
 
-# -------------------------------------------------------------------------------- terminal
+# ---------------------------------------------------------------------------------------------------------------------
+# Terminal
 
 
 def test_terminal_text_has_markers_without_colour():
@@ -128,7 +130,8 @@ def test_terminal_colours_add_nothing_but_colours():
     assert "more context tokens (--full_context)" in plain
 
 
-# -------------------------------------------------------------------------------- page
+# ---------------------------------------------------------------------------------------------------------------------
+# Page
 
 
 @pytest.mark.parametrize("normalization", ["turn_mean", "token_mean", "sum"])
@@ -190,7 +193,8 @@ def test_contrast_reaches_wcag_aa(scheme):
         assert contrast(scheme[line], scheme["page"]) >= 3.0, line
 
 
-# -------------------------------------------------------------------------------- in a real browser
+# ---------------------------------------------------------------------------------------------------------------------
+# In a real browser
 
 HARNESS = """<body><iframe id="narrow" src="page.html" width="360" height="800"></iframe>
 <iframe id="wide" src="page.html" width="1280" height="800"></iframe><pre id="out"></pre><script>
@@ -259,7 +263,8 @@ def test_page_in_chromium_at_phone_and_desktop_width(tmp_path):
         assert "key token, w " in found[width]["details"] and "assistant get_paper_details" in found[width]["details"]
 
 
-# -------------------------------------------------------------------------------- command line
+# ---------------------------------------------------------------------------------------------------------------------
+# Command line
 
 
 @pytest.fixture(scope="module")

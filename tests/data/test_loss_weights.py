@@ -70,7 +70,8 @@ def trained_runs(row):
     return runs
 
 
-# ---------------------------------------------------------------------------------------------------- by hand
+# ---------------------------------------------------------------------------------------------------------------------
+# By hand
 
 
 def test_golden_count_and_weights_of_a_trajectory_with_a_failing_call():
@@ -195,7 +196,8 @@ def test_a_tokenizer_without_bos_starts_with_text():
     assert rows[-1].input_ids == without.input_ids
 
 
-# ---------------------------------------------------------------------------------------------------- nothing to train
+# ---------------------------------------------------------------------------------------------------------------------
+# Nothing to train
 
 
 def test_a_trajectory_with_nothing_trained_is_dropped_with_count_and_id():
@@ -209,7 +211,8 @@ def test_a_trajectory_with_nothing_trained_is_dropped_with_count_and_id():
         drop_unusable([row], 10_000)
 
 
-# ---------------------------------------------------------------------------------------------------- properties
+# ---------------------------------------------------------------------------------------------------------------------
+# Properties
 
 
 @pytest.mark.parametrize("error_filter", ["structured", "substring", "none"])

@@ -64,7 +64,8 @@ def fault_of(tmp_path, record: dict) -> str:
     return message
 
 
-# ---------------------------------------------------------------------------------------------------------- the forms
+# ---------------------------------------------------------------------------------------------------------------------
+# The forms
 
 FORMS = {
     "openai": asked({"content": None, "tool_calls": [call()]}, ANSWER),
@@ -165,7 +166,8 @@ def test_system_text_comes_from_the_first_message_or_the_record(tmp_path):
     assert "role 'system' after system" in fault_of(tmp_path, openai(system, ASK, END, system="Be kind."))
 
 
-# ------------------------------------------------------------------------------------------------------ parallel calls
+# ---------------------------------------------------------------------------------------------------------------------
+# Parallel calls
 
 
 @pytest.mark.parametrize(
@@ -216,7 +218,8 @@ def test_anthropic_text_and_several_results(tmp_path):
     assert [m.thought for m in trajectory.messages if m.role == "assistant"] == ["Let me look.", "", ""]
 
 
-# -------------------------------------------------------------------------------------------- what is counted, not lost
+# ---------------------------------------------------------------------------------------------------------------------
+# What is counted, not lost
 
 
 def test_text_beside_a_call_is_kept(tmp_path):
@@ -300,7 +303,8 @@ def test_padding_inside_objects_and_lists(tmp_path):
     assert arguments_of(tmp_path, free, {"title": "x", "free": {"b": None}}) == ({"title": "x", "free": {"b": None}}, 0)
 
 
-# ------------------------------------------------------------------------------------------------------------- weights
+# ---------------------------------------------------------------------------------------------------------------------
+# Weights
 
 
 @pytest.mark.parametrize(
@@ -349,7 +353,8 @@ def test_other_weights_are_refused(tmp_path, keys, words):
     assert words in fault_of(tmp_path, asked({"tool_calls": [call()], **keys}, ANSWER))
 
 
-# ------------------------------------------------------------------------------------------------------------- refused
+# ---------------------------------------------------------------------------------------------------------------------
+# Refused
 
 
 @pytest.mark.parametrize(

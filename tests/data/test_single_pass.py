@@ -77,7 +77,8 @@ def assert_same(found, expected, tolerance):
     assert (found - expected).detach().abs().max().item() <= tolerance * scale
 
 
-# -------------------------------------------------------------------------------- per turn == one pass
+# ---------------------------------------------------------------------------------------------------------------------
+# Per turn == one pass
 
 
 @pytest.mark.parametrize("dtype,tolerance,count", [(torch.float64, 1e-10, 50), (torch.float32, 1e-5, 10)])
@@ -143,7 +144,8 @@ def test_forgetting_eos_behind_a_call_would_show():
     assert abs(wrong - weighted_sum(token_losses(model, batch), batch)) > 1e-2
 
 
-# -------------------------------------------------------------------------------- packing and ranks
+# ---------------------------------------------------------------------------------------------------------------------
+# Packing and ranks
 
 
 @pytest.mark.parametrize("dtype,tolerance", [(torch.float64, 1e-10), (torch.float32, 1e-5)])
@@ -193,7 +195,8 @@ def test_gradient_of_a_step_depends_on_neither_micro_batches_nor_ranks(normaliza
             assert_same(found, expected, 1e-10)
 
 
-# -------------------------------------------------------------------------------- the benchmark's data
+# ---------------------------------------------------------------------------------------------------------------------
+# The benchmark's data
 
 
 def test_rotbench_third_turn_is_read_as_calls():

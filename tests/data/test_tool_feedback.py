@@ -33,7 +33,8 @@ def is_error(feedback: str) -> bool:
     return classify_feedback(feedback, CALL, TOOLS) != "all_right"
 
 
-# ------------------------------------------------------------------------------------------------------ labelled cases
+# ---------------------------------------------------------------------------------------------------------------------
+# Labelled cases
 
 
 @pytest.mark.parametrize("path", [OWN_CASES, SHARED_CASES], ids=["own", "shared"])
@@ -96,7 +97,8 @@ def test_table_of_cases(tmp_path, capsys):
     assert main(["--cases", str(path)]) == 2 and "cases.jsonl:1: found" in capsys.readouterr().err
 
 
-# --------------------------------------------------------------------------------------------- whose words feedback is
+# ---------------------------------------------------------------------------------------------------------------------
+# Whose words feedback is
 
 
 def test_replies_of_users_are_no_feedback():
@@ -115,7 +117,8 @@ def test_replies_of_users_are_no_feedback():
     assert [decision.masked for decision in decisions] == [False, True]
 
 
-# ----------------------------------------------------------------------------------------------------------- structure
+# ---------------------------------------------------------------------------------------------------------------------
+# Structure
 
 
 @pytest.mark.parametrize(
@@ -188,7 +191,8 @@ def test_values_that_say_no_error(none):
         assert find_fault(json.dumps({key: none, "message": "Not found"})) is None
 
 
-# ---------------------------------------------------------------------------------------------------------------- text
+# ---------------------------------------------------------------------------------------------------------------------
+# Text
 
 
 @pytest.mark.parametrize(
@@ -211,7 +215,8 @@ def test_tracebacks_end_a_text_or_begin_it():
     assert not is_error("How to read this?\n" + frames + "ValueError: x\n\nAnswer: the value is wrong.")
 
 
-# ------------------------------------------------------------------------------------------------------------- hostile
+# ---------------------------------------------------------------------------------------------------------------------
+# Hostile
 
 _KEYS = [
     "error",

@@ -110,7 +110,8 @@ def fault_of(path: Path) -> str:
     return message
 
 
-# ------------------------------------------------------------------------------------------------------- good files
+# ---------------------------------------------------------------------------------------------------------------------
+# Good files
 
 
 def test_both_forms_give_the_same_trajectory(tmp_path):
@@ -214,7 +215,8 @@ def test_openai_calls_without_arguments(tmp_path, arguments):
     assert read_trajectories(write(tmp_path, json.dumps(record)))[0].messages[3].call == ToolCall("ping", {})
 
 
-# ---------------------------------------------------------------------------------------------- calls that do not parse
+# ---------------------------------------------------------------------------------------------------------------------
+# Calls that do not parse
 
 
 @pytest.mark.parametrize(
@@ -268,7 +270,8 @@ def test_unknown_way_to_treat_them_is_a_value_error(tmp_path):
         read_trajectories(write(tmp_path, [AUTHORS]), unparsable_calls="ignore")
 
 
-# ----------------------------------------------------------------------------------------------------- malformed files
+# ---------------------------------------------------------------------------------------------------------------------
+# Malformed files
 
 
 @pytest.mark.parametrize(
@@ -449,7 +452,8 @@ def test_trajectories_are_values(tmp_path):
         first.id = "x"
 
 
-# ---------------------------------------------------------------------------------------------------------------- time
+# ---------------------------------------------------------------------------------------------------------------------
+# Time
 
 
 @pytest.mark.parametrize("container", ["list", "lines"])

@@ -44,7 +44,8 @@ def words(output, **flags):
     ]
 
 
-# --------------------------------------------------------------------------------------------------- records by hand
+# ---------------------------------------------------------------------------------------------------------------------
+# Records by hand
 
 
 def turn(*calls, output="", fault=""):
@@ -135,7 +136,8 @@ def test_unfinished_and_unparsable_are_kept_where_asked(tmp_path):
     assert written.counts["dialogues without any call"] == 2
 
 
-# ------------------------------------------------------------------------------------------------------- whole files
+# ---------------------------------------------------------------------------------------------------------------------
+# Whole files
 
 
 def clumsy_script(tasks):
@@ -263,7 +265,8 @@ def test_model_as_teacher_draws_by_its_seed(tmp_path):
     assert code == 2 and "found seed 0, expected 1: the predictions belong to another run" in err
 
 
-# ----------------------------------------------------------------------------------------------------------- queries
+# ---------------------------------------------------------------------------------------------------------------------
+# Queries
 
 
 def test_forms_of_queries(tmp_path):
@@ -311,7 +314,8 @@ def test_toolbox_is_known_by_its_documents():
     assert is_toolbox(tools) and not is_toolbox(other) and not is_toolbox(special_tools()) and not is_toolbox(TOOLS)
 
 
-# --------------------------------------------------------------------------------------------------------- bad input
+# ---------------------------------------------------------------------------------------------------------------------
+# Bad input
 
 
 @pytest.mark.parametrize(

@@ -44,7 +44,8 @@ def end(index, reason="finish", error=""):
     return {"index": index, "end": reason, "error": error}
 
 
-# ---------------------------------------------------------------------------------------------------- prediction files
+# ---------------------------------------------------------------------------------------------------------------------
+# Prediction files
 
 
 def test_dialogues_are_read(tmp_path):
@@ -95,7 +96,8 @@ def test_malformed_dialogues_name_file_and_line(tmp_path, bad, text):
     assert str(found.value).startswith(f"{path}:2: ") and "\n" not in str(found.value)
 
 
-# ------------------------------------------------------------------------------------------------------------- journals
+# ---------------------------------------------------------------------------------------------------------------------
+# Journals
 
 
 def test_journals_of_all_ranks(tmp_path):
@@ -165,7 +167,8 @@ def test_threads_append_whole_lines(tmp_path):
         assert journal.recorded_turn(3, 39) == TURN and journal.recorded_turn(3, 40) is None
 
 
-# ------------------------------------------------------------------------------------------------------ killed outright
+# ---------------------------------------------------------------------------------------------------------------------
+# Killed outright
 
 
 def test_killed_five_times(tmp_path):

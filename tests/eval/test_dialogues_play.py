@@ -53,7 +53,8 @@ ROOT = Path(__file__).resolve().parents[2]
 TOOLEYES = ROOT / "../shared/data/benchmarks/tooleyes/Test_Data/scenario_data_zero_processed.json"
 NEWS = call("get_news")
 
-# --------------------------------------------------------------------------------------------------------- one dialogue
+# ---------------------------------------------------------------------------------------------------------------------
+# One dialogue
 
 
 def one(tmp_path, *outputs, **settings):
@@ -209,7 +210,8 @@ def test_prompts_that_no_longer_fit(tmp_path):
         play(path, [task(1)], follow(FINISH), positions=20, max_new_tokens=20)
 
 
-# ------------------------------------------------------------------------------------------- batches, kills, resumption
+# ---------------------------------------------------------------------------------------------------------------------
+# Batches, kills, resumption
 
 
 def wandering(dialogue, turn, prompt):
@@ -390,7 +392,8 @@ def test_local_tools_find_their_files_again(tmp_path):
     assert disk.forgotten == [0]
 
 
-# ------------------------------------------------------------------------------------------------------ a real decoder
+# ---------------------------------------------------------------------------------------------------------------------
+# A real decoder
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
@@ -446,7 +449,8 @@ def test_model_of_ours(tmp_path, temperature):
     assert len(outputs) > 10
 
 
-# ------------------------------------------------------------------------------------------------------------- endpoint
+# ---------------------------------------------------------------------------------------------------------------------
+# Endpoint
 
 
 @pytest.fixture
@@ -655,7 +659,8 @@ def test_hostile_answers(serve, tmp_path, content):
         assert dialogue.end == "max_turns" and all(turn["fault"] for turn in dialogue.turns)
 
 
-# ------------------------------------------------------------------------------------------------------ all of ToolEyes
+# ---------------------------------------------------------------------------------------------------------------------
+# All of ToolEyes
 
 
 def tooleyes_policy(dialogue, turn, prompt):

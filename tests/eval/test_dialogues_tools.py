@@ -121,7 +121,8 @@ def can(tools):
     return tools._local._abilities
 
 
-# ------------------------------------------------------------------------------------------------- tools by hand values
+# ---------------------------------------------------------------------------------------------------------------------
+# Tools by hand values
 
 
 @pytest.mark.parametrize(
@@ -299,7 +300,8 @@ def test_today_can_be_given():
         assert executor(request("Calendar/Calendar", "current_date")).feedback == '"2030-01-02"'
 
 
-# --------------------------------------------------------------------------------------------------- files, code, shell
+# ---------------------------------------------------------------------------------------------------------------------
+# Files, code, shell
 
 
 def run_file(executor, name, dialogue, **arguments):
@@ -399,7 +401,8 @@ def test_code_runs_only_if_that_was_asked_for():
         assert executor._local._servers == [None, None]  # no process was started for that
 
 
-# ------------------------------------------------------------------------------------------------------ document faults
+# ---------------------------------------------------------------------------------------------------------------------
+# Document faults
 
 
 MANY = [document("f", ("a", "b", "c"), ("d",)), document("g", ("a",))]
@@ -484,7 +487,8 @@ def test_what_is_not_local_has_no_network_with_local_alone():
     assert answer.executor == "local" and read_as(asked, answer.feedback) == "tool_instability"
 
 
-# ---------------------------------------------------------------------------------------------------------- round trip
+# ---------------------------------------------------------------------------------------------------------------------
+# Round trip
 
 
 def situations(tool, arguments=None):
@@ -644,7 +648,8 @@ def test_any_text_is_told_as_what_it_is_meant_to_be(text):
         feedback.encode("utf-8")
 
 
-# ------------------------------------------------------------------------------------------------------------- toolbox
+# ---------------------------------------------------------------------------------------------------------------------
+# Toolbox
 
 
 def test_toolbox_world_answers_as_in_this_process(tools):
@@ -680,7 +685,8 @@ def test_toolbox_world_answers_as_in_this_process(tools):
     }
 
 
-# ----------------------------------------------------------------------------------------------------------- simulated
+# ---------------------------------------------------------------------------------------------------------------------
+# Simulated
 
 
 def test_a_result_depends_on_tool_and_arguments_alone():
@@ -730,7 +736,8 @@ def test_result_has_the_shape_that_the_document_suggests():
     assert len({drawn("get_team", team=str(n))["id"] for n in range(20)}) > 15
 
 
-# -------------------------------------------------------------------------------------------- settings, threads, repair
+# ---------------------------------------------------------------------------------------------------------------------
+# Settings, threads, repair
 
 
 @pytest.mark.parametrize(

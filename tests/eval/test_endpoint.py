@@ -59,7 +59,8 @@ def ask_one(server, prompt_format, asked=None, stop_texts=None, **changes):
     )
 
 
-# -------------------------------------------------------------------------------------------------------------- formats
+# ---------------------------------------------------------------------------------------------------------------------
+# Formats
 
 
 @pytest.mark.parametrize("prompt_format", [name for name in COMPLETION_FORMATS if name not in ("plain", "react")])
@@ -136,7 +137,8 @@ def test_choices_by_log_probability_with_fewer_shots_where_needed(serve):
     assert ask_one(chat, "openai", asked)["output"] == "B"
 
 
-# --------------------------------------------------------------------------------------------------------------- faults
+# ---------------------------------------------------------------------------------------------------------------------
+# Faults
 
 
 @pytest.mark.parametrize(
@@ -233,7 +235,8 @@ def test_odd_choices_are_rows_not_crashes(serve, choice):
         assert isinstance(ask_one(server, prompt_format, asked)["output"], str)
 
 
-# ----------------------------------------------------------------------------------------------------------- whole runs
+# ---------------------------------------------------------------------------------------------------------------------
+# Whole runs
 
 
 def rows_of(server, count, **changes):

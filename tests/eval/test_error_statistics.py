@@ -28,7 +28,8 @@ GOLD = react("get_weather", {"city": "Oslo", "unit": "metric"})
 RIGHT = [GOLD, react("get_weather", {"city": "None"})]
 
 
-# ------------------------------------------------------------------------------------------------------------ Figure 1
+# ---------------------------------------------------------------------------------------------------------------------
+# Figure 1
 
 
 def trajectory(trajectory_id, *calls):
@@ -75,7 +76,8 @@ def test_figure_1_of_the_bundled_data(capsys, tmp_path):
     assert "| tool_hallucination " in out and "12247 trajectories): 17 %" in out
 
 
-# ------------------------------------------------------------------------------------------------------------- Table 1
+# ---------------------------------------------------------------------------------------------------------------------
+# Table 1
 
 
 def classify(tmp_path, texts, *, record=None, rules="default", split=split_name):
@@ -211,7 +213,8 @@ def test_gold_of_the_published_set_has_no_errors_but_the_scorers_rule(tmp_path):
     assert len(load_rotbench(answers)) == 105
 
 
-# ------------------------------------------------------------------------------------------------------------ synonyms
+# ---------------------------------------------------------------------------------------------------------------------
+# Synonyms
 
 
 @pytest.mark.parametrize(
@@ -279,7 +282,8 @@ def test_synonyms_of_anything_never_raise_and_are_symmetric():
         assert is_synonym(first, first)
 
 
-# -------------------------------------------------------------------------------------------------------- command line
+# ---------------------------------------------------------------------------------------------------------------------
+# Command line
 
 
 @pytest.mark.parametrize(

@@ -90,7 +90,8 @@ def predict(texts, output_format="nexusraven"):
     return [Prediction(index=i, output=text, format=output_format, stop="", line=i) for i, text in enumerate(texts)]
 
 
-# ------------------------------------------------------------------------------------------------------------ functions
+# ---------------------------------------------------------------------------------------------------------------------
+# Functions
 
 
 CASES = [  # worked by hand
@@ -220,7 +221,8 @@ def test_calls_without_a_result(name, arguments, fault):
     assert list(answer) == ["fault"] and fault in answer["fault"] and len(answer["fault"]) <= 200
 
 
-# --------------------------------------------------------------------------------------------------------------- loader
+# ---------------------------------------------------------------------------------------------------------------------
+# Loader
 
 
 def test_records_of_the_four_files(answers):
@@ -298,7 +300,8 @@ def test_malformed_records_name_file_and_line(answers):
         load_bfcl(answers)
 
 
-# --------------------------------------------------------------------------------------------------------------- values
+# ---------------------------------------------------------------------------------------------------------------------
+# Values
 
 
 @pytest.mark.parametrize(
@@ -348,7 +351,8 @@ def test_equality_of_values(predicted, gold, schema, as_values, by_types):
     assert passes_ast_types(predicted, gold, schema) == by_types
 
 
-# ------------------------------------------------------------------------------------------------------------- variants
+# ---------------------------------------------------------------------------------------------------------------------
+# Variants
 
 
 @pytest.mark.parametrize(
@@ -399,7 +403,8 @@ def test_ast_checker_wants_documented_parameters_and_types(answers):
         score_bfcl_calls([], examples[0], "mine")
 
 
-# ------------------------------------------------------------------------------------------------------------ execution
+# ---------------------------------------------------------------------------------------------------------------------
+# Execution
 
 
 def test_results_match_in_any_order_each_once():
@@ -469,7 +474,8 @@ def test_bad_input_is_one_line_and_code_2(answers, tmp_path, capsys):
     assert code == 2 and err.endswith("found No such file or directory, expected a readable file\n")
 
 
-# -------------------------------------------------------------------------------------------------- hostile predictions
+# ---------------------------------------------------------------------------------------------------------------------
+# Hostile predictions
 
 
 def check_mutations(answers, count):
@@ -536,7 +542,8 @@ def test_10_000_predictions_in_less_than_3_seconds_of_processor_time(answers):
     assert time.process_time() - start < 3
 
 
-# ---------------------------------------------------------------------------------------------------- published records
+# ---------------------------------------------------------------------------------------------------------------------
+# Published records
 
 
 @needs_real_files

@@ -183,7 +183,8 @@ def test_sandbox_that_does_not_start_is_one_line_and_code_2(files, monkeypatch, 
     assert (code, out) == (2, "") and err.endswith("the sandbox did not start: no reason\n")
 
 
-# ---------------------------------------------------------------------------------------------------- the published set
+# ---------------------------------------------------------------------------------------------------------------------
+# The published set
 
 
 @needs_real

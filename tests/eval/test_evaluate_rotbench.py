@@ -45,7 +45,8 @@ def score(tmp_path, answers, text, output_format=REACT, **record):
     return {name: (summary["TS"], summary["PI"], summary["CF"]) for name, summary in summaries.items()}
 
 
-# ------------------------------------------------------------------------------------------------------------- records
+# ---------------------------------------------------------------------------------------------------------------------
+# Records
 
 
 def test_rotbench_record(tmp_path):
@@ -133,7 +134,8 @@ def test_malformed_rotbench_records_name_file_and_line(tmp_path, record, expecte
     assert str(caught.value).startswith(f"{path}:2: ") and expected in str(caught.value)
 
 
-# ----------------------------------------------------------------------------------------------- the scorer's own rules
+# ---------------------------------------------------------------------------------------------------------------------
+# The scorer's own rules
 
 
 def weather(**arguments):
@@ -263,7 +265,8 @@ def test_other_formats_are_read_into_calls_first(tmp_path):
     assert score(tmp_path, [WEATHER], two, "nexusraven")["official"] == RIGHT  # of several calls the first
 
 
-# ------------------------------------------------------------------------------------------------------ files and flags
+# ---------------------------------------------------------------------------------------------------------------------
+# Files and flags
 
 TEXTS = [
     (WEATHER, RIGHT),
@@ -365,7 +368,8 @@ def test_missing_files_and_wrong_flags_are_one_line_and_code_2(files, tmp_path, 
         assert caught.value.code == 2 and capsys.readouterr().err.count("\n") == 1
 
 
-# -------------------------------------------------------------------------------------------------- hostile predictions
+# ---------------------------------------------------------------------------------------------------------------------
+# Hostile predictions
 
 HOSTILE = [
     "",
@@ -476,7 +480,8 @@ def test_10_000_predictions_in_less_than_3_seconds_of_processor_time(tmp_path):
     assert time.process_time() - start < 3
 
 
-# ---------------------------------------------------------------------------------------------------- published records
+# ---------------------------------------------------------------------------------------------------------------------
+# Published records
 
 
 @pytest.mark.skipif(not REAL.is_dir(), reason="the benchmark files are not beside this checkout")

@@ -121,7 +121,8 @@ def test_reason_names_a_cut_or_missing_output(tmp_path, capsys):
     assert code == 0 and "cut at max_new_tokens" in rows[0]["reason"] and rows[1]["reason"].startswith("no output:")
 
 
-# ------------------------------------------------------------------------------------------------ incomplete, malformed
+# ---------------------------------------------------------------------------------------------------------------------
+# Incomplete, malformed
 
 
 def change(files, tmp_path, line, text):
@@ -250,7 +251,8 @@ def test_missing_and_empty_files_and_wrong_flags(files, tmp_path, capsys):
         assert caught.value.code == 2 and capsys.readouterr().err.count("\n") == 1
 
 
-# ------------------------------------------------------------------------------------------------------ hostile outputs
+# ---------------------------------------------------------------------------------------------------------------------
+# Hostile outputs
 
 
 def test_hostile_outputs_are_wrong_not_a_crash(tmp_path, capsys):
@@ -289,7 +291,8 @@ def test_runs_as_a_module(files):
     assert result.stderr == "none: found No such file or directory, expected a readable file\n"
 
 
-# ------------------------------------------------------------------------------------------------------------ summaries
+# ---------------------------------------------------------------------------------------------------------------------
+# Summaries
 
 
 def rows_of(correct, n):

@@ -45,7 +45,8 @@ def predict(texts, output_format="tl"):
     return [Prediction(index=i, output=text, format=output_format, stop="", line=i) for i, text in enumerate(texts)]
 
 
-# ------------------------------------------------------------------------------------------------------------- records
+# ---------------------------------------------------------------------------------------------------------------------
+# Records
 
 
 def test_toolalpaca_record(tmp_path):
@@ -102,7 +103,8 @@ def test_malformed_toolalpaca_records_name_file_and_line(tmp_path, change, expec
     assert str(caught.value).startswith(f"{path}:2: ") and expected in str(caught.value)
 
 
-# -------------------------------------------------------------------------------------------------------------- scores
+# ---------------------------------------------------------------------------------------------------------------------
+# Scores
 
 
 # The first gold call: latest_get(key=MASKED_API_KEY, base="EUR", days=2); the second: list_get(). Expected results in
@@ -223,7 +225,8 @@ def test_equality_of_values(left, right, python, as_json, lenient):
         assert (equal_json(*pair), equal_lenient(*pair)) == (as_json, lenient)
 
 
-# ------------------------------------------------------------------------------------------------------ files and flags
+# ---------------------------------------------------------------------------------------------------------------------
+# Files and flags
 
 
 def evaluate(capsys, answers, predictions, *flags):
@@ -267,7 +270,8 @@ def test_bad_input_is_one_line_and_code_2(answers, tmp_path, capsys):
     assert code == 2 and err == f"{answers}:1: found '{{}}', expected a JSON list\n"
 
 
-# -------------------------------------------------------------------------------------------------- hostile predictions
+# ---------------------------------------------------------------------------------------------------------------------
+# Hostile predictions
 
 
 def check_mutations(answers, count):
@@ -341,7 +345,8 @@ def test_10_000_predictions_in_less_than_3_seconds_of_processor_time(answers):
     assert time.process_time() - start < 3
 
 
-# ---------------------------------------------------------------------------------------------------- published records
+# ---------------------------------------------------------------------------------------------------------------------
+# Published records
 
 
 @pytest.mark.skipif(not REAL.is_file(), reason="the benchmark files are not beside this checkout")

@@ -71,7 +71,8 @@ def row(index, turns, end="finish", **more):
     return {"index": index, "turns": turns, "end": end, "error": "", "format": "tl", **more}
 
 
-# ------------------------------------------------------------------------------------------------------------ the data
+# ---------------------------------------------------------------------------------------------------------------------
+# The data
 
 
 @needs_files
@@ -167,7 +168,8 @@ def test_tools_are_those_of_the_library(tmp_path):
         load_tool_sets(tmp_path / "nowhere")
 
 
-# ------------------------------------------------------------------------------------------------------- files in, out
+# ---------------------------------------------------------------------------------------------------------------------
+# Files in, out
 
 
 def test_rows_and_summary(tmp_path, capsys):
@@ -222,7 +224,8 @@ def test_wrong_files_end_with_one_line_and_code_2(tmp_path, capsys, content, tex
     assert ended.value.code == 2
 
 
-# ------------------------------------------------------------------------------------------ the file of ToolEyes' loop
+# ---------------------------------------------------------------------------------------------------------------------
+# The file of ToolEyes' loop
 
 SAID = {  # what the loop's messages say, and what they are to us: attempted calls, DE, CE, VA
     "right": (
@@ -342,7 +345,8 @@ def test_malformed_official_files(tmp_path, capsys, change, text):
     assert text in error and error.startswith(f"{path}:1: ") and error.count("\n") == 1
 
 
-# ------------------------------------------------------------------------------------------------------------- hostile
+# ---------------------------------------------------------------------------------------------------------------------
+# Hostile
 
 
 def mutate(rng, value):

@@ -143,7 +143,8 @@ def ask(tools, *arguments, **flags):
     return answer, classify_feedback(answer.feedback, asked.call, asked.tools)
 
 
-# --------------------------------------------------------------------------------------------------------------- files
+# ---------------------------------------------------------------------------------------------------------------------
+# Files
 
 
 PATHS = [
@@ -247,7 +248,8 @@ def test_a_full_folder_hurts_its_own_dialogue_only(tools, outside):
     assert ask(tools, "File/file_operation", "write_file", text, dialogue=6)[1] == "all_right"
 
 
-# ---------------------------------------------------------------------------------------------------------------- code
+# ---------------------------------------------------------------------------------------------------------------------
+# Code
 
 
 FORGED = """
@@ -318,7 +320,8 @@ def test_hostile_code(tools, outside, listener, name):
     tools.forget(12)
 
 
-# --------------------------------------------------------------------------------------------------------------- shell
+# ---------------------------------------------------------------------------------------------------------------------
+# Shell
 
 
 SHELL = {
@@ -411,7 +414,8 @@ def test_what_a_shell_may_ask_of_the_kernel(number, arguments, answer):
     assert interpret(rows, number, arguments) == answer
 
 
-# ----------------------------------------------------------------------------------------------- names and arguments
+# ---------------------------------------------------------------------------------------------------------------------
+# Names and arguments
 
 
 def nested(depth, leaf="x"):
@@ -504,7 +508,8 @@ def test_hostile_names_are_unknown_tools(tools, name, tool_set):
     assert len(answer.feedback) <= MAX_FEEDBACK_CHARACTERS and answer.feedback.encode("utf-8")
 
 
-# --------------------------------------------------------------------------------------------- servers that are harmed
+# ---------------------------------------------------------------------------------------------------------------------
+# Servers that are harmed
 
 
 def inner_server(executor):
@@ -567,7 +572,8 @@ def test_nothing_survives_the_evaluator_itself_being_killed(tools, tmp_path):
         time.sleep(0.05)
 
 
-# -------------------------------------------------------------------------------------------- what the product contains
+# ---------------------------------------------------------------------------------------------------------------------
+# What the product contains
 
 
 MAY_RUN = {  # what can run text or programs -> the files that may use it, each inside the sandbox or to start it

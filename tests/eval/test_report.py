@@ -60,7 +60,8 @@ def write_run(folder, run, results):
     return folder
 
 
-# -------------------------------------------------------------------------------------------------------------- report
+# ---------------------------------------------------------------------------------------------------------------------
+# Report
 
 
 def test_published_rows_as_printed():
@@ -142,7 +143,8 @@ def test_percentages_that_cannot_be_are_warned_of():
     assert "* tiny-seen CF: found 43.0 %, expected 1 of 3" in report
 
 
-# ---------------------------------------------------------------------------------------------------------- comparison
+# ---------------------------------------------------------------------------------------------------------------------
+# Comparison
 
 
 @pytest.fixture
@@ -203,7 +205,8 @@ def test_prediction_files_are_compared(tmp_path, capsys):
     assert compare_main(["--answers", str(answers), str(tmp_path / "none")]) == 2
 
 
-# ----------------------------------------------------------------------------------------------------------- dialogues
+# ---------------------------------------------------------------------------------------------------------------------
+# Dialogues
 
 
 def dialogue_summary(n, n_calls, de, ce, va, *, de_dialogues=None, **more):
@@ -292,7 +295,8 @@ def test_comparison_calls_fewer_errors_better(tmp_path, capsys):
     assert out.count("higher (worse), intervals disjoint") == 2 and "p 0.0078 (8 lost, 0 won)" in out
 
 
-# --------------------------------------------------------------------------------------------------------------- plots
+# ---------------------------------------------------------------------------------------------------------------------
+# Plots
 
 
 def plot_run():

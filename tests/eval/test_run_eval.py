@@ -76,7 +76,8 @@ def scores_of(output):
     }
 
 
-# ---------------------------------------------------------------------------------------------------------------- files
+# ---------------------------------------------------------------------------------------------------------------------
+# Files
 
 
 def test_each_answer_file_is_read_once(benchmark_dir, tmp_path, monkeypatch):
@@ -218,7 +219,8 @@ def test_length_sorted_batches():
     assert length_sorted_batches({}, 3) == []
 
 
-# ------------------------------------------------------------------------------------------------------ kills and ranks
+# ---------------------------------------------------------------------------------------------------------------------
+# Kills and ranks
 
 
 def test_continues_from_every_cut(reference, benchmark_dir, tmp_path):
@@ -304,7 +306,8 @@ def test_folder_in_use_is_refused(reference, benchmark_dir, tmp_path):
     assert predictions_of(tmp_path) == predictions_of(reference[0])
 
 
-# ----------------------------------------------------------------------------------------------------------- score only
+# ---------------------------------------------------------------------------------------------------------------------
+# Score only
 
 
 def gold_predictions(benchmark_dir, path):
@@ -340,7 +343,8 @@ def test_compare_prints_the_verdicts(reference, benchmark_dir, tmp_path, capsys)
     assert "expected the same ones" in capsys.readouterr().err
 
 
-# ------------------------------------------------------------------------------------------------------------ bad input
+# ---------------------------------------------------------------------------------------------------------------------
+# Bad input
 
 
 @pytest.mark.parametrize(

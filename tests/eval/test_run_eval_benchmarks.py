@@ -118,7 +118,8 @@ def run(folder, output, **flags):
     )
 
 
-# ---------------------------------------------------------------------------------------------------------------- model
+# ---------------------------------------------------------------------------------------------------------------------
+# Model
 
 
 def test_every_benchmark_is_predicted_scored_and_resumed(folder, tmp_path):
@@ -234,7 +235,8 @@ def test_ranks_share_the_queries(folder, model):
     assert sorted(rows(0, 2, 1) + rows(1, 2, 1), key=lambda row: row["index"]) == alone and len(alone) == COUNT
 
 
-# ------------------------------------------------------------------------------------------------------------- endpoint
+# ---------------------------------------------------------------------------------------------------------------------
+# Endpoint
 
 
 @pytest.mark.parametrize(
@@ -300,7 +302,8 @@ def test_endpoint_that_fails_loses_nothing(folder, tmp_path, monkeypatch):
     assert run(folder, tmp_path, **{**flags, "model": "other"})[0] == 2  # predictions of another model
 
 
-# ------------------------------------------------------------------------------------------------------------ bad input
+# ---------------------------------------------------------------------------------------------------------------------
+# Bad input
 
 
 @pytest.mark.parametrize(

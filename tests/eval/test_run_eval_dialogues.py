@@ -71,7 +71,8 @@ def rows_of(output):
     return [json.loads(line) for line in (output / "results/tiny-multi.jsonl").read_text().splitlines()]
 
 
-# ------------------------------------------------------------------------------------------------------- files, figures
+# ---------------------------------------------------------------------------------------------------------------------
+# Files, figures
 
 
 def test_run_leaves_dialogues_rows_summary_report(reference, folder):
@@ -143,7 +144,8 @@ def test_other_settings_are_refused_and_nothing_is_lost(reference, folder, chang
     assert predictions_of(reference[0]) == before
 
 
-# ------------------------------------------------------------------------------------------------------ kills and ranks
+# ---------------------------------------------------------------------------------------------------------------------
+# Kills and ranks
 
 
 def journal_of(content):
@@ -212,7 +214,8 @@ def test_two_ranks_equal_one(reference, folder, tmp_path):
     assert summary_of(tmp_path) == summary_of(reference[0]) and rows_of(tmp_path) == rows_of(reference[0])
 
 
-# ------------------------------------------------------------------------------------------------------------- endpoint
+# ---------------------------------------------------------------------------------------------------------------------
+# Endpoint
 
 
 def gold_script(tasks, prompt_format, *, fails_at=None, skips=()):
@@ -277,7 +280,8 @@ def test_endpoint_that_fails_loses_no_turn(folder, tmp_path, monkeypatch):
     assert len(whole.requests) <= answered <= len(whole.requests) + 3 * 2  # failed ones only: no turn is asked twice
 
 
-# ------------------------------------------------------------------------------------------------------------ executors
+# ---------------------------------------------------------------------------------------------------------------------
+# Executors
 
 
 def test_simulated_tools_fail_at_the_given_rate_and_are_named(folder, tmp_path):
@@ -302,7 +306,8 @@ def test_simulated_tools_fail_at_the_given_rate_and_are_named(folder, tmp_path):
     assert "| tiny-multi | simulated | 35    | 100.0 |" in (tmp_path / "report.md").read_text()
 
 
-# -------------------------------------------------------------------------------------------------------- right answers
+# ---------------------------------------------------------------------------------------------------------------------
+# Right answers
 
 
 def answered(answer, end="finish"):
@@ -367,7 +372,8 @@ def test_runs_are_compared_with_lower_is_better(reference, folder, tmp_path, cap
     assert "VA" in capsys.readouterr().out
 
 
-# ------------------------------------------------------------------------------------------------------------ bad input
+# ---------------------------------------------------------------------------------------------------------------------
+# Bad input
 
 
 @pytest.mark.parametrize(
@@ -432,7 +438,8 @@ def test_bad_dialogue_files_are_refused(reference, folder, tmp_path):
         assert code == 2 and err.count("\n") == 1 and expected in err, err
 
 
-# ------------------------------------------------------------------------------------------------------------- ToolEyes
+# ---------------------------------------------------------------------------------------------------------------------
+# ToolEyes
 
 needs_tooleyes = pytest.mark.skipif(not TOOLEYES.is_dir(), reason="needs the published files beside this repository")
 

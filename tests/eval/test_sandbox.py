@@ -36,7 +36,8 @@ def run(program, *, seconds=3.0, **flags):
     return run_python(program, seconds=seconds, memory_bytes=MEMORY_BYTES, **flags)
 
 
-# ------------------------------------------------------------------------------------------------------ honest programs
+# ---------------------------------------------------------------------------------------------------------------------
+# Honest programs
 
 
 def test_output_exit_code_and_folder():
@@ -103,7 +104,8 @@ def test_test_with_an_early_end_is_no_pass():
         assert judge("def f(x):\n    return 9", checker=checker).reason.startswith("no verdict:")
 
 
-# --------------------------------------------------------------------------------------------------------------- values
+# ---------------------------------------------------------------------------------------------------------------------
+# Values
 
 
 VALUES = [
@@ -170,7 +172,8 @@ def test_malformed_values_are_refused(coded):
         decode_value(coded)
 
 
-# -------------------------------------------------------------------------------------------------------------- hostile
+# ---------------------------------------------------------------------------------------------------------------------
+# Hostile
 
 
 FORGED = """
@@ -421,7 +424,8 @@ def test_many_at_once_do_not_disturb_each_other():
     assert {n: result.passed for n, result in results.items()} == {8: False, 9: True, 10: False}
 
 
-# -------------------------------------------------------------------------------------------------------- filter oracle
+# ---------------------------------------------------------------------------------------------------------------------
+# Filter oracle
 
 
 def interpret(rows, number, arguments=(), architecture=0xC000003E):

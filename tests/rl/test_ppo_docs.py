@@ -62,7 +62,8 @@ def rows_of(path: Path) -> list[dict]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-# ------------------------------------------------------------------------------------------------------------- metrics
+# ---------------------------------------------------------------------------------------------------------------------
+# Metrics
 
 
 def test_every_metric_is_documented_and_every_documented_metric_written(output):
@@ -102,7 +103,8 @@ def test_plot_needs_documented_metrics_only():
     assert {key for _, keys in PANELS for key in keys} <= keys_of(LINES)
 
 
-# ---------------------------------------------------------------------------------------------------------------- plot
+# ---------------------------------------------------------------------------------------------------------------------
+# Plot
 
 
 def test_plot_of_a_run(output):
@@ -123,7 +125,8 @@ def test_means_over_stretches_by_hand():
     assert stretch_means([1, 3], 1) == [1, 3] and stretch_means([], 4) == []
 
 
-# ------------------------------------------------------------------------------------------------------------- details
+# ---------------------------------------------------------------------------------------------------------------------
+# Details
 
 
 def details() -> list[tuple[int, str]]:

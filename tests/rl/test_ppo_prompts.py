@@ -102,7 +102,8 @@ class NoTokens:
     encode_continuation = encode
 
 
-# ------------------------------------------------------------------------------------------------------ trajectories
+# ---------------------------------------------------------------------------------------------------------------------
+# Trajectories
 
 
 def test_rules_and_counts_by_hand(tmp_path):
@@ -254,7 +255,8 @@ def test_authors_form_gives_the_same_prompts(tmp_path):
         assert (ours.prompt_ids, ours.gold_calls, ours.turn) == (theirs.prompt_ids, theirs.gold_calls, theirs.turn)
 
 
-# --------------------------------------------------------------------------------------------------- held-out records
+# ---------------------------------------------------------------------------------------------------------------------
+# Held-out records
 
 
 def held_out(*gold: list | dict, **changes) -> dict:
@@ -344,7 +346,8 @@ def test_malformed_held_out_lines_name_their_place(tmp_path, line, pattern):
     assert "\n" not in str(error.value)
 
 
-# ---------------------------------------------------------------------------------------------------------- bad input
+# ---------------------------------------------------------------------------------------------------------------------
+# Bad input
 
 
 def test_an_empty_set_is_refused_with_the_counts(tmp_path):

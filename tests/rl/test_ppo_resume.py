@@ -64,6 +64,7 @@ def kill_and_resume(output, seed, kills):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# Stopping, checkpoints, ranks
 
 
 def test_stopping_inside_an_epoch_changes_nothing(straight, tmp_path):

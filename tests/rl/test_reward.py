@@ -31,7 +31,8 @@ TOOLS = [tool("f", ["a"], ["b", "c"]), tool("g", [], []), tool("search", ["query
 GOLD = ToolCall("f", {"a": "x", "b": 1})
 
 
-# ------------------------------------------------------------------------------------------- numbers of the paper
+# ---------------------------------------------------------------------------------------------------------------------
+# Numbers of the paper
 
 
 @pytest.mark.parametrize(
@@ -144,7 +145,8 @@ def test_what_the_released_regular_expressions_get_wrong():
     assert tool_call_reward("f(a=7, b=[1, {'k': None}])", numbers, TOOLS).reward == 1
 
 
-# ------------------------------------------------------------------------------------------- which tools, which gold
+# ---------------------------------------------------------------------------------------------------------------------
+# Which tools, which gold
 
 
 def test_finish_and_ask_to_user_are_offered_without_document():
@@ -200,7 +202,8 @@ def test_no_gold_call_is_refused():
         tool_call_reward("f()", [], TOOLS)
 
 
-# ---------------------------------------------------------------------------------------------------------- values
+# ---------------------------------------------------------------------------------------------------------------------
+# Values
 
 
 @pytest.mark.parametrize(
@@ -263,7 +266,8 @@ def test_deep_values_do_not_recurse():
             value = value.pop()
 
 
-# --------------------------------------------------------------------------------------------- oracle by construction
+# ---------------------------------------------------------------------------------------------------------------------
+# Oracle by construction
 
 
 def test_random_edits_score_what_they_were_made_to():
@@ -301,7 +305,8 @@ def test_random_edits_score_what_they_were_made_to():
     assert len(seen) == 8  # correct, wrong value and the combinations of parameter faults, two of which are -1.3
 
 
-# ---------------------------------------------------------------------------------------------------- hostile text
+# ---------------------------------------------------------------------------------------------------------------------
+# Hostile text
 
 HOSTILE = [
     "f(a=" + "[" * 200_000,

@@ -54,7 +54,8 @@ COMMON_FLAGS = [
 ]
 
 
-# ------------------------------------------------------------------------------------------------------ what is missing
+# ---------------------------------------------------------------------------------------------------------------------
+# What is missing
 @functools.cache
 def why_no_gxx() -> str:
     """Why kernels cannot be run on this machine's CPU; empty if they can."""
@@ -87,7 +88,8 @@ def why_no_sanitizer(variant: str) -> str:
     return why_not.read_text(encoding="utf-8") if why_not.exists() else ""
 
 
-# --------------------------------------------------------------------------------------------------------------- builds
+# ---------------------------------------------------------------------------------------------------------------------
+# Builds
 def source_text(source: Path | str) -> str:
     """`source` is a file, or the text itself (a mutant)."""
     return source.read_text(encoding="utf-8") if isinstance(source, Path) else source
@@ -187,7 +189,8 @@ def build_all(requests: Iterable[tuple[Path | str, str]]) -> None:
         list(pool.map(lambda request: build_library(*request), requests))
 
 
-# ------------------------------------------------------------------------------------------------------------- launches
+# ---------------------------------------------------------------------------------------------------------------------
+# Launches
 def load_library(path: Path) -> ctypes.CDLL:
     library = ctypes.CDLL(str(path))
     library.simt_error.restype = ctypes.c_char_p

@@ -32,7 +32,8 @@ class Resources:
     shared_bytes: int  # per block, static
 
 
-# ----------------------------------------------------------------------------------------------------------- compilers
+# ---------------------------------------------------------------------------------------------------------------------
+# Compilers
 def compile_with_nvrtc(text: str, arch: str) -> dict[str, Resources]:
     """The report on `text` for `arch` (sm_90), by function. Raises ToolMissing, CompileError."""
 

@@ -44,7 +44,8 @@ ARMS = tuple(ToolCall(name, {"city": "Oslo"}) for name in ("get_weather", "searc
 QUERY = "weather of Oslo"
 
 
-# -------------------------------------------------------------------------------- prompts and models
+# ---------------------------------------------------------------------------------------------------------------------
+# Prompts and models
 
 
 def make_record(identity: str, query: str, gold: Sequence[ToolCall], tools: list[dict]) -> dict:
@@ -127,7 +128,8 @@ def policy_folder() -> Path:
     return save_with_tokenizer(fit(samples, steps=45), Path(tempfile.mkdtemp(prefix="tiny_ppo_")) / "model")
 
 
-# -------------------------------------------------------------------------------- runs
+# ---------------------------------------------------------------------------------------------------------------------
+# Runs
 
 
 def ppo_arguments(output: Path, **flags: object) -> list[str]:
@@ -213,7 +215,8 @@ def journal_of(output: Path, name: str) -> list[dict]:
     return [{key: value for key, value in row.items() if not key.startswith("time/")} for row in rows]
 
 
-# -------------------------------------------------------------------------------- the two-armed toy
+# ---------------------------------------------------------------------------------------------------------------------
+# The two-armed toy
 
 
 def arm_logprobs(model: Transformer) -> torch.Tensor:

@@ -58,7 +58,8 @@ def only(text: str, kernel: str) -> str:
     return "\n".join(lines) + "\n"
 
 
-# --------------------------------------------------------------------------------------------------------------- gates
+# ---------------------------------------------------------------------------------------------------------------------
+# Gates
 def faults(found: dict[str, Resources], names: list[str]) -> list[str]:
     """What is wrong with the machine code; one text per fault."""
     result = []
@@ -94,7 +95,8 @@ def test_machine_code_keeps_its_promises(compiler, arch):
     assert not faults(or_skip(compiler, TEXT, arch), entry_names())
 
 
-# --------------------------------------------------------------------------------------------------------- text and PTX
+# ---------------------------------------------------------------------------------------------------------------------
+# Text and PTX
 def test_text_stands_alone():
     """NVRTC has no include path; doubles run at 1/64 of the speed on some devices."""
     assert "#include" not in TEXT.replace("no #include", "")
@@ -138,7 +140,8 @@ def test_nvcc_that_does_not_know_an_architecture_counts_as_missing():
         compile_with_nvcc(TEXT, "sm_35")
 
 
-# -------------------------------------------------------------------------------------------------------------- mutants
+# ---------------------------------------------------------------------------------------------------------------------
+# Mutants
 MUTANTS = {  # what is changed -> (kernel, pattern, replacement, word of the fault that must be reported)
     "registers halved": (
         "row_bf16_512x8",
@@ -189,7 +192,8 @@ def test_mutant_is_caught(change):
     assert any(word in fault for fault in found), found
 
 
-# ----------------------------------------------------------------------------------------- the page, and the report
+# ---------------------------------------------------------------------------------------------------------------------
+# The page, and the report
 def test_shapes_are_those_of_the_text():
     table = re.findall(r"^//\s+wce_row_<dtype>_(\d+x\d+)", TEXT, re.MULTILINE)
     assert tuple(table) == SHAPES

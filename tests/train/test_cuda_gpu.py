@@ -40,7 +40,8 @@ def on_device(rows, dtype):
     ]
 
 
-# ------------------------------------------------------------------------------------------------------------- numbers
+# ---------------------------------------------------------------------------------------------------------------------
+# Numbers
 def test_kernels_are_taken_here():
     assert choose_loss_backend("auto", torch.device(DEVICE))[0] == "cuda"
 
@@ -151,7 +152,8 @@ def test_row_offsets_pass_2_31():
     assert not losses_C[:-4].any() and not logits_CV[:-4].any()
 
 
-# ---------------------------------------------------------------------------------------------- waits, streams, graphs
+# ---------------------------------------------------------------------------------------------------------------------
+# Waits, streams, graphs
 @pytest.mark.parametrize("chunk_rows", [None, 64])
 def test_forward_and_backward_never_wait_for_the_device(chunk_rows):
     rows = on_device(make_rows(torch.float32, n_rows=280, dim=64, vocab_size=1000), torch.bfloat16)
@@ -233,7 +235,8 @@ def test_each_device_gets_its_own_module():
         assert_rows_agree(*rows)
 
 
-# ---------------------------------------------------------------------------------------------- compiler, memory, runs
+# ---------------------------------------------------------------------------------------------------------------------
+# Compiler, memory, runs
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
 def test_compiled_loss(backend):
     rows = on_device(make_rows(torch.float32, n_rows=28, dim=16, vocab_size=40), torch.float32)

@@ -40,7 +40,8 @@ def libraries():
     build_all([(SOURCE, "plain"), (SOURCE, "count"), (long_row_kernels(), "rough")])
 
 
-# ----------------------------------------------------------------------------------------------------------- the oracle
+# ---------------------------------------------------------------------------------------------------------------------
+# The oracle
 def row_capacity(dtype, threads: int, vectors: int) -> int:
     return threads * vectors * 16 // dtype.itemsize
 
@@ -180,7 +181,8 @@ def check(result: Result, rows: Rows, upstream=1.0):
     assert result.bad_row.item() == 0
 
 
-# ------------------------------------------------------------------------------------------------------- worked by hand
+# ---------------------------------------------------------------------------------------------------------------------
+# Worked by hand
 # Logits (0, ln 2, ln 5): exponentials 1, 2, 5, their sum 8, softmax (1/8, 2/8, 5/8).
 @pytest.mark.parametrize("kernel", [("wce_row_fp32_128x1", 128), ("wce_stream_fp32", STREAM_THREADS)])
 def test_one_row_worked_by_hand(kernel):
@@ -193,7 +195,8 @@ def test_one_row_worked_by_hand(kernel):
     torch.testing.assert_close(result.gradient_MV, torch.tensor([[0.5, 1.0, -1.5]]))  # 4 * (1/8, 2/8, 5/8 - 1)
 
 
-# ----------------------------------------------------------------------------------------------------------- the matrix
+# ---------------------------------------------------------------------------------------------------------------------
+# The matrix
 @each_dtype
 @each_vocabulary
 def test_every_kernel_that_fits_in_every_order(dtype_name, vocabulary_size):
@@ -283,7 +286,8 @@ def test_upstream_multiplies_before_the_gradient_is_rounded(dtype_name):
         assert (result.gradient_MV[[0, 2]] != 0).all()
 
 
-# ------------------------------------------------------------------------------------------------------- odd numbers
+# ---------------------------------------------------------------------------------------------------------------------
+# Odd numbers
 @each_dtype
 def test_rows_that_hold_infinities(dtype_name):
     for kernel in row_and_stream(dtype_name):
@@ -380,7 +384,8 @@ def test_null_results_are_allowed():
         assert losses_M[0].isnan() and losses_M[1] == 0 and losses_M[2:].abs().min() > 0
 
 
-# ------------------------------------------------------------------------------------------------------- memory traffic
+# ---------------------------------------------------------------------------------------------------------------------
+# Memory traffic
 def rows_apart(logits_MV, gradient_MV):
     """Row 0 has weight, row 1 has not."""
     return {"used": logits_MV[0], "skipped": logits_MV[1]}
@@ -521,7 +526,8 @@ def test_rows_further_apart_than_32_bits():
         assert torch.equal(logits_MV, expected.gradient_MV)
 
 
-# ------------------------------------------------------------------------------------------------ the text and the shim
+# ---------------------------------------------------------------------------------------------------------------------
+# The text and the shim
 def test_table_in_the_header_names_the_kernels_of_the_text():
     text = SOURCE.read_text(encoding="utf-8")
     table = {

@@ -231,7 +231,8 @@ MUTANTS = (
 )
 
 
-# --------------------------------------------------------------------------------------------------- texts and programs
+# ---------------------------------------------------------------------------------------------------------------------
+# Texts and programs
 def mutate(text: str, replacements) -> str:
     """Every occurrence; one that is not there is an error, or the mutant would be the text itself."""
     for old, new in replacements:
@@ -303,7 +304,8 @@ def run_case(mutant: Mutant | None, variant: str, case: Case, order: str) -> tup
     return result.returncode, result.stdout + result.stderr
 
 
-# ---------------------------------------------------------------------------------------------------------------- tests
+# ---------------------------------------------------------------------------------------------------------------------
+# Tests
 @pytest.mark.parametrize("variant", ["quick", "asan", "tsan"])
 def test_the_text_as_it_is_passes_under_every_tool(variant, remember):
     for number, case in enumerate(TSAN_CASES if variant == "tsan" else CLEAN_CASES):

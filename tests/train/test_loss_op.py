@@ -38,7 +38,8 @@ def trained_rows(dtype=torch.float64, requires_grad=True):
     return rows, index_K
 
 
-# --------------------------------------------------------------------------------------------------- torch's own checks
+# ---------------------------------------------------------------------------------------------------------------------
+# PyTorch's own checks
 def test_operators_pass_opcheck():
     rows, _ = trained_rows(torch.bfloat16)  # where inputs, losses and gradients have different dtypes
     hidden_KD, head_weight_VD, target_ids_K, loss_weights_K = rows
@@ -69,7 +70,8 @@ def test_operators_of_the_linear_loss_save_no_second_copy():
     assert sizes == {"one piece": [(12, 11), (12, 5), (11, 5)], "chunks": [(12, 5), (11, 5)]}
 
 
-# -------------------------------------------------------------------------------------------------------- torch.compile
+# ---------------------------------------------------------------------------------------------------------------------
+# torch.compile
 def compiled(function, **options):
     torch._dynamo.reset()
     return torch.compile(function, backend="aot_eager", **options)
@@ -176,7 +178,8 @@ def test_compiled_train_steps_equal_eager_ones(backend):
         torch.testing.assert_close(found, expected, rtol=0, atol=2e-3 if backend == "inductor" else 1e-5)
 
 
-# ----------------------------------------------------------------------------------------------------- differentiation
+# ---------------------------------------------------------------------------------------------------------------------
+# Differentiation
 @pytest.mark.parametrize("chunk_rows", [None, 2])
 def test_a_second_differentiation_is_refused(chunk_rows):
     rows = make_rows()
@@ -229,7 +232,8 @@ def test_gradient_is_scaled_before_it_is_rounded_to_fp16():
     assert logits_MV.grad.tolist() == [[-3 * 2.0**-14, 2.0**-14, 2.0**-14, 2.0**-14]]
 
 
-# -------------------------------------------------------------------------------------------------- choice of a backend
+# ---------------------------------------------------------------------------------------------------------------------
+# Choice of a backend
 def test_unknown_backend_is_refused():
     rows = make_rows()
     for call in (

@@ -18,7 +18,8 @@ from train.weighted_cross_entropy import (
 CHUNKS = [None, 1, 2, 3, 100]
 
 
-# ------------------------------------------------------------------------------------------------------ worked by hand
+# ---------------------------------------------------------------------------------------------------------------------
+# Worked by hand
 # Row with logits (0, ln 2, ln 5): exponentials 1, 2, 5, their sum 8, softmax (1/8, 2/8, 5/8).
 HAND_LOGITS = [[0.0, math.log(2), math.log(5)], [0.0, math.log(2), math.log(5)], [0.0, 0.0, 0.0]]
 
@@ -68,7 +69,8 @@ def test_large_logits_do_not_overflow():
     assert linear.item() == pytest.approx(1e4 + math.log(2), rel=1e-6)
 
 
-# ---------------------------------------------------------------------------------------- against PyTorch and gradcheck
+# ---------------------------------------------------------------------------------------------------------------------
+# Against PyTorch and gradcheck
 @pytest.mark.parametrize("chunk_rows", CHUNKS)
 @pytest.mark.parametrize("dtype, rtol", [(torch.float64, 1e-12), (torch.float32, 2e-5)])
 def test_linear_loss_equals_pytorch(chunk_rows, dtype, rtol):
@@ -166,7 +168,8 @@ def test_default_chunks_respect_the_memory_bound(monkeypatch):
     assert seen == [2, 2]  # the 4 trained rows of 7, in equal chunks of at most 3
 
 
-# ---------------------------------------------------------------------------------------------------- rows of weight 0
+# ---------------------------------------------------------------------------------------------------------------------
+# Rows of weight 0
 @pytest.mark.parametrize("junk", [float("nan"), float("inf"), -float("inf")])
 @pytest.mark.parametrize("chunk_rows", [None, 2])
 def test_zero_weight_rows_may_hold_anything(junk, chunk_rows):
@@ -212,7 +215,8 @@ def test_no_trained_row_gives_a_connected_zero(n_rows):
     assert loss.item() == 0 and torch.equal(logits_MV.grad, torch.zeros(n_rows, 4))
 
 
-# ----------------------------------------------------------------------------------------------------- autograd corners
+# ---------------------------------------------------------------------------------------------------------------------
+# Autograd corners
 @pytest.mark.parametrize("chunk_rows", [None, 2])
 def test_only_one_side_requires_grad(chunk_rows):
     rows = make_rows()
@@ -267,7 +271,8 @@ def test_loss_weights_may_be_any_float_type_and_inputs_stay_unchanged():
     assert all(torch.equal(row, copy) for row, copy in zip(rows, copies, strict=True))
 
 
-# ------------------------------------------------------------------------------------------------------------ bad input
+# ---------------------------------------------------------------------------------------------------------------------
+# Bad input
 @pytest.mark.parametrize("bad", [-1, -100, 11])
 def test_bad_target_on_a_weighted_row_is_named(bad):
     hidden_MD, head_weight_VD, target_ids_M, loss_weights_M = make_rows()
