@@ -14,6 +14,8 @@ Time: one process, the sides in turn, median seconds and median of the rounds' r
 and side; peak resident size of the first step above the resident size before it (after a small warm-up of the math
 library), gradients included. On a machine with other work use `--clock cpu --threads 1`: seconds of processor time.
 Goal at 10 % trained rows: time <= 0.25, extra memory <= 0.30 of eager. Exit code 1 if missed (fp32).
+
+Shape suffixes: M tokens, K trained tokens (weight above 0), D model dim, V vocabulary.
 """
 
 from __future__ import annotations

@@ -13,6 +13,8 @@ eager in fp32 too (what most code does), F.linear_cross_entropy with default and
 backends. Ours gets the index of trained rows from the host, as from data/batches.py; a peer's row drop uses it too.
 Each time is the median over --repeats of CUDA events around one call, after --warmup calls, the L2 cache flushed before
 each; memory is the peak of torch's allocator above what was allocated before the call.
+
+Shape suffixes: M tokens, K trained tokens (weight above 0), C rows of logits, D model dim, V vocabulary.
 """
 
 from __future__ import annotations
@@ -39,6 +41,8 @@ FLUSH_BYTES = 256 * 2**20  # more than any L2 cache
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Measuring
+
+
 def median_seconds(call: Callable[[], object], args) -> float:
     """Of one call on the device (of the host on the CPU)."""
     flush = torch.empty(FLUSH_BYTES if args.device == "cuda" else 1, dtype=torch.int8, device=args.device)
@@ -75,6 +79,8 @@ def extra_mib(call: Callable[[], object], args) -> float:
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Part 1: the roof
+
+
 def print_roof(args, dtype: torch.dtype) -> None:
     logits_CV = torch.randn(args.tokens, args.vocab_size, device=args.device).to(dtype)
     target_ids_C = torch.randint(0, args.vocab_size, (args.tokens,), device=args.device)
@@ -102,6 +108,8 @@ def print_roof(args, dtype: torch.dtype) -> None:
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Part 2: the loss
+
+
 def make_inputs(args, dtype: torch.dtype, percent: float) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """hidden (M, D), head (V, D), targets (M,), weights (M,), index of the rows with weight (K,)."""
     generator = torch.Generator().manual_seed(args.seed)

@@ -68,6 +68,8 @@ def make_model(name: str, seed: int) -> Transformer:
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Sides
+
+
 def kept(
     model: Transformer, dialogues: Dialogues, chosen: list[int], is_reworded: bool = False
 ) -> tuple[dict[int, Turns], int, int]:
@@ -112,6 +114,8 @@ def whole(model: Transformer, dialogues: Dialogues) -> tuple[dict[int, Turns], i
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Measurements
+
+
 def timed_rounds(sides: dict, repeats: int, clock) -> tuple[dict, dict]:
     """(seconds per side, list over rounds; results of the last round). The first side runs once before, untimed."""
     next(iter(sides.values()))()

@@ -69,6 +69,8 @@ CLOCKS = {"cpu": time.process_time, "wall": time.perf_counter}
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Models and prompts
+
+
 def save_random_model(args, folder: Path) -> None:
     """A LLaMA of the given shape with random weights; only its shape matters here."""
     model = Transformer(
@@ -133,6 +135,8 @@ def plain_copy(models: Models) -> Models:
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Padded forward
+
+
 class PaddedCache:
     """Keys and values (B, K, L, H) of every layer; the same number of slots is filled in all rows."""
 
@@ -190,6 +194,8 @@ def padded_values(critic: ValueModel, ids_BT: Tensor, mask_BT: Tensor, n_respons
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Padded iteration
+
+
 @torch.no_grad()
 def padded_generation(
     policy: Transformer,
@@ -318,6 +324,8 @@ def padded_update(
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Measurements
+
+
 @contextmanager
 def timed(seconds: dict[str, float], name: str, clock: Callable[[], float]) -> Iterator[None]:
     began = clock()

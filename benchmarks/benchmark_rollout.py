@@ -18,6 +18,8 @@ rate at which a sum reads a large tensor, measured in the same process. Prefill 
 bound.
 
 Rollout: 64 prompts of 32 to 256 tokens; ours in one call, hf in batches of 8 padded on the left, in the given order.
+
+Shape suffixes: B prompts of a batch, T tokens of the longest.
 """
 
 from __future__ import annotations
@@ -59,6 +61,8 @@ N_ROLLOUT, ROLLOUT_BATCH = 64, 8
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Models and prompts
+
+
 def make_models(name: str, seed: int) -> tuple[Transformer, torch.nn.Module]:
     """Ours and transformers' with the same weights."""
     from transformers import AutoModelForCausalLM
@@ -81,6 +85,8 @@ def random_prompts(lengths: list[int], vocab_size: int, seed: int) -> list[list[
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Sides
+
+
 @torch.inference_mode()
 def transformers_generate(peer: torch.nn.Module, prompts: list[list[int]], new_tokens: int) -> list[list[int]]:
     """Greedy ids, padded on the left to the longest prompt."""
@@ -129,6 +135,8 @@ def read_rate(clock) -> float:
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Measurements
+
+
 def timed_rounds(sides: dict, repeats: int, clock) -> tuple[dict, dict]:
     """(seconds per side, list over rounds; ids of the warm-up)."""
     ids = {name: side() for name, side in sides.items()}

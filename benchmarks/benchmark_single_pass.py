@@ -5,6 +5,8 @@
 The data is RoTBench's third turn (three assistant turns each); its ReAct text (`Action:`, `Action Input:`) is rendered
 again as calls. The model is small and random; both ways run the same forward, backward and loss code on it, alternating
 trajectory by trajectory in one process (A B A B ...). Tokens hold for any model, seconds for this one.
+
+Shape suffixes: B batch (1: one packed row), T tokens, K trained tokens (weight above 0), D model dim.
 """
 
 import argparse

@@ -19,6 +19,8 @@ Share of the matmul rate: useful floating-point operations of our step, divided 
 large matmul measured in the same process. Counted: 6 * parameters of the blocks' matrices * tokens, 6 * layers * heads
 * head_dim
 * sum of squared sequence lengths for causal attention, 6 * V * D * trained rows for the head.
+
+Shape suffixes: B batch (eager: one row per sequence; ours: one packed row), T tokens, K trained tokens (weight above 0), D model dim, V vocabulary.
 """
 
 from __future__ import annotations
@@ -61,6 +63,8 @@ HF_NAMES = (  # ours -> transformers
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Models and batch
+
+
 def make_config(args) -> ModelConfig:
     return ModelConfig(
         vocab_size=args.vocab_size,
@@ -132,6 +136,8 @@ def make_batch(args, percent: int) -> PackedBatch:
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Sides
+
+
 def eager_loss(model, batch: PackedBatch):
     logits_BTV = model(input_ids=batch.input_ids_T.view(N_SEQUENCES, -1), use_cache=False).logits
     rows = cross_entropy(logits_BTV.flatten(0, 1).float(), batch.target_ids_T, reduction="none")
@@ -198,6 +204,8 @@ def make_sides(args, dtype: torch.dtype, world) -> dict:
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Measurements
+
+
 def useful_flops(args, trained_rows: int) -> tuple[float, float]:
     """(blocks, head) floating-point operations of one forward and backward."""
     config = make_config(args)

@@ -4,6 +4,8 @@
 
 Every response draws from a random generator of its own, seeded by (seed, prompt id, turn, sample). So a row depends
 neither on batching nor on --limit, and two models see the same random numbers: their paired difference is narrower.
+
+Shape suffix: B responses of a call.
 """
 
 import argparse

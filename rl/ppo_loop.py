@@ -18,7 +18,8 @@ Differences from the paper and its released code, each with its reason in docs/p
     * all means run over the response tokens of the global minibatch, not over means of micro-batches
     * kl_coef is a setting (the paper gives no value) and may be steered to a target
 
-Shape suffixes: K response tokens of a packed micro-batch, D model dim.
+Shape suffixes: B responses of this rank, R longest response among them, K response tokens of a packed micro-batch,
+D model dim.
 """
 
 import math

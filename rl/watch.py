@@ -6,7 +6,7 @@ so that a resumed run can cut them back to its checkpoint:
     samples.jsonl      one line per response: prompt, response, reward, category of the reward
     evaluations.jsonl  one line per held-out evaluation
 
-Shape suffixes: B responses of this rank, R longest response among them.
+Shape suffixes: B responses of this rank, R longest response among them, C columns of the ledger.
 """
 
 from collections import Counter

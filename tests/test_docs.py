@@ -100,6 +100,7 @@ def headings(document: Path) -> set[str]:
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Shipped configs
+
 SECTIONS = [("sft", SFTConfig, "one field per difference"), ("ppo", PPOConfig, "one setting per difference")]
 
 

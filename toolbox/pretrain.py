@@ -3,6 +3,8 @@
 Every token is trained, with a weight by its kind (toolbox/corpus.py). What is unusual: Muon on the matrices, the
 embedding drawn with 5 times the usual deviation, two tools per document in the first tenth, and the weights by kind. It
 resumes like SFT.
+
+Shape suffixes: T tokens, K trained tokens (all of them).
 """
 
 import os

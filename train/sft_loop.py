@@ -4,7 +4,7 @@ L = sum_i w_i * ce_i / denominator over the trained tokens of one GLOBAL batch (
 sums run over all micro-batches and all ranks, and the division happens once (E6-E8). Splitting the same batch into
 other micro-batches or over other ranks changes nothing but rounding.
 
-Shape suffixes: B batch (1: one packed row), T tokens, D model dim.
+Shape suffixes: B batch (1: one packed row), T tokens, K trained tokens (weight above 0), D model dim.
 """
 
 import math

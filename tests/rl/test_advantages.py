@@ -115,6 +115,8 @@ def test_rows_do_not_mix_and_an_empty_row_gets_nothing():
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Against the defining sums
+
+
 @pytest.mark.parametrize("gamma", [1.0, 0.9, 0.0])
 @pytest.mark.parametrize("gae_lambda", [1.0, 0.95, 0.0])
 @pytest.mark.parametrize("seed", range(4))
@@ -158,6 +160,8 @@ def test_rewards_sum_to_score_minus_the_price_of_the_kl():
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Laws
+
+
 def test_lambda_1_gives_the_rewards_to_go_whatever_the_critic_says():
     rewards_BR, values_BR, other_values_BR, mask_BR = random_batch(7)
     _, returns_BR = compute_gae(rewards_BR, values_BR, mask_BR, 1.0, 1.0)
@@ -196,6 +200,8 @@ def test_padding_and_holes_change_nothing():
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Masked slots, dtypes
+
+
 @pytest.mark.parametrize("junk", JUNK)
 def test_slots_outside_the_mask_may_hold_anything(junk):
     first_BR, second_BR, _, mask_BR = random_batch(10)
@@ -267,6 +273,8 @@ def test_no_response_and_no_slot():
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Whitening
+
+
 def test_whiten_worked_by_hand():
     # 1, 3, 5 (the 100 is masked): mean 3, variance (4 + 0 + 4) / 3 = 8/3; 2 / sqrt(8/3) = 1.224744871
     whitened_BR = whiten(fp64([[1.0, 3.0], [5.0, 100.0]]), bools("11", "10"), 3.0, 8 / 3)
@@ -300,6 +308,8 @@ def test_masked_sums_count_in_fp64():
 
 # ---------------------------------------------------------------------------------------------------------------------
 # KL estimates
+
+
 def test_kl_estimates_worked_by_hand():
     # d = ln 2: k1 0.693147181, k2 0.693147181^2 / 2 = 0.240226507, k3 1/2 - 1 + 0.693147181 = 0.193147181
     # d = -ln 2: k1 -0.693147181, k2 the same, k3 2 - 1 - 0.693147181 = 0.306852819
@@ -340,6 +350,8 @@ def test_kl_is_zero_for_the_reference_itself():
 
 # ---------------------------------------------------------------------------------------------------------------------
 # KL controller
+
+
 @pytest.mark.parametrize(
     ("kl", "expected"),
     [
@@ -382,6 +394,8 @@ def test_controller_refuses(change):
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Explained variance
+
+
 def test_explained_variance_worked_by_hand():
     # returns 1, 2, 3: variance 2/3; values 1, 2, 2.5: errors 0, 0, 0.5, variance 0.25/3 - (0.5/3)^2 = 1/18
     # 1 - (1/18) / (2/3) = 11/12. A constant shift of the values changes nothing.
@@ -413,6 +427,8 @@ def test_explained_variance_without_anything_to_explain():
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Errors
+
+
 def test_wrong_shapes_and_masks_are_refused():
     x_BR, mask_BR = torch.zeros(2, 3), torch.ones(2, 3, dtype=torch.bool)
     calls = [
@@ -435,6 +451,8 @@ def test_wrong_shapes_and_masks_are_refused():
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The page, the example
+
+
 def test_the_table_of_the_page_is_what_the_code_computes():
     page = (ROOT / "docs/math.md").read_text(encoding="ascii").partition("### Which number belongs to which token")[2]
     rows = [

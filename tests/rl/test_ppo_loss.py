@@ -28,6 +28,8 @@ def random_batch(seed, n_rows=6, width=9):
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Worked by hand
+
+
 def test_policy_loss_worked_by_hand():
     # clip range 0.2. ratio, advantage -> max(-A ratio, -A clipped ratio):
     #   1.5,  2: max(-3, -2.4) = -2.4, clipped      1.5, -2: max(3, 2.4) = 3      0.5,  2: max(-1, -1.6) = -1
@@ -98,6 +100,8 @@ def test_ratio_deviation_counts_both_ways():
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Plain loops in fp64
+
+
 @pytest.mark.parametrize("seed", range(5))
 def test_policy_loss_equals_a_plain_loop(seed):
     logprobs_BR, noise_BR, advantages_BR, mask_BR = random_batch(seed)
@@ -173,6 +177,8 @@ def test_values_inside_the_range_never_count_as_clipped():
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Sums over micro-batches
+
+
 @pytest.mark.parametrize("loss_of", [policy_loss, value_loss])
 def test_micro_batches_add_up_to_the_batch(loss_of):
     now_BR, old_BR, other_BR, mask_BR = random_batch(4)
@@ -201,6 +207,8 @@ def test_every_token_counts_the_same():
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Masked slots
+
+
 def test_masked_mean_by_hand():
     mask_BR = torch.tensor([[True, False], [True, True]])
     assert masked_mean(torch.tensor([[1.0, math.nan], [2.0, 6.0]]), mask_BR).item() == 3.0
@@ -268,6 +276,8 @@ def test_bf16_inputs_are_computed_in_fp32(loss_of):
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Entropy
+
+
 def make_rows(dtype=torch.float64, n_rows=7, dim=5, vocab_size=11, seed=0):
     generator = torch.Generator().manual_seed(seed)
     hidden_MD = torch.randn(n_rows, dim, dtype=torch.float64, generator=generator).to(dtype).requires_grad_()
@@ -349,6 +359,8 @@ def test_entropy_of_no_row():
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Errors
+
+
 @pytest.mark.parametrize("loss_of", [policy_loss, value_loss])
 def test_wrong_shapes_masks_and_ranges_are_refused(loss_of):
     x_BR, mask_BR = torch.zeros(2, 3), torch.ones(2, 3, dtype=torch.bool)

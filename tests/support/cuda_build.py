@@ -56,6 +56,8 @@ COMMON_FLAGS = [
 
 # ---------------------------------------------------------------------------------------------------------------------
 # What is missing
+
+
 @functools.cache
 def why_no_gxx() -> str:
     """Why kernels cannot be run on this machine's CPU; empty if they can."""
@@ -90,6 +92,8 @@ def why_no_sanitizer(variant: str) -> str:
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Builds
+
+
 def source_text(source: Path | str) -> str:
     """`source` is a file, or the text itself (a mutant)."""
     return source.read_text(encoding="utf-8") if isinstance(source, Path) else source
@@ -191,6 +195,8 @@ def build_all(requests: Iterable[tuple[Path | str, str]]) -> None:
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Launches
+
+
 def load_library(path: Path) -> ctypes.CDLL:
     library = ctypes.CDLL(str(path))
     library.simt_error.restype = ctypes.c_char_p

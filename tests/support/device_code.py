@@ -34,6 +34,8 @@ class Resources:
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Compilers
+
+
 def compile_with_nvrtc(text: str, arch: str) -> dict[str, Resources]:
     """The report on `text` for `arch` (sm_90), by function. Raises ToolMissing, CompileError."""
 

@@ -60,6 +60,8 @@ def only(text: str, kernel: str) -> str:
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Gates
+
+
 def faults(found: dict[str, Resources], names: list[str]) -> list[str]:
     """What is wrong with the machine code; one text per fault."""
     result = []
@@ -97,6 +99,8 @@ def test_machine_code_keeps_its_promises(compiler, arch):
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Text and PTX
+
+
 def test_text_stands_alone():
     """NVRTC has no include path; doubles run at 1/64 of the speed on some devices."""
     assert "#include" not in TEXT.replace("no #include", "")
@@ -142,6 +146,7 @@ def test_nvcc_that_does_not_know_an_architecture_counts_as_missing():
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Mutants
+
 MUTANTS = {  # what is changed -> (kernel, pattern, replacement, word of the fault that must be reported)
     "registers halved": (
         "row_bf16_512x8",
@@ -194,6 +199,8 @@ def test_mutant_is_caught(change):
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The page, and the report
+
+
 def test_shapes_are_those_of_the_text():
     table = re.findall(r"^//\s+wce_row_<dtype>_(\d+x\d+)", TEXT, re.MULTILINE)
     assert tuple(table) == SHAPES

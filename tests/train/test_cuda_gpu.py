@@ -42,6 +42,8 @@ def on_device(rows, dtype):
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Numbers
+
+
 def test_kernels_are_taken_here():
     assert choose_loss_backend("auto", torch.device(DEVICE))[0] == "cuda"
 
@@ -154,6 +156,8 @@ def test_row_offsets_pass_2_31():
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Waits, streams, graphs
+
+
 @pytest.mark.parametrize("chunk_rows", [None, 64])
 def test_forward_and_backward_never_wait_for_the_device(chunk_rows):
     rows = on_device(make_rows(torch.float32, n_rows=280, dim=64, vocab_size=1000), torch.bfloat16)
@@ -237,6 +241,8 @@ def test_each_device_gets_its_own_module():
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Compiler, memory, runs
+
+
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
 def test_compiled_loss(backend):
     rows = on_device(make_rows(torch.float32, n_rows=28, dim=16, vocab_size=40), torch.float32)

@@ -42,6 +42,8 @@ def libraries():
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The oracle
+
+
 def row_capacity(dtype, threads: int, vectors: int) -> int:
     return threads * vectors * 16 // dtype.itemsize
 
@@ -197,6 +199,8 @@ def test_one_row_worked_by_hand(kernel):
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The matrix
+
+
 @each_dtype
 @each_vocabulary
 def test_every_kernel_that_fits_in_every_order(dtype_name, vocabulary_size):
@@ -288,6 +292,8 @@ def test_upstream_multiplies_before_the_gradient_is_rounded(dtype_name):
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Odd numbers
+
+
 @each_dtype
 def test_rows_that_hold_infinities(dtype_name):
     for kernel in row_and_stream(dtype_name):
@@ -386,6 +392,8 @@ def test_null_results_are_allowed():
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Memory traffic
+
+
 def rows_apart(logits_MV, gradient_MV):
     """Row 0 has weight, row 1 has not."""
     return {"used": logits_MV[0], "skipped": logits_MV[1]}
@@ -528,6 +536,8 @@ def test_rows_further_apart_than_32_bits():
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The text and the shim
+
+
 def test_table_in_the_header_names_the_kernels_of_the_text():
     text = SOURCE.read_text(encoding="utf-8")
     table = {

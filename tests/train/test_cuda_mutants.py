@@ -233,6 +233,8 @@ MUTANTS = (
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Texts and programs
+
+
 def mutate(text: str, replacements) -> str:
     """Every occurrence; one that is not there is an error, or the mutant would be the text itself."""
     for old, new in replacements:
@@ -306,6 +308,8 @@ def run_case(mutant: Mutant | None, variant: str, case: Case, order: str) -> tup
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Tests
+
+
 @pytest.mark.parametrize("variant", ["quick", "asan", "tsan"])
 def test_the_text_as_it_is_passes_under_every_tool(variant, remember):
     for number, case in enumerate(TSAN_CASES if variant == "tsan" else CLEAN_CASES):

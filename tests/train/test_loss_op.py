@@ -40,6 +40,8 @@ def trained_rows(dtype=torch.float64, requires_grad=True):
 
 # ---------------------------------------------------------------------------------------------------------------------
 # PyTorch's own checks
+
+
 def test_operators_pass_opcheck():
     rows, _ = trained_rows(torch.bfloat16)  # where inputs, losses and gradients have different dtypes
     hidden_KD, head_weight_VD, target_ids_K, loss_weights_K = rows
@@ -72,6 +74,8 @@ def test_operators_of_the_linear_loss_save_no_second_copy():
 
 # ---------------------------------------------------------------------------------------------------------------------
 # torch.compile
+
+
 def compiled(function, **options):
     torch._dynamo.reset()
     return torch.compile(function, backend="aot_eager", **options)
@@ -180,6 +184,8 @@ def test_compiled_train_steps_equal_eager_ones(backend):
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Differentiation
+
+
 @pytest.mark.parametrize("chunk_rows", [None, 2])
 def test_a_second_differentiation_is_refused(chunk_rows):
     rows = make_rows()
@@ -234,6 +240,8 @@ def test_gradient_is_scaled_before_it_is_rounded_to_fp16():
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Choice of a backend
+
+
 def test_unknown_backend_is_refused():
     rows = make_rows()
     for call in (

@@ -71,6 +71,8 @@ def test_large_logits_do_not_overflow():
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Against PyTorch and gradcheck
+
+
 @pytest.mark.parametrize("chunk_rows", CHUNKS)
 @pytest.mark.parametrize("dtype, rtol", [(torch.float64, 1e-12), (torch.float32, 2e-5)])
 def test_linear_loss_equals_pytorch(chunk_rows, dtype, rtol):
@@ -170,6 +172,8 @@ def test_default_chunks_respect_the_memory_bound(monkeypatch):
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Rows of weight 0
+
+
 @pytest.mark.parametrize("junk", [float("nan"), float("inf"), -float("inf")])
 @pytest.mark.parametrize("chunk_rows", [None, 2])
 def test_zero_weight_rows_may_hold_anything(junk, chunk_rows):
@@ -217,6 +221,8 @@ def test_no_trained_row_gives_a_connected_zero(n_rows):
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Autograd corners
+
+
 @pytest.mark.parametrize("chunk_rows", [None, 2])
 def test_only_one_side_requires_grad(chunk_rows):
     rows = make_rows()
@@ -273,6 +279,8 @@ def test_loss_weights_may_be_any_float_type_and_inputs_stay_unchanged():
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Bad input
+
+
 @pytest.mark.parametrize("bad", [-1, -100, 11])
 def test_bad_target_on_a_weighted_row_is_named(bad):
     hidden_MD, head_weight_VD, target_ids_M, loss_weights_M = make_rows()
