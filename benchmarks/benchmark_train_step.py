@@ -20,7 +20,8 @@ large matmul measured in the same process. Counted: 6 * parameters of the blocks
 * head_dim
 * sum of squared sequence lengths for causal attention, 6 * V * D * trained rows for the head.
 
-Shape suffixes: B batch (eager: one row per sequence; ours: one packed row), T tokens, K trained tokens (weight above 0), D model dim, V vocabulary.
+Shape suffixes: B batch (eager: one row per sequence; ours: one packed row), T tokens, K trained tokens (weight above
+0), D model dim, V vocabulary.
 """
 
 from __future__ import annotations
