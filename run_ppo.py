@@ -16,7 +16,7 @@ from model.config import ModelFolderError
 from model.pretrained_weights import check_folder, describe_eos_change, save_pretrained_streamed, save_value_model
 from model.pretrained_weights import read_config as read_model_config
 from model.tokenizer import Tokenizer, load_tokenizer
-from rl.check_rewards import check_rewards
+from rl.check_rewards import check_rewards, drop_unspellable
 from rl.models import Models, load_models
 from rl.plots import plot_ppo
 from rl.ppo_config import PPOConfig
@@ -52,11 +52,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         tokenizer = load_tokenizer(config.model)
         check_folder(config.model, tokenizer)
         prompts, notes = make_prompts(config, config.data, tokenizer)
+        prompts, more_notes = drop_unspellable(prompts, tokenizer, config.max_response_tokens)
         held_out = make_prompts(config, config.eval_data, tokenizer)[0] if config.eval_data else []
         world = init_world(config.device)
         loss_backend, reason = agree_on_loss_backend(config.loss_backend, world)
         if world.is_main:
-            for note in (*notes, f"loss backend: {loss_backend} ({reason})"):
+            for note in (*notes, *more_notes, f"loss backend: {loss_backend} ({reason})"):
                 log_line(note)
         models = load_models(config, tokenizer, world, loss_backend)
         sources = {

@@ -56,7 +56,7 @@ from rl.ppo_config import PPOConfig
 from rl.ppo_loop import run_iteration
 from rl.ppo_loss import policy_loss, value_loss
 from rl.prompts import PPOPrompt, prompts_of_iteration
-from rl.reward import tool_call_reward
+from rl.reward import judge_response
 from rl.rollout import Credited, Iteration, response_text
 from run_ppo import make_prompts
 from train.distributed import World, clip_gradients, close_world, init_world, local_part, reshard_all
@@ -245,7 +245,12 @@ def padded_iteration(
         with timed(seconds, "reward", clock):
             scores_B = torch.tensor(
                 [
-                    tool_call_reward(response_text(response, models.tokenizer), prompt.gold_calls, prompt.tools).reward
+                    judge_response(
+                        response_text(response, models.tokenizer),
+                        response[-1:] == [models.tokenizer.eos_id],
+                        prompt.gold_calls,
+                        prompt.tools,
+                    ).reward
                     for prompt, response in zip(prompts, responses, strict=True)
                 ]
             )

@@ -246,7 +246,8 @@ def train_ppo(policy, prompts, n_iterations, batch_size=32, kl_coef=0.2, critic_
     for iteration in range(n_iterations):
         batch = random.sample(prompts, batch_size)  # 6.1 sample and judge
         responses = generate(policy, [prompt for prompt, _, _ in batch], greedy=False)
-        scores = [tool_call_reward(START.decode(r), gold, tools) for r, (_, gold, tools) in zip(responses, batch)]
+        texts = [START.decode(r) if EOS in r else "" for r in responses]  # a response that never ends gets -2
+        scores = [tool_call_reward(text, gold, tools) for text, (_, gold, tools) in zip(texts, batch)]
         mean_rewards.append(round(sum(scores) / batch_size, 2))
         # Position t has read ids[: t + 1] and predicts ids[t + 1]; the mask is True where that is a response token.
         ids_BT = pad([prompt + response for (prompt, _, _), response in zip(batch, responses)])
@@ -291,9 +292,8 @@ def main():
     print(f"SFT   {sum(after_sft)}")
     rewards = train_ppo(model, prompts, n_iterations=14)
     pairs = list(zip(after_sft, which_are_right(model, held_out)))
-    print(
-        f"PPO   {sum(b for _, b in pairs)}: {pairs.count((0, 1))} gained, {pairs.count((1, 0))} lost; rewards {rewards}"
-    )
+    gained, lost = pairs.count((False, True)), pairs.count((True, False))
+    print(f"PPO   {sum(after_sft) + gained - lost}: {gained} gained, {lost} lost; rewards {rewards}")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,8 @@
 """Checks of the reward rule (rl/reward.py): on every prompt before training, and on one response by hand.
 
 Before training, `check_rewards` scores each gold call and one mutation of every kind that it allows; each must get its
-stated category. To see why a response gets its reward:
+stated category. `drop_unspellable` then drops the prompts whose gold call the tokenizer cannot write: a policy that
+gives the right answer there would be punished. To see why a response gets its reward:
 
     echo '{"tools": [...], "gold": [{"name": "f", "arguments": {"a": 1}}], "output": "f(a=1)"}' \\
         | python -m rl.check_rewards --explain
@@ -12,9 +13,12 @@ import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from data.formats.table import dialogue_segments
 from data.json_records import DataError, parse_json, shown
 from data.tool_calls import ToolCall, ToolCallError, render_tool_call
 from data.tool_documents import accepts_any_parameter, normalize_tools, offered_names, tool_parameters
+from data.trajectories import Message
+from model.tokenizer import Tokenizer
 from rl.prompts import PPOPrompt, read_gold_call, take_field
 from rl.reward import REWARDS, tool_call_reward
 
@@ -46,6 +50,44 @@ def _check_gold_call(gold: ToolCall, tools: list[dict]) -> str | None:
     except ToolCallError as error:
         return f"gold call of {shown(gold.name)}: {error}"
     return None
+
+
+def drop_unspellable(
+    prompts: Sequence[PPOPrompt], tokenizer: Tokenizer, max_response_tokens: int
+) -> tuple[list[PPOPrompt], list[str]]:
+    """(prompts with a gold call that the tokenizer can write, a line for the log if there are others).
+
+    A gold call goes the way of a response: ids, EOS, text, reward. It is lost where the tokenizer has no piece for a
+    character, merges blanks or normalises characters (NFKC), and where call and EOS have more than max_response_tokens
+    tokens. Raises DataError if no prompt is left.
+    """
+    kept, faults = [], []
+    for prompt in prompts:
+        found = [_spelling_fault(gold, prompt.tools, tokenizer, max_response_tokens) for gold in prompt.gold_calls]
+        if None in found:
+            kept.append(prompt)
+        else:
+            faults.append(f"{prompt.where} turn {prompt.turn}: {found[0]}")
+    if faults and not kept:
+        raise DataError(f"{faults[0]}; all {len(prompts)} prompts have such a gold call, expected at least one without")
+    line = f"{len(faults)} prompts dropped: the tokenizer cannot write their gold call; the first is "
+    return kept, [line + faults[0]] if faults else []
+
+
+def _spelling_fault(gold: ToolCall, tools: list[dict], tokenizer: Tokenizer, max_response_tokens: int) -> str | None:
+    """Why ids cannot carry the gold call, or None."""
+    segments = dialogue_segments([], [Message("user", ""), Message("assistant", "", gold)])
+    ids = tokenizer.encode_continuation(next(segment.text for segment in segments if segment.is_target))
+    if len(ids) >= max_response_tokens:
+        return (
+            f"found a gold call of {len(ids) + 1} tokens with EOS ({shown(gold.name)}), expected at most "
+            f"{max_response_tokens} (--max_response_tokens)"
+        )
+    text = tokenizer.decode(ids).strip()
+    result = tool_call_reward(text, (gold,), tools)
+    if result.category == "correct":
+        return None
+    return f"found the gold call {shown(render_tool_call(gold))} decoded as {shown(text)}, {result.explanation}"
 
 
 def _mutations(gold: ToolCall, tools: list[dict]) -> Iterator[tuple[str, str]]:

@@ -28,7 +28,7 @@ from model.sampling import generate
 from model.tokenizer import Tokenizer, check_vocabulary_fits, load_tokenizer
 from model.transformer import Transformer
 from rl.prompts import PROMPT_TURNS, UNPARSABLE_CALLS, PPOPrompt, read_prompts
-from rl.reward import CATEGORIES, RewardResult, tool_call_reward
+from rl.reward import CATEGORIES, RewardResult, judge_response
 from train.distributed import DTYPES
 
 Z_95 = 1.959963984540054  # 97.5 % quantile of the standard normal distribution: two-sided 95 %
@@ -101,7 +101,7 @@ def evaluate_reward(
 def _row(index: int, sample: int, prompt: PPOPrompt, response_ids: Sequence[int], tokenizer: Tokenizer) -> dict:
     has_ended = bool(response_ids) and response_ids[-1] == tokenizer.eos_id
     output = tokenizer.decode(list(response_ids[:-1] if has_ended else response_ids))
-    result = tool_call_reward(output, prompt.gold_calls, prompt.tools)
+    result = judge_response(output, has_ended, prompt.gold_calls, prompt.tools)
     return {
         "index": index,
         "id": prompt.id,

@@ -1,6 +1,6 @@
 """The paper's reward of one response (E22, E23), a pure function of the text, the gold calls and the tools.
 
-    -2      the response is not exactly one call (text after it or a second call included)
+    -2      the response is not exactly one call (text after it or a second call included), or does not end
     -2      the tool is not offered
     -1.5    the tool is offered, but is not that of the gold call
     R_p     same tool, other parameters: -0.8 [some hallucinated] - 0.5 [some redundant] - 0.5 [some missing]
@@ -8,12 +8,16 @@
     +1      equal to the gold call
 
 Hallucinated: not documented. Redundant: documented, not in the gold call. Missing: in the gold call, absent.
+Values are equal by type and content; 5 and 5.0 are two values only where the document says integer (`is_equal_value`).
 The paper's numbers are not monotone: the right tool with all three parameter faults gets -1.8, less than a wrong tool.
 Of several gold calls the one with the best reward counts, the first of equals. rl/check_rewards.py tests this rule on
 every prompt before training and explains the reward of one response on the command line.
+
+Deviation: the paper does not say what a response gets that is cut at the length limit just after its closing bracket.
+Here it gets -2 (`judge_response`), since a model that never ends its turn must not earn the reward of a call.
 """
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from data.json_records import shown
@@ -56,7 +60,7 @@ def tool_call_reward(output_text: str, gold_calls: Sequence[ToolCall], tools: li
     tools: OpenAI function dicts. `finish` and `ask_to_user` count as offered even if not listed, as in the error
     filter; if such a tool has no document, the parameters of its gold calls count as documented. If several tools have
     one name, a parameter is documented if one of them has it; a tool that accepts any parameter documents all of them.
-    Values are compared with their types: 1 is not 1.0. Raises ValueError if there is no gold call.
+    Values are compared by `is_equal_value`. Raises ValueError if there is no gold call.
     """
     if not gold_calls:
         raise ValueError("found no gold call, expected at least one")
@@ -67,13 +71,30 @@ def tool_call_reward(output_text: str, gold_calls: Sequence[ToolCall], tools: li
     functions = [tool["function"] for tool in tools if tool["function"].get("name") == call.name]
     if call.name not in offered_names(tools):
         return _judge_tool("hallucinated_tool", call, gold_calls[0])
-    documented = {name for function in functions for name in tool_parameters(function)[0]}
+    documents: dict[str, list] = {}  # of each parameter; several tools of one name may each have one
+    for function in functions:
+        for name, document in tool_parameters(function)[0].items():
+            documents.setdefault(name, []).append(document)
     if any(map(accepts_any_parameter, functions)):
-        documented |= call.arguments.keys()
+        documents = {name: [] for name in call.arguments} | documents
     if not functions:
-        documented = {name for gold in gold_calls if gold.name == call.name for name in gold.arguments}
-    results = [_compare(call, gold, documented) for gold in gold_calls]
+        documents = {name: [] for gold in gold_calls if gold.name == call.name for name in gold.arguments}
+    results = [_compare(call, gold, documents) for gold in gold_calls]
     return max(results, key=lambda result: result.reward)  # max keeps the first of equals
+
+
+def judge_response(
+    output_text: str, has_ended: bool, gold_calls: Sequence[ToolCall], tools: list[dict]
+) -> RewardResult:
+    """`tool_call_reward` of a response that a model wrote; -2 for a call whose turn the model did not end.
+
+    has_ended: the last token was EOS; False: the response was cut at the length limit.
+    """
+    result = tool_call_reward(output_text, gold_calls, tools)
+    if has_ended or result.call is None:
+        return result
+    fault = "found no EOS after the call, expected the model to end its turn"
+    return _judge_tool("unparsable", None, gold_calls[0], fault=fault)
 
 
 def parameter_reward(hallucinated: Collection[str], redundant: Collection[str], missing: Collection[str]) -> float:
@@ -85,17 +106,17 @@ def parameter_reward(hallucinated: Collection[str], redundant: Collection[str], 
     )  # E23
 
 
-def _compare(call: ToolCall, gold: ToolCall, documented: set[str]) -> RewardResult:
+def _compare(call: ToolCall, gold: ToolCall, documents: Mapping[str, list]) -> RewardResult:
     """E22 against one gold call; the tool of `call` is offered."""
     if call.name != gold.name:
         return _judge_tool("wrong_tool", call, gold)
-    hallucinated = tuple(name for name in call.arguments if name not in documented)
-    redundant = tuple(name for name in call.arguments if name in documented and name not in gold.arguments)
+    hallucinated = tuple(name for name in call.arguments if name not in documents)
+    redundant = tuple(name for name in call.arguments if name in documents and name not in gold.arguments)
     missing = tuple(name for name in gold.arguments if name not in call.arguments)
     wrong_values = tuple(
         name
         for name, value in gold.arguments.items()
-        if name in call.arguments and not is_equal_value(call.arguments[name], value)
+        if name in call.arguments and not is_equal_value(call.arguments[name], value, documents.get(name, ()))
     )
     faults = [
         category
@@ -134,27 +155,60 @@ def _judge_tool(category: str, call: ToolCall | None, gold: ToolCall, *, fault: 
     return RewardResult(reward, category, call, fault, gold, (), (), (), (), f"{reward:g} {category}: {detail}")
 
 
-def is_equal_value(value: object, gold: object) -> bool:
-    """Equality of JSON values with types: 1, 1.0, True and "1" are four values; lists in order, dicts in any order.
+def is_equal_value(value: object, gold: object, documents: Sequence[object] = ()) -> bool:
+    """Equality of two JSON values of one parameter; lists in order, dicts in any order.
 
+    Values of different types differ: 1, true, "1" and null are four values. Only an integer and a float of equal value,
+    5 and 5.0, are equal, unless the document says integer and not number. Inside lists and dicts, `items` and
+    `properties` of the document decide in the same way.
+    documents: JSON Schemas of the parameter, maybe none; what they do not say counts as undeclared.
     Not recursive, so a deeply nested response cannot overflow the stack.
     """
-    pending = [(value, gold)]
+    pending: list[tuple] = [(value, gold, documents)]
     while pending:
-        value, gold = pending.pop()
-        if type(value) is not type(gold):
-            return False
-        if isinstance(gold, dict):
+        value, gold, documents = pending.pop()
+        if isinstance(gold, dict) and isinstance(value, dict):
             if value.keys() != gold.keys():
                 return False
-            pending.extend((value[key], gold[key]) for key in gold)
-        elif isinstance(gold, list):
+            pending.extend((value[key], gold[key], _documents_inside(documents, "properties", key)) for key in gold)
+        elif isinstance(gold, list) and isinstance(value, list):
             if len(value) != len(gold):
                 return False
-            pending.extend(zip(value, gold, strict=True))
+            inside = _documents_inside(documents, "items")
+            pending.extend((each, wanted, inside) for each, wanted in zip(value, gold, strict=True))
         elif value != gold:
             return False
+        elif type(value) is not type(gold) and ({type(value), type(gold)} != {int, float} or _is_integer(documents)):
+            return False
     return True
+
+
+def _is_integer(documents: Iterable[object]) -> bool:
+    """Whether the documents of a value say integer and none of them says number."""
+    types = [kind for document in _branches(documents) for kind in _as_list(document.get("type"))]
+    names = {kind.lower() for kind in types if isinstance(kind, str)}
+    return bool(names & {"integer", "int"}) and not names & {"number", "float", "double"}
+
+
+def _documents_inside(documents: Sequence[object], keyword: str, key: str | None = None) -> list[object]:
+    """Documents of the items of a list ("items"), or of one key of a dict ("properties")."""
+    found = [document.get(keyword) for document in _branches(documents)] if documents else []
+    return found if key is None else [entry.get(key) for entry in found if isinstance(entry, dict)]
+
+
+def _branches(documents: Iterable[object]) -> list[dict]:
+    """The documents that are objects, and the branches of their anyOf, oneOf and allOf."""
+    found, pending = [], list(documents)
+    while pending:
+        document = pending.pop()
+        if isinstance(document, dict):
+            found.append(document)
+            pending.extend(each for key in ("anyOf", "oneOf", "allOf") for each in _as_list(document.get(key)))
+    return found
+
+
+def _as_list(value: object) -> list:
+    return value if isinstance(value, list) else [value]
 
 
 def _listed(names: Sequence[str]) -> str:

@@ -34,7 +34,7 @@ from rl.models import Models
 from rl.ppo_config import PPOConfig
 from rl.ppo_loss import token_entropies
 from rl.prompts import PPOPrompt
-from rl.reward import RewardResult, tool_call_reward
+from rl.reward import RewardResult, judge_response
 from train.distributed import World, gathered_model, global_sum, reshard_all
 from train.run_control import TrainingError
 from train.weighted_cross_entropy import linear_token_logprobs
@@ -139,9 +139,10 @@ def judge_responses(
 ) -> Sampled:
     """The rule-based reward of each response (rl/reward.py), and the (B, R) grids of what was sampled."""
     response_ids = [ids for ids, _ in responses]
+    ended = [bool(ids) and ids[-1] == tokenizer.eos_id for ids in response_ids]
     results = [
-        tool_call_reward(response_text(ids, tokenizer), prompt.gold_calls, prompt.tools)
-        for ids, prompt in zip(response_ids, prompts, strict=True)
+        judge_response(response_text(ids, tokenizer), has_ended, prompt.gold_calls, prompt.tools)
+        for ids, has_ended, prompt in zip(response_ids, ended, prompts, strict=True)
     ]
     shape_BR = (len(response_ids), max(map(len, response_ids), default=0))
     mask_BR, sampler_logprobs_BR = torch.zeros(shape_BR, dtype=torch.bool), torch.zeros(shape_BR)
@@ -151,7 +152,7 @@ def judge_responses(
     return Sampled(
         prompts=list(prompts),
         response_ids=response_ids,
-        ended=[bool(ids) and ids[-1] == tokenizer.eos_id for ids in response_ids],
+        ended=ended,
         results=results,
         scores_B=torch.tensor([result.reward for result in results], dtype=torch.float32, device=device),
         response_mask_BR=mask_BR.to(device),

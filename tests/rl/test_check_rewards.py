@@ -11,11 +11,14 @@ import time
 from pathlib import Path
 
 import pytest
+import sentencepiece
 
+from data.json_records import DataError
 from data.tool_calls import ToolCall, ToolCallError, parse_tool_call
+from model.tokenizer import SentencePieceTokenizer, load_tokenizer
 from rl import check_rewards as check_rewards_module
 from rl import reward as reward_module
-from rl.check_rewards import check_rewards, main
+from rl.check_rewards import check_rewards, drop_unspellable, main
 from rl.prompts import PPOPrompt
 from rl.reward import CATEGORIES, tool_call_reward
 from tests.rl.test_reward import GOLD, TOOLS, tool
@@ -106,8 +109,8 @@ def every_parameter_is_documented(text: str, gold_calls, tools: list[dict]):
         (reward_module, "parse_tool_call", released_parser),
         (reward_module, "parse_tool_call", first_line_is_enough),
         (reward_module, "parse_tool_call", cut_calls_are_mended),
-        (reward_module, "is_equal_value", lambda value, gold: True),
-        (reward_module, "is_equal_value", lambda value, gold: False),
+        (reward_module, "is_equal_value", lambda value, gold, documents: True),
+        (reward_module, "is_equal_value", lambda value, gold, documents: False),
         (reward_module, "parameter_reward", lambda hallucinated, redundant, missing: -0.8),
         (check_rewards_module, "tool_call_reward", every_tool_is_offered),
         (check_rewards_module, "tool_call_reward", every_parameter_is_documented),
@@ -126,6 +129,68 @@ def test_a_thousand_prompts_are_checked_in_a_second():
     started = time.process_time()
     assert check_rewards(prompts) == []
     assert time.process_time() - started < 1
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Gold calls through the tokenizer
+
+
+@pytest.fixture(scope="module")
+def lossy_tokenizer(tmp_path_factory) -> SentencePieceTokenizer:
+    """NFKC, blanks merged, no bytes for characters without a piece: what a stranger's tokenizer may do."""
+    prefix = tmp_path_factory.mktemp("lossy") / "tokenizer"
+    sentencepiece.SentencePieceTrainer.Train(
+        sentence_iterator=iter(['f(a="x", b=1) g() search(query="Oslo") =,.-!?23456789'] * 50),
+        model_prefix=str(prefix),
+        vocab_size=60,
+        hard_vocab_limit=False,
+        normalization_rule_name="nmt_nfkc",
+        minloglevel=2,
+    )
+    return SentencePieceTokenizer(Path(f"{prefix}.model"))
+
+
+@pytest.mark.parametrize(
+    ("value", "survives"),
+    [
+        ("Oslo", True),
+        (2.5, True),
+        ("a  b", False),  # two blanks become one
+        ("a\u00a0b", False),  # NFKC: a plain blank
+        ("\ufb01", False),  # NFKC: f and i
+        ("\u65e5", False),  # no piece
+    ],
+)
+def test_a_gold_call_that_the_tokenizer_cannot_write_is_dropped(lossy_tokenizer, value, survives):
+    good, other = prompt(GOLD), prompt(ToolCall("f", {"a": value, "b": 1}))
+    kept, notes = drop_unspellable([other, good, other], lossy_tokenizer, 64)
+    assert kept == ([other, good, other] if survives else [good]) and len(notes) == (not survives)
+    for note in notes:
+        assert note.startswith("2 prompts dropped: the tokenizer cannot write their gold call; the first is train.json")
+        assert "train.json:7 turn 2: found the gold call 'f(a=" in note and "-0.25 wrong_value" in note
+        assert note.isascii() and note.isprintable()
+    # one gold call that can be written is enough
+    assert drop_unspellable([prompt(ToolCall("f", {"a": value}), GOLD)], lossy_tokenizer, 64)[1] == []
+
+
+def test_call_and_eos_must_fit_the_response(lossy_tokenizer):
+    length = len(lossy_tokenizer.encode_continuation(" g()"))
+    small = prompt(ToolCall("g", {}))
+    assert drop_unspellable([small], lossy_tokenizer, length + 1) == ([small], [])
+    with pytest.raises(DataError) as caught:
+        drop_unspellable([small, small], lossy_tokenizer, length)
+    assert str(caught.value) == (
+        f"train.json:7 turn 2: found a gold call of {length + 1} tokens with EOS ('g'), expected at most {length} "
+        "(--max_response_tokens); all 2 prompts have such a gold call, expected at least one without"
+    )
+
+
+def test_the_bundled_tokenizer_writes_every_character():
+    tokenizer = load_tokenizer(ROOT / "assets/tiny_model")
+    golds = [
+        ToolCall("f", {"a": value, "b": 1}) for value in ("a  b", " \ufb01\u2163 ", "\u65e5\x1f\n", "</s>", "", 1e300)
+    ]
+    assert drop_unspellable([prompt(gold) for gold in golds], tokenizer, 64)[1] == []
 
 
 # ---------------------------------------------------------------------------------------------------------------------

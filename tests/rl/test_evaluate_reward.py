@@ -175,7 +175,8 @@ def test_greedy_rows_are_what_generate_gives(tiny):
         [(ids, _)] = generate(model, [prompt.prompt_ids], max_new_tokens=12, eos_id=tokenizer.eos_id)
         assert row["tokens"] == len(ids) and row["ended"] == (ids[-1] == tokenizer.eos_id)
         assert row["output"] == tokenizer.decode(ids[:-1] if row["ended"] else ids)
-        assert row["reward"] == tool_call_reward(row["output"], prompt.gold_calls, prompt.tools).reward
+        expected = tool_call_reward(row["output"], prompt.gold_calls, prompt.tools).reward if row["ended"] else -2.0
+        assert row["reward"] == expected
 
 
 def test_several_samples_without_randomness_are_refused():
@@ -220,7 +221,8 @@ def test_tool_counts_as_found_although_another_gold_call_gives_the_better_reward
 def test_a_response_cut_at_the_limit_keeps_its_last_token(monkeypatch):
     prompt = a_prompt(ToolCall("get", {"a": "x"}))
     [row] = rows_of_texts(monkeypatch, ['get(a="x")'], [prompt], with_eos=False)
-    assert (row["category"], row["ended"], row["output"]) == ("correct", False, 'get(a="x")')
+    assert (row["category"], row["ended"], row["output"]) == ("unparsable", False, 'get(a="x")')
+    assert (row["reward"], row["TS"], row["PI"], row["CF"]) == (-2.0, 0, 0, 0)  # the turn never ends
     assert summarize([row])["truncated"] == 1
 
 

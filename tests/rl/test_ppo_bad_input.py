@@ -9,15 +9,18 @@ import shutil
 
 import pytest
 
+from data.tool_calls import ToolCall
 from model.pretrained_weights import save_pretrained
 from tests.support.tiny_ppo import (
     ARMS,
     QUERY,
     TOOLS,
+    fit,
     journal_of,
     make_record,
     policy_folder,
     ppo_data,
+    prompt_ids_of,
     run_ppo_here,
     save_with_tokenizer,
     write_records,
@@ -61,6 +64,18 @@ def test_an_empty_set_after_the_filter_comes_with_the_counts(tmp_path):
     path = write_records(tmp_path / "prompts.jsonl", records)
     words = r"found no prompt, expected at least one \(.*1 turns dropped: erroneous, tool_hallucination"
     expect_refusal(tmp_path, words, data=path)
+
+
+def test_gold_calls_longer_than_a_response(tmp_path):
+    records = [make_record(f"p{index}", QUERY, ARMS[:1], TOOLS) for index in range(3)]
+    path = write_records(tmp_path / "prompts.jsonl", records)
+    pattern = rf"^{re.escape(str(path))}:1 turn 0: found a gold call of \d+ tokens with EOS .*expected at most 3 "
+    expect_refusal(tmp_path, pattern, data=path, max_response_tokens=3)
+    gold = ToolCall("search", {"city": "Oslo " * 40})
+    write_records(path, [*records, make_record("long", QUERY, [gold], TOOLS)])
+    code, out, err = run_ppo_here(tmp_path / "run", data=path, max_steps=1)
+    assert (code, err) == (0, "")
+    assert re.search(rf"1 prompts dropped: .*the first is {re.escape(str(path))}:4 turn 0: found a gold call of", out)
 
 
 def test_prompts_longer_than_the_context(tmp_path):
@@ -140,10 +155,13 @@ def test_settings_out_of_range(tmp_path, flags, pattern):
 
 
 def test_responses_that_are_all_truncated_are_named_and_the_run_goes_on(tmp_path):
-    code, out, err = run_ppo_here(tmp_path / "run", max_response_tokens=2)
+    records = map(json.loads, ppo_data().read_text().splitlines())
+    endless = fit([(prompt_ids_of(record), [50] * 24) for record in records], steps=12)
+    model = save_with_tokenizer(endless, tmp_path / "model")
+    code, out, err = run_ppo_here(tmp_path / "run", model=model, max_response_tokens=24)
     assert (code, err) == (0, "")
     assert out.count("warning:") == 1
-    assert "warning: iteration 0: all 4 responses (share 1.00) were cut at max_response_tokens = 2" in out
+    assert "warning: iteration 0: all 4 responses (share 1.00) were cut at max_response_tokens = 24" in out
     rows = journal_of(tmp_path / "run", "metrics.jsonl")
     assert [row["ppo/truncated_share"] for row in rows] == [1.0] * 3
 

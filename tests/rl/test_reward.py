@@ -10,7 +10,7 @@ import pytest
 
 from data.tool_calls import ToolCall, render_tool_call
 from eval.metrics import equal_strict
-from rl.reward import CATEGORIES, is_equal_value, parameter_reward, tool_call_reward
+from rl.reward import CATEGORIES, is_equal_value, judge_response, parameter_reward, tool_call_reward
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -71,7 +71,8 @@ GOLD = ToolCall("f", {"a": "x", "b": 1})
         ('f(a="y", b=1)', -0.25, "wrong_value"),
         ('f(a="y", b=2)', -0.25, "wrong_value"),
         ('f(a="x", b="1")', -0.25, "wrong_value"),
-        ('f(a="x", b=1.0)', -0.25, "wrong_value"),
+        ('f(a="x", b=1.0)', 1.0, "correct"),  # the document of b says neither integer nor number
+        ('f(a="x", b=1.5)', -0.25, "wrong_value"),
         ('f(a="x", b=true)', -0.25, "wrong_value"),
         ('f(a=["x"], b=1)', -0.25, "wrong_value"),
     ],
@@ -211,7 +212,6 @@ def test_no_gold_call_is_refused():
     [
         (1, True),
         (0, False),
-        (1, 1.0),
         (1, "1"),
         (None, False),
         (None, "null"),
@@ -220,7 +220,9 @@ def test_no_gold_call_is_refused():
         ([1], [True]),
         ([1, 2], [2, 1]),
         ([1], [1, 1]),
-        ({"a": 1}, {"a": 1.0}),
+        ({"a": 1}, {"a": 2.0}),
+        (1, 1.5),
+        (True, 1.0),
         ({"a": 1}, {"b": 1}),
         ({"a": 1}, {"a": 1, "b": 1}),
         ("a", "A"),
@@ -235,14 +237,104 @@ def test_unequal_values(left, right):
 
 def test_equal_values_and_agreement_with_the_evaluators_rule():
     assert is_equal_value({"a": [1, {"b": None}], "c": "x"}, {"c": "x", "a": [1, {"b": None}]})
-    assert is_equal_value(-0.0, 0.0)
+    assert is_equal_value(-0.0, 0.0) and is_equal_value(5, 5.0) and is_equal_value([{"a": 5.0}], [{"a": 5}])
     rng, seen = random.Random(5), [0, 0]
     for _ in range(3000):
         left, right = (random_value(rng, 3) for _ in range(2))
         assert is_equal_value(left, left)
-        assert is_equal_value(left, right) == equal_strict(left, right)
+        assert is_equal_value(left, right) == equal_strict(*map(with_whole_floats_as_integers, (left, right)))
         seen[is_equal_value(left, right)] += 1
     assert min(seen) > 100
+
+
+def with_whole_floats_as_integers(value: object) -> object:
+    if isinstance(value, list):
+        return [with_whole_floats_as_integers(each) for each in value]
+    if isinstance(value, dict):
+        return {key: with_whole_floats_as_integers(each) for key, each in value.items()}
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+INTEGER, NUMBER = {"type": "integer"}, {"type": "number"}
+POINT = {"type": "object", "properties": {"x": INTEGER, "y": NUMBER, "tags": {"type": "array", "items": INTEGER}}}
+
+
+@pytest.mark.parametrize(
+    ("document", "output", "gold", "is_equal"),
+    [
+        # the declared type decides between integer and float
+        (NUMBER, 5.0, 5, True),
+        (NUMBER, 5, 5.0, True),
+        (INTEGER, 5.0, 5, False),
+        (INTEGER, 5, 5, True),
+        (INTEGER, 5, 5.0, False),
+        ({"description": "no type"}, 5.0, 5, True),
+        (None, 5.0, 5, True),
+        ({"type": "string"}, 5.0, 5, True),  # says nothing about numbers
+        ({"type": ["integer", "null"]}, 5.0, 5, False),
+        ({"type": ["integer", "number"]}, 5.0, 5, True),
+        ({"type": "int"}, 5.0, 5, False),
+        ({"type": "Float"}, 5.0, 5, True),
+        ({"anyOf": [INTEGER, {"type": "null"}]}, 5.0, 5, False),
+        ({"anyOf": [INTEGER, NUMBER]}, 5.0, 5, True),
+        # other values still differ, whatever is declared
+        (NUMBER, 5.5, 5, False),
+        (NUMBER, True, 1, False),
+        (NUMBER, 1.0, True, False),
+        (INTEGER, False, 0, False),
+        (NUMBER, "5", 5, False),
+        (INTEGER, "5", 5, False),
+        ({"type": "string"}, 5, "5", False),
+        (NUMBER, None, 0, False),
+        # inside lists and objects
+        ({"type": "array", "items": INTEGER}, [1, 2.0], [1, 2], False),
+        ({"type": "array", "items": NUMBER}, [1, 2.0], [1, 2], True),
+        ({"type": "array"}, [1, 2.0], [1, 2], True),
+        ({"type": "array", "items": NUMBER}, [True], [1], False),
+        (POINT, {"x": 1, "y": 2.0}, {"x": 1, "y": 2}, True),
+        (POINT, {"x": 1.0, "y": 2}, {"x": 1, "y": 2}, False),
+        (POINT, {"tags": [3.0]}, {"tags": [3]}, False),
+        (POINT, {"other": 3.0}, {"other": 3}, True),
+        ({"type": "array", "items": POINT}, [{"x": 1}, {"x": 2.0}], [{"x": 1}, {"x": 2}], False),
+        # documents that are no schema decide nothing
+        ({"type": 7, "items": "integer", "properties": []}, [5.0, {"a": 5}], [5, {"a": 5.0}], True),
+    ],
+)
+def test_the_document_decides_between_integer_and_float(document, output, gold, is_equal):
+    parameters = {"properties": {"p": document}, "required": ["p"]}
+    tools = [{"type": "function", "function": {"name": "f", "parameters": parameters}}]
+    result = tool_call_reward(render_tool_call(ToolCall("f", {"p": output})), [ToolCall("f", {"p": gold})], tools)
+    assert (result.category, result.reward) == (("correct", 1.0) if is_equal else ("wrong_value", -0.25))
+    assert result.wrong_values == (() if is_equal else ("p",))
+
+
+def test_two_documents_of_one_parameter_are_read_together():
+    tools = [
+        {"type": "function", "function": {"name": "f", "parameters": {"properties": {"p": document}}}}
+        for document in (INTEGER, NUMBER)
+    ]
+    assert tool_call_reward("f(p=5.0)", [ToolCall("f", {"p": 5})], tools).category == "correct"
+    assert tool_call_reward("f(p=5.0)", [ToolCall("f", {"p": 5})], tools[:1]).category == "wrong_value"
+
+
+@pytest.mark.parametrize(
+    ("text", "has_ended", "reward", "category"),
+    [
+        ('f(a="x", b=1)', True, 1.0, "correct"),
+        ('f(a="x", b=1)', False, -2.0, "unparsable"),  # cut just after its bracket
+        ('f(a="x", b=2)', True, -0.25, "wrong_value"),
+        ('f(a="x", b=2)', False, -2.0, "unparsable"),
+        ("g()", True, -1.5, "wrong_tool"),
+        ("g()", False, -2.0, "unparsable"),
+        ('f(a="x", b=', False, -2.0, "unparsable"),
+    ],
+)
+def test_a_call_without_its_end_gets_nothing(text, has_ended, reward, category):
+    result = judge_response(text, has_ended, [ToolCall("f", {"a": "x", "b": 1})], TOOLS)
+    assert (result.reward, result.category) == (reward, category)
+    assert (result.call is None) == (category == "unparsable") == bool(result.fault)
+    if text.endswith(")") and not has_ended:
+        assert "found no EOS after the call" in result.explanation
 
 
 def random_value(rng: random.Random, depth: int) -> object:

@@ -151,8 +151,9 @@ def test_the_reward_sees_the_text_without_eos(tokenizer):
     sampled = [([*ids, EOS], [-1.0] * (len(ids) + 1)), (ids, [-1.0] * len(ids)), (ids[:-1], [-1.0] * (len(ids) - 1))]
     rollout = judge_responses([make_prompt([1, 5])] * 3, sampled, tokenizer, CPU)
     assert response_text(sampled[0][0], tokenizer) == response_text(ids, tokenizer) == text
-    assert rollout.scores_B.tolist() == [1.0, 1.0, -2.0]
-    assert [result.category for result in rollout.results] == ["correct", "correct", "unparsable"]
+    # the second is cut just after its bracket: a whole call, but its turn never ends
+    assert rollout.scores_B.tolist() == [1.0, -2.0, -2.0]
+    assert [result.category for result in rollout.results] == ["correct", "unparsable", "unparsable"]
     assert rollout.ended == [True, False, False]
 
 
