@@ -86,7 +86,7 @@ def tool_call_reward(output_text: str, gold_calls: Sequence[ToolCall], tools: li
 def judge_response(
     output_text: str, has_ended: bool, gold_calls: Sequence[ToolCall], tools: list[dict]
 ) -> RewardResult:
-    """`tool_call_reward` of a response that a model wrote; -2 for a call whose turn the model did not end.
+    """R (E22) of a response that a model wrote: `tool_call_reward`, and -2 for a call whose turn the model did not end.
 
     has_ended: the last token was EOS; False: the response was cut at the length limit.
     """

@@ -45,7 +45,7 @@ def output(tmp_path_factory) -> Path:
         "max_steps": 2,
         "rollout_batch_size": 4,
         "minibatch_size": 2,
-        "max_response_tokens": 4,
+        "max_response_tokens": 24,
         "eval_data": data_file,
         "eval_limit": 2,
         "print_ledger": "on",

@@ -293,8 +293,8 @@ def test_a_first_ratio_other_than_1_stops_the_run(tmp_path, monkeypatch, kept_mo
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_a_reward_that_is_not_finite_stops_before_the_update(tmp_path, monkeypatch, kept_models, value):
-    original = rollout.tool_call_reward
-    monkeypatch.setattr(rollout, "tool_call_reward", lambda *arguments: replace(original(*arguments), reward=value))
+    original = rollout.judge_response
+    monkeypatch.setattr(rollout, "judge_response", lambda *arguments: replace(original(*arguments), reward=value))
     expect_stop(tmp_path / "run", "step 1: found ppo/policy_loss ")
     assert_untouched(kept_models[0])
 
