@@ -315,7 +315,7 @@ def test_ppo_hands_its_backend_to_every_log_probability(tmp_path, monkeypatch):
 
     monkeypatch.setattr("rl.rollout.linear_token_logprobs", recording)
     monkeypatch.setattr("run_ppo.agree_on_loss_backend", lambda requested, world: ("cuda", f"for {requested}"))
-    code, out, err = run_ppo_here(tmp_path / "run", model=tiny_files()[0], max_steps=1, max_response_tokens=4)
+    code, out, err = run_ppo_here(tmp_path / "run", model=tiny_files()[0], max_steps=1, max_response_tokens=24)
     assert code == 0, err
     assert "loss backend: cuda (for auto)" in out.splitlines()
     assert len(seen) == 3 * 2 and set(seen) == {"cuda"}  # policy, reference, update; two micro-batches each
