@@ -14,6 +14,7 @@ import torch
 
 from command_line import ConfigError, fail, read_config
 from data.batches import step_batches, steps_per_epoch
+from data.formats.prompt_format import PromptError
 from data.json_records import DataError
 from model.config import ModelFolderError
 from model.pretrained_weights import check_folder, describe_eos_change, save_pretrained_streamed
@@ -33,6 +34,7 @@ USER_ERRORS = (
     DeviceError,
     LossBackendError,
     ModelFolderError,
+    PromptError,
     RunFolderError,
     CheckpointError,
     TrainingError,

@@ -35,7 +35,7 @@ def describe_data(
     left_out: Counter[str] = Counter()
     for trajectory in trajectories:
         left_out.update(trajectory.left_out)
-    if n_thoughts := sum(bool(message.thought.strip()) for each in trajectories for message in each.messages):
+    if n_thoughts := sum(row.left_out_thoughts for row in encoded):
         lines.append(
             f"{n_thoughts} turns have text next to the call: the prompt has no place for it, so it is not trained"
         )

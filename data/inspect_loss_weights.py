@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from data.error_filter import ERROR_FILTERS
+from data.formats.table import DEFAULT_FORMAT, TRAINING_FORMATS
 from data.json_records import DataError, one_line
 from data.loss_weights import LOSS_NORMALIZATIONS, encode_trajectory
 from data.loss_weights_page import render_page
@@ -144,6 +145,9 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m data.inspect_loss_weights", description=__doc__.split("\n")[0])
     parser.add_argument("--data", required=True, help="training file, the authors' JSON or OpenAI JSON lines")
     parser.add_argument("--model", default="assets/tiny_model", help="model folder or tokenizer file, for the tokens")
+    parser.add_argument(
+        "--prompt_format", choices=TRAINING_FORMATS, default=DEFAULT_FORMAT, help="form of prompts and calls"
+    )
     parser.add_argument("--index", type=int, help="which trajectory of the file, from 0 (0 without --id)")
     parser.add_argument("--id", help="which trajectory, by its id")
     parser.add_argument("--error_filter", choices=ERROR_FILTERS, default="structured", help="which turns are masked")
@@ -187,10 +191,12 @@ def load_sample(trajectory: Trajectory, arguments: argparse.Namespace) -> Sample
         "error_filter": arguments.error_filter,
         "key_tokens": arguments.key_tokens == "on",
         "max_key_token_weight": arguments.max_key_token_weight,
+        "prompt_format": arguments.prompt_format,
     }
     row = encode_trajectory(trajectory, tokenizer, **settings, loss_normalization=arguments.loss_normalization)
     raw_row = encode_trajectory(trajectory, tokenizer, **settings, loss_normalization="sum")
     shown = {
+        "prompt_format": arguments.prompt_format,
         "error_filter": arguments.error_filter,
         "key_tokens": arguments.key_tokens,
         "max_key_token_weight": format_number(arguments.max_key_token_weight),

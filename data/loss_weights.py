@@ -11,15 +11,21 @@ on with a newline. So `target_ids` is not `input_ids` shifted by one:
 
 Erroneous turns (MAE, E2) keep their place in the context and get weight 0 ("masked"), and so do turns of weight 0 in
 the data ("excluded"). Key tokens (PKT, E5) weigh more than 1.
+
+The row above is in the paper's own format. In another one (data/formats/) a turn may hold more than its call: the text
+before it, `{"name": "` and the like are trained with weight 1. The call of E3 and E4 begins with the first token that
+has a character of the tool's name, and EOS is the control token that ends a turn of the format.
 Lists here are not tensors, so they carry no shape suffix; T in the docstrings is the number of input positions.
 """
 
 from array import array
+from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from data.error_filter import TurnDecision, decide_masked_turns
-from data.formats.prompt_format import TextEncoder, encode_segments
+from data.formats.call_text import json_text
+from data.formats.prompt_format import Segment, TextEncoder, encode_segments, end_of_turn_id
 from data.formats.table import DEFAULT_FORMAT, FORMATS, dialogue_segments
 from data.key_tokens import find_key_tokens, weigh_key_tokens
 from data.tool_documents import offered_names
@@ -36,15 +42,17 @@ class EncodedTrajectory:
 
     id: str
     input_ids: array  # (T,) int32, BOS first where the tokenizer has one
-    target_ids: array  # (T,) int32: the next id, or EOS at the last token of a trained turn
+    target_ids: array  # (T,) int32: the next id, or the end of the turn at the last token of a trained turn
     loss_weights: array  # (T,) float64, already scaled for the normalisation; 0 = not trained
     class_codes: bytes  # (T,) index into TOKEN_CLASSES of the target token
-    message_indices: array  # (T,) int32: the message of the target token, -1 = system text or end of the row
+    message_indices: array  # (T,) int32: the message of the target token, or the one before the format's own tokens;
+    # -1 = before the first message, or the end of the row
     turn_decisions: tuple[TurnDecision, ...]  # one per assistant turn: masked or not, and why
     trained_turns: int  # turns with weight
     trained_tokens: int  # target tokens with weight, EOS included
     denominator: float  # what this trajectory adds to the global denominator
     excluded_turns: int = 0  # turns of weight 0 in the data, masked ones included
+    left_out_thoughts: int = 0  # turns whose text next to the call has no place in the format
 
     @property
     def token_classes(self) -> list[str]:
@@ -59,30 +67,45 @@ class EncodedTrajectory:
 # One turn
 
 
-def without_leading_blanks(ids: Sequence[int], tokenizer: TextEncoder) -> Sequence[int]:
-    """`ids` from the first one that is more than whitespace: some tokenizers have the leading space as its own piece.
+def count_tokens_before(ids: Sequence[int], text: str, tokenizer: TextEncoder) -> int:
+    """How many of `ids` lie wholly within `text`, with which the text of the ids begins.
 
-    Such a space precedes every call. It decides nothing and must not be taken for the first token of the name.
+    A token that spans the border, such as ` get` after a blank, is not among them.
     """
-    start = 0
-    while start < len(ids) and not tokenizer.piece(ids[start]).strip():
-        start += 1
-    return ids[start:]
+    if not text:
+        return 0
+    # Both texts are decoded, because a tokenizer may normalise characters, and decoding cuts a leading space.
+    n_characters = len(tokenizer.decode(tokenizer.encode_continuation(text)))
+    ends = range(1, len(ids) + 1)
+    return bisect_right(ends, n_characters, key=lambda end: len(tokenizer.decode(list(ids[:end]))))
 
 
-def encode_names(names: Sequence[str], tokenizer: TextEncoder) -> dict[str, Sequence[int]]:
-    """Name -> its ids as they would be in the sample, leading space and bracket included; each name once.
+def name_place(segment: Segment) -> tuple[str, str]:
+    """The characters before the name of a call, in its line, and the one after it: equal for all calls of a format."""
+    start, end = segment.name_span
+    return segment.text[:start].rpartition("\n")[2], segment.text[end : end + 1]
 
+
+def encode_names(
+    names: Sequence[str], tokenizer: TextEncoder, place: tuple[str, str] = (" ", "(")
+) -> dict[str, Sequence[int]]:
+    """Name -> its ids as they would be in the sample, from its first token through the character after it; each once.
+
+    place: name_place of the call; merges differ at another. A name in quotes is written as in JSON.
     Keyed by text: merged brackets (`get()` against `get(`) would hide that two names are equal.
     """
-    return {
-        name: without_leading_blanks(tokenizer.encode_continuation(f" {name}("), tokenizer)
-        for name in dict.fromkeys(names)  # keeps the order, drops duplicates
-    }
+    before, after = place
+    result = {}
+    for name in dict.fromkeys(names):  # keeps the order, drops duplicates
+        written = json_text(name)[1:-1] if after == '"' else name
+        ids = tokenizer.encode_continuation(f"{before}{written}{after}")
+        result[name] = ids[count_tokens_before(ids, before, tokenizer) :]
+    return result
 
 
 def weigh_turn(
-    target_text_ids: Sequence[int],
+    segment: Segment,
+    ids: Sequence[int],
     call_name: str | None,
     name_ids: dict[str, Sequence[int]],
     tokenizer: TextEncoder,
@@ -91,17 +114,17 @@ def weigh_turn(
 ) -> tuple[list[float], list[int]]:
     """Unscaled weights and class codes of one trained turn, EOS (weight 1) appended: both one longer than the ids.
 
-    call_name: None for plain text, which has weight 1 throughout. name_ids: encode_names of the offered tools.
-    max_key_token_weight: None gives every token weight 1.
+    segment, ids: the target and its ids. call_name: None for plain text, which has weight 1 throughout. name_ids:
+    encode_names of the offered tools. max_key_token_weight: None gives every token weight 1.
     """
-    weights, codes = [1.0] * len(target_text_ids), [NORMAL] * len(target_text_ids)
+    weights, codes = [1.0] * len(ids), [NORMAL] * len(ids)
     if max_key_token_weight is not None and call_name is not None:
-        call_ids = without_leading_blanks(target_text_ids, tokenizer)
-        n_blank = len(target_text_ids) - len(call_ids)
+        start = count_tokens_before(ids, segment.text[: segment.name_span[0]], tokenizer)
+        call_ids = ids[start:]
         key_positions = find_key_tokens(call_ids, [ids for name, ids in name_ids.items() if name != call_name])  # E3
-        weights[n_blank:] = weigh_key_tokens(key_positions, len(call_ids), max_key_token_weight)  # E5
+        weights[start:] = weigh_key_tokens(key_positions, len(call_ids), max_key_token_weight)  # E5
         for position in key_positions:
-            codes[n_blank + position] = KEY
+            codes[start + position] = KEY
     return weights + [1.0], codes + [EOS]
 
 
@@ -137,36 +160,48 @@ def encode_trajectory(
     key_tokens: bool,
     max_key_token_weight: float,
     loss_normalization: str,
+    prompt_format: str = DEFAULT_FORMAT,
 ) -> EncodedTrajectory:
     """The whole trajectory as one row (module docstring); every segment is encoded on its own, BOS once at the start.
 
     error_filter: structured, substring or none (data.error_filter). Masked turns get weight 0 (E2) and stay context;
-    so do turns for which the data itself says weight 0, whatever the filter.
+    so do turns for which the data itself says weight 0, whatever the filter. prompt_format: data.formats.table.
     Nothing is cut: data.batches.drop_unusable drops rows that are too long or train nothing, and reports them.
+    Raises PromptError for a dialogue that the format cannot hold, and for a tokenizer without its control tokens.
     """
     decisions = tuple(decide_masked_turns(trajectory, error_filter))
     masked = {decision.message_index: decision.masked for decision in decisions}
-    name_ids = encode_names(offered_names(trajectory.tools), tokenizer) if key_tokens else {}
+    names = offered_names(trajectory.tools)
+    names_at: dict[tuple[str, str], dict[str, Sequence[int]]] = {}  # the place is the same for all turns of a format
     input_ids, target_ids = [], []
     loss_weights, codes, message_indices = [], [], []
-    trained_turns, trained_tokens, denominator = 0, 0, 0.0
-    segments = dialogue_segments(trajectory.tools, trajectory.messages)
-    for segment, ids in encode_segments(segments, tokenizer, FORMATS[DEFAULT_FORMAT]):
+    trained_turns, trained_tokens, denominator, left_out_thoughts = 0, 0, 0.0, 0
+    entry, message_index = FORMATS[prompt_format], -1
+    segments = dialogue_segments(trajectory.tools, trajectory.messages, prompt_format)
+    for segment, ids in encode_segments(segments, tokenizer, entry):
         # 1 for the row's first id, which nothing predicts, and after a trained turn, where EOS is the target already.
         n_filled = len(target_ids) - (len(input_ids) - 1)
         input_ids += ids
-        message_index = -1 if segment.message_index is None else segment.message_index
-        if segment.is_target and not masked[message_index] and trajectory.messages[message_index].weight:
-            call = trajectory.messages[message_index].call
+        message_index = message_index if segment.message_index is None else segment.message_index
+        message = trajectory.messages[message_index] if segment.is_target else None
+        if message is not None and message.thought.strip() and message.thought not in segment.text:
+            left_out_thoughts += 1
+        if message is not None and not masked[message_index] and message.weight:
+            call_name, name_ids = None if message.call is None else message.call.name, {}
+            if key_tokens and call_name is not None:
+                place = name_place(segment)
+                names_at[place] = names_at.get(place) or encode_names(names, tokenizer, place)
+                name_ids = names_at[place]
             raw_weights, turn_codes = weigh_turn(
+                segment,
                 ids,
-                None if call is None else call.name,
+                call_name,
                 name_ids,
                 tokenizer,
                 max_key_token_weight=max_key_token_weight if key_tokens else None,
             )
             turn_weights, share = scale_turn(raw_weights, loss_normalization)
-            turn_targets = [*ids, tokenizer.eos_id]
+            turn_targets = [*ids, end_of_turn_id(segment.end, tokenizer, entry)]
             trained_turns, trained_tokens = trained_turns + 1, trained_tokens + len(turn_targets)
             denominator += share
         else:
@@ -193,4 +228,5 @@ def encode_trajectory(
         trained_tokens=trained_tokens,
         denominator=denominator,
         excluded_turns=sum(message.weight == 0 for message in trajectory.messages),
+        left_out_thoughts=left_out_thoughts,
     )

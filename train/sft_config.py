@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from command_line import setting
+from data.formats.table import DEFAULT_FORMAT, TRAINING_FORMATS
 from train.optimizer import SCHEDULES
 
 
@@ -28,6 +29,11 @@ class SFTConfig:
         free=True,
     )
     # method
+    prompt_format: str = setting(
+        DEFAULT_FORMAT,
+        "form of prompts and calls (docs/data_format.md); tl is the paper's, the others are those of other models",
+        choices=TRAINING_FORMATS,
+    )
     error_filter: str = setting(
         "structured",
         "which erroneous turns get no loss (MAE): documents and feedback "

@@ -23,6 +23,8 @@ class TextEncoder(Protocol):
 
     def encode_continuation(self, text: str) -> list[int]: ...
 
+    def decode(self, ids: list[int]) -> str: ...
+
     def control_id(self, text: str) -> int | None: ...
 
     def piece(self, token_id: int) -> str: ...
@@ -141,12 +143,14 @@ def encode_segments(
     PromptError if it does not: the tokenizer of another model would spell them out in characters.
     """
     start = [control(text) for text in prompt_format.start_tokens or ()]
-    id_of_control = {part.text: tokenizer.control_id(part.text) for part in (*start, *segments) if part.is_control}
+    texts = [part.text for part in (*start, *segments) if part.is_control]
+    texts += [part.end for part in segments if part.end]
+    id_of_control = {text: tokenizer.control_id(text) for text in texts}
     missing = [text for text, token_id in id_of_control.items() if token_id is None]
     if missing and not prompt_format.may_spell_controls:
         raise PromptError(
-            f"--prompt_format {prompt_format.name}: found no token {missing[0]} in the tokenizer, expected that of a "
-            "model of this format"
+            f"--prompt_format {prompt_format.name}: found no token {', '.join(missing)} in the tokenizer, expected "
+            "that of a model of this format"
         )
     if missing:
         segments = join_context(
@@ -166,3 +170,25 @@ def encode_segments(
         result.append((segment, start_ids + ids))
         start_ids = []
     return result
+
+
+def end_of_turn_id(end: str, tokenizer: TextEncoder, prompt_format: PromptFormat) -> int:
+    """The token that ends a turn whose target has this `end`: training predicts it, generation stops at it.
+
+    It is the tokenizer's EOS for "", and where a format that may spell its control tokens has to. Raises PromptError
+    for another format whose token the tokenizer lacks.
+    """
+    token_id = tokenizer.control_id(end) if end else tokenizer.eos_id
+    if token_id is not None:
+        return token_id
+    if prompt_format.may_spell_controls:
+        return tokenizer.eos_id
+    raise PromptError(
+        f"--prompt_format {prompt_format.name}: found no token {end} in the tokenizer, expected that of a model of "
+        "this format"
+    )
+
+
+def find_stop_ids(stop_texts: Sequence[str], tokenizer: TextEncoder) -> frozenset[int]:
+    """Where generation stops: EOS, and those of `stop_texts` that are control tokens of the tokenizer."""
+    return frozenset({tokenizer.eos_id, *map(tokenizer.control_id, stop_texts)} - {None})

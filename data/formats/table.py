@@ -18,7 +18,7 @@ paper's tables leave open and what was decided.
 from collections.abc import Sequence
 
 from data.formats import chatglm4, llama31, nexusraven, openai, plain, qwen2, qwen25, react, tl, toolllama
-from data.formats.prompt_format import Dialogue, PromptFormat, Segment, TextEncoder, encode_segments
+from data.formats.prompt_format import Dialogue, PromptFormat, Segment, TextEncoder, encode_segments, end_of_turn_id
 from data.tool_calls import ToolCall, ToolCallError, render_tool_call
 from data.trajectories import Message
 
@@ -28,6 +28,12 @@ FORMATS: dict[str, PromptFormat] = {
 }
 PROMPT_FORMATS = tuple(FORMATS)
 COMPLETION_FORMATS = tuple(name for name, entry in FORMATS.items() if entry.dialogue_segments is not None)
+# Forms in which a model can be trained: text that is both read and written, and that is not a server's chat API.
+TRAINING_FORMATS = tuple(
+    name
+    for name, entry in FORMATS.items()
+    if entry.dialogue_segments is not None and entry.render_calls is not None and entry.chat_request is None
+)
 DEFAULT_FORMAT = tl.FORMAT.name  # of training, and of prediction files that do not say theirs
 
 _NEXT_TURN = Message("assistant", "")
@@ -77,6 +83,20 @@ def encode_prompt(
     """
     segments = prompt_segments(tools, messages, prompt_format)
     return [token for _, ids in encode_segments(segments, tokenizer, FORMATS[prompt_format]) for token in ids]
+
+
+def end_of_turn_ids(tokenizer: TextEncoder, prompt_format: str = DEFAULT_FORMAT) -> list[int]:
+    """The tokens that a trained model of this format ends its turns with: first that after a call, then others.
+
+    Raises PromptError for a tokenizer without them.
+    """
+    turns = [Message("assistant", "", ToolCall("f", {})), Message("assistant", "words")]
+    ends = [
+        end_of_turn_id(segment.end, tokenizer, FORMATS[prompt_format])
+        for segment in dialogue_segments([], [Message("user", ""), *turns], prompt_format)
+        if segment.is_target
+    ]
+    return list(dict.fromkeys(ends))
 
 
 def parse_output(output: str, prompt_format: str) -> list[ToolCall]:

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from data.formats.prompt_format import WrittenTurn
+from data.formats.prompt_format import WrittenTurn, find_stop_ids
 from data.formats.table import FORMATS, encode_prompt, parse_output, prompt_text
 from data.json_records import DataError
 from data.tool_calls import ToolCall, ToolCallError
@@ -267,15 +267,13 @@ def run_dialogues_with_model(
             f"--max_dialogue_tokens: found room for {room} tokens, expected more than the {max_new_tokens} of one turn"
         )
     stop_texts = FORMATS[prompt_format].stop_strings
-    stop_ids = {
-        token_id for token_id in (tokenizer.eos_id, *map(tokenizer.control_id, stop_texts)) if token_id is not None
-    }
+    stop_ids = find_stop_ids(stop_texts, tokenizer)
     decoder = decoder or DialogueDecoder(
         model,
         n_rows=batch_size,
         max_tokens=room,
         max_new_tokens=max_new_tokens,
-        stop_ids=frozenset(stop_ids),
+        stop_ids=stop_ids,
         temperature=temperature,
     )
     waiting = list(reversed(tasks[rank::world_size]))

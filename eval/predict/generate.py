@@ -14,6 +14,7 @@ from typing import TypeVar
 import torch.distributed as dist
 from tqdm import tqdm
 
+from data.formats.prompt_format import find_stop_ids
 from data.formats.table import encode_prompt
 from data.json_records import DataError, parse_json, write_json_lines, write_text
 from eval.predict.cut_output import cut_at
@@ -244,10 +245,7 @@ def generated_rows(
     model, tokenizer = local.model, local.tokenizer
     prompts = {query.index: encode_record(query, prompt_format, tokenizer) for query in queries}
     continued = {query.index for query in queries if query.text}
-    stop_ids = {
-        tokenizer.eos_id,
-        *(token_id for text in stop_texts if (token_id := tokenizer.control_id(text)) is not None),
-    }
+    stop_ids = find_stop_ids(stop_texts, tokenizer)
     room = model.config.max_positions - max_new_tokens
 
     def rows_of(batch: list[int]) -> Iterator[dict]:
@@ -278,7 +276,7 @@ def read_response(
     response_ids: Sequence[int],
     tokenizer: Tokenizer,
     *,
-    stop_ids: set[int],
+    stop_ids: frozenset[int],
     stop_texts: Sequence[str],
     prompt_ids: list[int],
 ) -> tuple[str, str]:

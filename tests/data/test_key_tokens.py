@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from data.key_tokens import find_key_tokens, key_token_weights
-from data.loss_weights import encode_names, without_leading_blanks
+from data.loss_weights import count_tokens_before, encode_names
 
 LLAMA2 = Path(__file__).parents[3] / "shared" / "fixtures" / "llama2-tokenizer" / "tokenizer.model"
 
@@ -116,7 +116,8 @@ def llama2():
 
 
 def weigh(tokenizer, call_text, offered_names, w_max=9.0):
-    call_ids = without_leading_blanks(tokenizer.encode_continuation(" " + call_text), tokenizer)
+    ids = tokenizer.encode_continuation(" " + call_text)
+    call_ids = ids[count_tokens_before(ids, " ", tokenizer) :]
     name = call_text[: call_text.index("(")]
     others = [ids for other, ids in encode_names(offered_names, tokenizer).items() if other != name]
     return [tokenizer.piece(i).strip() for i in call_ids], key_token_weights(call_ids, others, w_max)

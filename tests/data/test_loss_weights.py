@@ -189,10 +189,11 @@ def test_a_space_that_is_its_own_piece_is_neither_key_nor_counted():
 
 
 def test_a_tokenizer_without_bos_starts_with_text():
-    with_bos, without = encode(FIND_PAPER), encode(FIND_PAPER, PieceTokenizer(bos_id=None))
+    tokenizer = PieceTokenizer(bos_id=None)  # numbers its pieces as they come
+    with_bos, without = encode(FIND_PAPER), encode(FIND_PAPER, tokenizer)
     assert list(without.input_ids) == list(with_bos.input_ids[1:])
     assert without.target_ids == with_bos.target_ids[1:] and without.loss_weights == with_bos.loss_weights[1:]
-    rows = expand_per_turn(FIND_PAPER, PieceTokenizer(bos_id=None), **SETTINGS)
+    rows = expand_per_turn(FIND_PAPER, tokenizer, **SETTINGS)
     assert rows[-1].input_ids == without.input_ids
 
 

@@ -36,6 +36,7 @@ def expand_per_turn(
         prefix_ids = [token_id for _, ids in prefix for token_id in ids]
         call = trajectory.messages[segment.message_index].call
         raw_weights, codes = weigh_turn(
+            segment,
             turn_ids,
             None if call is None else call.name,
             name_ids,
