@@ -162,7 +162,7 @@ def _make_parser(config_class: type, description: str) -> argparse.ArgumentParse
         description=description,
         allow_abbrev=False,
         usage="%(prog)s [--config FILE] [--FLAG VALUE ...]",
-        formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=60, width=260),
+        formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=80, width=280),
     )
     parser.add_argument("--config", metavar="FILE", help="JSON object of the fields below; flags win over it")
     for each in fields(config_class):

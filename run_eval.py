@@ -9,12 +9,13 @@ existing file. A killed run continues with the same command, under any number of
 
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 from command_line import ConfigError, fail, read_config
 from data.formats.prompt_format import PromptError
 from data.json_records import DataError, write_json_lines, write_text
+from data.trained_format import choose_format
 from eval.benchmarks import count_notice
 from eval.eval_config import EvalConfig
 from eval.predict.run_predictions import BenchmarkRun, open_benchmarks, predict
@@ -48,6 +49,11 @@ def run(config: EvalConfig, world: World) -> None:
     """Predict (unless there are predictions), score, report. Rank 0 writes and scores, all ranks predict."""
     seed_everything(config.seed, world.rank)
     output = Path(config.output)
+    folder = None if config.predictions or config.endpoint else config.model
+    prompt_format, format_line = choose_format(config.prompt_format, folder)
+    config = replace(config, prompt_format=prompt_format)
+    if world.is_main and format_line:
+        log_line(format_line)
     runs = open_benchmarks(config)  # a fault in the last benchmark shows now, not after the first one's predictions
     if not config.predictions:
         with lock_folder(output / "predictions", world):

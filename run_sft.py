@@ -16,6 +16,7 @@ from command_line import ConfigError, fail, read_config
 from data.batches import step_batches, steps_per_epoch
 from data.formats.prompt_format import PromptError
 from data.json_records import DataError
+from data.trained_format import choose_format, training_record
 from model.config import ModelFolderError
 from model.pretrained_weights import check_folder, describe_eos_change, save_pretrained_streamed
 from model.tokenizer import load_tokenizer
@@ -47,11 +48,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         config = read_config(SFTConfig, "Supervised fine-tuning with MAE and PKT.", arguments, section="sft")
         tokenizer = load_tokenizer(config.model)
         check_folder(config.model, tokenizer)
+        _, format_line = choose_format(config.prompt_format, config.model)
+        training = training_record(tokenizer, config.prompt_format)
         encoded, notes = encode_data(config, tokenizer)
         world = init_world(config.device)
         say = log_line if world.is_main else lambda line: None
         loss_backend, reason = agree_on_loss_backend(config.loss_backend, world)
-        for note in (*notes, f"loss backend: {loss_backend} ({reason})"):
+        for note in (*filter(None, [format_line]), *notes, f"loss backend: {loss_backend} ({reason})"):
             say(note)
         model = load_sharded_model(config.model, world, dtype=config.dtype, tokenizer_size=tokenizer.vocab_size)
         optimizer = make_adamw(
@@ -79,10 +82,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if result.stopped_by:
             return 128 + result.stopped_by
         final = Path(config.output) / "final"
+        eos_id = training["end_of_turn_id"]
         save_pretrained_streamed(
-            model, final, dtype=torch.float32, companions_from=config.model, eos_id=tokenizer.eos_id
+            model, final, dtype=torch.float32, companions_from=config.model, eos_id=eos_id, training=training
         )
-        if change := describe_eos_change(config.model, tokenizer.eos_id):
+        if change := describe_eos_change(config.model, eos_id):
             say(change)
         if world.is_main and config.plot == "on":
             say(plot_losses(Path(config.output)))

@@ -26,9 +26,10 @@ import torch
 
 from command_line import parse_arguments, run_command
 from data.formats.prompt_format import PromptError
-from data.formats.table import COMPLETION_FORMATS, DEFAULT_FORMAT, PROMPT_FORMATS, encode_prompt
+from data.formats.table import COMPLETION_FORMATS, PROMPT_FORMATS, encode_prompt
 from data.json_records import DataError, read_json_lines, read_json_list, write_text
 from data.tool_documents import normalize_tools
+from data.trained_format import AUTO_FORMAT, choose_format
 from data.trajectories import Message, read_trajectories
 from eval.dialogues.journal import DialogueJournal, RecordedDialogue, match_dialogues, read_dialogues
 from eval.dialogues.local_tools import TOOLBOX
@@ -207,6 +208,9 @@ def write_records(path: Path, records: Sequence[dict]) -> None:
 def collect(flags: argparse.Namespace) -> str:
     """Do what the flags ask; the statistics to show. Raises DataError, PromptError, ModelFolderError, OSError."""
     tasks = read_queries(flags.queries)
+    flags.prompt_format, line = choose_format(flags.prompt_format, None if flags.endpoint else flags.model)
+    if line:
+        print(line, file=sys.stderr)
     path = flags.output.with_name(flags.output.name + ".dialogues.jsonl")
     teacher = read_endpoint(flags) if flags.endpoint else load_teacher(flags, tasks[0])
     source = (
@@ -363,7 +367,12 @@ def read_flags(arguments: Sequence[str]) -> argparse.Namespace:
         'or JSON lines {"id", "tools", "messages"}',
     )
     add("--output", type=Path, required=True, help="file of the trajectories, authors' form")
-    add("--prompt_format", choices=PROMPT_FORMATS, default=DEFAULT_FORMAT, help="prompts and calls (%(default)s)")
+    add(
+        "--prompt_format",
+        choices=(AUTO_FORMAT, *PROMPT_FORMATS),
+        default=AUTO_FORMAT,
+        help="prompts and calls (%(default)s: that of the model folder's training, else tl)",
+    )
     add("--tool_executor", choices=EXECUTOR_KINDS, default="auto", help="who answers the calls (%(default)s)")
     add("--instability_rate", type=float, default=0.0, help="share of simulated calls that find the service down")
     add("--call_failure_rate", type=float, default=0.0, help="share of simulated calls that the tool fails on")
@@ -410,7 +419,7 @@ def _check_flags(parser: argparse.ArgumentParser, flags: argparse.Namespace) -> 
             parser.error(f"--{name}: found {value}, expected {bounds}")
     if flags.instability_rate + flags.call_failure_rate > 1:
         parser.error("--instability_rate: found more than 1 together with --call_failure_rate, expected at most 1")
-    if flags.prompt_format not in COMPLETION_FORMATS and not flags.endpoint:
+    if flags.prompt_format not in (AUTO_FORMAT, *COMPLETION_FORMATS) and not flags.endpoint:
         parser.error(
             f"--prompt_format: found {flags.prompt_format} without --endpoint, expected the chat API of a server"
         )

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 from command_line import setting
 from data.formats.table import COMPLETION_FORMATS, DEFAULT_FORMAT, PROMPT_FORMATS
+from data.trained_format import AUTO_FORMAT
 from eval.benchmarks import BENCHMARKS
 from eval.dialogues.metrics import MAX_TURNS
 from eval.dialogues.tools import EXECUTOR_KINDS
@@ -21,9 +22,10 @@ class EvalConfig:
         "on", "compare published benchmark files with their sha256; off for files of your own", choices=("on", "off")
     )
     prompt_format: str = setting(
-        "tl",
-        "form of prompt and calls, by model: docs/evaluation.md; plain is that of the bundled base model",
-        choices=PROMPT_FORMATS,
+        AUTO_FORMAT,
+        "form of prompt and calls: docs/evaluation.md; auto = the one that the model folder was trained in, else tl; "
+        "plain is that of the bundled base model",
+        choices=(AUTO_FORMAT, *PROMPT_FORMATS),
     )
     endpoint: str = setting("", "base URL of an OpenAI-compatible server, http://HOST:PORT/v1; empty = model folder")
     endpoint_key: str = setting("OPENAI_API_KEY", "environment variable that holds the endpoint's key")
@@ -93,11 +95,11 @@ class EvalConfig:
             raise ValueError(f"benchmarks: found {self.benchmarks}, expected each benchmark once")
         if self.predictions and len(names) != 1:
             raise ValueError(f"benchmarks: found {len(names)} benchmarks, expected one, that of --predictions")
-        if self.predictions and self.prompt_format != DEFAULT_FORMAT:
+        if self.predictions and self.prompt_format not in (AUTO_FORMAT, DEFAULT_FORMAT):
             raise ValueError('prompt_format: found it with --predictions, expected "format" in that file\'s lines')
         if self.predictions and self.endpoint:
             raise ValueError("endpoint: found it with --predictions, expected one of the two")
-        if self.prompt_format not in COMPLETION_FORMATS and not self.endpoint:
+        if self.prompt_format not in (AUTO_FORMAT, *COMPLETION_FORMATS) and not self.endpoint:
             raise ValueError(
                 f"prompt_format: found {self.prompt_format} without --endpoint, expected the chat API of a server"
             )

@@ -31,6 +31,7 @@ WEIGHTS_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 VALUE_HEAD_FILE = "value_head.safetensors"  # of a ValueModel's folder, next to its backbone's files
 GENERATION_FILE = "generation_config.json"
+TRAINING_FILE = "tl_training.json"  # ours: how the model was trained (data/trained_format.py)
 DEFAULT_SHARD_BYTES = 5_000_000_000
 MAX_HEADER_BYTES = 32 << 20  # of one safetensors file; a header takes about 100 bytes per tensor
 
@@ -413,6 +414,7 @@ def save_pretrained_streamed(
     dtype: torch.dtype | None = None,
     companions_from: str | Path | None = None,
     eos_id: int | None = None,
+    training: dict[str, Any] | None = None,
     max_shard_bytes: int = DEFAULT_SHARD_BYTES,
 ) -> None:
     """Writes the model in Hugging Face layout, gathering one tensor at a time; all ranks call it, rank 0 writes.
@@ -421,15 +423,18 @@ def save_pretrained_streamed(
     rename, so that the final name is either absent, the previous export, or complete. dtype: of the stored tensors
     (default: as they are). companions_from: model folder whose tokenizer files are copied and whose BOS/EOS ids go
     into config.json. eos_id: the trained end of turn, which then is the EOS of config.json and of
-    generation_config.json (exported_eos), so that generation stops where training taught it to. Raises
-    ModelFolderError on every rank when rank 0 could not write (for example a full disk), leaving no temporary files.
+    generation_config.json (exported_eos), so that generation stops where training taught it to. training: the content
+    of TRAINING_FILE. Raises ModelFolderError on every rank when rank 0 could not write (for example a full disk),
+    leaving no temporary files.
     """
     parameters = {hf_name(name): parameter for name, parameter in model.state_dict().items()}
     shards = _plan_shards(parameters, dtype, max_shard_bytes)
     hf_config = config_to_hf(model.config)
     if eos_id is not None:
         hf_config["eos_token_id"] = eos_id
-    _write_folder(Path(model_dir), hf_config, parameters, shards, dtype=dtype, companions_from=companions_from)
+    _write_folder(
+        Path(model_dir), hf_config, parameters, shards, dtype=dtype, companions_from=companions_from, training=training
+    )
 
 
 @torch.no_grad()
@@ -463,6 +468,7 @@ def _write_folder(
     *,
     dtype: torch.dtype | None,
     companions_from: str | Path | None,
+    training: dict[str, Any] | None = None,
 ) -> None:
     """Steps 2 to 4 of an export: `shards` says which tensors of `parameters` (stored names) go into which file."""
     is_writer = not (dist.is_initialized() and dist.get_rank() != 0)
@@ -472,6 +478,8 @@ def _write_folder(
         if is_writer:
             _prepare_folder(final, temporary)
             _write_config(hf_config, temporary, dtype or next(iter(parameters.values())).dtype, companions_from)
+            if training is not None:
+                (temporary / TRAINING_FILE).write_text(json.dumps(training, indent=2) + "\n", encoding="utf-8")
     except (OSError, ModelFolderError) as error:
         failure = error
     for file_name, names in shards.items():
@@ -593,7 +601,7 @@ def _token_ids(source: Path) -> dict[str, Any]:
 
 
 def _is_ours(name: str) -> bool:
-    return name in COMPANION_FILES or name in ("config.json", INDEX_FILE) or name.endswith(".safetensors")
+    return name in (*COMPANION_FILES, "config.json", INDEX_FILE, TRAINING_FILE) or name.endswith(".safetensors")
 
 
 def _prepare_folder(final: Path, temporary: Path) -> None:

@@ -20,7 +20,6 @@ from command_line import run_identity
 from data.batches import PackedBatch, drop_unusable
 from data.data_report import describe_data
 from data.formats.prompt_format import PromptError
-from data.formats.table import end_of_turn_ids
 from data.json_records import one_line
 from data.loss_weights import EncodedTrajectory, TextEncoder, encode_trajectory
 from data.trajectories import Trajectory, read_trajectories
@@ -44,7 +43,6 @@ def encode_data(config: SFTConfig, tokenizer: TextEncoder) -> tuple[list[Encoded
     another format.
     """
     trajectories = read_trajectories(config.data, unparsable_calls=config.unparsable_calls)
-    end_of_turn_ids(tokenizer, config.prompt_format)  # a tokenizer without the format's tokens shows now
     encoded = [_encode(trajectory, config, tokenizer) for trajectory in trajectories]
     kept, notes = drop_unusable(encoded, config.max_tokens)
     return kept, notes + describe_data(trajectories, encoded, kept, config.error_filter)

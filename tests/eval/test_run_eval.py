@@ -357,7 +357,7 @@ def test_compare_prints_the_verdicts(reference, benchmark_dir, tmp_path, capsys)
         ),
         ({"benchmarks": "tiny-seen,tiny-seen"}, "expected each benchmark once"),
         ({"benchmarks": ""}, "--benchmarks: found ''"),
-        ({"prompt_format": "xml"}, "expected one of tl, plain"),
+        ({"prompt_format": "xml"}, "expected one of auto, tl, plain"),
         ({"limit": -1}, "--limit"),
         ({"batch_size": 0}, "--batch_size"),
         ({"max_new_tokens": 4000}, "--max_new_tokens: found 4000, expected less than the model's 2048 positions"),
