@@ -35,21 +35,21 @@ from eval.dialogues.journal import DialogueJournal, RecordedDialogue, match_dial
 from eval.dialogues.local_tools import TOOLBOX
 from eval.dialogues.metrics import MAX_TURNS
 from eval.dialogues.play import (
+    DialogueSettings,
     complete_dialogues,
     format_reminder,
     run_dialogues_with_endpoint,
     run_dialogues_with_model,
 )
-from eval.dialogues.tools import EXECUTOR_KINDS, make_executor
+from eval.dialogues.tools import EXECUTOR_KINDS, ExecutorSettings, ToolExecutor
 from eval.evaluate_rotbench import load_rotbench
 from eval.evaluate_tooleyes import load_tooleyes
 from eval.predict.endpoint import Endpoint, check_url, make_endpoint
-from eval.predict.generate import answers_sha256, check_settings, folder_sha256
+from eval.predict.generate import LocalModel, answers_sha256, check_settings, folder_sha256
 from eval.records import Record, field_of
 from eval.reports.error_statistics import classify_turns, format_turns, summarize_turns
 from model.pretrained_weights import ModelFolderError, load_pretrained
-from model.tokenizer import Tokenizer, check_vocabulary_fits, load_tokenizer
-from model.transformer import Transformer
+from model.tokenizer import check_vocabulary_fits, load_tokenizer
 from toolbox.world import build_toolbox
 
 USER_ROLES = ("system", "user")  # what a query may begin with; the teacher says the rest
@@ -268,8 +268,8 @@ def _shown(counts: dict[str, int]) -> str:
     return ", ".join(f"{count} {name}" for name, count in counts.items() if count) or "nothing left out"
 
 
-def load_teacher(flags: argparse.Namespace, first: Record) -> tuple[Transformer, Tokenizer]:
-    """The model of --model on its device, and its tokenizer. Raises ModelFolderError, DataError, PromptError."""
+def load_teacher(flags: argparse.Namespace, first: Record) -> LocalModel:
+    """The model of --model on its device, with its tokenizer. Raises ModelFolderError, DataError, PromptError."""
     tokenizer = load_tokenizer(flags.model)
     encode_prompt(first.tools, first.messages, tokenizer, flags.prompt_format)  # has it the format's tokens?
     model = load_pretrained(
@@ -281,7 +281,7 @@ def load_teacher(flags: argparse.Namespace, first: Record) -> tuple[Transformer,
             f"--max_new_tokens: found {flags.max_new_tokens}, expected less than the model's "
             f"{model.config.max_positions} positions"
         )
-    return model.eval(), tokenizer
+    return LocalModel(model.eval(), tokenizer, rank=0, world_size=1)
 
 
 def read_endpoint(flags: argparse.Namespace) -> Endpoint:
@@ -297,32 +297,30 @@ def read_endpoint(flags: argparse.Namespace) -> Endpoint:
 
 
 def player_of(
-    flags: argparse.Namespace, teacher: tuple[Transformer, Tokenizer] | Endpoint
+    flags: argparse.Namespace, teacher: LocalModel | Endpoint
 ) -> Callable[[list[Record], DialogueJournal], None]:
     """The function that plays some dialogues with the teacher."""
-    settings = {name: getattr(flags, name) for name in ("prompt_format", "max_turns", "max_new_tokens", "temperature")}
+    settings = DialogueSettings(
+        prompt_format=flags.prompt_format,
+        max_new_tokens=flags.max_new_tokens,
+        max_turns=flags.max_turns,
+        temperature=flags.temperature,
+        seed=flags.seed,
+        batch_size=flags.batch_size,
+        max_dialogue_tokens=flags.max_dialogue_tokens,
+    )
+    tools = ExecutorSettings(
+        flags.tool_executor,
+        seed=flags.seed,
+        instability_rate=flags.instability_rate,
+        failure_rate=flags.call_failure_rate,
+        execute_code=flags.execute_code,
+    )
+    run = run_dialogues_with_endpoint if isinstance(teacher, Endpoint) else run_dialogues_with_model
 
     def play(missing: list[Record], journal: DialogueJournal) -> None:
-        with make_executor(
-            flags.tool_executor,
-            seed=flags.seed,
-            instability_rate=flags.instability_rate,
-            failure_rate=flags.call_failure_rate,
-            execute_code=flags.execute_code,
-        ) as execute:
-            if isinstance(teacher, Endpoint):
-                run_dialogues_with_endpoint(missing, teacher, execute=execute, journal=journal, **settings)
-            else:
-                run_dialogues_with_model(
-                    missing,
-                    *teacher,
-                    execute=execute,
-                    journal=journal,
-                    **settings,
-                    batch_size=flags.batch_size,
-                    seed=flags.seed,
-                    max_dialogue_tokens=flags.max_dialogue_tokens,
-                )
+        with ToolExecutor(tools) as execute:
+            run(missing, teacher, settings, execute=execute, journal=journal)
             for notice in execute.notices:
                 print(notice, file=sys.stderr)
 

@@ -9,6 +9,7 @@ import hashlib
 import json
 from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -40,7 +41,7 @@ from eval.predict.endpoint import (
     completed_text,
     message_text,
 )
-from eval.predict.generate import join_journals, read_response
+from eval.predict.generate import LocalModel, join_journals, read_response
 from eval.predict.journals import describe_resume
 from eval.records import Record
 from model.dialogue_decoding import DialogueDecoder
@@ -51,6 +52,20 @@ USER_REPLY = "Please proceed with the information I gave you."  # the answer to 
 FORMAT_REMINDER = (
     "Your output format does not match the specified format, please revise your answer to follow the desired format."
 )
+
+
+@dataclass(frozen=True, slots=True)
+class DialogueSettings:
+    """How all dialogues of a file are played."""
+
+    prompt_format: str
+    max_new_tokens: int  # of one turn
+    max_turns: int = MAX_TURNS
+    temperature: float = 0.0
+    # For a model of ours only:
+    seed: int = 0  # of sampling
+    batch_size: int = 1  # dialogues at a time
+    max_dialogue_tokens: int | None = None  # room for prompt and answer of the last turn; None: the model's positions
 
 
 def format_reminder(prompt_format: str) -> str:
@@ -80,13 +95,7 @@ class Dialogue:
     """
 
     def __init__(
-        self,
-        task: Record,
-        *,
-        execute: Executor,
-        journal: DialogueJournal,
-        prompt_format: str,
-        max_turns: int = MAX_TURNS,
+        self, task: Record, settings: DialogueSettings, *, execute: Executor, journal: DialogueJournal
     ) -> None:
         self.task = task
         self.messages: list[Message | WrittenTurn] = list(task.messages)
@@ -94,8 +103,7 @@ class Dialogue:
         self.end = ""
         self._execute = execute
         self._journal = journal
-        self._format = prompt_format
-        self._max_turns = max_turns
+        self._settings = settings
         self._attempts: dict[str, int] = {}
 
     def recorded_turn(self) -> dict | None:
@@ -126,10 +134,10 @@ class Dialogue:
             if not is_finish(call["name"]):
                 self.messages.append(Message("user" if is_question(call["name"]) else "tool", call["feedback"]))
         if fault:
-            self.messages.append(Message("user", format_reminder(self._format)))
+            self.messages.append(Message("user", format_reminder(self._settings.prompt_format)))
         if calls and is_finish(calls[-1].name):
             self.close("finish")
-        elif self.n_turns == self._max_turns:
+        elif self.n_turns == self._settings.max_turns:
             self.close("max_turns")
 
     def close(self, end: str, error: str = "") -> None:
@@ -142,7 +150,7 @@ class Dialogue:
     def _read(self, output: str, is_cut: bool) -> tuple[list[ToolCall], str]:
         """The calls up to the first `finish`, or why there is none. What follows a `finish` is never run."""
         try:
-            calls = parse_output(output, self._format)
+            calls = parse_output(output, self._settings.prompt_format)
         except ToolCallError as error:
             return [], f"{error} (output cut at max_new_tokens)" if is_cut else str(error)
         end = next((number for number, call in enumerate(calls, 1) if is_finish(call.name)), len(calls))
@@ -234,20 +242,11 @@ def _has_ended(dialogue: RecordedDialogue | None) -> bool:
 
 def run_dialogues_with_model(
     tasks: Sequence[Record],
-    model: Transformer,
-    tokenizer: Tokenizer,
+    local: LocalModel,
+    settings: DialogueSettings,
     *,
     execute: Executor,
-    prompt_format: str,
-    max_turns: int,
-    max_new_tokens: int,
-    batch_size: int,
     journal: DialogueJournal,
-    temperature: float = 0.0,
-    seed: int = 0,
-    rank: int = 0,
-    world_size: int = 1,
-    max_dialogue_tokens: int | None = None,
     decoder: DialogueDecoder | None = None,
 ) -> None:
     """Run this rank's share of the dialogues with a model of ours, batch_size of them at a time.
@@ -255,62 +254,71 @@ def run_dialogues_with_model(
     Live dialogues decode together. When a response ends, its dialogue gets its feedback and asks again at once; when a
     dialogue ends, the next waiting one takes its row. A dialogue depends on its own history alone, so neither
     batch_size nor ranks change it; recorded turns are decoded again and compared, then the dialogue continues. A prompt
-    that leaves less than max_new_tokens of max_dialogue_tokens (None: the model's positions) ends its dialogue with
-    "prompt_too_long": nothing is dropped from the front. Above temperature 0 each turn has its own generator, made from
-    seed, index and turn. A caller that wants the decoder's counters passes one made for this model and these settings.
+    that leaves less than max_new_tokens of the room ends its dialogue with "prompt_too_long": nothing is dropped from
+    the front. Above temperature 0 each turn has its own generator, made from seed, index and turn. A caller that wants
+    the decoder's counters passes one made for this model and these settings.
     Raises DataError where a recorded turn decodes differently or a turn has no room, PromptError for a tokenizer of
     another format.
     """
-    room = min(max_dialogue_tokens or model.config.max_positions, model.config.max_positions)
-    if max_new_tokens >= room:
-        raise DataError(
-            f"--max_dialogue_tokens: found room for {room} tokens, expected more than the {max_new_tokens} of one turn"
-        )
-    stop_texts = FORMATS[prompt_format].stop_strings
-    stop_ids = find_stop_ids(stop_texts, tokenizer)
+    room = _room_tokens(local.model, settings)
+    stop_texts = FORMATS[settings.prompt_format].stop_strings
+    stop_ids = find_stop_ids(stop_texts, local.tokenizer)
     decoder = decoder or DialogueDecoder(
-        model,
-        n_rows=batch_size,
+        local.model,
+        n_rows=settings.batch_size,
         max_tokens=room,
-        max_new_tokens=max_new_tokens,
+        max_new_tokens=settings.max_new_tokens,
         stop_ids=stop_ids,
-        temperature=temperature,
+        temperature=settings.temperature,
     )
-    waiting = list(reversed(tasks[rank::world_size]))
+    waiting = list(reversed(tasks[local.rank :: local.world_size]))
     live: dict[int, Dialogue] = {}
-
-    def ask_next(dialogue: Dialogue) -> bool:
-        """Ask for the dialogue's next turn; False if it has none."""
-        if dialogue.end:
-            return False
-        prompt_ids = encode_prompt(dialogue.task.tools, dialogue.messages, tokenizer, prompt_format)
-        if len(prompt_ids) + max_new_tokens > room:
-            dialogue.close("prompt_too_long")
-            return False
-        index = dialogue.task.index
-        generator = turn_generator(seed, index, dialogue.n_turns + 1) if temperature > 0 else None
-        decoder.ask(index, prompt_ids, generator)
-        return True
-
-    with tqdm(total=len(waiting), desc=journal.path.stem, unit="dialogue", disable=rank != 0 or not waiting) as bar:
+    with tqdm(
+        total=len(waiting), desc=journal.path.stem, unit="dialogue", disable=local.rank != 0 or not waiting
+    ) as bar:
         while live or waiting:
-            while waiting and len(live) < batch_size:
-                dialogue = Dialogue(
-                    waiting.pop(), execute=execute, journal=journal, prompt_format=prompt_format, max_turns=max_turns
-                )
-                if ask_next(dialogue):
+            while waiting and len(live) < settings.batch_size:
+                dialogue = Dialogue(waiting.pop(), settings, execute=execute, journal=journal)
+                if _ask_model(dialogue, decoder, local.tokenizer, settings, room):
                     live[dialogue.task.index] = dialogue
                 else:
                     bar.update()
             for index, response_ids, _ in decoder.step() if live else ():
                 output, stop = read_response(
-                    response_ids, tokenizer, stop_ids=stop_ids, stop_texts=stop_texts, prompt_ids=[]
+                    response_ids, local.tokenizer, stop_ids=stop_ids, stop_texts=stop_texts, prompt_ids=[]
                 )
                 live[index].take_turn(output, is_cut=stop == "max_new_tokens")
-                if not ask_next(live[index]):
+                if not _ask_model(live[index], decoder, local.tokenizer, settings, room):
                     decoder.drop(index)
                     del live[index]
                     bar.update()
+
+
+def _room_tokens(model: Transformer, settings: DialogueSettings) -> int:
+    """Tokens that one dialogue may have. Raises DataError if one turn does not fit."""
+    room = min(settings.max_dialogue_tokens or model.config.max_positions, model.config.max_positions)
+    if settings.max_new_tokens >= room:
+        raise DataError(
+            f"--max_dialogue_tokens: found room for {room} tokens, expected more than the {settings.max_new_tokens} of "
+            "one turn"
+        )
+    return room
+
+
+def _ask_model(
+    dialogue: Dialogue, decoder: DialogueDecoder, tokenizer: Tokenizer, settings: DialogueSettings, room: int
+) -> bool:
+    """Ask for the dialogue's next turn; False if it has none."""
+    if dialogue.end:
+        return False
+    prompt_ids = encode_prompt(dialogue.task.tools, dialogue.messages, tokenizer, settings.prompt_format)
+    if len(prompt_ids) + settings.max_new_tokens > room:
+        dialogue.close("prompt_too_long")
+        return False
+    index = dialogue.task.index
+    is_sampled = settings.temperature > 0
+    decoder.ask(index, prompt_ids, turn_generator(settings.seed, index, dialogue.n_turns + 1) if is_sampled else None)
+    return True
 
 
 def turn_generator(seed: int, index: int, turn: int) -> torch.Generator:
@@ -326,13 +334,10 @@ def turn_generator(seed: int, index: int, turn: int) -> torch.Generator:
 def run_dialogues_with_endpoint(
     tasks: Sequence[Record],
     endpoint: Endpoint,
+    settings: DialogueSettings,
     *,
     execute: Executor,
-    prompt_format: str,
-    max_turns: int,
-    max_new_tokens: int,
     journal: DialogueJournal,
-    temperature: float = 0.0,
 ) -> None:
     """Run dialogues with a server, one thread each, `endpoint.concurrency` at a time.
 
@@ -345,8 +350,8 @@ def run_dialogues_with_endpoint(
     refused: list[tuple[Dialogue, str]] = []  # at the first turn, before any other answer: the settings may be wrong
 
     def talk(task: Record) -> tuple[Dialogue, str, str]:
-        dialogue = Dialogue(task, execute=execute, journal=journal, prompt_format=prompt_format, max_turns=max_turns)
-        return (dialogue, *_talk(dialogue, endpoint, prompt_format, max_new_tokens, temperature))
+        dialogue = Dialogue(task, settings, execute=execute, journal=journal)
+        return (dialogue, *_talk(dialogue, endpoint, settings))
 
     with (
         ThreadPoolExecutor(max_workers=endpoint.concurrency) as pool,
@@ -390,16 +395,14 @@ def _close_refused(refused: list[tuple[Dialogue, str]]) -> None:
     refused.clear()
 
 
-def _talk(
-    dialogue: Dialogue, endpoint: Endpoint, prompt_format: str, max_new_tokens: int, temperature: float
-) -> tuple[str, str]:
+def _talk(dialogue: Dialogue, endpoint: Endpoint, settings: DialogueSettings) -> tuple[str, str]:
     """Run the dialogue to its end; ("refused", the server's words) if a request was refused, else ("", "")."""
     while not dialogue.end and not endpoint.stopping.is_set():
         recorded = dialogue.recorded_turn()
         if recorded is not None:
             dialogue.take_turn(recorded["output"], is_cut=False)
             continue
-        output, answer = _ask_turn(endpoint, dialogue, prompt_format, max_new_tokens, temperature)
+        output, answer = _ask_endpoint(endpoint, dialogue, settings)
         if answer.stop == "refused":
             return "refused", answer.error
         if answer.stop == "prompt_too_long":
@@ -409,17 +412,16 @@ def _talk(
     return "", ""
 
 
-def _ask_turn(
-    endpoint: Endpoint, dialogue: Dialogue, prompt_format: str, max_new_tokens: int, temperature: float
-) -> tuple[str, Answer]:
+def _ask_endpoint(endpoint: Endpoint, dialogue: Dialogue, settings: DialogueSettings) -> tuple[str, Answer]:
     """The model's next output, cut at the format's stop texts, and the server's whole answer."""
-    tools, entry = dialogue.task.tools, FORMATS[prompt_format]
+    tools, entry = dialogue.task.tools, FORMATS[settings.prompt_format]
+    max_new_tokens, temperature = settings.max_new_tokens, settings.temperature
     if entry.chat_request:
         messages, offered = entry.chat_request(tools, dialogue.messages)
         answer = chat(endpoint, messages, offered, max_new_tokens, entry.stop_strings, temperature)
         output = message_text(answer, bool(offered))
     else:
-        prompt = prompt_text(tools, dialogue.messages, prompt_format)
+        prompt = prompt_text(tools, dialogue.messages, settings.prompt_format)
         answer = complete(endpoint, prompt, max_new_tokens, entry.stop_strings, temperature=temperature)
         output = completed_text(answer)
     output, has_stop = cut_at(output, entry.stop_strings)

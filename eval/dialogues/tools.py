@@ -25,10 +25,10 @@ from eval.sandbox.run import LAYERS, ToolServer, ToolServerEnded
 EXECUTOR_KINDS = ("auto", "local", "simulated")
 MAX_FEEDBACK_CHARACTERS = 4096  # ToolEyes' executor keeps 1,023 tokens of its tokenizer
 MAX_ARGUMENT_BYTES = 1 << 20  # of a call as JSON; longer ones are refused, unseen by any tool
-TODAY = "2024-12-20"  # the default "today" of the date tools: the paper's month
-CALL_SECONDS = 10.0  # of wall time for one local call
+TODAY = "2024-12-20"  # the paper's month
+CALL_SECONDS = 10.0
 CALL_MEMORY_BYTES = 512 << 20
-SERVERS = 2  # processes that share the local calls, dialogue by dialogue
+SERVERS = 2
 
 REASON = "The function cannot be executed successfully with the given parameters for the reason: "  # Table 14
 CALL_FAILURE = '{"error": "Response error."}'  # Table 14
@@ -57,43 +57,40 @@ class ToolResult:
 Executor = Callable[[ToolRequest], ToolResult]  # for several threads at once
 
 
-def make_executor(
-    kind: str,
-    *,
-    seed: int = 0,
-    instability_rate: float = 0.0,
-    failure_rate: float = 0.0,
-    execute_code: bool = False,
-    today: str = TODAY,
-    seconds: float = CALL_SECONDS,
-    servers: int = SERVERS,
-) -> "ToolExecutor":
-    """The executor of one of EXECUTOR_KINDS; close it, or use it in a `with`.
+@dataclass(frozen=True, slots=True)
+class ExecutorSettings:
+    """Who answers the calls, and how. Raises ValueError for an impossible setting."""
 
-    auto: local where there is a local tool, else simulated. local: as auto, but other tools answer as without network.
-    `seed` and the rates decide the simulated tools' failures, as shares of all their calls. Without `execute_code` the
-    tools that run the model's code are not local. Raises ValueError for an impossible setting. The sandbox
-    starts at the first local call, which raises SandboxError if it cannot.
-    """
-    if kind not in EXECUTOR_KINDS:
-        raise ValueError(f"executor is {kind!r}, expected one of {', '.join(EXECUTOR_KINDS)}")
-    for name, rate in (("instability_rate", instability_rate), ("failure_rate", failure_rate)):
-        if not 0.0 <= rate <= 1.0:
-            raise ValueError(f"{name} is {rate}, expected a share from 0 to 1")
-    if instability_rate + failure_rate > 1.0:
-        raise ValueError(f"instability_rate + failure_rate is {instability_rate + failure_rate:g}, expected at most 1")
-    local = LocalTools(execute_code=execute_code, today=today, seconds=seconds, servers=servers)
-    return ToolExecutor(kind, local=local, seed=seed, instability_rate=instability_rate, failure_rate=failure_rate)
+    kind: str  # one of EXECUTOR_KINDS
+    seed: int = 0  # decides, with the two rates, which simulated calls fail
+    instability_rate: float = 0.0  # share of simulated calls that find the service down
+    failure_rate: float = 0.0  # share of simulated calls that the tool fails on
+    execute_code: bool = False  # False: the tools that run the model's code are not local
+    today: str = TODAY  # of the date tools
+    seconds: float = CALL_SECONDS  # of wall time for one local call
+    servers: int = SERVERS  # processes that share the local calls, dialogue by dialogue
+    layers: tuple[str, ...] = LAYERS  # of the sandbox, tried on this machine
+
+    def __post_init__(self) -> None:
+        if self.kind not in EXECUTOR_KINDS:
+            raise ValueError(f"executor is {self.kind!r}, expected one of {', '.join(EXECUTOR_KINDS)}")
+        for name in ("instability_rate", "failure_rate"):
+            if not 0.0 <= getattr(self, name) <= 1.0:
+                raise ValueError(f"{name} is {getattr(self, name)}, expected a share from 0 to 1")
+        if (total := self.instability_rate + self.failure_rate) > 1.0:
+            raise ValueError(f"instability_rate + failure_rate is {total:g}, expected at most 1")
 
 
 class ToolExecutor:
-    """An Executor with an end. State: the sandboxed processes of the local tools."""
+    """An Executor with an end: close it, or use it in a `with`.
 
-    def __init__(
-        self, kind: str, *, local: "LocalTools", seed: int, instability_rate: float, failure_rate: float
-    ) -> None:
-        self.kind, self._local = kind, local
-        self._seed, self._instability_rate, self._failure_rate = seed, instability_rate, failure_rate
+    auto: local where there is a local tool, else simulated. local: as auto, but other tools answer as without network.
+    State: the sandboxed processes of the local tools, which start at the first local call.
+    """
+
+    def __init__(self, settings: ExecutorSettings) -> None:
+        self.kind, self._settings = settings.kind, settings
+        self._local = LocalTools(settings)
 
     def __call__(self, request: ToolRequest) -> ToolResult:
         """Answer one call. Raises SandboxError if the sandbox is needed and does not start."""
@@ -116,9 +113,9 @@ class ToolExecutor:
                 document_of(request),
                 request.call.arguments,
                 request.attempt,
-                seed=self._seed,
-                instability_rate=self._instability_rate,
-                failure_rate=self._failure_rate,
+                seed=self._settings.seed,
+                instability_rate=self._settings.instability_rate,
+                failure_rate=self._settings.failure_rate,
             )
         return ToolResult(_settle(*found, request), "local" if is_local or self.kind == "local" else "simulated")
 
@@ -261,13 +258,11 @@ class LocalTools:
     State: the servers, one lock each; which dialogues have files where.
     """
 
-    def __init__(
-        self, *, execute_code: bool, today: str, seconds: float, servers: int, layers: tuple[str, ...] = LAYERS
-    ) -> None:
-        self._execute_code, self._today, self._seconds, self._layers = execute_code, today, seconds, layers
-        self._locks = [threading.Lock() for _ in range(servers)]
-        self._servers: list[ToolServer | None] = [None] * servers
-        self._with_files: list[set[int]] = [set() for _ in range(servers)]
+    def __init__(self, settings: ExecutorSettings) -> None:
+        self._settings = settings
+        self._locks = [threading.Lock() for _ in range(settings.servers)]
+        self._servers: list[ToolServer | None] = [None] * settings.servers
+        self._with_files: list[set[int]] = [set() for _ in range(settings.servers)]
         self._abilities: dict[str, bool] = {}  # of the sandbox on this machine, once a server has started
         self.notices: list[str] = []
         self.limits_applied: dict[str, str] = {}
@@ -277,7 +272,7 @@ class LocalTools:
         needs = LOCAL_TOOLS.get((request.tool_set, request.call.name))
         if needs in (None, "nothing"):
             return needs is not None
-        if needs in ("python", "programs") and not self._execute_code:
+        if needs in ("python", "programs") and not self._settings.execute_code:
             return False
         if not self._abilities:
             with self._locks[self._place(request.dialogue)]:
@@ -304,7 +299,7 @@ class LocalTools:
                 "name": request.call.name,
                 "arguments": arguments,
                 "attempt": request.attempt,
-                "today": self._today,
+                "today": self._settings.today,
                 "tools": request.tools if request.tool_set == TOOLBOX else [],
             }
         place = self._place(request.dialogue)
@@ -312,7 +307,7 @@ class LocalTools:
             answer = self._ask(place, body)
         if answer is None:
             return "tool_instability", FILES_LOST
-        return read_answer(request, needs, *answer, self._seconds)
+        return read_answer(request, needs, *answer, self._settings.seconds)
 
     def forget(self, dialogue: int) -> None:
         """Remove the files of a dialogue."""
@@ -339,7 +334,7 @@ class LocalTools:
     def _server(self, place: int) -> ToolServer:
         if self._servers[place] is None:
             self._servers[place] = ToolServer(
-                seconds=self._seconds, memory_bytes=CALL_MEMORY_BYTES, layers=self._layers
+                seconds=self._settings.seconds, memory_bytes=CALL_MEMORY_BYTES, layers=self._settings.layers
             )
             self.limits_applied = self._servers[place].limits_applied
         return self._servers[place]

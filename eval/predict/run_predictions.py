@@ -13,8 +13,13 @@ from data.formats.table import DEFAULT_FORMAT, FORMATS, encode_prompt
 from data.json_records import DataError
 from eval.benchmarks import BENCHMARKS, LONGEST_OUTPUT, Benchmark
 from eval.dialogues.journal import DialogueJournal
-from eval.dialogues.play import complete_dialogues, run_dialogues_with_endpoint, run_dialogues_with_model
-from eval.dialogues.tools import make_executor
+from eval.dialogues.play import (
+    DialogueSettings,
+    complete_dialogues,
+    run_dialogues_with_endpoint,
+    run_dialogues_with_model,
+)
+from eval.dialogues.tools import ExecutorSettings, ToolExecutor
 from eval.eval_config import EvalConfig
 from eval.fetch_benchmarks import check_benchmark
 from eval.predict.endpoint import Endpoint, ask_records, make_endpoint
@@ -213,31 +218,21 @@ def play_dialogues(
     journal: DialogueJournal,
 ) -> None:
     """Play this process's share of some dialogues; what the tools have to say is added to `notices`."""
-    settings = {
-        "prompt_format": config.prompt_format,
-        "max_turns": config.max_turns,
-        "max_new_tokens": config.max_turn_tokens,
-    }
-    with make_executor(
+    settings = DialogueSettings(
+        prompt_format=config.prompt_format,
+        max_new_tokens=config.max_turn_tokens,
+        max_turns=config.max_turns,
+        batch_size=config.batch_size,
+        max_dialogue_tokens=config.max_dialogue_tokens,
+    )
+    tools = ExecutorSettings(
         config.tool_executor,
         seed=config.seed,
         instability_rate=config.instability_rate,
         failure_rate=config.call_failure_rate,
         execute_code=config.execute_code == "on",
-    ) as execute:
-        if isinstance(source, Endpoint):
-            run_dialogues_with_endpoint(records, source, execute=execute, journal=journal, **settings)
-        else:
-            run_dialogues_with_model(
-                records,
-                source.model,
-                source.tokenizer,
-                execute=execute,
-                journal=journal,
-                **settings,
-                batch_size=config.batch_size,
-                rank=source.rank,
-                world_size=source.world_size,
-                max_dialogue_tokens=config.max_dialogue_tokens,
-            )
+    )
+    run = run_dialogues_with_endpoint if isinstance(source, Endpoint) else run_dialogues_with_model
+    with ToolExecutor(tools) as execute:
+        run(records, source, settings, execute=execute, journal=journal)
         notices += execute.notices

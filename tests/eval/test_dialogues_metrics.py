@@ -17,7 +17,7 @@ from eval.dialogues.metrics import (
     score_dialogues,
 )
 from eval.dialogues.play import format_reminder
-from eval.dialogues.tools import ToolResult, make_executor
+from eval.dialogues.tools import ExecutorSettings, ToolExecutor, ToolResult
 from eval.evaluate_tiny_multi import load_tiny_multi
 from tests.support.dialogue_doubles import FINISH, TOOLS, call, play, task
 
@@ -197,7 +197,7 @@ def test_the_pages_dialogue(tmp_path):
     *turns, sums = cells
     task = load_tiny_multi(ROOT / "assets/tiny_data/test_multi.jsonl")[37]
     assert task.messages[0].content in page and len(turns) == 9
-    with make_executor("auto") as execute:
+    with ToolExecutor(ExecutorSettings("auto")) as execute:
         dialogues, _, _ = play(
             tmp_path / "p.jsonl", [task], lambda dialogue, turn, _: turns[turn - 1][1], execute=execute
         )

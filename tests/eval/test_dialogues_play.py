@@ -21,16 +21,18 @@ from eval.dialogues.metrics import score_dialogues
 from eval.dialogues.play import (
     MAX_TURNS,
     USER_REPLY,
+    DialogueSettings,
     complete_dialogues,
     format_reminder,
     run_dialogues_with_endpoint,
     run_dialogues_with_model,
     turn_generator,
 )
-from eval.dialogues.tools import MAX_FEEDBACK_CHARACTERS, ToolResult, make_executor
+from eval.dialogues.tools import MAX_FEEDBACK_CHARACTERS, ExecutorSettings, ToolExecutor, ToolResult
 from eval.evaluate_tooleyes import load_tooleyes
 from eval.predict import endpoint as endpoint_module
 from eval.predict.endpoint import EndpointError
+from eval.predict.generate import LocalModel
 from eval.predict.journals import journal_file, journal_files
 from model.pretrained_weights import load_pretrained
 from model.tokenizer import load_tokenizer
@@ -318,20 +320,13 @@ def test_ranks_split_the_dialogues_and_turns_have_generators_of_their_own(tmp_pa
     for rank in range(3):
         decoder = ScriptedDecoder(follow(NEWS, FINISH), CharacterTokenizer(), n_rows=2)
         with DialogueJournal(tmp_path / "p.jsonl", rank=rank, recorded={}) as journal:
+            model = SimpleNamespace(config=SimpleNamespace(max_positions=99_999))
             run_dialogues_with_model(
                 tasks,
-                SimpleNamespace(config=SimpleNamespace(max_positions=99_999)),
-                decoder.tokenizer,
+                LocalModel(model, decoder.tokenizer, rank, world_size=3),
+                DialogueSettings("tl", max_new_tokens=10, temperature=0.7, seed=5, batch_size=2),
                 execute=answer_right,
-                prompt_format="tl",
-                max_turns=9,
-                max_new_tokens=10,
-                batch_size=2,
                 journal=journal,
-                temperature=0.7,
-                seed=5,
-                rank=rank,
-                world_size=3,
                 decoder=decoder,
             )
         played.append(sorted({dialogue for dialogue, _, _ in decoder.prompts}))
@@ -423,16 +418,10 @@ def test_model_of_ours(tmp_path, temperature):
             journal.add_turn = add_turn
             run_dialogues_with_model(
                 missing,
-                model,
-                CharacterTokenizer(),
+                LocalModel(model, CharacterTokenizer(), rank=0, world_size=1),
+                DialogueSettings("tl", max_new_tokens=8, temperature=temperature, seed=3, batch_size=batch_size),
                 execute=Counted(),
-                prompt_format="tl",
-                max_turns=9,
-                max_new_tokens=8,
-                batch_size=batch_size,
                 journal=journal,
-                temperature=temperature,
-                seed=3,
             )
 
         complete_dialogues(path, tasks, run, prompt_format="tl", rank=0)
@@ -470,16 +459,8 @@ def serve(monkeypatch):
 
 def ask_server(path, tasks, endpoint, prompt_format, *, execute=answer_right, temperature=0.0):
     def run(missing, journal):
-        run_dialogues_with_endpoint(
-            missing,
-            endpoint,
-            execute=execute,
-            prompt_format=prompt_format,
-            max_turns=9,
-            max_new_tokens=50,
-            journal=journal,
-            temperature=temperature,
-        )
+        settings = DialogueSettings(prompt_format, max_new_tokens=50, temperature=temperature)
+        run_dialogues_with_endpoint(missing, endpoint, settings, execute=execute, journal=journal)
 
     complete_dialogues(path, tasks, run, prompt_format=prompt_format, rank=0)
     return read_dialogues(path)[0]
@@ -680,7 +661,7 @@ def tooleyes_policy(dialogue, turn, prompt):
 def test_all_of_tooleyes(tmp_path):
     """382 dialogues with the documents' executor; killed on the way, the finished file is the same."""
     tasks = load_tooleyes(TOOLEYES)
-    with make_executor("simulated", seed=1, instability_rate=0.05, failure_rate=0.05) as execute:
+    with ToolExecutor(ExecutorSettings("simulated", seed=1, instability_rate=0.05, failure_rate=0.05)) as execute:
         dialogues, _, _ = play(tmp_path / "a" / "p.jsonl", tasks, tooleyes_policy, execute=execute, batch_size=64)
         path = tmp_path / "b" / "p.jsonl"
         with pytest.raises(KeyboardInterrupt):
@@ -726,24 +707,25 @@ def test_all_of_tooleyes_killed_five_times(tmp_path, player):
                     os.kill(os.getpid(), signal.SIGKILL)
 
             journal.add_turn = add_turn
-            with make_executor("simulated", seed=1, instability_rate=0.05, failure_rate=0.05) as execute:
-                settings = {
-                    "execute": execute,
-                    "max_turns": 9,
-                    "max_new_tokens": 16,
-                    "batch_size": batch_size,
-                    "journal": journal,
-                }
+            with ToolExecutor(
+                ExecutorSettings("simulated", seed=1, instability_rate=0.05, failure_rate=0.05)
+            ) as execute:
                 if player == "scripted":
-                    tokenizer = CharacterTokenizer()
-                    decoder = ScriptedDecoder(tooleyes_policy, tokenizer, n_rows=batch_size, seed=batch_size)
+                    tokenizer, prompt_format = CharacterTokenizer(), "tl"
                     model = SimpleNamespace(config=SimpleNamespace(max_positions=1_000_000))
-                    run_dialogues_with_model(missing, model, tokenizer, prompt_format="tl", decoder=decoder, **settings)
+                    decoder = ScriptedDecoder(tooleyes_policy, tokenizer, n_rows=batch_size, seed=batch_size)
                 else:
                     folder = ROOT / "assets/tiny_model"
-                    run_dialogues_with_model(
-                        missing, load_pretrained(folder), load_tokenizer(folder), prompt_format="plain", **settings
-                    )
+                    tokenizer, prompt_format = load_tokenizer(folder), "plain"
+                    model, decoder = load_pretrained(folder), None
+                run_dialogues_with_model(
+                    missing,
+                    LocalModel(model, tokenizer, rank=0, world_size=1),
+                    DialogueSettings(prompt_format, max_new_tokens=16, batch_size=batch_size),
+                    execute=execute,
+                    journal=journal,
+                    decoder=decoder,
+                )
 
         complete_dialogues(path, tasks, run, prompt_format="tl" if player == "scripted" else "plain", rank=0)
 

@@ -34,11 +34,10 @@ from eval.dialogues.tools import (
     MAX_FEEDBACK_CHARACTERS,
     REASON,
     TODAY,
-    LocalTools,
+    ExecutorSettings,
     ToolExecutor,
     ToolRequest,
     _settle,
-    make_executor,
 )
 from eval.sandbox.run import ToolServer
 from toolbox.world import draw_trajectories, execute
@@ -110,7 +109,7 @@ def read_as(asked, feedback):
 @pytest.fixture(scope="module")
 def tools():
     """One executor for all tests that do not break it; each takes dialogue numbers of its own where it has files."""
-    with make_executor("auto", execute_code=True, seconds=20.0) as executor:
+    with ToolExecutor(ExecutorSettings("auto", execute_code=True, seconds=20.0)) as executor:
         yield executor
 
 
@@ -296,7 +295,7 @@ def test_feedback_of_local_tools(tools, tool_set, name, arguments, feedback):
 
 
 def test_today_can_be_given():
-    with make_executor("local", today="2030-01-02") as executor:
+    with ToolExecutor(ExecutorSettings("local", today="2030-01-02")) as executor:
         assert executor(request("Calendar/Calendar", "current_date")).feedback == '"2030-01-02"'
 
 
@@ -395,7 +394,7 @@ def test_shell_result_by_exit_code():
 
 
 def test_code_runs_only_if_that_was_asked_for():
-    with make_executor("auto") as executor:
+    with ToolExecutor(ExecutorSettings("auto")) as executor:
         for name, arguments in (("execute_pycode", {"code:": "1"}), ("execute_bash_code", {"commands": "true"})):
             assert executor(request("Execute/Execute", name, arguments)).executor == "simulated"
         assert executor._local._servers == [None, None]  # no process was started for that
@@ -423,13 +422,13 @@ MANY = [document("f", ("a", "b", "c"), ("d",)), document("g", ("a",))]
 @pytest.mark.parametrize("kind", ["auto", "local", "simulated"])
 def test_words_of_the_document_check(kind, name, arguments, category, feedback):
     asked = request("Set/Name", name, arguments, tools=MANY)
-    with make_executor(kind) as executor:
+    with ToolExecutor(ExecutorSettings(kind)) as executor:
         assert executor(asked).feedback == feedback and read_as(asked, feedback) == category
 
 
 def test_tools_of_no_library_are_unknown_in_the_words_of_the_authors_data():
     asked = request("", "h", {}, tools=MANY)
-    with make_executor("auto") as executor:
+    with ToolExecutor(ExecutorSettings("auto")) as executor:
         assert executor(asked).feedback == "name 'h' is not defined"
 
 
@@ -437,7 +436,7 @@ def test_missing_arguments_are_told_in_pythons_own_words():
     def f(a, b, c, d=None):
         return a, b, c, d
 
-    with make_executor("simulated") as executor:
+    with ToolExecutor(ExecutorSettings("simulated")) as executor:
         for arguments in ({}, {"a": 1}, {"a": 1, "b": 2}, {"a": 1, "q": 2}):
             with pytest.raises(TypeError) as raised:
                 f(**arguments)
@@ -482,7 +481,7 @@ def test_documented_choices():
 
 def test_what_is_not_local_has_no_network_with_local_alone():
     asked = request("Calculator/Calculator", "newton_calculator", {"operation": "factor", "expression": "x^2"})
-    with make_executor("local") as executor:
+    with ToolExecutor(ExecutorSettings("local")) as executor:
         answer = executor(asked)
     assert answer.executor == "local" and read_as(asked, answer.feedback) == "tool_instability"
 
@@ -510,7 +509,7 @@ def situations(tool, arguments=None):
 
 
 def simulate(settings):
-    executor = make_executor("simulated", seed=3, **settings)
+    executor = ToolExecutor(ExecutorSettings("simulated", seed=3, **settings))
     return lambda asked: executor(asked)
 
 
@@ -691,12 +690,12 @@ def test_toolbox_world_answers_as_in_this_process(tools):
 
 def test_a_result_depends_on_tool_and_arguments_alone():
     asked = [request("Set/Name", "f", {"a": str(n), "b": 1, "c": 2}, tools=MANY, dialogue=n) for n in range(50)]
-    with make_executor("simulated", seed=1, instability_rate=0.3, failure_rate=0.3) as executor:
+    with ToolExecutor(ExecutorSettings("simulated", seed=1, instability_rate=0.3, failure_rate=0.3)) as executor:
         forward = [executor(one).feedback for one in asked]
         backward = [executor(one).feedback for one in reversed(asked)][::-1]
         reordered = executor(request("Set/Name", "f", {"c": 2, "b": 1, "a": "3"}, tools=MANY, dialogue=99)).feedback
     assert forward == backward and reordered == forward[3] and len(set(forward)) > 20
-    with make_executor("simulated", seed=2) as executor:
+    with ToolExecutor(ExecutorSettings("simulated", seed=2)) as executor:
         right = [executor(one).feedback for one in asked]
     assert all(feedback == right[n] for n, feedback in enumerate(forward) if '"result"' in feedback)
 
@@ -704,7 +703,9 @@ def test_a_result_depends_on_tool_and_arguments_alone():
 def test_failures_come_at_their_rates_and_only_instability_passes():
     n, instability, failure = 1500, 0.4, 0.4
     found, second = Counter(), Counter()
-    with make_executor("simulated", seed=4, instability_rate=instability, failure_rate=failure) as executor:
+    with ToolExecutor(
+        ExecutorSettings("simulated", seed=4, instability_rate=instability, failure_rate=failure)
+    ) as executor:
         for number in range(n):
             asked = request("Set/Name", "g", {"a": str(number)}, tools=MANY)
             category = read_as(asked, executor(asked).feedback)
@@ -752,7 +753,7 @@ def test_result_has_the_shape_that_the_document_suggests():
 )
 def test_settings_that_cannot_be(kind, settings, words):
     with pytest.raises(ValueError, match=words):
-        make_executor(kind, **settings)
+        ToolExecutor(ExecutorSettings(kind, **settings))
 
 
 def test_many_threads_get_what_one_gets(tools, can):
@@ -779,7 +780,7 @@ def test_many_threads_get_what_one_gets(tools, can):
 
 
 def test_a_server_outlives_the_thread_that_started_it_and_serves_every_call():
-    with make_executor("auto", servers=1) as executor:
+    with ToolExecutor(ExecutorSettings("auto", servers=1)) as executor:
         starter = threading.Thread(target=lambda: executor(request("Random/Random", "get_uuid")))
         starter.start()
         starter.join()
@@ -792,7 +793,7 @@ def test_a_server_outlives_the_thread_that_started_it_and_serves_every_call():
 def test_a_server_that_is_killed_is_replaced_and_lost_files_are_told(can):
     if not can["folder"]:
         pytest.skip("the sandbox of this machine gives no folder")
-    with make_executor("auto", servers=1) as executor:
+    with ToolExecutor(ExecutorSettings("auto", servers=1)) as executor:
         before = result_of(executor, "get_uuid")
         run_file(executor, "write_file", 3, text="x")
         executor._local._servers[0]._child.process.kill()
@@ -814,8 +815,7 @@ def test_a_server_that_is_killed_is_replaced_and_lost_files_are_told(can):
 )
 def test_where_a_machine_permits_less_only_pure_tools_are_local(layers):
     machine = socket.gethostname()
-    local = LocalTools(execute_code=True, today=TODAY, seconds=10.0, servers=1, layers=layers)
-    with ToolExecutor("auto", local=local, seed=0, instability_rate=0.0, failure_rate=0.0) as executor:
+    with ToolExecutor(ExecutorSettings("auto", execute_code=True, servers=1, layers=layers)) as executor:
         assert result_of(executor, "get_uuid") and executor.limits_applied
         for tool_set, name, arguments in (
             ("File/file_operation", "read_file", {"file_path": "/etc/passwd"}),

@@ -22,7 +22,7 @@ import pytest
 
 from data.error_filter import CATEGORIES, classify_feedback
 from data.tool_calls import ToolCall
-from eval.dialogues.tools import MAX_FEEDBACK_CHARACTERS, ToolRequest, make_executor
+from eval.dialogues.tools import MAX_FEEDBACK_CHARACTERS, ExecutorSettings, ToolExecutor, ToolRequest
 from eval.sandbox import run as sandbox
 from eval.sandbox.limits import ALLOW, FAIL, _filter_rows
 from tests.eval.test_dialogues_tools import DOCUMENTS, MANY
@@ -38,7 +38,7 @@ def tools():
     """Two servers whose calls have little time; they must survive this whole file."""
     os.environ[SECRET] = "in-the-environment"
     try:
-        with make_executor("auto", execute_code=True, seconds=0.7) as executor:
+        with ToolExecutor(ExecutorSettings("auto", execute_code=True, seconds=0.7)) as executor:
             executor._local.has(request("Execute/Execute", "execute_pycode", {"code:": ""}))
             if not all(executor._local._abilities.values()):
                 pytest.skip("the sandbox of this machine gives neither folder nor programs: such calls are simulated")
@@ -471,7 +471,7 @@ def test_hostile_arguments(tools, outside, name, tool_set):
     arguments = ARGUMENTS[name]
     if name == "code":
         arguments = {"input_query": arguments["input_query"].format(outside=outside)}
-    for executor in (tools, make_executor("simulated")):
+    for executor in (tools, ToolExecutor(ExecutorSettings("simulated"))):
         answer = executor(set_of(tool_set, arguments))
         assert len(answer.feedback) <= MAX_FEEDBACK_CHARACTERS and answer.feedback.encode("utf-8")
         if executor is tools:
@@ -523,7 +523,7 @@ def inner_server(executor):
 @pytest.mark.parametrize("how", ["killed", "stopped", "killed during a call"])
 def test_a_server_that_is_harmed_is_replaced(tools, monkeypatch, how):
     monkeypatch.setattr(sandbox, "ANSWER_SECONDS", 0.5)
-    with make_executor("auto", execute_code=True, seconds=1.5, servers=1) as executor:
+    with ToolExecutor(ExecutorSettings("auto", execute_code=True, seconds=1.5, servers=1)) as executor:
         assert executor(request("Random/Random", "get_uuid", {})).feedback == FIRST_UUID
         pid = inner_server(executor)
         if how == "killed during a call":
@@ -544,7 +544,7 @@ def test_a_server_that_is_harmed_is_replaced(tools, monkeypatch, how):
 def test_nothing_survives_the_evaluator_itself_being_killed(tools, tmp_path):
     program = (
         "import sys\nfrom eval.dialogues.tools import *\nfrom tests.eval.test_dialogues_tools import DOCUMENTS\n"
-        "executor = make_executor('auto', execute_code=True, seconds=600.0)\n"
+        "executor = ToolExecutor(ExecutorSettings('auto', execute_code=True, seconds=600.0))\n"
         "call = lambda text: executor(ToolRequest(0, 'Execute/Execute', DOCUMENTS['Execute/Execute'], "
         "ToolCall('execute_bash_code', {'commands': text}), 0))\ncall('true')\nprint('ready', flush=True)\n"
         "call('sleep 600 & sleep 600')"

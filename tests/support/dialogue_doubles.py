@@ -8,8 +8,9 @@ from data.formats.table import render_output
 from data.tool_calls import ToolCall
 from data.trajectories import Message
 from eval.dialogues.journal import read_dialogues
-from eval.dialogues.play import complete_dialogues, run_dialogues_with_model
+from eval.dialogues.play import DialogueSettings, complete_dialogues, run_dialogues_with_model
 from eval.dialogues.tools import ToolResult
+from eval.predict.generate import LocalModel
 from eval.records import Record
 
 
@@ -133,20 +134,11 @@ def play(
     model = SimpleNamespace(config=SimpleNamespace(max_positions=positions))
 
     def run(missing, journal):
-        run_dialogues_with_model(
-            missing,
-            model,
-            tokenizer,
-            execute=execute,
-            prompt_format=prompt_format,
-            max_turns=max_turns,
-            max_new_tokens=max_new_tokens if positions < 1_000_000 else 10,
-            batch_size=batch_size,
-            journal=journal,
-            rank=rank,
-            world_size=world_size,
-            decoder=decoder,
+        settings = DialogueSettings(
+            prompt_format, max_new_tokens if positions < 1_000_000 else 10, max_turns=max_turns, batch_size=batch_size
         )
+        local = LocalModel(model, tokenizer, rank, world_size)
+        run_dialogues_with_model(missing, local, settings, execute=execute, journal=journal, decoder=decoder)
 
     notices = complete_dialogues(path, tasks, run, prompt_format=prompt_format, rank=rank)
     return read_dialogues(path)[0], notices, decoder
