@@ -12,13 +12,14 @@ still ask for a factorial without end.
 
 import ast
 import json
-import operator
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from data.formats.call_text import check_count
+from data.formats.nexusraven import split_calls
 from data.formats.table import FORMATS, parse_output
 from data.json_records import DataError
 from data.tool_calls import ToolCall, ToolCallError
@@ -26,6 +27,7 @@ from data.tool_documents import normalize_tools
 from data.trajectories import Message
 from eval.benchmarks import BENCHMARKS
 from eval.bfcl_functions import FUNCTIONS
+from eval.bfcl_source import arithmetic, read_source_calls
 from eval.evaluator_command_line import CALL_PREDICTIONS, add_rules, evaluator_parser, read_flags, run_evaluator
 from eval.metrics import CallScore, GoldAnswer, GoldCall, can_pair, is_same_tool, score_calls
 from eval.predict.prediction_files import Prediction
@@ -61,7 +63,8 @@ _PYTHON_TYPES = {
     "tuple": list,
     "dict": dict,
 }
-_OPERATORS = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv}
+# Formats whose calls are Python source: what an output holds, for BFCL's parser to read.
+_SOURCES: dict[str, Callable[[str], Sequence[str]]] = {"tl": lambda text: (text,), "nexusraven": split_calls}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -150,13 +153,8 @@ def _gold_call(source: object, documents: dict[str, dict], where: str) -> ToolCa
 
 
 def _value_of(node: ast.expr) -> object:
-    """A literal's value, tuples as lists, or that of arithmetic with numbers: two gold calls have 1/6 and 500*500."""
-    if isinstance(node, ast.BinOp) and type(node.op) in _OPERATORS:
-        left, right = _value_of(node.left), _value_of(node.right)
-        if not all(type(value) in (int, float) for value in (left, right)):
-            raise ValueError("expected arithmetic with numbers only")
-        return _OPERATORS[type(node.op)](left, right)
-    return _without_tuples(ast.literal_eval(node))
+    """A literal's value, tuples as lists, or that of arithmetic with literals: two gold calls have 1/6 and 500*500."""
+    return arithmetic(node) if isinstance(node, ast.BinOp) else _without_tuples(ast.literal_eval(node))
 
 
 def _without_tuples(value: object) -> object:
@@ -237,6 +235,8 @@ def passes_ast_types(predicted: object, gold: object, schema: dict) -> bool:
     a list are of the documented type or that of the gold list's first item, which 0.1 and 10 in one list are not.
     """
     expected = _PYTHON_TYPES.get(schema.get("type"))
+    if schema.get("type") == "tuple" and isinstance(predicted, tuple):
+        predicted = list(predicted)
     found = float if expected is float and type(predicted) is int else type(predicted)
     if found is not expected:
         return found is type(gold) and predicted == gold
@@ -331,6 +331,19 @@ def read_calls(prediction: Prediction) -> PredictedCalls:
         return PredictedCalls((), f"unparsable: {error}{cut}")
 
 
+def read_calls_as_bfcl(prediction: Prediction) -> PredictedCalls:
+    """The same by BFCL's parser where the format's calls are Python source; what Python refuses is read as above."""
+    if prediction.format not in _SOURCES or prediction.stop == "prompt_too_long":
+        return read_calls(prediction)
+    try:
+        pieces = _SOURCES[prediction.format](prediction.output)
+        calls = [call for piece in pieces for call in read_source_calls(piece)]
+        check_count(len(calls))
+    except ToolCallError:
+        return read_calls(prediction)
+    return PredictedCalls(tuple(calls), "")
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Execution
 
@@ -371,7 +384,7 @@ def run_calls(calls: Sequence[ToolCall]) -> tuple[list[dict], dict[str, str]]:
 
 def _program(calls: Sequence[ToolCall]) -> str:
     source = Path(__file__).with_name("bfcl_functions.py").read_text(encoding="utf-8")
-    text = json.dumps([[call.name, call.arguments] for call in calls])
+    text = repr([(call.name, call.arguments) for call in calls])  # JSON would make lists of tuples
     return f"{source}\n\nanswer_calls({text!a})\n"
 
 
@@ -461,7 +474,11 @@ def summarize_bfcl(
     `execution` over those records, and `sandbox`, the limits in force. Raises SandboxError.
     """
     predicted = [read_calls(prediction) for prediction in predictions]
-    rows_by_variant = {variant: evaluate_bfcl(examples, predicted, variant) for variant in VARIANTS}
+    read_by_bfcl = [read_calls_as_bfcl(prediction) for prediction in predictions]
+    rows_by_variant = {
+        variant: evaluate_bfcl(examples, read_by_bfcl if variant == "ast_checker" else predicted, variant)
+        for variant in VARIANTS
+    }
     rows = rows_by_variant[PRIMARY[rules]]
     groups = {name: [row for row in rows if row["category"] == name] for name in CATEGORIES}
     summary = {
@@ -473,7 +490,7 @@ def summarize_bfcl(
         "by_category": {name: rates(group) for name, group in groups.items() if group},
     }
     if execute_code:
-        reasons, limits = execute_bfcl(examples, predicted)
+        reasons, limits = execute_bfcl(examples, read_by_bfcl)
         rows = [
             row | {"executed": int(not reasons[row["index"]]), "execution_reason": reasons[row["index"]]}
             if row["index"] in reasons

@@ -32,7 +32,7 @@ MASKED_API_KEY = "MASKED_API_KEY"  # in place of the keys that the gold answers 
 # Variant -> what it changes against first_call, the primary one of `--rules fair`.
 VARIANTS = {
     "first_call": "gold is the instruction's first call, {} may be right, values equal as JSON, API keys literally",
-    "rotbench_rules": "empty arguments are wrong, arguments that are not an object count for TS, values by Python's ==: "
+    "rotbench_rules": "empty arguments are wrong, others that are not an object count for TS, values by Python's ==: "
     "primary with --rules official",
     "any_call": "any gold call of the instruction is accepted",
     "authentication_ignored": "an API key must be named, its value is free",

@@ -56,6 +56,11 @@ def _target(index: int, message: Message | WrittenTurn) -> Segment:
 
 def parse_calls(text: str) -> list[ToolCall]:
     """Calls separated by semicolons, "Call:" before them or not, up to the mark or a thought."""
+    return [parse_tool_call(piece) for piece in split_calls(text)]
+
+
+def split_calls(text: str) -> list[str]:
+    """The texts of the calls, before anything is known of what they hold. Raises ToolCallError for too many."""
     start = skip_whitespace(text, 0)
     start += len("Call:") if text.startswith("Call:", start) else 0
     end, depth, pieces = len(text), 0, []
@@ -78,7 +83,7 @@ def parse_calls(text: str) -> list[ToolCall]:
     if last.strip() or not pieces:  # a semicolon may also close the last call
         pieces.append(last)
     check_count(len(pieces))
-    return [parse_tool_call(piece) for piece in pieces]
+    return pieces
 
 
 def render_calls(calls: Sequence[ToolCall]) -> str:
