@@ -22,7 +22,7 @@ EXIT_BAD_INPUT = 2
 MAX_CONFIG_BYTES = 1 << 20
 MAX_TEXT = 4096  # characters of a text setting; as long as a path may be
 MAX_MESSAGE = 2000  # characters of an error line
-MAX_WHOLE_NUMBER = 2**63 - 1  # of a setting without a bound of its own
+MAX_WHOLE_NUMBER = 2**63 - 1  # of any setting; seeds among them
 PATIENCE_SECONDS = 1.0  # of a rank above 0 before it writes its error: torchrun may end it first
 _NOT_TEXT = re.compile(r"[\x00-\x1f\x7f-\x9f\ud800-\udfff]")
 _TYPE_NAMES = {int: "a whole number", float: "a number", str: "text"}
@@ -82,6 +82,8 @@ def read_config(
     by_name = {each.name: each for each in fields(config_class)}
     values, places = {}, {}
     if given.config is not None:
+        if expected := _fault_of(given.config):
+            raise ConfigError(f"--config: found {shown(given.config)}, expected {expected}")
         values, places = _read_file(Path(given.config), by_name, section)
     for name, text in vars(given).items():
         if name != "config" and text is not None:
@@ -131,15 +133,24 @@ def shown(value: object) -> str:
     return text if len(text) <= 60 else text[:57] + "..."
 
 
-def parse_arguments(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> argparse.Namespace:
-    """`parser.parse_args(arguments)`; a wrong flag ends the program with one line and exit code 2."""
+def parse_arguments(parser: argparse.ArgumentParser, arguments: Sequence[str] | None) -> argparse.Namespace:
+    """`parser.parse_args(arguments)`; a wrong flag ends the program with one line and exit code 2.
+
+    Wrong is also what no program here takes: see _fault_of.
+    """
 
     def end(message: str) -> NoReturn:
         sys.stderr.write(printable_line(f"{parser.prog}: {message} (see --help)") + "\n")
         raise SystemExit(EXIT_BAD_INPUT)
 
     parser.error = end
-    return parser.parse_args(arguments)
+    flags = parser.parse_args(arguments)
+    for name, value in vars(flags).items():
+        for each in value if isinstance(value, list) else [value]:
+            each = str(each) if isinstance(each, Path) else each
+            if expected := _fault_of(each):
+                end(f"--{name}: found {shown(each)}, expected {expected}")
+    return flags
 
 
 def run_command(command: Callable[[], None], errors: tuple[type[Exception], ...]) -> int:
@@ -267,20 +278,27 @@ def _line_of(text: str, name: str, first_line: int) -> int:
 
 
 def _check(each: Field, value: object, place: str) -> None:
-    """Choices and bounds of one field; text must be short and free of control characters and lone surrogates."""
+    """Choices and bounds of one field, and what holds for every value."""
     choices, low, high = each.metadata["choices"], each.metadata["low"], each.metadata["high"]
     found = f"{place}: found {each.name} = {shown(value)}"
     if choices and value not in choices:
         raise ConfigError(f"{found}, expected one of {', '.join(choices)}")
-    if isinstance(value, str) and _NOT_TEXT.search(value):
-        raise ConfigError(f"{found}, expected text without control characters and lone surrogates")
-    if isinstance(value, str) and len(value) > MAX_TEXT:
-        raise ConfigError(f"{found} of {len(value)} characters, expected at most {MAX_TEXT}")
-    if isinstance(value, float) and not math.isfinite(value):
-        raise ConfigError(f"{found}, expected a finite number")
+    if expected := _fault_of(value):
+        raise ConfigError(f"{found}, expected {expected}")
     if low is not None and value < low:
         raise ConfigError(f"{found}, expected at least {low}")
-    if high is None and isinstance(value, int):
-        high = MAX_WHOLE_NUMBER
     if high is not None and value > high:
         raise ConfigError(f"{found}, expected at most {high}")
+
+
+def _fault_of(value: object) -> str:
+    """What was expected instead of a value that no setting can have; "" for any other."""
+    if isinstance(value, str) and _NOT_TEXT.search(value):
+        return "text without control characters and lone surrogates"
+    if isinstance(value, str) and len(value) > MAX_TEXT:
+        return f"at most {MAX_TEXT} characters"
+    if isinstance(value, float) and not math.isfinite(value):
+        return "a finite number"
+    if isinstance(value, int) and abs(value) > MAX_WHOLE_NUMBER:
+        return f"at most {MAX_WHOLE_NUMBER}" if value > 0 else f"at least {-MAX_WHOLE_NUMBER}"
+    return ""

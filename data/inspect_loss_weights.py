@@ -14,6 +14,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from command_line import parse_arguments, run_command
 from data.error_filter import ERROR_FILTERS
 from data.formats.table import DEFAULT_FORMAT, TRAINING_FORMATS
 from data.json_records import DataError, one_line
@@ -140,8 +141,8 @@ def format_sample(sample: SampleView, *, color: bool, max_context: int | None) -
 # Command line
 
 
-def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
-    """The flags; argparse ends the process with code 2 on an unknown one."""
+def read_flags(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """The flags; a wrong one ends the process with one line and code 2."""
     parser = argparse.ArgumentParser(prog="python -m data.inspect_loss_weights", description=__doc__.split("\n")[0])
     parser.add_argument("--data", required=True, help="training file, the authors' JSON or OpenAI JSON lines")
     parser.add_argument("--model", default="assets/tiny_model", help="model folder or tokenizer file, for the tokens")
@@ -165,7 +166,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--html", type=Path, help="write the sample as a self-contained page")
     parser.add_argument("--full_context", action="store_true", help="print all context tokens, not 60 per turn")
     parser.add_argument("--no_color", action="store_true", help="markers only")
-    return parser.parse_args(arguments)
+    return parse_arguments(parser, arguments)
 
 
 def choose_trajectory(trajectories: Sequence[Trajectory], arguments: argparse.Namespace) -> Trajectory:
@@ -219,12 +220,8 @@ def run(arguments: argparse.Namespace) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Exit code 0, or 2 with one line on stderr for bad input."""
-    try:
-        run(parse_arguments(arguments))
-    except (ValueError, OSError) as error:
-        print(" ".join(str(error).split("\n")), file=sys.stderr)
-        return 2
-    return 0
+    flags = read_flags(arguments)
+    return run_command(lambda: run(flags), (ValueError, OSError))
 
 
 if __name__ == "__main__":

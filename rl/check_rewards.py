@@ -13,6 +13,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from command_line import parse_arguments, run_command
 from data.formats.table import dialogue_segments
 from data.json_records import DataError, parse_json, shown
 from data.tool_calls import ToolCall, ToolCallError, render_tool_call
@@ -199,11 +200,6 @@ def read_line(source: Path | None, number: int) -> tuple[str, str]:
     return lines[number - 1], where
 
 
-def _fail(message: str) -> None:
-    print(f"python -m rl.check_rewards: {message} (see --help)", file=sys.stderr)
-    raise SystemExit(2)
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
     """Exit code 0, or 2 with one line on stderr for bad input."""
     parser = argparse.ArgumentParser(
@@ -214,15 +210,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--data", type=Path, help='JSON lines of {"tools", "gold", "output"} (default: stdin)')
     parser.add_argument("--line", type=int, default=1, help="which line, from 1")
-    parser.error = _fail
-    options = parser.parse_args(arguments)
-    try:
+    options = parse_arguments(parser, arguments)
+
+    def explain_line() -> None:
         line, where = read_line(options.data, options.line)
         print(explain(parse_json(line, where), where))
-    except (ValueError, OSError) as error:
-        print(" ".join(str(error).split("\n")), file=sys.stderr)
-        return 2
-    return 0
+
+    return run_command(explain_line, (ValueError, OSError))
 
 
 if __name__ == "__main__":

@@ -21,6 +21,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
+from command_line import parse_arguments, run_command
 from data.error_filter import ERROR_FILTERS
 from data.json_records import DataError, write_json_lines
 from model.pretrained_weights import load_pretrained, read_config
@@ -225,7 +226,7 @@ def _interval(interval: Sequence[float] | None) -> str:
 # Command line
 
 
-def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
+def read_flags(arguments: Sequence[str] | None) -> argparse.Namespace:
     """The flags; a wrong one ends the process with one line and code 2."""
     parser = argparse.ArgumentParser(prog="python -m rl.evaluate_reward", description=__doc__.split("\n")[0])
     parser.add_argument("--model", nargs="+", required=True, metavar="DIR", help="model folders, Hugging Face layout")
@@ -241,13 +242,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--unparsable_calls", choices=UNPARSABLE_CALLS, default="error", help="as in SFT")
     parser.add_argument("--dtype", choices=tuple(DTYPES), default="float32", help="compute type")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto takes CUDA if present")
-
-    def fail(message: str) -> None:
-        print(f"{parser.prog}: {message} (see --help)", file=sys.stderr)
-        raise SystemExit(2)
-
-    parser.error = fail
-    flags = parser.parse_args(arguments)
+    flags = parse_arguments(parser, arguments)
     for name, low in (("samples_per_prompt", 1), ("max_response_tokens", 1), ("limit", 0), ("seed", 0)):
         if getattr(flags, name) < low:
             parser.error(f"--{name}: found {getattr(flags, name)}, expected at least {low}")
@@ -330,13 +325,8 @@ def run(flags: argparse.Namespace) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Exit code 0, or 2 after one line on stderr for bad input. The last line of stdout is one JSON object."""
-    flags = parse_arguments(arguments)
-    try:
-        run(flags)
-    except (ValueError, OSError) as error:
-        print(" ".join(str(error).split("\n")), file=sys.stderr)
-        return 2
-    return 0
+    flags = read_flags(arguments)
+    return run_command(lambda: run(flags), (ValueError, OSError))
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ import run_eval
 import run_ppo
 import run_sft
 from command_line import ConfigError, fail, parse_arguments, read_config, run_command
+from eval.eval_config import EvalConfig
 from rl.ppo_config import PPOConfig
 from train.sft_config import SFTConfig
 
@@ -104,6 +105,158 @@ def test_a_trailing_comma_is_an_error_at_the_comma_or_after_it(tmp_path):
     path = write(tmp_path, '{\n "seed": 1,\n}')
     with pytest.raises(ConfigError, match=rf"^{re.escape(str(path))}:[23]: found malformed JSON "):
         read("--config", str(path))
+
+
+LONG_NUMBER, SURROGATE = "9" * 5000, "\udce9"
+HOSTILE_FLAGS = [
+    ("--seed", LONG_NUMBER),
+    ("--seed", "-" + LONG_NUMBER),
+    ("--seed", str(2**64)),
+    ("--seed", str(2**63)),
+    ("--seed", "-1"),
+    ("--seed", "x" * 5000),
+    ("--seed", "1\0"),
+    ("--seed", SURROGATE),
+    ("--seed", "1e3"),
+    ("--seed", ""),
+    ("--epochs", str(10**100)),
+    ("--max_steps", str(10**4000)),
+    ("--learning_rate", "inf"),
+    ("--learning_rate", "-inf"),
+    ("--learning_rate", "nan"),
+    ("--learning_rate", LONG_NUMBER),
+    ("--learning_rate", "1e999"),
+    ("--learning_rate", "\0"),
+    ("--warmup_ratio", "nan"),
+    ("--model", "a\0b"),
+    ("--model", SURROGATE),
+    ("--model", "a\nb"),
+    ("--model", "\x1b[31mred"),
+    ("--model", "x" * 5000),
+    ("--data", "\x9b31m"),
+    ("--output", "y" * 10**6),
+    ("--dtype", "z" * 5000),
+    ("--dtype", "\x1b]0;title\x07"),
+    ("--" + "q" * 5000, "1"),
+    ("--\x1b[2J", "1"),
+    ("--config", "x" * 5000),
+    ("--config", "a\0b"),
+    ("--config", SURROGATE),
+    ("--config", "."),
+    ("--config", "/dev/zero"),
+]
+HOSTILE_FILES = [
+    '{"seed": %s}' % LONG_NUMBER,
+    '{"seed": %d}' % 2**64,
+    '{"seed": -1}',
+    '{"learning_rate": 1e999}',
+    '{"learning_rate": -Infinity}',
+    '{"learning_rate": NaN}',
+    '{"learning_rate": %s}' % ("1" + "0" * 400),
+    '{"seed": 1e3}',
+    '{"model": "a\\u0000b"}',
+    '{"model": "\\udce9"}',
+    '{"model": "\\u001b[31m"}',
+    '{"model": "%s"}' % ("x" * 5000),
+    '{"model": ["x"]}',
+    '{"model": {"a": 1}}',
+    '{"model": null, "seed": 1}',
+    '{"%s": 1}' % ("k" * 5000),
+    '{"\\u001b[2J": 1}',
+    '{"\\ud800": 1}',
+    '{"%s": {}}' % ("k" * 5000),
+    '{"a": {"b": 1}}',
+    "{" + ", ".join(f'"k{i}": 1' for i in range(70000)) + ', "k69999": 1}',
+    '{"model": ' + "[" * 100000,
+    '{"a":' * 100000,
+    '{"seed": 1, "seed": 1}',
+    "[" * 500 + "]" * 500,
+    '"text"',
+    "1",
+    "\ufeff{}",
+    "{}" + " " * (1 << 20),
+    "{\0}",
+]
+
+
+def check_line(text: str) -> None:
+    """One line, printable ASCII, of bounded length, that says what was expected."""
+    assert text.count("\n") == 1 and text.endswith("\n"), text[:300]
+    assert all(" " <= each <= "~" for each in text[:-1]) and len(text) <= 2020, text[:300]
+    assert "expected" in text, text
+
+
+@pytest.mark.parametrize("config_class", [SFTConfig, PPOConfig, EvalConfig])
+def test_hostile_settings_are_one_printable_line(config_class, tmp_path, capsys):
+    """Every flag and every file of the tables, against the settings of all three commands; 2 seconds each at most."""
+    cases = [[name, value] for name, value in HOSTILE_FLAGS]
+    for index, content in enumerate(HOSTILE_FILES):
+        (tmp_path / f"{index}.json").write_text(content, encoding="utf-8")
+        cases.append(["--config", str(tmp_path / f"{index}.json")])
+    (tmp_path / "bytes.json").write_bytes(b'{"model": "\xff"}')
+    os.mkfifo(tmp_path / "pipe.json")
+    cases += [["--config", str(tmp_path / "bytes.json")], ["--config", str(tmp_path / "pipe.json")]]
+    for arguments in cases:
+        start = time.monotonic()
+        with pytest.raises(ConfigError) as caught:
+            read_config(config_class, "test", arguments, section="sft")
+        with pytest.raises(SystemExit) as stop:
+            fail(caught.value)
+        assert stop.value.code == 2 and time.monotonic() - start < 2.0, arguments[0][:80]
+        check_line(capsys.readouterr().err)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--number", LONG_NUMBER],
+        ["--number", str(2**64)],
+        ["--number", str(-(2**64))],
+        ["--share", "nan"],
+        ["--share", "-inf"],
+        ["--file", "a\0b"],
+        ["--file", SURROGATE],
+        ["--file", "x" * 5000],
+        ["--names", "good", "\x1b[31m"],
+        ["--choice", "\x1b[31m" + "x" * 5000],
+        ["--what", "y" * 5000],
+        ["\0" * 5000],
+    ],
+    ids=lambda arguments: ascii(arguments)[:30],
+)
+def test_hostile_flags_of_small_programs_are_one_printable_line(arguments, capsys):
+    parser = argparse.ArgumentParser(prog="program")
+    parser.add_argument("--number", type=int)
+    parser.add_argument("--share", type=float)
+    parser.add_argument("--file", type=Path)
+    parser.add_argument("--names", nargs="+")
+    parser.add_argument("--choice", choices=("a", "b"))
+    with pytest.raises(SystemExit) as stop:
+        parse_arguments(parser, arguments)
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and error.startswith("program: ") and error.count("\n") == 1
+    assert all(" " <= each <= "~" for each in error[:-1]) and len(error) <= 2020
+
+
+def test_the_largest_seed_is_taken():
+    assert read("--seed", str(2**63 - 1)).seed == 2**63 - 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("script", "arguments"),
+    [
+        ("run_sft.py", ["--seed", LONG_NUMBER]),
+        ("run_ppo.py", ["--model", b"\xe9"]),  # bytes that are not UTF-8
+        ("run_eval.py", ["--config", "settings.json"]),
+    ],
+)
+def test_hostile_settings_of_a_process(script, arguments, tmp_path):
+    (tmp_path / "settings.json").write_text(HOSTILE_FILES[0])
+    line = [sys.executable, str(ROOT / script), *arguments]
+    done = subprocess.run(line, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    assert (done.returncode, done.stdout) == (2, "")
+    check_line(done.stderr)
 
 
 def test_deeply_nested_json_is_an_error_not_a_crash(tmp_path):

@@ -12,6 +12,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from command_line import parse_arguments
 from toolbox.tokenizer import train_tokenizer
 from toolbox.world import draw_multi_tasks, draw_test_examples, draw_trajectories
 
@@ -63,7 +64,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--only_trajectories", type=Path, help="write just the trajectories to this file")
     parser.add_argument("--only_tests", type=Path, help="write just --tests single-turn prompts to this file")
     parser.add_argument("--tests", type=int, default=2 * TEST_COUNT, help="number of prompts of --only_tests")
-    settings = parser.parse_args(arguments)
+    settings = parse_arguments(parser, arguments)
     if settings.only_trajectories:
         write_trajectories(settings.only_trajectories, settings.seed, settings.trajectories)
         return 0

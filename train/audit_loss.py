@@ -19,6 +19,7 @@ from pathlib import Path
 
 import torch
 
+from command_line import parse_arguments, printable_line
 from data.batches import PackedBatch, step_batches
 from data.json_records import DataError
 from data.loss_weights import EncodedTrajectory
@@ -201,13 +202,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--output", help="file of the token lines [RUN/audit/step_XXXXXXXX.jsonl]")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where to compute [auto]")
-    given = parser.parse_args(arguments)
+    given = parse_arguments(parser, arguments)
     run = Path(given.run)
     output = Path(given.output) if given.output else run / "audit" / f"{checkpoint_name(given.step)}.jsonl"
     try:
         total, logged, by_class, dtype = audit(run, given.step, output, given.device)
     except (AuditError, DataError, ModelFolderError, CheckpointError, OSError, ValueError) as error:
-        sys.stderr.write(" ".join(str(error).split()) + "\n")
+        sys.stderr.write(printable_line(error) + "\n")
         return 2
     finally:
         close_world()
