@@ -37,12 +37,14 @@ class SentencePieceTokenizer:
             self._start.LoadFromFile(str(path))
             serialized = self._start.serialized_model_proto()
             self._middle = sentencepiece.SentencePieceProcessor(model_proto=serialized + _NO_DUMMY_PREFIX)
+            self.vocab_size: int = self._start.vocab_size()
+            for token_id in range(self.vocab_size):
+                self.piece(token_id)  # bytes that are not UTF-8 show here
             for tokenizer in (self._start, self._middle):
                 tokenizer.decode(tokenizer.encode(_PROBE))
         if self._start.eos_id() < 0:
             raise ModelFolderError(f"{path}: the tokenizer defines no EOS piece, expected one to end responses with")
         self.path = path
-        self.vocab_size: int = self._start.vocab_size()
         self.eos_id: int = self._start.eos_id()
         bos_id = self._start.bos_id()
         bos = self._start.id_to_piece(bos_id) if bos_id >= 0 else ""
@@ -124,11 +126,11 @@ class JsonTokenizer:
 
     def encode(self, text: str) -> list[int]:
         """Ids of text at the start of a sequence; no BOS, no EOS."""
-        return self._start.encode(_encodable(text), add_special_tokens=False).ids
+        return self._ids(self._start, text)
 
     def encode_continuation(self, text: str) -> list[int]:
         """Ids of text that follows other text: no space is put in front."""
-        return self._middle.encode(_encodable(text), add_special_tokens=False).ids
+        return self._ids(self._middle, text)
 
     def decode(self, ids: list[int]) -> str:
         """Text of the ids without special tokens; ids beyond the vocabulary become U+FFFD."""
@@ -156,6 +158,14 @@ class JsonTokenizer:
     def control_id(self, text: str) -> int | None:
         """The id of the special token written `text`, None if there is none: the only way from a text to such an id."""
         return self._control_ids.get(text)
+
+    def _ids(self, tokenizer: Any, text: str) -> list[int]:
+        try:
+            return tokenizer.encode(_encodable(text), add_special_tokens=False).ids
+        except (KeyboardInterrupt, SystemExit):
+            raise
+        except BaseException as error:  # a panic of Rust, which a broken file can bring on at any text
+            raise ModelFolderError(f"{self.path}: found a text it cannot encode ({printable(error)})") from None
 
     def _special_id(self, kind: str, common_names: tuple[str, ...]) -> int | None:
         """The id of BOS or EOS: tokenizer_config.json's name, else config.json's number, else a well-known name."""
