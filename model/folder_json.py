@@ -46,7 +46,7 @@ def read_text(path: Path) -> str:
     except UnicodeDecodeError as error:
         raise ModelFolderError(f"{path}: found bytes that are not UTF-8 (at {error.start}), expected text") from None
     except OSError as error:
-        raise ModelFolderError(f"{path}: cannot be read ({printable(error.strerror or error)})") from None
+        raise ModelFolderError(f"{path}: cannot be read ({error.strerror or first_line(error)})") from None
 
 
 class _StrictError(ValueError):
@@ -78,11 +78,15 @@ def shown(value: object) -> str:
     return text if len(text) <= 60 else text[:57] + "..."
 
 
-def printable(text: object, limit: int = 120) -> str:
-    """The first line of a text without quotes, as printable ASCII of at most `limit` characters."""
-    line = next(iter(str(text).strip().splitlines()), "") or type(text).__name__
-    escaped = ascii(line)[1:-1]
+def printable(text: str, limit: int = 120) -> str:
+    """A text without quotes, as printable ASCII of at most `limit` characters."""
+    escaped = ascii(text)[1:-1]
     return escaped if len(escaped) <= limit else escaped[: limit - 3] + "..."
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message, printable; the error's type if it has none."""
+    return printable((str(error).strip() or type(error).__name__).splitlines()[0])
 
 
 def listed(names: list[str], limit: int = 8) -> str:

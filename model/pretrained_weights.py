@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from model.config import ModelConfig, check_token_ids, config_from_hf, config_to_hf, count_parameters
-from model.folder_json import ModelFolderError, listed, printable, read_json_object, shown
+from model.folder_json import ModelFolderError, first_line, listed, printable, read_json_object, shown
 from model.tokenizer import Tokenizer, check_vocabulary_fits, load_tokenizer
 from model.transformer import Transformer
 from model.value_model import ValueModel
@@ -377,7 +377,7 @@ def _open(path: Path) -> Any:
             return safe_open(str(path), framework="pt", device="cpu")
     except (SafetensorError, OSError) as error:
         raise ModelFolderError(
-            f"{path}: not a readable safetensors file, perhaps truncated ({printable(error)})"
+            f"{path}: not a readable safetensors file, perhaps truncated ({first_line(error)})"
         ) from None
     raise ModelFolderError(
         f"{path}: not a readable safetensors file, perhaps truncated (a header of {header_bytes} bytes, expected at "
@@ -646,4 +646,4 @@ def _raise_on_all_ranks(final: Path, failure: Exception | None, any_parameter: T
     if isinstance(failure, ModelFolderError):
         raise failure
     if failure is not None:
-        raise ModelFolderError(f"{final}: the model could not be written ({printable(failure)})") from failure
+        raise ModelFolderError(f"{final}: the model could not be written ({first_line(failure)})") from failure

@@ -14,7 +14,7 @@ from typing import Any
 
 import sentencepiece
 
-from model.folder_json import ModelFolderError, printable, read_json_object, read_text, shown
+from model.folder_json import ModelFolderError, first_line, read_json_object, read_text, shown
 
 # ModelProto.normalizer_spec (field 3) holding only add_dummy_prefix (field 3) = false. Protobuf merges a message field
 # that occurs twice, so appending this to a serialized model changes that one switch and nothing else.
@@ -165,7 +165,7 @@ class JsonTokenizer:
         except (KeyboardInterrupt, SystemExit):
             raise
         except BaseException as error:  # a panic of Rust, which a broken file can bring on at any text
-            raise ModelFolderError(f"{self.path}: found a text it cannot encode ({printable(error)})") from None
+            raise ModelFolderError(f"{self.path}: found a text it cannot encode ({first_line(error)})") from None
 
     def _special_id(self, kind: str, common_names: tuple[str, ...]) -> int | None:
         """The id of BOS or EOS: tokenizer_config.json's name, else config.json's number, else a well-known name."""
@@ -306,7 +306,7 @@ def _native_code(problem: str) -> Iterator[None]:
     except (KeyboardInterrupt, SystemExit, ModelFolderError):
         raise
     except BaseException as error:
-        raise ModelFolderError(f"{problem} ({printable(error)})") from None
+        raise ModelFolderError(f"{problem} ({first_line(error)})") from None
     finally:
         os.dup2(kept, 2)
         os.close(kept)

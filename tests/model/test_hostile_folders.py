@@ -149,7 +149,7 @@ CASES: dict[str, Callable[[Path], None]] = {
     "odd head_dim": values(head_dim=7),
     **{f"rope {key} {v}": rope(**{key: v}) for key in ("factor", "low_freq_factor") for v in (0, -1, "8", None, [8])},
     "rope NaN": raw("rope_scaling", '{"rope_type": "llama3", "factor": NaN}'),
-    "rope inf": raw("rope_scaling", '{"rope_type": "llama3", "factor": 1e999, "low_freq_factor": 1}'),
+    "rope inf": raw("rope_scaling", json.dumps(ROPE).replace("8.0", "1e999")),
     "rope original NaN": raw("original_max_position_embeddings", "NaN"),
     "rope original 0": rope(original_max_position_embeddings=0),
     "rope original 1e15": rope(original_max_position_embeddings=10**15),
