@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
 from model.config import ModelConfig, ModelFolderError
@@ -110,63 +110,61 @@ def wait_for_all() -> None:
 # Sharding
 
 
-def shard_model(model: torch.nn.Module, world: World, *, dtype: str, keep_on_cpu: bool = False) -> None:
+def shard_model(model: torch.nn.Module, world: World, *, dtype: str) -> None:
+    """Shard a Transformer or ValueModel in place by `apply_fsdp`, where there is something to shard, cast or reduce.
+
+    One rank that computes in float32 has nothing of the kind: its model stays as it is, because FSDP's copies of every
+    parameter and gradient cost a step of the bundled model 13 % of its time.
+    Build the optimizer after this call: it may replace the parameters by DTensors.
+    """
+    if world.size > 1 or dtype != "float32":
+        apply_fsdp(model, world, dtype=dtype)
+
+
+def apply_fsdp(model: torch.nn.Module, world: World, *, dtype: str) -> None:
     """Shard a Transformer or ValueModel in place with FSDP2, from outside, in a fixed order: each block, then the root.
 
     dtype: compute type, "float32" or "bfloat16". Parameters given to the optimizer stay fp32 shards (master weights)
     and gradients are reduced in fp32 either way. The model may live on the meta device or hold weights.
     The root group (embeddings, final norm, head) stays gathered between forward and backward: train_step uses the head
     after the forward call, and its gradient joins the root's reduction at the end of backward.
-    keep_on_cpu: on CUDA, shards, gradients and optimizer live in host memory and each group is copied to the device for
-    its forward and backward only (slower; saves 16 bytes per parameter and rank in training). Without CUDA it changes
-    nothing: there is no other memory.
-    Build the optimizer after this call: the parameters are replaced by DTensors. One rank that computes in float32 has
-    nothing to shard, cast or reduce: its model stays as it is, because FSDP's copies of every parameter and gradient
-    cost a step of the bundled model 13 % of its time.
     """
-    if world.size == 1 and dtype == "float32" and not keep_on_cpu:
-        return
     compute = DTYPES[dtype]
     policy = MixedPrecisionPolicy(
         param_dtype=None if compute == torch.float32 else compute, reduce_dtype=torch.float32, cast_forward_inputs=False
     )
-    offload = CPUOffloadPolicy() if keep_on_cpu and world.device.type == "cuda" else OffloadPolicy()
     # one rank holds everything anyway: freeing the gathered copy would only mean making it again
     reshard = world.size > 1
     for layer in model.layers:
-        fully_shard(layer, mesh=world.mesh, mp_policy=policy, offload_policy=offload, reshard_after_forward=reshard)
-    fully_shard(model, mesh=world.mesh, mp_policy=policy, offload_policy=offload, reshard_after_forward=False)
+        fully_shard(layer, mesh=world.mesh, mp_policy=policy, reshard_after_forward=reshard)
+    fully_shard(model, mesh=world.mesh, mp_policy=policy, reshard_after_forward=False)
     for module in fsdp_modules(model):
         module.set_gradient_divide_factor(1.0)
         # gloo knows no AVG and no pre-multiplied sum: reduce with SUM only
         module.set_force_sum_reduction_for_comms(True)
 
 
-def load_sharded_model(
-    model_dir: str, world: World, *, dtype: str, tokenizer_size: int, keep_on_cpu: bool = False
-) -> Transformer:
+def load_sharded_model(model_dir: str, world: World, *, dtype: str, tokenizer_size: int) -> Transformer:
     """A pretrained model, sharded; built without memory, then filled tensor by tensor: no rank ever holds all of it.
 
-    dtype, keep_on_cpu: as in shard_model. Raises ModelFolderError when the folder is unusable or the embedding has
+    dtype: as in apply_fsdp. Raises ModelFolderError when the folder is unusable or the embedding has
     fewer rows than the tokenizer has ids.
     """
     config = _read_config_for(model_dir, tokenizer_size)
     with torch.device("meta"):
         model = Transformer(config)
-    shard_model(model, world, dtype=dtype, keep_on_cpu=keep_on_cpu)
-    load_weights_into(model, model_dir, device="cpu" if keep_on_cpu else world.device)
+    shard_model(model, world, dtype=dtype)
+    load_weights_into(model, model_dir, device=world.device)
     return model
 
 
-def load_sharded_value_model(
-    model_dir: str, world: World, *, dtype: str, tokenizer_size: int, keep_on_cpu: bool = False
-) -> ValueModel:
+def load_sharded_value_model(model_dir: str, world: World, *, dtype: str, tokenizer_size: int) -> ValueModel:
     """load_sharded_model for a critic: the folder's backbone, and its value head or one of zeros if it has none."""
     config = _read_config_for(model_dir, tokenizer_size)
     with torch.device("meta"):
         model = ValueModel(config)
-    shard_model(model, world, dtype=dtype, keep_on_cpu=keep_on_cpu)
-    load_value_weights_into(model, model_dir, device="cpu" if keep_on_cpu else world.device)
+    shard_model(model, world, dtype=dtype)
+    load_value_weights_into(model, model_dir, device=world.device)
     return model
 
 

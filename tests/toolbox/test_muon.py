@@ -7,7 +7,7 @@ from model.config import ModelConfig
 from model.transformer import Transformer
 from tests.support.processes import spawn
 from toolbox.muon import MuonAdamW, orthogonalize
-from train.distributed import close_world, init_world, shard_model
+from train.distributed import apply_fsdp, close_world, init_world
 
 
 def test_orthogonalize_is_near_the_polar_factor():
@@ -51,7 +51,7 @@ def three_steps(rank: int, world_size: int, address: str, result: str) -> None:
         dist.init_process_group("gloo", init_method=f"file://{address}", rank=rank, world_size=world_size)
     world = init_world("cpu")
     model = tiny_model()
-    shard_model(model, world, dtype="float32", keep_on_cpu=True)  # wraps one rank too
+    apply_fsdp(model, world, dtype="float32")  # on one rank too, where shard_model does nothing
     optimizer = MuonAdamW(
         model, muon_learning_rate=0.02, adam_learning_rate=0.01, momentum=0.9, betas=(0.9, 0.95), epsilon=1e-8
     )

@@ -7,7 +7,16 @@ import torch
 
 from tests.support.processes import run
 from tests.support.tiny_run import arguments, command, metrics_of, random_batch, run_here, run_process, tiny_model
-from train.distributed import any_rank, clip_gradients, gather_objects, global_sum, init_world, local_part, shard_model
+from train.distributed import (
+    any_rank,
+    apply_fsdp,
+    clip_gradients,
+    gather_objects,
+    global_sum,
+    init_world,
+    local_part,
+    shard_model,
+)
 from train.sft_config import SFTConfig
 from train.sft_loop import train_step
 from train.weighted_cross_entropy import linear_weighted_cross_entropy
@@ -60,7 +69,7 @@ def test_sharded_gradients_equal_a_plain_model(world, tied, checkpointing):
     denominator = sum(batch.denominator for batch in batches)
     expected = plain_gradients(tiny_model(tie_embeddings=tied), batches, denominator)
     model = tiny_model(tie_embeddings=tied)
-    shard_model(model, world, dtype="float32", keep_on_cpu=True)  # wraps one rank too
+    apply_fsdp(model, world, dtype="float32")  # on one rank too, where shard_model does nothing
     model.activation_checkpointing = checkpointing
     optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
     before = {name: local_part(parameter).detach().clone() for name, parameter in model.named_parameters()}
@@ -86,7 +95,7 @@ def test_bfloat16_computes_in_bf16_and_keeps_fp32_weights_and_gradients(world):
 
 def test_idle_batch_gives_zero_gradients_not_none(world):
     model = tiny_model()
-    shard_model(model, world, dtype="float32", keep_on_cpu=True)  # wraps one rank too
+    apply_fsdp(model, world, dtype="float32")  # on one rank too, where shard_model does nothing
     batch_loss(model, random_batch(1, trained_share=0.0), world.device).backward()
     for name, parameter in model.named_parameters():
         assert parameter.grad is not None and not local_part(parameter.grad).any(), name
@@ -126,7 +135,7 @@ def test_non_finite_norm_is_returned_and_gradients_stay(world, bad):
 
 def test_clip_equals_brute_force_on_sharded_gradients(world):
     model = tiny_model()
-    shard_model(model, world, dtype="float32", keep_on_cpu=True)  # wraps one rank too
+    apply_fsdp(model, world, dtype="float32")  # on one rank too, where shard_model does nothing
     batch_loss(model, random_batch(5), world.device).backward()
     before = torch.cat([local_part(parameter.grad).flatten().double() for parameter in model.parameters()])
     limit = before.norm().item() / 3

@@ -11,7 +11,6 @@ import pytest
 import torch
 import torch.distributed as dist
 from safetensors.torch import load_file, save_file
-from torch.distributed.fsdp import CPUOffloadPolicy, OffloadPolicy
 from torch.distributed.tensor import DTensor
 
 from model.config import ModelFolderError
@@ -23,6 +22,7 @@ from tests.support.tiny_run import VOCAB_SIZE, tiny_model
 from train.checkpoint import CheckpointError, load_checkpoint, load_weights, newest_good_checkpoint, save_checkpoint
 from train.distributed import (
     World,
+    apply_fsdp,
     clip_gradients,
     close_world,
     fsdp_modules,
@@ -50,18 +50,21 @@ def make_folders(root: Path) -> None:
 
 
 def wrap(model: torch.nn.Module, world: World) -> None:
-    """FSDP in float32 also on one rank, where shard_model leaves a model alone unless it is to stay on the CPU."""
-    shard_model(model, world, dtype="float32", keep_on_cpu=True)
+    """FSDP in float32 also on one rank, where shard_model leaves a model alone."""
+    if not fsdp_modules(model):
+        apply_fsdp(model, world, dtype="float32")
     assert fsdp_modules(model)
 
 
 def load_parts(root: Path, world: World) -> dict:
     """Policy and critic of make_folders, wrapped as by `wrap`, each with its AdamW."""
-    settings = {"dtype": "float32", "tokenizer_size": VOCAB_SIZE, "keep_on_cpu": True}
+    settings = {"dtype": "float32", "tokenizer_size": VOCAB_SIZE}
     models = {
         "policy": load_sharded_model(str(root / "policy"), world, **settings),
         "critic": load_sharded_value_model(str(root / "critic"), world, **settings),
     }
+    for model in models.values():
+        wrap(model, world)
     settings = {"learning_rate": 1e-2, "beta1": 0.9, "beta2": 0.95, "epsilon": 1e-8, "weight_decay": 0.01}
     return {part: (model, make_adamw(model, **settings)) for part, model in models.items()}
 
@@ -198,26 +201,6 @@ def test_a_critic_with_too_few_rows_is_refused(world, tmp_path):
     make_folders(tmp_path)
     with pytest.raises(ModelFolderError, match="found a tokenizer of 401 ids, expected at most 400"):
         load_sharded_value_model(str(tmp_path / "critic"), world, dtype="float32", tokenizer_size=401)
-
-
-@pytest.mark.parametrize(("device", "policy"), [("cpu", OffloadPolicy), ("cuda", CPUOffloadPolicy)])
-def test_keep_on_cpu_asks_fsdp_for_it_on_cuda_only(world, monkeypatch, device, policy):
-    """No CUDA device here: what is asked of fully_shard is recorded instead of done."""
-    policies = []
-    monkeypatch.setattr("train.distributed.fully_shard", lambda _, **given: policies.append(given["offload_policy"]))
-    shard_model(tiny_model(), World(0, 1, torch.device(device), world.mesh), dtype="float32", keep_on_cpu=True)
-    assert [type(each) for each in policies] == [policy] * 3
-
-
-def test_keep_on_cpu_changes_nothing_without_cuda(world, tmp_path):
-    make_folders(tmp_path)
-    logits = []
-    for keep_on_cpu in (False, True):
-        model = load_sharded_model(
-            str(tmp_path / "policy"), world, dtype="float32", tokenizer_size=VOCAB_SIZE, keep_on_cpu=keep_on_cpu
-        )
-        logits.append(model(random_ids(6)))
-    assert torch.equal(*logits)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
