@@ -59,15 +59,6 @@ class TurnDecision:
     matched_text: str
 
 
-@dataclass(frozen=True, slots=True)
-class FilterDifference:
-    """A turn on which the two filters differ: `verdict` is "suspected false hit" or "missed" of the substring mode."""
-
-    verdict: str
-    structured: TurnDecision
-    substring: TurnDecision
-
-
 _ALL_RIGHT = Finding("all_right", "", "")
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -231,18 +222,6 @@ def decide_masked_turns(trajectory: Trajectory, error_filter: str) -> list[TurnD
         for index, message in enumerate(trajectory.messages)
         if message.role == "assistant"
     ]
-
-
-def compare_filters(trajectory: Trajectory) -> list[FilterDifference]:
-    """The turns on which `structured` and `substring` differ, for the report."""
-    differences = []
-    for structured, substring in zip(
-        decide_masked_turns(trajectory, "structured"), decide_masked_turns(trajectory, "substring"), strict=True
-    ):
-        if structured.masked != substring.masked:
-            verdict = "suspected false hit" if substring.masked else "missed"
-            differences.append(FilterDifference(verdict, structured, substring))
-    return differences
 
 
 def _decide_turn(trajectory: Trajectory, index: int, error_filter: str) -> TurnDecision:

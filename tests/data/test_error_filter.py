@@ -11,7 +11,6 @@ from data.error_filter import (
     TurnDecision,
     check_documents,
     classify_feedback,
-    compare_filters,
     decide_masked_turns,
     find_error,
     find_released_substring,
@@ -382,16 +381,6 @@ def test_decisions_name_message_rule_and_matched_text():
         TurnDecision(3, True, "tool_call_failure", "released substring error", "error"),
         TurnDecision(5, False, "tool_hallucination", "tool not offered", "nosuch"),
     ]
-
-
-def test_differences_of_the_filters():
-    record = trajectory(ASK, call(), COMEDY, call(), BROKEN, call(), TIMEOUT, call())
-    found = compare_filters(record)
-    assert [(entry.verdict, entry.structured.message_index) for entry in found] == [
-        ("suspected false hit", 1),
-        ("missed", 5),
-    ]
-    assert found[0].substring.matched_text == "Error" and found[1].structured.matched_text == "timed out"
 
 
 def test_matched_text_stays_short():
