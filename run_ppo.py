@@ -11,7 +11,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from command_line import ConfigError, fail, read_config
+from data.formats.prompt_format import PromptError
 from data.json_records import DataError
+from data.trained_format import choose_format, read_trained_format, training_record
 from model.config import ModelFolderError
 from model.pretrained_weights import check_folder, describe_eos_change, save_pretrained_streamed, save_value_model
 from model.pretrained_weights import read_config as read_model_config
@@ -34,6 +36,7 @@ USER_ERRORS = (
     DeviceError,
     LossBackendError,
     ModelFolderError,
+    PromptError,
     RunFolderError,
     CheckpointError,
     TrainingError,
@@ -49,6 +52,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 f"{config.model}: found no such folder, expected the model of an SFT run: make one "
                 "with python run_sft.py, or name another with --model"
             )
+        config.prompt_format, format_line = agree_on_format(config)
         tokenizer = load_tokenizer(config.model)
         check_folder(config.model, tokenizer)
         prompts, notes = make_prompts(config, config.data, tokenizer)
@@ -57,7 +61,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         world = init_world(config.device)
         loss_backend, reason = agree_on_loss_backend(config.loss_backend, world)
         if world.is_main:
-            for note in (*notes, *more_notes, f"loss backend: {loss_backend} ({reason})"):
+            for note in (*filter(None, [format_line]), *notes, *more_notes, f"loss backend: {loss_backend} ({reason})"):
                 log_line(note)
         models = load_models(config, tokenizer, world, loss_backend)
         sources = {
@@ -82,6 +86,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
         close_world()
 
 
+def agree_on_format(config: PPOConfig) -> tuple[str, str]:
+    """The prompt format of the run, and a line for the log or "".
+
+    Raises ConfigError if policy, reference or critic says that it was trained in another one: its log-probabilities and
+    values would mean nothing in these prompts. ModelFolderError as choose_format.
+    """
+    prompt_format, line = choose_format(config.prompt_format, config.model)
+    for name in ("model", "reference_model", "critic_model"):
+        folder = getattr(config, name)
+        trained = read_trained_format(folder) if folder else None
+        if trained not in (None, prompt_format):
+            raise ConfigError(
+                f"--prompt_format: found {prompt_format}, expected {trained}, in which --{name} {folder} was trained"
+            )
+    return prompt_format, line
+
+
 def make_prompts(config: PPOConfig, path: str, tokenizer: Tokenizer) -> tuple[list[PPOPrompt], list[str]]:
     """The prompts of a file and lines about them.
 
@@ -102,6 +123,7 @@ def make_prompts(config: PPOConfig, path: str, tokenizer: Tokenizer) -> tuple[li
         prompt_turns=config.prompt_turns,
         max_prompt_tokens=max_prompt_tokens,
         unparsable_calls=config.unparsable_calls,
+        prompt_format=config.prompt_format,
     )
     offenders = check_rewards(prompts)
     if offenders:
@@ -114,8 +136,11 @@ def make_prompts(config: PPOConfig, path: str, tokenizer: Tokenizer) -> tuple[li
 def export(config: PPOConfig, models: Models, world: World) -> None:
     """Write output/final (the policy), output/critic if wanted, and the plot. A collective."""
     output = Path(config.output)
-    eos_id = models.tokenizer.eos_id
-    save_pretrained_streamed(models.policy, output / "final", companions_from=config.model, eos_id=eos_id)
+    training = training_record(models.tokenizer, config.prompt_format)
+    eos_id = training["end_of_turn_id"]
+    save_pretrained_streamed(
+        models.policy, output / "final", companions_from=config.model, eos_id=eos_id, training=training
+    )
     if world.is_main and (change := describe_eos_change(config.model, eos_id)):
         log_line(change)
     if config.save_critic == "on":

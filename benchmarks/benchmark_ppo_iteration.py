@@ -97,6 +97,7 @@ def save_random_model(args, folder: Path) -> None:
 def make_config(args, model_dir: str, n_prompts: int) -> PPOConfig:
     return PPOConfig(
         model=model_dir,
+        prompt_format="tl",
         data=args.data,
         device="cpu",
         rollout_batch_size=n_prompts,

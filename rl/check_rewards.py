@@ -14,7 +14,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from command_line import parse_arguments, run_command
-from data.formats.table import dialogue_segments
+from data.formats.table import dialogue_segments, render_output
 from data.json_records import DataError, parse_json, shown
 from data.tool_calls import ToolCall, ToolCallError, render_tool_call
 from data.tool_documents import accepts_any_parameter, normalize_tools, offered_names, tool_parameters
@@ -35,17 +35,17 @@ def check_rewards(prompts: Sequence[PPOPrompt]) -> list[str]:
     faults = []
     for prompt in prompts:
         for gold in prompt.gold_calls:
-            fault = _check_gold_call(gold, prompt.tools)
+            fault = _check_gold_call(gold, prompt.tools, prompt.prompt_format)
             if fault:
                 faults.append(f"{prompt.where} turn {prompt.turn}: {fault}")
     return faults
 
 
-def _check_gold_call(gold: ToolCall, tools: list[dict]) -> str | None:
+def _check_gold_call(gold: ToolCall, tools: list[dict], prompt_format: str) -> str | None:
     """What is wrong with the first mutation that fails, or None. The gold call itself comes first."""
     try:
-        for text, category in _mutations(gold, tools):
-            result = tool_call_reward(text, (gold,), tools)
+        for text, category in _mutations(gold, tools, prompt_format):
+            result = tool_call_reward(text, (gold,), tools, prompt_format)
             if result.category != category or result.reward != REWARDS[category]:
                 return f"{shown(text)} scores {result.explanation}, expected {REWARDS[category]:g} {category}"
     except ToolCallError as error:
@@ -64,7 +64,7 @@ def drop_unspellable(
     """
     kept, faults = [], []
     for prompt in prompts:
-        found = [_spelling_fault(gold, prompt.tools, tokenizer, max_response_tokens) for gold in prompt.gold_calls]
+        found = [_spelling_fault(gold, prompt, tokenizer, max_response_tokens) for gold in prompt.gold_calls]
         if None in found:
             kept.append(prompt)
         else:
@@ -75,9 +75,10 @@ def drop_unspellable(
     return kept, [line + faults[0]] if faults else []
 
 
-def _spelling_fault(gold: ToolCall, tools: list[dict], tokenizer: Tokenizer, max_response_tokens: int) -> str | None:
-    """Why ids cannot carry the gold call, or None."""
-    segments = dialogue_segments([], [Message("user", ""), Message("assistant", "", gold)])
+def _spelling_fault(gold: ToolCall, prompt: PPOPrompt, tokenizer: Tokenizer, max_response_tokens: int) -> str | None:
+    """Why ids cannot carry the gold call of a prompt, or None."""
+    turns = [Message("user", ""), Message("assistant", "", gold)]
+    segments = dialogue_segments([], turns, prompt.prompt_format)
     ids = tokenizer.encode_continuation(next(segment.text for segment in segments if segment.is_target))
     if len(ids) >= max_response_tokens:
         return (
@@ -85,36 +86,40 @@ def _spelling_fault(gold: ToolCall, tools: list[dict], tokenizer: Tokenizer, max
             f"{max_response_tokens} (--max_response_tokens)"
         )
     text = tokenizer.decode(ids).strip()
-    result = tool_call_reward(text, (gold,), tools)
+    result = tool_call_reward(text, (gold,), prompt.tools, prompt.prompt_format)
     if result.category == "correct":
         return None
     return f"found the gold call {shown(render_tool_call(gold))} decoded as {shown(text)}, {result.explanation}"
 
 
-def _mutations(gold: ToolCall, tools: list[dict]) -> Iterator[tuple[str, str]]:
+def _mutations(gold: ToolCall, tools: list[dict], prompt_format: str) -> Iterator[tuple[str, str]]:
     """(response, category it must get): the gold call itself, then one mutation of every kind that it allows."""
-    text = render_tool_call(gold)
+
+    def write(name: str, arguments: dict) -> str:
+        return render_output([ToolCall(name, arguments)], prompt_format)
+
+    text = write(gold.name, gold.arguments)
     yield text, "correct"
     yield text[:-1], "unparsable"  # cut off at the length limit
     yield f"{text}\n{text}", "unparsable"
     names = offered_names(tools)
-    yield render_tool_call(ToolCall(_unused_name(gold.name, set(names)), gold.arguments)), "hallucinated_tool"
+    yield write(_unused_name(gold.name, set(names)), gold.arguments), "hallucinated_tool"
     other = next(name for name in names if name != gold.name and _is_writable(name))
-    yield render_tool_call(ToolCall(other, gold.arguments)), "wrong_tool"
+    yield write(other, gold.arguments), "wrong_tool"
     documented = [
         name for tool in tools if tool["function"]["name"] == gold.name for name in tool_parameters(tool["function"])[0]
     ]
     unknown = _unused_name("parameter", {*documented, *gold.arguments})
     is_open = any(accepts_any_parameter(tool["function"]) for tool in tools if tool["function"]["name"] == gold.name)
     surplus_category = "redundant_parameter" if is_open else "hallucinated_parameter"
-    yield render_tool_call(ToolCall(gold.name, {**gold.arguments, unknown: "x"})), surplus_category
+    yield write(gold.name, {**gold.arguments, unknown: "x"}), surplus_category
     surplus = next((name for name in documented if name not in gold.arguments), None)
     if surplus is not None:
-        yield render_tool_call(ToolCall(gold.name, {**gold.arguments, surplus: "x"})), "redundant_parameter"
+        yield write(gold.name, {**gold.arguments, surplus: "x"}), "redundant_parameter"
     for name, value in list(gold.arguments.items())[:1]:
         rest = {other: kept for other, kept in gold.arguments.items() if other != name}
-        yield render_tool_call(ToolCall(gold.name, rest)), "missing_parameter"
-        yield render_tool_call(ToolCall(gold.name, {**gold.arguments, name: _changed(value)})), "wrong_value"
+        yield write(gold.name, rest), "missing_parameter"
+        yield write(gold.name, {**gold.arguments, name: _changed(value)}), "wrong_value"
 
 
 def _is_writable(name: str) -> bool:

@@ -23,13 +23,16 @@ from tqdm import tqdm
 
 from command_line import parse_arguments, run_command
 from data.error_filter import ERROR_FILTERS
+from data.formats.table import TRAINING_FORMATS
 from data.json_records import DataError, write_json_lines
+from data.trained_format import AUTO_FORMAT, choose_format
 from model.pretrained_weights import load_pretrained, read_config
 from model.sampling import generate
 from model.tokenizer import Tokenizer, check_vocabulary_fits, load_tokenizer
 from model.transformer import Transformer
 from rl.prompts import PROMPT_TURNS, UNPARSABLE_CALLS, PPOPrompt, read_prompts
 from rl.reward import CATEGORIES, RewardResult, judge_response
+from rl.rollout import has_ended, stop_ids_of
 from train.distributed import DTYPES
 
 Z_95 = 1.959963984540054  # 97.5 % quantile of the standard normal distribution: two-sided 95 %
@@ -89,7 +92,7 @@ def evaluate_reward(
             [prompts[index].prompt_ids for index, _ in jobs],
             max_new_tokens=sampling.max_response_tokens,
             temperature=sampling.temperature,
-            eos_id=tokenizer.eos_id,
+            eos_id=stop_ids_of(prompts, tokenizer),
             generator=generators,
             should_continue=should_continue,
         )
@@ -100,9 +103,9 @@ def evaluate_reward(
 
 
 def _row(index: int, sample: int, prompt: PPOPrompt, response_ids: Sequence[int], tokenizer: Tokenizer) -> dict:
-    has_ended = bool(response_ids) and response_ids[-1] == tokenizer.eos_id
-    output = tokenizer.decode(list(response_ids[:-1] if has_ended else response_ids))
-    result = judge_response(output, has_ended, prompt.gold_calls, prompt.tools)
+    is_closed = has_ended(response_ids, tokenizer, prompt.prompt_format)
+    output = tokenizer.decode(list(response_ids[:-1] if is_closed else response_ids))
+    result = judge_response(output, is_closed, prompt.gold_calls, prompt.tools, prompt.prompt_format)
     return {
         "index": index,
         "id": prompt.id,
@@ -113,7 +116,7 @@ def _row(index: int, sample: int, prompt: PPOPrompt, response_ids: Sequence[int]
         "category": result.category,
         **_accuracies(result, prompt),
         "tokens": len(response_ids),
-        "ended": has_ended,
+        "ended": is_closed,
     }
 
 
@@ -240,6 +243,12 @@ def read_flags(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--error_filter", choices=ERROR_FILTERS, default="structured", help="turns that are no prompts")
     parser.add_argument("--prompt_turns", choices=PROMPT_TURNS, default="all", help="which turns are prompts")
     parser.add_argument("--unparsable_calls", choices=UNPARSABLE_CALLS, default="error", help="as in SFT")
+    parser.add_argument(
+        "--prompt_format",
+        choices=(AUTO_FORMAT, *TRAINING_FORMATS),
+        default=AUTO_FORMAT,
+        help="form of prompts and calls; auto = for each model the one it was trained in, else tl",
+    )
     parser.add_argument("--dtype", choices=tuple(DTYPES), default="float32", help="compute type")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto takes CUDA if present")
     flags = parse_arguments(parser, arguments)
@@ -267,7 +276,8 @@ def load_prompts(flags: argparse.Namespace) -> tuple[list[list[PPOPrompt]], list
             f"--max_response_tokens: found {flags.max_response_tokens}, expected fewer than the model's "
             f"{room + flags.max_response_tokens} positions"
         )
-    prompts_of_model, notes = [], []
+    prompts_of_model = []
+    notes = [line for folder in flags.model if (line := choose_format(flags.prompt_format, folder)[1])]
     for folder in flags.model:
         prompts, new_notes = read_prompts(
             flags.data,
@@ -276,9 +286,10 @@ def load_prompts(flags: argparse.Namespace) -> tuple[list[list[PPOPrompt]], list
             prompt_turns=flags.prompt_turns,
             max_prompt_tokens=room,
             unparsable_calls=flags.unparsable_calls,
+            prompt_format=choose_format(flags.prompt_format, folder)[0],
         )
         prompts_of_model.append(prompts[: flags.limit or None])
-        notes = notes or new_notes
+        notes += new_notes if len(prompts_of_model) == 1 else []
         if [(prompt.id, prompt.turn) for prompt in prompts_of_model[-1]] != [
             (prompt.id, prompt.turn) for prompt in prompts_of_model[0]
         ]:

@@ -3,6 +3,8 @@
 from dataclasses import dataclass
 
 from command_line import setting
+from data.formats.table import TRAINING_FORMATS
+from data.trained_format import AUTO_FORMAT
 from train.optimizer import SCHEDULES
 
 
@@ -41,6 +43,11 @@ class PPOConfig:
         free=True,
     )
     # prompts
+    prompt_format: str = setting(
+        AUTO_FORMAT,
+        "form of prompts and calls (docs/data_format.md); auto = the one that the model folder was trained in, else tl",
+        choices=(AUTO_FORMAT, *TRAINING_FORMATS),
+    )
     error_filter: str = setting(
         "structured",
         "drop turns whose gold call is erroneous, by this filter",

@@ -18,7 +18,8 @@ from pathlib import Path
 
 from data.batches import epoch_order
 from data.error_filter import CATEGORIES, ERROR_FILTERS, check_documents, decide_masked_turns
-from data.formats.table import encode_prompt
+from data.formats.prompt_format import PromptError, TextEncoder
+from data.formats.table import DEFAULT_FORMAT, encode_prompt, end_of_turn_ids
 from data.json_records import DataError, parse_json, read_json_lines
 from data.tool_calls import ToolCall, ToolCallError, render_tool_call
 from data.tool_documents import IMPLICIT_TOOLS, normalize_tools, offered_names
@@ -45,9 +46,10 @@ class PPOPrompt:
     id: str  # of the trajectory or record
     turn: int  # which assistant turn of the trajectory, from 0; plain text counts
     where: str  # "file:line" of the trajectory or record
-    prompt_ids: list[int]  # from BOS to "\nAssistant:", the prefix of the SFT sample
+    prompt_ids: list[int]  # from the start to where the assistant speaks, the prefix of the SFT sample
     gold_calls: tuple[ToolCall, ...]  # at least one; the best reward counts
     tools: list[dict]  # offered tools, OpenAI function dicts
+    prompt_format: str = DEFAULT_FORMAT  # of the prompt, and of the response that it asks for
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,7 +66,14 @@ class _Candidate:
 
 
 def read_prompts(
-    path: str | Path, tokenizer, *, error_filter: str, prompt_turns: str, max_prompt_tokens: int, unparsable_calls: str
+    path: str | Path,
+    tokenizer: TextEncoder,
+    *,
+    error_filter: str,
+    prompt_turns: str,
+    max_prompt_tokens: int,
+    unparsable_calls: str,
+    prompt_format: str = DEFAULT_FORMAT,
 ) -> tuple[list[PPOPrompt], list[str]]:
     """(prompts in the file's order, notes: one line per rule with its count).
 
@@ -72,11 +81,13 @@ def read_prompts(
     {"id", "tools", "messages": [user ...], "gold": [{"calls": [{"name", "arguments"}]}]}; "gold" in the first record
     decides. A held-out record has one turn, number 0, and every answer of exactly one call without wildcards is a gold
     call.
-    Raises DataError for malformed files, and with all counts if no prompt is left; ValueError for unknown settings.
+    Raises DataError for malformed files, and with all counts if no prompt is left; PromptError for a dialogue that the
+    format cannot hold and for a tokenizer without its control tokens; ValueError for unknown settings.
     """
     _check_setting("error_filter", error_filter, ERROR_FILTERS)
     _check_setting("prompt_turns", prompt_turns, PROMPT_TURNS)
     _check_setting("unparsable_calls", unparsable_calls, UNPARSABLE_CALLS)
+    end_of_turn_ids(tokenizer, prompt_format)  # a tokenizer without the format's tokens shows now
     not_chosen = f"not chosen by prompt_turns {prompt_turns}"
     too_long = f"longer than {max_prompt_tokens} prompt tokens"
     # Seeded in the order of the rules, which is then that of the notes.
@@ -92,11 +103,15 @@ def read_prompts(
         selected = _select_turns(candidates, prompt_turns)
         counts[not_chosen] += len(candidates) - len(selected)
         for candidate in selected:
-            prompt_ids = encode_prompt(tools, candidate.messages, tokenizer)
+            try:
+                prompt_ids = encode_prompt(tools, candidate.messages, tokenizer, prompt_format)
+            except PromptError as error:
+                raise PromptError(f"{where}: {error}") from error
             if len(prompt_ids) > max_prompt_tokens:
                 counts[too_long] += 1
                 continue
-            prompts.append(PPOPrompt(identity, candidate.turn, where, prompt_ids, candidate.gold_calls, tools))
+            gold_calls = candidate.gold_calls
+            prompts.append(PPOPrompt(identity, candidate.turn, where, prompt_ids, gold_calls, tools, prompt_format))
     notes = _notes(counts, len(prompts), n_records, f"error_filter {error_filter}, prompt_turns {prompt_turns}")
     if not prompts:
         raise DataError(f"{path}: found no prompt, expected at least one ({'; '.join(notes)})")

@@ -20,8 +20,9 @@ Here it gets -2 (`judge_response`), since a model that never ends its turn must 
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
+from data.formats.table import DEFAULT_FORMAT, parse_output
 from data.json_records import shown
-from data.tool_calls import ToolCall, ToolCallError, parse_tool_call
+from data.tool_calls import ToolCall, ToolCallError
 from data.tool_documents import accepts_any_parameter, offered_names, tool_parameters
 
 # Each category with its reward; a call with several parameter faults has the sum of theirs.
@@ -54,20 +55,26 @@ class RewardResult:
     explanation: str  # one line of ASCII
 
 
-def tool_call_reward(output_text: str, gold_calls: Sequence[ToolCall], tools: list[dict]) -> RewardResult:
+def tool_call_reward(
+    output_text: str, gold_calls: Sequence[ToolCall], tools: list[dict], prompt_format: str = DEFAULT_FORMAT
+) -> RewardResult:
     """R (E22) with R_p (E23), paper section 3.3. Never raises because of the text, however malformed.
 
     tools: OpenAI function dicts. `finish` and `ask_to_user` count as offered even if not listed, as in the error
     filter; if such a tool has no document, the parameters of its gold calls count as documented. If several tools have
     one name, a parameter is documented if one of them has it; a tool that accepts any parameter documents all of them.
-    Values are compared by `is_equal_value`. Raises ValueError if there is no gold call.
+    Values are compared by `is_equal_value`. prompt_format: how the text writes a call (data/formats/table.py). Raises
+    ValueError if there is no gold call, and for an unknown format.
     """
     if not gold_calls:
         raise ValueError("found no gold call, expected at least one")
     try:
-        call = parse_tool_call(output_text)
+        calls = parse_output(output_text, prompt_format)
+        if len(calls) > 1:
+            raise ToolCallError(f"found {len(calls)} calls, expected one")
     except ToolCallError as error:
         return _judge_tool("unparsable", None, gold_calls[0], fault=str(error))
+    call = calls[0]
     functions = [tool["function"] for tool in tools if tool["function"].get("name") == call.name]
     if call.name not in offered_names(tools):
         return _judge_tool("hallucinated_tool", call, gold_calls[0])
@@ -84,13 +91,17 @@ def tool_call_reward(output_text: str, gold_calls: Sequence[ToolCall], tools: li
 
 
 def judge_response(
-    output_text: str, has_ended: bool, gold_calls: Sequence[ToolCall], tools: list[dict]
+    output_text: str,
+    has_ended: bool,
+    gold_calls: Sequence[ToolCall],
+    tools: list[dict],
+    prompt_format: str = DEFAULT_FORMAT,
 ) -> RewardResult:
     """R (E22) of a response that a model wrote: `tool_call_reward`, and -2 for a call whose turn the model did not end.
 
-    has_ended: the last token was EOS; False: the response was cut at the length limit.
+    has_ended: the last token was the format's end of turn; False: the response was cut at the length limit.
     """
-    result = tool_call_reward(output_text, gold_calls, tools)
+    result = tool_call_reward(output_text, gold_calls, tools, prompt_format)
     if has_ended or result.call is None:
         return result
     fault = "found no EOS after the call, expected the model to end its turn"

@@ -27,6 +27,8 @@ from math import ceil
 import torch
 from torch import Tensor
 
+from data.formats.prompt_format import find_stop_ids
+from data.formats.table import FORMATS, end_of_turn_ids
 from model.sampling import generate
 from model.tokenizer import Tokenizer
 from rl.advantages import compute_gae, kl_shaped_rewards, masked_sums, whiten
@@ -57,7 +59,7 @@ class Sampled:
 
     prompts: list[PPOPrompt]  # B
     response_ids: list[list[int]]  # B lists; ids and lengths are the sampler's, never inferred from ids
-    ended: list[bool]  # B: closed by EOS; False: cut at max_response_tokens
+    ended: list[bool]  # B: closed by the format's end of turn; False: cut at max_response_tokens
     results: list[RewardResult]  # B
     scores_B: Tensor  # fp32, reward of the whole response, before KL
     response_mask_BR: Tensor  # bool, true through the last token inclusive
@@ -114,10 +116,16 @@ def sample_responses(
         [iteration.prompts[index].prompt_ids for index in mine],
         max_new_tokens=config.max_response_tokens,
         temperature=config.temperature,
-        eos_id=models.tokenizer.eos_id,
+        eos_id=stop_ids_of(iteration.prompts, models.tokenizer),
         generator=[response_generator(config.seed, iteration.number, index) for index in mine],
         should_continue=lambda finished_B: not must_stop(),
     )
+
+
+def stop_ids_of(prompts: Sequence[PPOPrompt], tokenizer: Tokenizer) -> frozenset[int]:
+    """Where responses to these prompts stop, as in evaluation: at EOS and at the control tokens that end a turn."""
+    stop_texts = {text for prompt in prompts for text in FORMATS[prompt.prompt_format].stop_strings}
+    return find_stop_ids(sorted(stop_texts), tokenizer)
 
 
 def response_generator(seed: int, iteration: int, index: int) -> torch.Generator:
@@ -139,10 +147,10 @@ def judge_responses(
 ) -> Sampled:
     """The rule-based reward of each response (rl/reward.py), and the (B, R) grids of what was sampled."""
     response_ids = [ids for ids, _ in responses]
-    ended = [bool(ids) and ids[-1] == tokenizer.eos_id for ids in response_ids]
+    ended = [has_ended(ids, tokenizer, prompt.prompt_format) for ids, prompt in zip(response_ids, prompts, strict=True)]
     results = [
-        judge_response(response_text(ids, tokenizer), has_ended, prompt.gold_calls, prompt.tools)
-        for ids, has_ended, prompt in zip(response_ids, ended, prompts, strict=True)
+        judge_response(response_text(ids, tokenizer), is_closed, prompt.gold_calls, prompt.tools, prompt.prompt_format)
+        for ids, is_closed, prompt in zip(response_ids, ended, prompts, strict=True)
     ]
     shape_BR = (len(response_ids), max(map(len, response_ids), default=0))
     mask_BR, sampler_logprobs_BR = torch.zeros(shape_BR, dtype=torch.bool), torch.zeros(shape_BR)
@@ -160,8 +168,13 @@ def judge_responses(
     )
 
 
+def has_ended(response_ids: Sequence[int], tokenizer: Tokenizer, prompt_format: str) -> bool:
+    """Whether the response is closed by an end of turn that a model of this format is trained to write."""
+    return bool(response_ids) and response_ids[-1] in end_of_turn_ids(tokenizer, prompt_format)
+
+
 def response_text(response_ids: Sequence[int], tokenizer: Tokenizer) -> str:
-    """The response as reward and reader see it: without the closing EOS and surrounding blanks."""
+    """The response as reward and reader see it: without control tokens such as EOS, and without surrounding blanks."""
     ids = list(response_ids)
     return tokenizer.decode(ids[:-1] if ids and ids[-1] == tokenizer.eos_id else ids).strip()
 

@@ -25,7 +25,7 @@ from rl.models import Models
 from rl.ppo_config import PPOConfig
 from rl.prompts import PPOPrompt
 from rl.reward import CATEGORIES
-from rl.rollout import Credited, response_text
+from rl.rollout import Credited, has_ended, response_text
 from train.distributed import World, gather_objects, gathered_model, global_sum
 from train.run_logging import MetricsFile, log_line
 
@@ -259,7 +259,8 @@ def format_ledger(credited: Credited, row: int, tokenizer: Tokenizer) -> str:
     mask_R, score, kl_coef = sampled.response_mask_BR[row], sampled.scores_B[row].item(), credited.kl_coef
     kl, total = (numbers_RC[mask_R, column].double().sum().item() for column in (1, 2))
     score_there = numbers_RC[last, 2].item() + kl_coef * numbers_RC[last, 1].item()
-    kind = "EOS" if response_ids[last] == tokenizer.eos_id else "the last generated token, no EOS"
+    is_closed = has_ended(response_ids[: last + 1], tokenizer, sampled.prompts[row].prompt_format)
+    kind = "EOS" if is_closed else "the last generated token, no EOS"
     return "\n".join(
         [
             *lines,

@@ -8,11 +8,13 @@ import re
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import sentencepiece
 
+from data.formats.table import TRAINING_FORMATS
 from data.json_records import DataError
 from data.tool_calls import ToolCall, ToolCallError, parse_tool_call
 from model.tokenizer import SentencePieceTokenizer, load_tokenizer
@@ -44,7 +46,8 @@ def test_good_prompts_pass_the_check():
         ToolCall("f", {"a": 10**4000}),
         *(ToolCall("f", {"a": value}) for value in (0, 1, 0.0, 2.5, True, False, None, "", "\ud800", [], {})),
     ]
-    assert check_rewards([prompt(gold) for gold in golds]) == []
+    for prompt_format in TRAINING_FORMATS:
+        assert check_rewards([replace(prompt(gold), prompt_format=prompt_format) for gold in golds]) == []
     assert check_rewards([prompt(*golds)]) == []
     unwritable = tool("get weather", [], [])  # no call can name it, so it is not the other tool of the mutation
     assert check_rewards([prompt(GOLD, tools=[unwritable, *TOOLS])]) == []
@@ -71,44 +74,46 @@ def test_offenders_are_listed_with_their_place(gold, pattern):
         assert re.fullmatch(rf"train\.json:7 turn 2: {pattern}.*", fault), fault
 
 
-def test_one_mutation_of_every_kind_is_checked():
-    categories = [category for _, category in check_rewards_module._mutations(GOLD, TOOLS)]
+@pytest.mark.parametrize("prompt_format", TRAINING_FORMATS)
+def test_one_mutation_of_every_kind_is_checked(prompt_format):
+    categories = [category for _, category in check_rewards_module._mutations(GOLD, TOOLS, prompt_format)]
     assert set(categories) == set(CATEGORIES) and categories[0] == "correct"
-    categories = {category for _, category in check_rewards_module._mutations(ToolCall("g", {}), TOOLS)}
+    assert check_rewards([replace(prompt(GOLD, ToolCall("g", {})), prompt_format=prompt_format)]) == []
+    categories = {category for _, category in check_rewards_module._mutations(ToolCall("g", {}), TOOLS, prompt_format)}
     assert set(CATEGORIES) - categories == {"redundant_parameter", "missing_parameter", "wrong_value"}
 
 
-def released_parser(text: str) -> ToolCall:
+def released_parser(text: str, prompt_format: str) -> list[ToolCall]:
     """Reads as the released reward does: up to the first closing bracket, single-quoted strings only."""
     found = re.search(r"(.*?)\(([\s\S]*?)\)", text)
     if not found:
         raise ToolCallError("no call")
-    return ToolCall(found[1], dict(re.findall(r"(\w+)\s*=\s*'([^']*)'", found[2])))
+    return [ToolCall(found[1], dict(re.findall(r"(\w+)\s*=\s*'([^']*)'", found[2])))]
 
 
-def first_line_is_enough(text: str) -> ToolCall:
-    return parse_tool_call(text.split("\n")[0])
+def first_line_is_enough(text: str, prompt_format: str) -> list[ToolCall]:
+    return [parse_tool_call(text.split("\n")[0])]
 
 
-def cut_calls_are_mended(text: str) -> ToolCall:
-    return parse_tool_call(text if text.endswith(")") else f"{text})")
+def cut_calls_are_mended(text: str, prompt_format: str) -> list[ToolCall]:
+    return [parse_tool_call(text if text.endswith(")") else f"{text})")]
 
 
-def every_tool_is_offered(text: str, gold_calls, tools: list[dict]):
+def every_tool_is_offered(text: str, gold_calls, tools: list[dict], prompt_format: str):
     names = re.findall(r"\A\w+", text)
     return tool_call_reward(text, gold_calls, [*tools, *(tool(name, [], []) for name in names)])
 
 
-def every_parameter_is_documented(text: str, gold_calls, tools: list[dict]):
+def every_parameter_is_documented(text: str, gold_calls, tools: list[dict], prompt_format: str):
     return tool_call_reward(text, gold_calls, [*tools, tool(GOLD.name, [], re.findall(r"(\w+)=", text))])
 
 
 @pytest.mark.parametrize(
     ("module", "name", "replacement"),
     [
-        (reward_module, "parse_tool_call", released_parser),
-        (reward_module, "parse_tool_call", first_line_is_enough),
-        (reward_module, "parse_tool_call", cut_calls_are_mended),
+        (reward_module, "parse_output", released_parser),
+        (reward_module, "parse_output", first_line_is_enough),
+        (reward_module, "parse_output", cut_calls_are_mended),
         (reward_module, "is_equal_value", lambda value, gold, documents: True),
         (reward_module, "is_equal_value", lambda value, gold, documents: False),
         (reward_module, "parameter_reward", lambda hallucinated, redundant, missing: -0.8),

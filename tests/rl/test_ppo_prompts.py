@@ -94,7 +94,7 @@ def places(prompts: list[PPOPrompt]) -> list[tuple[str, int]]:
 class NoTokens:
     """For counts of the bundled data: encoding its text would take most of the test's time."""
 
-    bos_id = 1
+    bos_id, eos_id = 1, 2
 
     def encode(self, text: str) -> list[int]:
         return []

@@ -31,5 +31,8 @@ class PieceTokenizer:
     def decode(self, ids: list[int]) -> str:
         return "".join(self.piece(token_id) for token_id in ids if token_id > 2)[1:]
 
+    def control_id(self, text: str) -> int | None:
+        return None
+
     def piece(self, token_id: int) -> str:
         return self.pieces[token_id]
