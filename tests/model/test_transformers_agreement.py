@@ -1,5 +1,6 @@
 """Logits equal transformers' on random sharded checkpoints of all variants, in both directions."""
 
+import json
 import os
 from dataclasses import replace
 
@@ -8,6 +9,7 @@ import torch
 
 from model.config import config_from_hf
 from model.pretrained_weights import load_pretrained, save_pretrained_streamed
+from model.transformer import rope_inverse_frequencies
 from tests.model.test_transformer import tiny_model
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -36,6 +38,10 @@ VARIANTS = {
     "qwen2_bias": ("Qwen2", {"num_key_value_heads": 3}),
     "qwen2_tied": ("Qwen2", {"num_key_value_heads": 3, "tie_word_embeddings": True}),
     "llama3_rope": ("Llama", {"num_key_value_heads": 2, "rope_parameters": LLAMA3}),
+    "llama3_rope_top_level": (
+        "Llama",
+        {"num_key_value_heads": 2, "rope_parameters": LLAMA3, "original_max_position_embeddings": 16},
+    ),
     "own_theta": ("Llama", {"num_key_value_heads": 6, "rope_parameters": {"rope_type": "default", "rope_theta": 1e6}}),
     "head_dim": ("Llama", {"num_key_value_heads": 2, "head_dim": 16}),
 }
@@ -92,11 +98,25 @@ def test_bf16_export_is_read_as_bf16(tmp_path):
         assert relative_difference(peer.float()(ids).logits, load_pretrained(tmp_path / "ours")(ids)) < 2e-5
 
 
+@pytest.mark.parametrize("inner", [32, None])
+@pytest.mark.parametrize("top", [16, None])
+def test_original_context_at_the_top_level_wins(inner, top, tmp_path):
+    rope = {key: value for key, value in LLAMA3.items() if key != "original_max_position_embeddings"}
+    rope |= {} if inner is None else {"original_max_position_embeddings": inner}
+    values = {"model_type": "llama", **SIZES, "rope_scaling": rope}
+    values |= {} if top is None else {"original_max_position_embeddings": top}
+    (tmp_path / "config.json").write_text(json.dumps(values))
+    theirs = transformers.LlamaForCausalLM(transformers.AutoConfig.from_pretrained(tmp_path)).model.rotary_emb.inv_freq
+    ours = config_from_hf(values)
+    assert ours.rope_scaling.original_max_positions == (top or inner or SIZES["max_position_embeddings"])
+    assert torch.allclose(rope_inverse_frequencies(ours), theirs, rtol=1e-6)
+
+
 def test_configs_of_both_spellings_agree(tmp_path):
     for name in VARIANTS:
         config = peer_model(name).config
         ours = config_from_hf(config.to_dict())
         assert ours.rope_theta == config.rope_parameters["rope_theta"]
         assert replace(ours, rope_scaling=None).n_kv_heads == config.num_key_value_heads
-        assert (ours.rope_scaling is not None) == (name == "llama3_rope")
+        assert (ours.rope_scaling is not None) == name.startswith("llama3_rope")
         assert ours.qkv_bias == name.startswith("qwen2")
