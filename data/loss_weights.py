@@ -173,60 +173,76 @@ def encode_trajectory(
     masked = {decision.message_index: decision.masked for decision in decisions}
     names = offered_names(trajectory.tools)
     names_at: dict[tuple[str, str], dict[str, Sequence[int]]] = {}  # the place is the same for all turns of a format
-    input_ids, target_ids = [], []
-    loss_weights, codes, message_indices = [], [], []
-    trained_turns, trained_tokens, denominator, left_out_thoughts = 0, 0, 0.0, 0
-    entry, message_index = FORMATS[prompt_format], -1
+    row, entry, message_index = _Row(), FORMATS[prompt_format], -1
     segments = dialogue_segments(trajectory.tools, trajectory.messages, prompt_format)
     for segment, ids in encode_segments(segments, tokenizer, entry):
-        # 1 for the row's first id, which nothing predicts, and after a trained turn, where EOS is the target already.
-        n_filled = len(target_ids) - (len(input_ids) - 1)
-        input_ids += ids
+        row.input_ids += ids
         message_index = message_index if segment.message_index is None else segment.message_index
         message = trajectory.messages[message_index] if segment.is_target else None
         if message is not None and message.thought.strip() and message.thought not in segment.text:
-            left_out_thoughts += 1
-        if message is not None and not masked[message_index] and message.weight:
-            call_name, name_ids = None if message.call is None else message.call.name, {}
-            if key_tokens and call_name is not None:
-                place = name_place(segment)
-                names_at[place] = names_at.get(place) or encode_names(names, tokenizer, place)
-                name_ids = names_at[place]
-            raw_weights, turn_codes = weigh_turn(
-                segment,
-                ids,
-                call_name,
-                name_ids,
-                tokenizer,
-                max_key_token_weight=max_key_token_weight if key_tokens else None,
+            row.left_out_thoughts += 1
+        if message is None or masked[message_index] or not message.weight:
+            row.add_context(
+                CONTEXT if message is None else MASKED if masked[message_index] else EXCLUDED, message_index
             )
-            turn_weights, share = scale_turn(raw_weights, loss_normalization)
-            turn_targets = [*ids, end_of_turn_id(segment.end, tokenizer, entry)]
-            trained_turns, trained_tokens = trained_turns + 1, trained_tokens + len(turn_targets)
-            denominator += share
-        else:
-            turn_targets = ids[n_filled:]
-            turn_weights = [0.0] * len(turn_targets)  # E2: masked turns and context train nothing
-            code = CONTEXT if not segment.is_target else MASKED if masked[message_index] else EXCLUDED
-            turn_codes = [code] * len(turn_targets)
-        target_ids += turn_targets
-        loss_weights += turn_weights
-        codes += turn_codes
-        message_indices += [message_index] * len(turn_targets)
-    if len(target_ids) < len(input_ids):  # the row ends in context: its last token predicts nothing
-        target_ids, loss_weights = [*target_ids, tokenizer.eos_id], [*loss_weights, 0.0]
-        codes, message_indices = [*codes, CONTEXT], [*message_indices, -1]
-    return EncodedTrajectory(
-        id=trajectory.id,
-        input_ids=array("i", input_ids),
-        target_ids=array("i", target_ids),
-        loss_weights=array("d", loss_weights),
-        class_codes=bytes(codes),
-        message_indices=array("i", message_indices),
-        turn_decisions=decisions,
-        trained_turns=trained_turns,
-        trained_tokens=trained_tokens,
-        denominator=denominator,
-        excluded_turns=sum(message.weight == 0 for message in trajectory.messages),
-        left_out_thoughts=left_out_thoughts,
-    )
+            continue
+        call_name, name_ids = None if message.call is None else message.call.name, {}
+        if key_tokens and call_name is not None:
+            place = name_place(segment)
+            names_at[place] = names_at.get(place) or encode_names(names, tokenizer, place)
+            name_ids = names_at[place]
+        max_weight = max_key_token_weight if key_tokens else None
+        weights, codes = weigh_turn(segment, ids, call_name, name_ids, tokenizer, max_key_token_weight=max_weight)
+        weights, share = scale_turn(weights, loss_normalization)
+        row.add_turn([*ids, end_of_turn_id(segment.end, tokenizer, entry)], weights, codes, share, message_index)
+    return row.finish(trajectory, decisions, tokenizer.eos_id)
+
+
+class _Row:
+    """A row while it grows. State: its columns and counts so far, as in EncodedTrajectory."""
+
+    def __init__(self) -> None:
+        self.input_ids, self.target_ids, self.loss_weights, self.codes, self.message_indices = [], [], [], [], []
+        self.trained_turns, self.trained_tokens, self.denominator, self.left_out_thoughts = 0, 0, 0.0, 0
+
+    def add_turn(
+        self, target_ids: list[int], weights: list[float], codes: list[int], share: float, message_index: int
+    ) -> None:
+        """Targets of a trained turn, whose ids are in input_ids: one more than its ids, the last one ends the turn."""
+        self.trained_turns, self.trained_tokens = self.trained_turns + 1, self.trained_tokens + len(target_ids)
+        self.denominator += share
+        self._extend(target_ids, weights, codes, message_index)
+
+    def add_context(self, code: int, message_index: int) -> None:
+        """Targets of weight 0 (E2) for the input ids that have none yet.
+
+        The row's first id, which nothing predicts, gets none, nor does the first one after a trained turn: EOS is the
+        target already.
+        """
+        target_ids = self.input_ids[len(self.target_ids) + 1 :]
+        self._extend(target_ids, [0.0] * len(target_ids), [code] * len(target_ids), message_index)
+
+    def finish(self, trajectory: Trajectory, decisions: tuple[TurnDecision, ...], eos_id: int) -> EncodedTrajectory:
+        """The whole row. If it ends in context, its last token predicts nothing."""
+        if len(self.target_ids) < len(self.input_ids):
+            self._extend([eos_id], [0.0], [CONTEXT], -1)
+        return EncodedTrajectory(
+            id=trajectory.id,
+            input_ids=array("i", self.input_ids),
+            target_ids=array("i", self.target_ids),
+            loss_weights=array("d", self.loss_weights),
+            class_codes=bytes(self.codes),
+            message_indices=array("i", self.message_indices),
+            turn_decisions=decisions,
+            trained_turns=self.trained_turns,
+            trained_tokens=self.trained_tokens,
+            denominator=self.denominator,
+            excluded_turns=sum(message.weight == 0 for message in trajectory.messages),
+            left_out_thoughts=self.left_out_thoughts,
+        )
+
+    def _extend(self, target_ids: list[int], weights: list[float], codes: list[int], message_index: int) -> None:
+        self.target_ids += target_ids
+        self.loss_weights += weights
+        self.codes += codes
+        self.message_indices += [message_index] * len(target_ids)
