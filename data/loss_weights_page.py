@@ -61,18 +61,6 @@ DARK = {
     "evidence": "#5a1f1f",
     "focus": "#8ab4f8",
 }
-TEXT_PAIRS = (
-    ("text", "page"),
-    ("faint", "page"),
-    ("text", "panel"),
-    ("faint", "panel"),
-    ("key-text", "key"),
-    ("normal-text", "normal"),
-    ("eos-text", "eos"),
-    ("masked-text", "masked"),
-    ("excluded-text", "excluded"),
-    ("evidence-text", "evidence"),
-)
 
 STYLE = """
 * { box-sizing: border-box; }

@@ -326,9 +326,6 @@ class _Expander:
         raise DataError(f"{self.where}: found {kind} $ref {shown(reference)}, expected one into the document's $defs")
 
 
-_BRANCH_KEYS = ("allOf", "anyOf", "oneOf", "if", "then", "else")
-
-
 def _merge_branches(schema: dict, where: str) -> dict:
     """A schema without allOf, anyOf, oneOf and if/then/else at its top: the parameters of all branches together.
 

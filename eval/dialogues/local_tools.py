@@ -51,7 +51,7 @@ MAX_NESTING = 50  # brackets in an expression
 MAX_RESULT_CHARACTERS = 16384  # longer than any feedback
 DEFAULT_FILE = "output.txt"  # of write_file without a path
 
-_TRUE, _FALSE = ("true", "1", "yes"), ("false", "0", "no", "none", "")
+_TRUE = ("true", "1", "yes")
 
 
 class ToolError(Exception):

@@ -127,34 +127,7 @@ def _dialogue_tables(dialogues: Mapping[str, Mapping]) -> list[str]:
     head = ["dialogues", "calls", *(f"{metric} % [95 %]" for metric in DIALOGUE_METRICS)]
     rows = [[name, *_dialogue_cells(summary)] for name, summary in dialogues.items()]
     parts = [format_table([["benchmark", *head], *rows]), METRICS_NOTE]
-    others = [
-        [
-            name,
-            metric,
-            "lower" if is_lower_better(metric) else "higher",
-            str(summary["n"]),
-            format_rate(summary, metric),
-        ]
-        for name, summary in dialogues.items()
-        for metric in metrics_of(summary)
-        if metric not in DIALOGUE_METRICS
-    ]
-    if others:
-        parts += [
-            "## Shares of dialogues",
-            format_table([["benchmark", "metric", "better", "dialogues", "% [95 %]"], *others]),
-        ]
-        if any(row[1] == "answer_right" for row in others):
-            parts.append("answer_right: the final answer holds every requested result.")
-    requests = [
-        [name, number, str(part["n"]), format_rate(part, "answer_right")]
-        for name, summary in dialogues.items()
-        for number, part in summary.get("by_requests", {}).items()
-    ]
-    if requests:
-        parts.append(
-            format_table([["benchmark", "requests in the query", "dialogues", "answer_right % [95 %]"], *requests])
-        )
+    parts += _dialogue_shares(dialogues)
     scenarios = [
         [name, scenario, *_dialogue_cells(part)]
         for name, summary in dialogues.items()
@@ -180,6 +153,40 @@ def _dialogue_tables(dialogues: Mapping[str, Mapping]) -> list[str]:
             format_table([["benchmark", "executor", "calls", "%"], *answered]),
             EXECUTOR_NOTE,
         ]
+    return parts
+
+
+def _dialogue_shares(dialogues: Mapping[str, Mapping]) -> list[str]:
+    """Shares of whole dialogues, and answer_right by the number of requests in the query."""
+    others = [
+        [
+            name,
+            metric,
+            "lower" if is_lower_better(metric) else "higher",
+            str(summary["n"]),
+            format_rate(summary, metric),
+        ]
+        for name, summary in dialogues.items()
+        for metric in metrics_of(summary)
+        if metric not in DIALOGUE_METRICS
+    ]
+    parts = []
+    if others:
+        parts += [
+            "## Shares of dialogues",
+            format_table([["benchmark", "metric", "better", "dialogues", "% [95 %]"], *others]),
+        ]
+        if any(row[1] == "answer_right" for row in others):
+            parts.append("answer_right: the final answer holds every requested result.")
+    requests = [
+        [name, number, str(part["n"]), format_rate(part, "answer_right")]
+        for name, summary in dialogues.items()
+        for number, part in summary.get("by_requests", {}).items()
+    ]
+    if requests:
+        parts.append(
+            format_table([["benchmark", "requests in the query", "dialogues", "answer_right % [95 %]"], *requests])
+        )
     return parts
 
 

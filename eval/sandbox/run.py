@@ -36,6 +36,8 @@ START_SECONDS = 30.0  # a child that has not reported its limits by then never w
 ANSWER_SECONDS = 20.0  # in addition to a call's own time, for the tool server to end it and to answer
 LAUNCHER_SECONDS = 5.0  # for the launcher to kill its namespace and end; then it is killed too
 READ_BYTES = 65536
+FILE_BYTES = 1 << 20  # each file that a sandboxed program may write
+FOLDER_BYTES = 16 << 20  # all its files; in a tool server those of one dialogue
 REASON_CHARACTERS = 300
 SYSTEM_FOLDERS = ("/usr", "/lib", "/lib64", "/etc/ld.so.cache", "/etc/localtime")
 
@@ -95,19 +97,12 @@ class _Child:
 
 
 def run_python(
-    program: str,
-    *,
-    seconds: float,
-    memory_bytes: int,
-    output_bytes: int = 65536,
-    file_bytes: int = 1 << 20,
-    folder_bytes: int = 16 << 20,
-    layers: Sequence[str] = LAYERS,
+    program: str, *, seconds: float, memory_bytes: int, output_bytes: int = 65536, layers: Sequence[str] = LAYERS
 ) -> SandboxResult:
     """Run the text of a Python program as `__main__`, in its own empty folder, with nothing on stdin.
 
     It gets `seconds` of wall time from its first line, one second more of CPU time, `memory_bytes` of address space,
-    and, where it may write at all, `file_bytes` per file and `folder_bytes` in all. `layers` can leave some out, as on
+    and, where it may write at all, FILE_BYTES per file and FOLDER_BYTES in all. `layers` can leave some out, as on
     a machine without them. Raises SandboxError if the child cannot start, or as root where there is no seccomp.
     """
     job = {
@@ -116,8 +111,8 @@ def run_python(
         "seconds": seconds,
         "memory_bytes": memory_bytes,
         "output_bytes": output_bytes,
-        "file_bytes": file_bytes,
-        "folder_bytes": folder_bytes,
+        "file_bytes": FILE_BYTES,
+        "folder_bytes": FOLDER_BYTES,
         "layers": list(layers),
     }
     with _started(job, pipes=()) as child:
@@ -151,8 +146,8 @@ def run_check(
         "seconds": seconds,
         "memory_bytes": memory_bytes,
         "output_bytes": 4096,
-        "file_bytes": 1 << 20,
-        "folder_bytes": 16 << 20,
+        "file_bytes": FILE_BYTES,
+        "folder_bytes": FOLDER_BYTES,
         "layers": list(layers),
     }
     with ExitStack() as stack:
@@ -197,18 +192,10 @@ class ToolServer:
     """A sandboxed process that answers tool calls, one at a time (eval/sandbox/tool_server.py), until it is closed.
 
     State: the process with its pipes. A call has `seconds` of wall time and `memory_bytes` of address space; a dialogue
-    has `folder_bytes` for its files. Only one thread at a time may use it. Raises SandboxError if it cannot start.
+    has FOLDER_BYTES for its files. Only one thread at a time may use it. Raises SandboxError if it cannot start.
     """
 
-    def __init__(
-        self,
-        *,
-        seconds: float,
-        memory_bytes: int,
-        file_bytes: int = 1 << 20,
-        folder_bytes: int = 16 << 20,
-        layers: Sequence[str] = LAYERS,
-    ) -> None:
+    def __init__(self, *, seconds: float, memory_bytes: int, layers: Sequence[str] = LAYERS) -> None:
         self._seconds, self._stack = seconds, ExitStack()
         # Even if it is never closed: otherwise its empty folder would remain.
         self.close = weakref.finalize(self, self._stack.close)
@@ -218,8 +205,8 @@ class ToolServer:
             job = {
                 "seconds": seconds,
                 "memory_bytes": memory_bytes,
-                "file_bytes": file_bytes,
-                "folder_bytes": folder_bytes,
+                "file_bytes": FILE_BYTES,
+                "folder_bytes": FOLDER_BYTES,
                 "output_bytes": 4096,
                 "layers": list(layers),
                 "requests": requests_out.fileno(),

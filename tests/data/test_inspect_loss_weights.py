@@ -14,7 +14,7 @@ import sentencepiece
 
 from data.inspect_loss_weights import format_sample, main
 from data.loss_weights import encode_trajectory
-from data.loss_weights_page import DARK, LIGHT, SCRIPT, TEXT_PAIRS, render_page
+from data.loss_weights_page import DARK, LIGHT, SCRIPT, render_page
 from data.token_view import printable, view_sample
 from data.tool_calls import ToolCall
 from tests.data.test_loss_weights import FIND_PAPER, TOOLS, trajectory
@@ -182,6 +182,20 @@ def luminance(color):
 def contrast(first, second):
     lighter, darker = sorted((luminance(first), luminance(second)), reverse=True)
     return (lighter + 0.05) / (darker + 0.05)
+
+
+TEXT_PAIRS = (  # text and what it is written on
+    ("text", "page"),
+    ("faint", "page"),
+    ("text", "panel"),
+    ("faint", "panel"),
+    ("key-text", "key"),
+    ("normal-text", "normal"),
+    ("eos-text", "eos"),
+    ("masked-text", "masked"),
+    ("excluded-text", "excluded"),
+    ("evidence-text", "evidence"),
+)
 
 
 @pytest.mark.parametrize("scheme", [LIGHT, DARK], ids=["light", "dark"])

@@ -5,8 +5,8 @@ requirements-cuda.txt). They are imported only when a kernel is needed, so this 
 fault is a CudaKernelError of one line that names the call, the kernel and the grid.
 
 Cache: one file per compiled source in $TL_TRAINING_KERNEL_CACHE ("off": none; default ~/.cache/tl_training/kernels,
-mode 0700). Its name is the sha256 of source, options, NVRTC's version and architecture; its first 32 bytes are the
-sha256 of the rest, so that a half-written or damaged file is compiled again.
+mode 0700). Its name is the sha256 of source, NVRTC's version and architecture; its first 32 bytes are the sha256 of
+the rest, so that a half-written or damaged file is compiled again.
 """
 
 import ctypes
@@ -89,7 +89,7 @@ def choose_architecture(capability: tuple[int, int]) -> str:
     return f"compute_{max(older)}"
 
 
-def compile_kernels(source: KernelSource, architecture: str, options: Sequence[str] = ()) -> bytes:
+def compile_kernels(source: KernelSource, architecture: str) -> bytes:
     """Machine code (cubin) for `sm_XY`, PTX text for `compute_XY`; a few seconds, without cache.
 
     Raises CudaKernelError with the compiler's first error; the whole log is kept in a file that it names.
@@ -97,8 +97,7 @@ def compile_kernels(source: KernelSource, architecture: str, options: Sequence[s
     _, nvrtc = _bindings()
     (program,) = _nvrtc("nvrtcCreateProgram", source.text, source.name.encode(), 0, [], [])
     try:
-        flags = [option.encode() for option in (f"--gpu-architecture={architecture}", *options)]
-        status = nvrtc.nvrtcCompileProgram(program, len(flags), flags)[0]
+        status = nvrtc.nvrtcCompileProgram(program, 1, [f"--gpu-architecture={architecture}".encode()])[0]
         if status == nvrtc.nvrtcResult.NVRTC_ERROR_COMPILATION:
             raise CudaKernelError(_compile_error(source, architecture, _nvrtc_bytes("ProgramLog", program)))
         _check_nvrtc("nvrtcCompileProgram", status)
