@@ -3,6 +3,7 @@
 import ast
 import re
 import subprocess
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -29,12 +30,18 @@ def product_files() -> list[str]:
     return [path for path in python_files() if not path.startswith("tests/")]
 
 
+@cache
+def syntax_trees() -> dict[str, ast.Module]:
+    return {path: ast.parse((ROOT / path).read_text(encoding="utf-8")) for path in product_files()}
+
+
+@cache
 def functions() -> list[tuple[str, ast.FunctionDef]]:
     """("file.py:name", node) of every function and method, nested ones included."""
     return [
         (f"{path}:{node.name}", node)
-        for path in product_files()
-        for node in ast.walk(ast.parse((ROOT / path).read_text(encoding="utf-8")))
+        for path, tree in syntax_trees().items()
+        for node in ast.walk(tree)
         if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef))
     ]
 
@@ -60,8 +67,7 @@ def test_no_function_is_longer_than_a_page():
 def test_every_suffix_of_a_tensor_is_in_the_legend_of_its_file():
     """The module docstring explains each letter once: `B batch, T tokens, ...`."""
     found = set()
-    for path in product_files():
-        tree = ast.parse((ROOT / path).read_text(encoding="utf-8"))
+    for path, tree in syntax_trees().items():
         names = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)}
         names |= {node.arg for node in ast.walk(tree) if isinstance(node, (ast.arg, ast.keyword)) and node.arg}
         names |= {node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
