@@ -25,7 +25,7 @@ from eval.predict.cut_output import cut_at
 from eval.predict.prediction_files import Prediction, dropped_notice, match_predictions, read_matched
 from eval.rates import count_errors, rate_summary
 from eval.records import Record, Scores, ScoreSettings, field_of, read_lines
-from eval.sandbox.run import CheckResult, run_check
+from eval.sandbox.run import CheckResult, run_check, run_python
 
 SECONDS, MEMORY_MIB = 3.0, 512  # the benchmark's time limit; it sets no limit of memory by default
 # A function's body is indented: text at the left margin is no longer part of it.
@@ -92,18 +92,30 @@ def read_completions(path: Path, records: Sequence[Record], limit: int | None) -
 
 
 def check_completion(problem: Record, completion: str, *, seconds: float, memory_bytes: int) -> CheckResult:
-    """Run the problem's test on `prompt + completion`. Raises SandboxError if nothing can be run.
+    """Run the problem's test on `prompt + completion`, twice. Raises SandboxError if nothing can be run.
 
-    The benchmark joins prompt, completion and test to one program. Here the test runs in a process of its own, with the
-    prompt but without the completion, and calls the completed function in another (eval/sandbox/run.py:run_check).
+    First the test runs in a process of its own, with the prompt but without the completion, and calls the completed
+    function in another (eval/sandbox/run.py:run_check): that verdict cannot be forged. What passes must also pass as
+    the benchmark runs it, joined with its test to one program, whose verdict alone a completion could forge.
     """
-    return run_check(
+    entry_point, test = problem.meta["entry_point"], problem.meta["test"]
+    result = run_check(
         problem.text + completion + "\n",
-        entry_point=problem.meta["entry_point"],
-        checker=f"{problem.text}\n{problem.meta['test']}\n",
+        entry_point=entry_point,
+        checker=f"{problem.text}\n{test}\n",
         seconds=seconds,
         memory_bytes=memory_bytes,
     )
+    if not result.passed:
+        return result
+    joined = f"{problem.text}{completion}\n{test}\ncheck({entry_point})"
+    # In a namespace of its own as in the benchmark's code, so that it is not `__main__`. Only ever in the sandbox.
+    program = f"exec(compile({joined!a}, 'joined', 'exec'), {{}})"
+    outcome = run_python(program, seconds=seconds, memory_bytes=memory_bytes)
+    if outcome.passed:
+        return result
+    last = "timed out" if outcome.timed_out else (outcome.stderr.strip().splitlines() or ["no error"])[-1]
+    return replace(result, passed=False, reason=f"wrong in one program with its test: {ascii(last)[1:-1][:200]}")
 
 
 def evaluate_humaneval(

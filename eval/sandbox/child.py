@@ -6,22 +6,22 @@ The job comes as JSON on stdin: {"mode", "program", "entry_point", "seconds", ..
     serve    load the program, then answer calls of its function `entry_point` until the other side closes the pipe
     check    load the program, call its `check` with a proxy for the function of a `serve` process, report the outcome
 
-`serve` and `check` talk over two pipes, in frames of four bytes length and JSON. Only values cross, never code or
-objects. So the process that runs foreign code can send only results, and the other alone judges them.
+`serve` and `check` talk over two pipes, in frames of four bytes length and JSON. Only values cross, never code. So the
+process that runs foreign code can send only results, and the other alone judges them. Which of the values are one
+object, and what a call changes in its arguments, crosses with them (eval/sandbox/values.py).
 Steps: 1 namespaces and an own folder, 2 the program's file, 3 limits, 4 the report of what took effect, 5 the program.
 """
 
+import builtins
 import importlib.util
 import json
 import math
-import numbers
 import os
 import runpy
 import signal
 import struct
 import sys
 from collections.abc import Callable
-from collections.abc import Set as AbstractSet
 from types import ModuleType
 
 from eval.sandbox.limits import (
@@ -33,6 +33,7 @@ from eval.sandbox.limits import (
     restrict_files,
     set_resource_limits,
 )
+from eval.sandbox.values import SharedValues
 
 MAX_FRAME_BYTES = 16 << 20  # longest arguments or result of one call
 MAX_REASON_CHARACTERS = 300
@@ -40,60 +41,12 @@ MAX_PROCESSES = 64  # threads included, in the process namespace; without one th
 MEBIBYTE = 1 << 20
 
 
-class CandidateError(Exception):
-    """The function under test raised, ended its process or returned something that is not a plain value."""
+class CandidateError(BaseException):
+    """The function under test ended its process, or gave something that is not a plain value."""
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Values
-
-
-def encode_value(value: object) -> object:
-    """A plain Python value as JSON-like data; everything but null, booleans, integers, floats and strings gets a tag.
-
-    Instances of subclasses become the plain value that they hold: a string whose `==` always says yes arrives as a
-    string. Raises TypeError for anything that is not a plain value, RecursionError for a container within
-    itself.
-    """
-    if value is None or value is True or value is False:
-        return value
-    if isinstance(value, str):
-        return str.__str__(value)
-    if isinstance(value, numbers.Integral):
-        return int(value)
-    if isinstance(value, numbers.Real):
-        return float(value)
-    if isinstance(value, numbers.Complex):
-        return ["complex", float(value.real), float(value.imag)]
-    if isinstance(value, (bytes, bytearray)):
-        return ["bytes", bytes(value).hex()]
-    if isinstance(value, (list, tuple)):
-        return ["list" if isinstance(value, list) else "tuple", [encode_value(item) for item in value]]
-    if isinstance(value, AbstractSet):
-        return ["set", [encode_value(item) for item in value]]
-    if isinstance(value, dict):
-        return ["dict", [[encode_value(key), encode_value(item)] for key, item in value.items()]]
-    raise TypeError(f"a {type(value).__name__} is not a plain value")
-
-
-def decode_value(coded: object) -> object:
-    """The value that `encode_value` encoded. Raises ValueError, TypeError or RecursionError for anything else."""
-    match coded:
-        case None | bool() | int() | float() | str():
-            return coded
-        case ["complex", float(real), float(imaginary)]:
-            return complex(real, imaginary)
-        case ["bytes", str(digits)]:
-            return bytes.fromhex(digits)
-        case ["list", list(items)]:
-            return [decode_value(item) for item in items]
-        case ["tuple", list(items)]:
-            return tuple(decode_value(item) for item in items)
-        case ["set", list(items)]:
-            return {decode_value(item) for item in items}
-        case ["dict", list(items)]:
-            return {decode_value(key): decode_value(item) for key, item in items}
-    raise ValueError("found no tag, expected complex, bytes, list, tuple, set or dict")
+# Frames
 
 
 def write_frame(pipe: int, message: object) -> None:
@@ -129,37 +82,102 @@ def _read_exactly(pipe: int, count: int) -> bytes:
 
 
 def serve_calls(function: Callable, requests: int, responses: int) -> None:
-    """Answer [positional, by name] with ["value", result] or ["raised", reason], until the pipe closes."""
+    """Answer [positional, by name], until the pipe closes, with what remote_function describes."""
     while True:
         try:
             request = read_frame(requests)
         except EOFError:
             return
         try:
-            positional, named = decode_value(request)
-            answer = ["value", encode_value(function(*positional, **named))]
-            write_frame(responses, answer)
+            write_frame(responses, answer_call(function, request))
         except BaseException as error:  # noqa: BLE001 - SystemExit of the program is also an outcome of the call
-            write_frame(responses, ["raised", describe_error(error)])
+            write_frame(responses, ["fault", f"bad result: {describe_error(error)}"])
 
 
-def remote_function(requests: int, responses: int) -> Callable:
-    """A function that the `serve` process at the other end of the pipes computes; raises CandidateError."""
-
-    def candidate(*positional: object, **named: object) -> object:
+def answer_call(function: Callable, request: object) -> list:
+    """The call's answer, with the changes that it made to its arguments. Raises what has no plain value."""
+    shared = SharedValues()
+    positional, named = shared.decode(request)
+    before = shared.snapshot()
+    try:
+        result = function(*positional, **named)
+    except Exception as error:  # noqa: BLE001 - the test decides what it makes of it
+        names = [kind.__name__ for kind in type(error).__mro__ if kind.__module__ == "builtins"]
+        changes = shared.changes(before)
         try:
-            write_frame(requests, encode_value((positional, named)))
-            kind, content = read_frame(responses)
-            result = decode_value(content)
-        except (EOFError, BrokenPipeError):
-            raise CandidateError("process ended: before it gave a result") from None
-        except (ValueError, TypeError, RecursionError, MemoryError) as error:
-            raise CandidateError(f"bad result: {describe_error(error)}") from None
-        if kind != "value":
-            raise CandidateError(f"exception: {content}"[:MAX_REASON_CHARACTERS])
-        return result
+            parts = [str(part) if isinstance(part, str) else part for part in error.args]
+            coded = shared.encode(tuple(parts))
+        except (TypeError, RecursionError):
+            coded = None
+        return ["raised", names, coded, changes, describe_error(error)]
+    except BaseException as error:  # noqa: BLE001
+        return ["fault", f"exception: {describe_error(error)}"]
+    changes = shared.changes(before)
+    return ["value", shared.encode(result), changes]
 
-    return candidate
+
+class RemoteFunction:
+    """The function that the `serve` process at the other end of the pipes computes. State: what went wrong so far.
+
+    An answer is one of
+        ["value", result, changes of the arguments]
+        ["raised", names of the exception's built-in types, its arguments or null, changes, description]
+        ["fault", reason]
+    An Exception that the function raised is raised here as the built-in type nearest to it. Everything else that is not
+    a result ends the test: CandidateError is no Exception, and its reason stays in `fault` if the test catches it.
+    """
+
+    def __init__(self, requests: int, responses: int) -> None:
+        self._requests, self._responses = requests, responses
+        self.fault = ""  # the first reason why this is no function that a test can go on with
+        self.raised: tuple[BaseException, str] | None = None  # the last exception of the function and its description
+
+    def __call__(self, *positional: object, **named: object) -> object:
+        """The result. Raises CandidateError, and what the function raised."""
+        if not self.fault:
+            try:
+                outcome = self._ask(positional, named)
+            except (EOFError, BrokenPipeError):
+                self.fault = "process ended: before it gave a result"
+            except (ValueError, TypeError, ArithmeticError, RecursionError, MemoryError) as error:
+                self.fault = f"bad result: {describe_error(error)}"
+        if self.fault:
+            raise CandidateError(self.fault)
+        if self.raised is not None and outcome is self.raised[0]:
+            raise outcome
+        return outcome
+
+    def _ask(self, positional: tuple, named: dict) -> object:
+        """The result, or the exception that the function raised, which is then `raised` too."""
+        shared = SharedValues()
+        write_frame(self._requests, shared.encode((positional, named)))
+        count = len(shared)
+        match read_frame(self._responses):
+            case ["value", coded, list(changes)]:
+                # In the order in which the other side numbered them: the changes, then the result.
+                shared.apply_changes(changes, count)
+                return shared.decode(coded)
+            case ["raised", list(names), coded, list(changes), str(text)]:
+                shared.apply_changes(changes, count)
+                error = _exception(names, None if coded is None else shared.decode(coded), text)
+                self.raised = error, f"exception: {text}"[:MAX_REASON_CHARACTERS]
+                return error
+            case ["fault", str(text)]:
+                self.fault = text[:MAX_REASON_CHARACTERS]
+                return None
+        raise ValueError("found no answer, expected value, raised or fault")
+
+
+def _exception(names: list, arguments: object, text: str) -> Exception:
+    """An instance of the first of the built-in types `names` that is an Exception, and takes these arguments."""
+    for name in names:
+        kind = getattr(builtins, name, None) if isinstance(name, str) else None
+        if isinstance(kind, type) and issubclass(kind, Exception):
+            try:
+                return kind(*arguments) if isinstance(arguments, tuple) else kind(text)
+            except Exception:  # noqa: BLE001 - as UnicodeDecodeError, which wants five of certain types
+                continue
+    return Exception(text)
 
 
 def run_check(program: str, job: dict) -> None:
@@ -169,17 +187,21 @@ def run_check(program: str, job: dict) -> None:
     that is not "passed". The line carries the job's token, so that nothing else in the pipe can be mistaken for it.
     """
     checker = load_module(program, "checker")
-    candidate = remote_function(job["requests"], job["responses"])
+    candidate = RemoteFunction(job["requests"], job["responses"])
     setattr(checker, job["entry_point"], candidate)  # a test may also call the function by its own name
+    reason = ""
     try:
         checker.check(candidate)
-        reason = ""
-    except CandidateError as error:
-        reason = str(error)
-    except AssertionError as error:
-        reason = f"wrong result: {describe_error(error)}"
+    except CandidateError:
+        pass
     except Exception as error:  # noqa: BLE001 - a test may raise anything when it handles a result of a wrong type
-        reason = f"wrong result: the test raised {describe_error(error)}"
+        if candidate.raised is not None and error is candidate.raised[0]:
+            reason = candidate.raised[1]
+        elif isinstance(error, AssertionError):
+            reason = f"wrong result: {describe_error(error)}"
+        else:
+            reason = f"wrong result: the test raised {describe_error(error)}"
+    reason = candidate.fault or reason
     os.write(job["verdict"], json.dumps({"token": job["token"], "reason": reason}).encode() + b"\n")
 
 

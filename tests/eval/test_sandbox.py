@@ -17,9 +17,9 @@ from pathlib import Path
 import pytest
 
 from eval.sandbox import limits
-from eval.sandbox.child import decode_value, encode_value
 from eval.sandbox.limits import ALLOW, FAIL, KILL, _filter_rows
 from eval.sandbox.run import SandboxError, run_check, run_python
+from eval.sandbox.values import SharedValues
 
 ROOT = Path(__file__).resolve().parents[2]
 MEMORY_BYTES = 256 << 20
@@ -92,7 +92,8 @@ def test_a_right_function_passes_and_a_wrong_one_does_not():
     assert judge("def f(x) return 9").reason == "process ended: exit code 1: SyntaxError: expected ':'"
     assert judge("def g(x):\n    return 9").reason.startswith("process ended: exit code 1: AttributeError")
     assert judge("def f(x):\n    return 1 // 0").reason.startswith("exception: ZeroDivisionError")
-    assert judge("def f(x):\n    return range(x)").reason == "exception: TypeError: a range is not a plain value"
+    assert judge("def f(x):\n    return judge").reason.startswith("exception: NameError: ")
+    assert judge("def f(x):\n    return f").reason == "bad result: TypeError: a function is not a plain value"
 
 
 def test_test_with_an_early_end_is_no_pass():
@@ -133,10 +134,14 @@ VALUES = [
 ]
 
 
+def crossed(value):
+    return SharedValues().decode(json.loads(json.dumps(SharedValues().encode(value))))
+
+
 @pytest.mark.parametrize("value", VALUES, ids=ascii)
 def test_values_cross_unchanged(value):
-    crossed = decode_value(json.loads(json.dumps(encode_value(value))))
-    assert crossed == value and type(crossed) is type(value) and repr(crossed) == repr(value)
+    other = crossed(value)
+    assert other == value and type(other) is type(value) and repr(other) == repr(value)
 
 
 def test_values_of_subclasses_become_plain_ones():
@@ -146,11 +151,37 @@ def test_values_of_subclasses_become_plain_ones():
 
         __hash__ = str.__hash__
 
-    assert decode_value(encode_value(Yes("no"))) != "yes" and type(encode_value(Yes("no"))) is str
-    assert math.isnan(decode_value(encode_value(math.nan)))
-    for value in (object(), range(3), iter([]), len):
+    assert crossed(Yes("no")) != "yes" and type(crossed(Yes("no"))) is str
+    assert math.isnan(crossed(math.nan)) and list(crossed(iter([1, 2]))) == [1, 2]
+    for value in (object(), len, type, ..., [lambda: 1]):
         with pytest.raises(TypeError):
-            encode_value(value)
+            crossed(value)
+
+
+def test_objects_are_shared_and_changes_are_done_to_the_callers_own():
+    here, there = SharedValues(), SharedValues()
+    inner, whole = [1], {"k": 1.5}
+    asked = (inner, [inner, inner], whole, "text", 7)
+    got = there.decode(json.loads(json.dumps(here.encode(asked))))
+    assert got == asked and got[0] is got[1][0] is got[1][1]
+    count, before = len(here), there.snapshot()
+    assert there.changes(before) == []
+    got[0].append(got[2])
+    got[2].clear()
+    changes = json.loads(json.dumps(there.changes(before)))
+    answer = json.loads(json.dumps(there.encode([got[0], got[3], got[1], [1]])))
+    here.apply_changes(changes, count)
+    result = here.decode(answer)
+    assert inner == [1, {}] and inner[1] is whole and asked[1] == [[1, {}], [1, {}]]
+    assert result[0] is inner and result[1] is asked[3] and result[2] is asked[1] and result[3] == [1]
+
+
+@pytest.mark.parametrize("changes", [[[0, []]], [[1, [1]], [9, []]], [[-1, []]], [["1", []]], [[2, []]], [[1, 3]], [3]])
+def test_changes_of_what_cannot_change_are_refused(changes):
+    here = SharedValues()
+    here.encode(([1],))  # number 0 is the list, 1 the tuple
+    with pytest.raises((ValueError, TypeError)):
+        here.apply_changes([[0, 3]] if changes == [[0, []]] else changes, len(here))
 
 
 @pytest.mark.parametrize(
@@ -165,11 +196,20 @@ def test_values_of_subclasses_become_plain_ones():
         [1, 2],
         ["bytes", "zz"],
         ["complex", 1, "2"],
+        ["ref", 0],
+        ["ref", -1],
+        ["list", [["ref", 7]]],
+        ["fraction", "1", "x"],
+        ["fraction", "1", "0x0"],
+        ["decimal", "x"],
+        ["range", "0", "0", "0"],
+        ["interned", 3],
+        ["int", "0xx"],
     ],
 )
 def test_malformed_values_are_refused(coded):
-    with pytest.raises((ValueError, TypeError)):
-        decode_value(coded)
+    with pytest.raises((ValueError, TypeError, ArithmeticError)):
+        SharedValues().decode(coded)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
