@@ -18,12 +18,12 @@ from eval.records import Record
 
 REAL = Path(__file__).resolve().parents[2] / "../shared/data/benchmarks/humaneval/HumanEval.jsonl.gz"
 needs_real = pytest.mark.skipif(not REAL.is_file(), reason="the benchmark files are not beside this checkout")
-LIMITS = {"seconds": 8.0, "memory_bytes": 512 << 20}
+LIMITS = {"seconds": 6.0, "memory_bytes": 512 << 20}
 PROMPT = 'def f(x, y=None):\n    """What the test wants."""\n'
 ORACLE = """
 import os, resource, sys
 resource.setrlimit(resource.RLIMIT_AS, (512 << 20, 512 << 20))
-resource.setrlimit(resource.RLIMIT_CPU, (8, 9))
+resource.setrlimit(resource.RLIMIT_CPU, (4, 5))
 program, output = sys.stdin.read(), os.dup(1)
 os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
 try:
@@ -38,9 +38,11 @@ os._exit(0)
 def passes_as_one_program(problem, completion):
     entry_point, test = problem.meta["entry_point"], problem.meta["test"]
     program = f"{problem.text}{completion}\n{test}\ncheck({entry_point})"
-    ended = subprocess.run(
-        [sys.executable, "-I", "-c", ORACLE], input=program, capture_output=True, text=True, timeout=60, check=False
-    )
+    command = [sys.executable, "-I", "-S", "-c", ORACLE]
+    try:
+        ended = subprocess.run(command, input=program, capture_output=True, text=True, timeout=60, check=False)
+    except subprocess.TimeoutExpired:
+        return False
     return ended.stdout == "passed"
 
 
@@ -310,7 +312,10 @@ def test_all_published_solutions_and_their_mutants_are_judged_as_in_one_program(
     problems = load_humaneval(REAL)
     oracle, differ = compare_with_oracle([(one, "canonical", one.meta["canonical_solution"]) for one in problems], pool)
     assert not differ and sum(oracle) == 164
-    cases = [(one, *mutant) for one in problems for mutant in mutants_of(one, draw)]
+    cases = []
+    for one in problems:  # two of each, in turn, so that every kind comes up
+        mutants = list(mutants_of(one, draw))
+        cases += [(one, *mutants[number % len(mutants)]) for number in (one.index, one.index + 3)]
     oracle, differ = compare_with_oracle(cases, pool)
     print(f"{len(cases)} mutants, {sum(oracle)} pass, {len(differ)} verdicts differ")
-    assert not differ and len(cases) > 1000 and sum(oracle) > 100
+    assert not differ and len(cases) == 328 and sum(oracle) > 20
