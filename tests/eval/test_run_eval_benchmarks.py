@@ -310,7 +310,7 @@ def test_endpoint_that_fails_loses_nothing(folder, tmp_path, monkeypatch):
     "change, expected",
     [
         ({"prompt_format": "openai"}, "--prompt_format: found openai without --endpoint"),
-        ({"prompt_format": "qwen25"}, "--prompt_format qwen25: found no token <|im_start|> in the tokenizer"),
+        ({"prompt_format": "qwen25"}, "--prompt_format qwen25: found no token <|im_start|>, <|im_end|> in the"),
         ({"endpoint": "localhost:1"}, "--endpoint: found 'localhost:1', expected the base of an API"),
         ({"endpoint": "http://h/v1", "predictions": "p"}, "--endpoint: found it with --predictions"),
         ({"endpoint_timeout": 0}, "--endpoint_timeout"),

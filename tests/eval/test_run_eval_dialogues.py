@@ -416,7 +416,7 @@ def test_bad_lines_are_one_line_and_code_2(folder, tmp_path, spoil, expected):
         ({"instability_rate": 0.6, "call_failure_rate": 0.6}, "--instability_rate: found 1.2 together with"),
         ({"max_turn_tokens": 1024}, "--max_turn_tokens: found 1024, expected less than the model's 1024 positions"),
         ({"benchmarks": "tooleyes", "check_files": "on"}, "tooleyes/LICENSE: found no such file, expected it"),
-        ({"prompt_format": "qwen25"}, "--prompt_format qwen25: found no token <|im_start|> in the tokenizer"),
+        ({"prompt_format": "qwen25"}, "--prompt_format qwen25: found no token <|im_start|>, <|im_end|> in the"),
         ({"predictions": "none.jsonl", "prompt_format": "tl"}, "none.jsonl: found No such file"),
     ],
 )
