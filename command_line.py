@@ -19,6 +19,7 @@ from typing import Any, NoReturn, TypeVar
 
 Config = TypeVar("Config")
 EXIT_BAD_INPUT = 2
+EXIT_INTERRUPTED = 130  # 128 + SIGINT, as shells say it
 MAX_CONFIG_BYTES = 1 << 20
 MAX_TEXT = 4096  # characters of a text setting; as long as a path may be
 MAX_MESSAGE = 2000  # characters of an error line
@@ -101,18 +102,30 @@ def read_config(
 
 
 def fail(error: BaseException) -> NoReturn:
-    """End the process with one line on stderr and exit code 2.
+    """End the process with one line on stderr and exit code 2, or 130 for Ctrl-C (KeyboardInterrupt).
 
     Under torchrun rank 0 writes at once. Where it fails too, torchrun ends the other ranks, and one line is enough.
     A rank that is still alive after PATIENCE_SECONDS has an error of its own, such as a file that its node lacks: it
     writes `rank N: ` and that.
     """
     rank = os.environ.get("RANK", "0")
+    if isinstance(error, KeyboardInterrupt) and rank != "0":
+        raise SystemExit(EXIT_INTERRUPTED) from None
     if rank != "0":
         time.sleep(PATIENCE_SECONDS)
-    sys.stderr.write(f"rank {rank}: " * (rank != "0") + printable_line(error) + "\n")
+    sys.stderr.write(f"rank {rank}: " * (rank != "0") + error_line(error) + "\n")
     sys.stderr.flush()
-    raise SystemExit(EXIT_BAD_INPUT) from None
+    raise SystemExit(EXIT_INTERRUPTED if isinstance(error, KeyboardInterrupt) else EXIT_BAD_INPUT) from None
+
+
+def error_line(error: BaseException) -> str:
+    """The one line that a program ends with: errors of files in the words of ours, `path: found ..., expected ...`."""
+    if isinstance(error, KeyboardInterrupt):
+        return "stopped by Ctrl-C"
+    if isinstance(error, OSError) and error.strerror:
+        where = "the file system" if error.filename is None else os.fsdecode(error.filename)
+        return printable_line(f"{where}: found {error.strerror.lower()}, expected a file or folder that can be used")
+    return printable_line(error)
 
 
 def printable_line(message: object) -> str:
@@ -154,12 +167,15 @@ def parse_arguments(parser: argparse.ArgumentParser, arguments: Sequence[str] | 
 
 
 def run_command(command: Callable[[], None], errors: tuple[type[Exception], ...]) -> int:
-    """Run `command`; its exit code: 0, or 2 after one line about one of `errors`, those that the user causes."""
+    """Run `command`; its exit code: 0, or 2 after one line about one of `errors`, those that the user causes.
+
+    130 after Ctrl-C.
+    """
     try:
         command()
-    except errors as error:
-        sys.stderr.write(printable_line(error) + "\n")
-        return EXIT_BAD_INPUT
+    except (*errors, KeyboardInterrupt) as error:
+        sys.stderr.write(error_line(error) + "\n")
+        return EXIT_INTERRUPTED if isinstance(error, KeyboardInterrupt) else EXIT_BAD_INPUT
     return 0
 
 

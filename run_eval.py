@@ -1,10 +1,10 @@
 """Evaluate a tool-calling model: `python run_eval.py`, or `torchrun --nproc_per_node N run_eval.py`.
 
 Greedy predictions, then scores with 95 % intervals per benchmark. Without flags: the model of run_sft.py on the bundled
-tiny benchmarks. On multi-turn benchmarks (tooleyes, tiny-multi) every call is executed and its feedback goes back to
-the model. `--endpoint URL` asks an OpenAI-compatible server instead of a model folder; `--predictions FILE` scores an
-existing file. A killed run continues with the same command, under any number of ranks. Exit codes: 0 everything scored;
-2 bad input (one line on stderr).
+tiny benchmarks, into runs/eval/sft. On multi-turn benchmarks (tooleyes, tiny-multi) every call is executed and its
+feedback goes back to the model. `--endpoint URL` asks an OpenAI-compatible server instead of a model folder;
+`--predictions FILE` scores an existing file. A killed run continues with the same command, under any number of ranks.
+Exit codes: 0 everything scored; 2 bad input (one line on stderr); 130 stopped by Ctrl-C.
 """
 
 import sys
@@ -14,10 +14,10 @@ from pathlib import Path
 
 from command_line import ConfigError, fail, read_config
 from data.formats.prompt_format import PromptError
-from data.json_records import DataError, write_json_lines, write_text
+from data.json_records import DataError, terminal_text, write_json_lines, write_text
 from data.trained_format import choose_format
 from eval.benchmarks import count_notice
-from eval.eval_config import EvalConfig
+from eval.eval_config import EvalConfig, default_output
 from eval.predict.run_predictions import BenchmarkRun, open_benchmarks, predict
 from eval.records import ScoreSettings
 from eval.reports.plots import write_plots
@@ -28,7 +28,7 @@ from train.run_control import lock_folder
 from train.run_logging import describe_environment, log_line, write_json_atomically
 from train.seeding import seed_everything
 
-USER_ERRORS = (ConfigError, DataError, DeviceError, ModelFolderError, PromptError, OSError)
+USER_ERRORS = (ConfigError, DataError, DeviceError, ModelFolderError, PromptError, OSError, KeyboardInterrupt)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -37,6 +37,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         config = read_config(
             EvalConfig, "Predict and score tool calls (TS, PI, CF) and dialogues (DE, CE, VA).", arguments
         )
+        config.output = config.output or default_output(config)
         run(config, init_world(config.device))
         return 0
     except USER_ERRORS as error:
@@ -59,7 +60,7 @@ def run(config: EvalConfig, world: World) -> None:
         with lock_folder(output / "predictions", world):
             for line in predict(config, runs, rank=world.rank, world_size=world.size, device=world.device):
                 if world.is_main:
-                    log_line(line)
+                    log_line(terminal_text(line))
     if world.is_main:
         output.mkdir(parents=True, exist_ok=True)
         write_json_atomically(output / "config.json", asdict(config))
@@ -85,7 +86,7 @@ def score(config: EvalConfig, runs: Sequence[BenchmarkRun]) -> str:
         )
         rows, summary, notices = each.benchmark.score(each.records, each.predictions, settings)
         for notice in [*notices, *count_notice(each.benchmark, each.answers, each.records)]:
-            log_line(notice)
+            log_line(terminal_text(notice))
         write_json_lines(output / "results" / f"{each.benchmark.name}.jsonl", rows)
         run_summary["benchmarks"][each.benchmark.name] = {**summary, "answers_sha256": each.answers_sha256}
     write_json_atomically(output / "summary.json", run_summary)

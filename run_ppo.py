@@ -40,6 +40,8 @@ USER_ERRORS = (
     RunFolderError,
     CheckpointError,
     TrainingError,
+    OSError,
+    KeyboardInterrupt,  # before or after training, which ends it in its own way
 )
 
 

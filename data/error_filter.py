@@ -18,6 +18,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from command_line import error_line
 from data.json_records import DataError, read_json_lines
 from data.tool_calls import ToolCall
 from data.tool_documents import IMPLICIT_TOOLS, accepts_any_parameter, offered_names, tool_parameters
@@ -288,7 +289,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         print(measure_cases(parser.parse_args(arguments).cases))
     except (ValueError, OSError) as error:
-        print(" ".join(str(error).split("\n")), file=sys.stderr)
+        print(error_line(error), file=sys.stderr)
         return 2
     return 0
 

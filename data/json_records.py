@@ -247,6 +247,16 @@ def one_line(text: str, limit: int = 60) -> str:
     return escaped if len(escaped) <= limit else escaped[: limit - 3] + "..."
 
 
+def terminal_text(text: str) -> str:
+    """`text` on one line, for a terminal: control, bidi and other characters without a picture as Python escapes."""
+    return "".join(each if each.isprintable() else ascii(each)[1:-1] for each in text)
+
+
+def markdown_text(text: str) -> str:
+    """`text` on one line, for Markdown, table cells included: it shows as it is and can mark nothing up."""
+    return re.sub(r"([\\`*\[\]<>|~&$])", r"\\\1", terminal_text(text))
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Writing
 

@@ -1,6 +1,8 @@
 """The settings of run_eval.py."""
 
+import re
 from dataclasses import dataclass
+from pathlib import Path
 
 from command_line import setting
 from data.formats.table import COMPLETION_FORMATS, DEFAULT_FORMAT, PROMPT_FORMATS
@@ -9,6 +11,18 @@ from eval.benchmarks import BENCHMARKS
 from eval.dialogues.metrics import MAX_TURNS
 from eval.dialogues.tools import EXECUTOR_KINDS
 from eval.predict.endpoint import check_url
+
+
+def default_output(config: "EvalConfig") -> str:
+    """runs/eval/NAME, so that models of different runs do not meet in one folder.
+
+    NAME is the folder's or file's own name (model, or --predictions without its suffix), for a folder `final` that of
+    the run around it: runs/sft/final -> runs/eval/sft.
+    """
+    path = Path(config.predictions).with_suffix("") if config.predictions else Path(config.model)
+    path = path if config.endpoint else path.absolute()  # an endpoint's model is a name, not a place
+    name = path.parent.name if path.name == "final" else path.name
+    return f"runs/eval/{re.sub(r'[^A-Za-z0-9._-]', '_', name).strip('.') or 'model'}"
 
 
 @dataclass(slots=True)
@@ -74,7 +88,10 @@ class EvalConfig:
         low=0,
     )
     batch_size: int = setting(32, "prompts generated together on one rank; changes memory and speed only", low=1)
-    output: str = setting("runs/eval", "folder of predictions, results, summary.json, report.md, plots")
+    output: str = setting(
+        "",
+        "folder of predictions, results, summary.json, report.md, plots; empty = runs/eval/NAME, by the model's folder",
+    )
     resume: str = setting(
         "auto",
         "auto keeps predictions that output already holds for this model and settings; "

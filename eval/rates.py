@@ -1,10 +1,11 @@
 """From results rows to counts, percentages, 95 % intervals (E20) and errors by category."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from eval.confidence import Z_95, wilson_interval
 
 METRICS = ("TS", "PI", "CF")
+CALL_METRICS = ("DE", "CE")  # shares of calls, n_calls of a summary; every other metric is a share of its n records
 
 
 def rate_summary(name: str, count: int, n: int) -> dict:
@@ -35,3 +36,8 @@ def count_errors(rows: Sequence[dict]) -> dict[str, int]:
 def summarize_results(rows: Sequence[dict], metrics: Sequence[str] = METRICS) -> dict:
     """The rates of results rows and `errors`, the rows by category of error. Raises ValueError for no rows."""
     return {**rates(rows, metrics), "errors": count_errors(rows)}
+
+
+def denominator_of(summary: Mapping, metric: str) -> int:
+    """The denominator of a metric: the calls of all dialogues for DE and CE, else the records."""
+    return summary.get("n_calls", summary["n"]) if metric in CALL_METRICS else summary["n"]

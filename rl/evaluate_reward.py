@@ -24,7 +24,7 @@ from tqdm import tqdm
 from command_line import parse_arguments, run_command
 from data.error_filter import ERROR_FILTERS
 from data.formats.table import TRAINING_FORMATS
-from data.json_records import DataError, write_json_lines
+from data.json_records import DataError, terminal_text, write_json_lines
 from data.trained_format import AUTO_FORMAT, choose_format
 from model.pretrained_weights import load_pretrained, read_config
 from model.sampling import generate
@@ -193,6 +193,7 @@ def paired_difference(rows: Sequence[dict], first_rows: Sequence[dict]) -> dict:
 
 def format_table(summaries: Sequence[dict]) -> str:
     """Summaries of main() as two tables of fixed width, one row per model: figures, then shares of the categories."""
+    summaries = [{**summary, "model": terminal_text(summary["model"])} for summary in summaries]
     width = max(5, *(len(summary["model"]) for summary in summaries))
     lines = [f"{'model':<{width}}  responses  mean reward  {'95 % interval':<17}   TS %   PI %   CF %  cut %  tokens"]
     for row in summaries:

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from data.json_records import one_line
 from model.tokenizer import Tokenizer
 from rl.advantages import explained_variance_from_sums, explained_variance_sums, kl_estimates, masked_sums
 from rl.evaluate_reward import Sampling, evaluate_reward, summarize
@@ -232,7 +233,7 @@ def format_ledger(credited: Credited, row: int, tokenizer: Tokenizer) -> str:
     measured, sampled = credited.measured, credited.measured.sampled
     prompt, response_ids = sampled.prompts[row], sampled.response_ids[row]
     lines = [
-        f"{prompt.id} turn {prompt.turn}: {sampled.results[row].explanation}",
+        f"{one_line(prompt.id)} turn {prompt.turn}: {sampled.results[row].explanation}",
         f"{'position':>8}  {'token':<{LEDGER_TOKEN_WIDTH}}{'mask':>4}" + "".join(f"{n:>11}" for n in LEDGER_COLUMNS),
     ]
     n_prompt = len(prompt.prompt_ids)

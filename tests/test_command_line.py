@@ -352,8 +352,40 @@ def test_a_small_program_ends_in_one_line(capsys):
 
     assert run_command(lambda: None, (OSError,)) == 0
     assert run_command(missing, (OSError,)) == 2 and capsys.readouterr().err == "f: found no such file\n"
+
+    def forbidden():
+        raise PermissionError(13, "Permission denied", "runs/\x1bsft")
+
+    line = "runs/\\x1bsft: found permission denied, expected a file or folder that can be used\n"
+    assert run_command(forbidden, (OSError,)) == 2 and capsys.readouterr().err == line
+
+    def interrupted():
+        raise KeyboardInterrupt
+
+    assert run_command(interrupted, (OSError,)) == 130 and capsys.readouterr().err == "stopped by Ctrl-C\n"
     with pytest.raises(FileNotFoundError):  # a fault of the program keeps its traceback
         run_command(missing, (ConfigError,))
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "line"),
+    [
+        (PermissionError(13, "Permission denied", "runs/sft"), 2, "runs/sft: found permission denied, expected "),
+        (OSError(28, "No space left on device"), 2, "the file system: found no space left on device, expected "),
+        (KeyboardInterrupt(), 130, "stopped by Ctrl-C"),
+    ],
+)
+@pytest.mark.parametrize("script", ["run_sft", "run_ppo", "run_eval"])
+def test_the_scripts_end_in_one_line(script, error, code, line, monkeypatch, capsys):
+    def fail_at_once(*arguments, **settings):
+        raise error
+
+    module = {"run_sft": run_sft, "run_ppo": run_ppo, "run_eval": run_eval}[script]
+    monkeypatch.setattr(module, "read_config", fail_at_once)
+    with pytest.raises(SystemExit) as ended:
+        module.main([])
+    err = capsys.readouterr().err
+    assert ended.value.code == code and err.startswith(line) and err.count("\n") == 1
 
 
 @pytest.mark.slow

@@ -19,7 +19,7 @@ from pathlib import Path
 
 import torch
 
-from command_line import parse_arguments, printable_line
+from command_line import parse_arguments, error_line
 from data.batches import PackedBatch, step_batches
 from data.json_records import DataError
 from data.loss_weights import EncodedTrajectory
@@ -208,7 +208,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         total, logged, by_class, dtype = audit(run, given.step, output, given.device)
     except (AuditError, DataError, ModelFolderError, CheckpointError, OSError, ValueError) as error:
-        sys.stderr.write(printable_line(error) + "\n")
+        sys.stderr.write(error_line(error) + "\n")
         return 2
     finally:
         close_world()

@@ -12,6 +12,7 @@ from typing import Self, TextIO
 
 import torch
 
+from command_line import error_line
 from data.json_records import DataError
 from train.checkpoint import CheckpointError, TrainerState, load_checkpoint, newest_good_checkpoint, remove_leftovers
 from train.distributed import World, any_rank, reshard_all, wait_for_all
@@ -72,7 +73,7 @@ def open_output(output: Path, settings: dict, identity: dict, world: World, *, r
             write_json_atomically(output / "config.json", settings)
             write_json_atomically(output / "environment.json", describe_environment(world.size, world.device))
         except (RunFolderError, OSError) as error:
-            problem = str(error)
+            problem = error_line(error)
     if any_rank(problem != ""):
         raise RunFolderError(problem or f"{output}: refused by rank 0")
 
@@ -124,7 +125,8 @@ def resume_newest(
             reshard_all(model)
         state = load_checkpoint(path, parts, world)
         if world.is_main:
-            log_line(f"resuming from {path} (step {state.step}, saved by {state.saved_world_size} ranks)")
+            ranks = f"{state.saved_world_size} rank{'s' * (state.saved_world_size != 1)}"
+            log_line(f"resuming from {path} (step {state.step}, saved by {ranks})")
     elif refused:
         raise CheckpointError(
             f"{folder}: found no good checkpoint among {len(refused)}, expected one to resume from ({refused[0]})"

@@ -14,11 +14,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from command_line import parse_arguments, run_command
-from data.json_records import DataError, read_json_lines
+from data.json_records import DataError, read_json_lines, terminal_text
 from eval.benchmarks import benchmark_of
 from eval.dialogues.metrics import MAX_TURNS
+from eval.rates import CALL_METRICS
 from eval.records import ScoreSettings
-from eval.reports.report import CALL_METRICS, format_comparison, metrics_of, unattainable_rates
+from eval.reports.report import format_comparison, metrics_of, unattainable_rates
 
 
 def read_run(run_dir: Path) -> dict:
@@ -109,7 +110,7 @@ def compare(flags: argparse.Namespace, names: Sequence[str]) -> None:
         ]
     table = format_comparison(names, runs, results)
     for notice in notices:
-        print(notice, file=sys.stderr)
+        print(terminal_text(notice), file=sys.stderr)
     print(table)
 
 

@@ -18,7 +18,7 @@ from pathlib import Path
 
 from command_line import parse_arguments, run_command
 from data.error_filter import CATEGORIES, decide_masked_turns
-from data.json_records import DataError, write_json_lines
+from data.json_records import DataError, markdown_text, terminal_text, write_json_lines
 from data.tool_documents import accepts_any_parameter, tool_parameters
 from data.trajectories import Trajectory, read_trajectories
 from eval.benchmarks import benchmark_of
@@ -368,9 +368,11 @@ def report_errors(flags: argparse.Namespace) -> None:
         split = name_tokens(flags.tokenizer) if flags.tokenizer else split_name
         rows, notices = classify_predictions(flags.answers, flags.predictions, flags.limit, flags.rules, split)
         summary = summarize_errors(rows)
-        text = format_errors(summary, f"tokens of {flags.tokenizer}" if flags.tokenizer else "words of the names")
+        text = format_errors(
+            summary, f"tokens of {markdown_text(str(flags.tokenizer))}" if flags.tokenizer else "words of the names"
+        )
     for notice in notices:
-        print(notice, file=sys.stderr)
+        print(terminal_text(notice), file=sys.stderr)
     if flags.output is not None:
         write_json_lines(flags.output / "error_statistics.jsonl", rows)
     print(f"{text}\n\n{json.dumps(summary)}")

@@ -6,6 +6,7 @@ from functools import cache
 from pathlib import Path
 
 from eval.confidence import attainable_count
+from eval.rates import denominator_of
 
 PUBLISHED = Path(__file__).parent / "published_results.json"
 DECIMALS = 2  # digits of the paper's percentages
@@ -65,11 +66,15 @@ def paper_tables(summaries: Mapping[str, Mapping], name: str) -> list[tuple[str,
         for row in published[key]:
             cells = [_cell(row, benchmark, metric, key, odd) for benchmark, metric in columns]
             rows.append([" ".join(filter(None, (row["model"], row.get("size", "")))), *cells])
-        rows.append([name, *(f"{summaries[benchmark][f'{metric}_percent']:.2f}" for benchmark, metric in columns)])
+        rows.append([name, *(_our_cell(summaries[benchmark], metric) for benchmark, metric in columns)])
         rows += _one_call_rows(summaries, name, columns)
         shown = {benchmark for benchmark, _ in columns}
         tables.append((title, rows, _notes(summaries, sorted(shown), any("?" in cell for row in rows for cell in row))))
     return tables
+
+
+def _our_cell(summary: Mapping, metric: str) -> str:
+    return f"{summary[f'{metric}_percent']:.2f}" if denominator_of(summary, metric) else "-"
 
 
 def _one_call_rows(summaries: Mapping[str, Mapping], name: str, columns: Sequence[tuple[str, str]]) -> list[list[str]]:

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from command_line import parse_arguments, run_command
-from data.json_records import DataError
+from data.json_records import DataError, terminal_text
 from eval.benchmarks import BENCHMARKS
 from eval.rates import METRICS
 from eval.reports.compare import read_run
@@ -83,10 +83,15 @@ def _draw(axes, title: str, names: Sequence[str], series: Sequence[Sequence[tupl
         # An interval contains its share; rounding to two digits may leave -0.005, which matplotlib refuses.
         below = [max(0.0, percent - low) for _, percent, low, _ in bars]
         above = [max(0.0, high - percent) for _, percent, _, high in bars]
-        axes.bar(places, [bar[1] for bar in bars], width, yerr=[below, above], capsize=2, label=name)
+        axes.bar(places, [bar[1] for bar in bars], width, yerr=[below, above], capsize=2, label=_label(name))
     axes.set(title=title, ylim=(0, 100), ylabel="%")
     axes.set_xticks(range(len(labels)), labels)
     axes.legend(fontsize="small")
+
+
+def _label(name: str) -> str:
+    """A series' name as matplotlib shows it unchanged: `$` would begin mathematics, a leading `_` hide the series."""
+    return ("\u2009" if name.startswith("_") else "") + terminal_text(name).replace("$", r"\$")
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -105,9 +110,9 @@ def main(arguments: Sequence[str]) -> int:
             names, [read_run(run) for run in flags.runs], flags.output or flags.runs[-1] / "plots"
         )
         for notice in notices or ([] if written else ["plots: found no benchmark of Figures 4 and 5 in the runs"]):
-            print(notice, file=sys.stderr)
+            print(terminal_text(notice), file=sys.stderr)
         for path in written:
-            print(path)
+            print(terminal_text(str(path)))
 
     return run_command(command, (DataError, OSError))
 

@@ -2,13 +2,12 @@
 
 from collections.abc import Mapping, Sequence
 
-from data.json_records import DataError
+from data.json_records import DataError, markdown_text
 from eval.confidence import are_disjoint, attainable_count, mcnemar_p_value
-from eval.rates import METRICS
+from eval.rates import CALL_METRICS, METRICS, denominator_of
 from eval.reports.paper_tables import paper_tables
 
 DIALOGUE_METRICS = ("DE", "CE", "VA")
-CALL_METRICS = ("DE", "CE")  # shares of calls, n_calls of a summary; every other metric is a share of its n records
 SUMMARY_DECIMALS = 2  # digits of the percentages in a summary
 METRICS_NOTE = (
     "DE, lower is better: share of calls that contradict the tool's documentation (tool or parameter not "
@@ -23,7 +22,9 @@ EXECUTOR_NOTE = (
 
 
 def format_rate(summary: Mapping, metric: str) -> str:
-    """`95.3 [92.3, 97.2]`: percentage and interval of one metric."""
+    """`95.3 [92.3, 97.2]`: percentage and interval of one metric; "-" for 0 of 0."""
+    if not denominator_of(summary, metric):
+        return "-"
     low, high = summary[f"{metric}_interval_95"]
     return f"{summary[f'{metric}_percent']:.1f} [{low:.1f}, {high:.1f}]"
 
@@ -40,6 +41,11 @@ def format_table(rows: Sequence[Sequence[str]]) -> str:
     return "\n".join(lines)
 
 
+def format_share(count: int, n: int) -> str:
+    """A percentage, "-" for 0 of 0."""
+    return f"{100 * count / n:.1f}" if n else "-"
+
+
 def metrics_of(summary: Mapping) -> list[str]:
     """The metrics of a summary: every key that also has a percentage and an interval, in order."""
     return [key for key in summary if f"{key}_percent" in summary and f"{key}_interval_95" in summary]
@@ -48,11 +54,6 @@ def metrics_of(summary: Mapping) -> list[str]:
 def is_lower_better(metric: str) -> bool:
     """Whether a metric counts errors: DE and CE, of calls or of dialogues."""
     return metric.startswith(CALL_METRICS)
-
-
-def denominator_of(summary: Mapping, metric: str) -> int:
-    """The denominator of a metric: the calls of all dialogues for DE and CE, else the records."""
-    return summary.get("n_calls", summary["n"]) if metric in CALL_METRICS else summary["n"]
 
 
 def unattainable_rates(summary: Mapping) -> list[str]:
@@ -68,9 +69,9 @@ def unattainable_rates(summary: Mapping) -> list[str]:
 def format_report(run: Mapping) -> str:
     """report.md of one run, `run` as in summary.json: rates, variants, errors, the paper's tables with this run."""
     source = (
-        f"predictions `{run['predictions']}`"
+        f"predictions {markdown_text(run['predictions'])}"
         if run["predictions"]
-        else f"greedy output of `{run['model']}`, prompt format `{run['prompt_format']}`"
+        else f"greedy output of {markdown_text(run['model'])}, prompt format {run['prompt_format']}"
     )
     benchmarks = run["benchmarks"]
     calls = {name: summary for name, summary in benchmarks.items() if all(key in summary for key in METRICS)}
@@ -104,8 +105,19 @@ def format_report(run: Mapping) -> str:
     if others:
         parts.append(format_table([["benchmark", "metric", "n", "% [95 %]"], *others]))
     parts += _breakdowns(calls)
+    unfit = [
+        [name, str(count), format_share(count, summary["n"])]
+        for name, summary in benchmarks.items()
+        if (count := summary.get("errors", {}).get("no output", 0) + summary.get("ends", {}).get("prompt_too_long", 0))
+    ]
+    if unfit:
+        parts += [
+            "## Prompts that do not fit the model's context",
+            format_table([["benchmark", "prompts", "% of its records"], *unfit]),
+            "They have no output and count as wrong.",
+        ]
     errors = [
-        [name, category, str(count), f"{100 * count / max(summary.get('n_calls', summary['n']), 1):.1f}"]
+        [name, markdown_text(category), str(count), format_share(count, summary.get("n_calls", summary["n"]))]
         for name, summary in benchmarks.items()
         for category, count in summary.get("errors", {}).items()
     ]
@@ -129,21 +141,21 @@ def _dialogue_tables(dialogues: Mapping[str, Mapping]) -> list[str]:
     parts = [format_table([["benchmark", *head], *rows]), METRICS_NOTE]
     parts += _dialogue_shares(dialogues)
     scenarios = [
-        [name, scenario, *_dialogue_cells(part)]
+        [name, markdown_text(scenario), *_dialogue_cells(part)]
         for name, summary in dialogues.items()
         for scenario, part in summary.get("by_scenario", {}).items()
     ]
     if scenarios:
         parts += ["## Dialogues by scenario", format_table([["benchmark", "scenario", *head], *scenarios])]
     ends = [
-        [name, end, str(count), f"{100 * count / summary['n']:.1f}"]
+        [name, markdown_text(end), str(count), format_share(count, summary["n"])]
         for name, summary in dialogues.items()
         for end, count in summary.get("ends", {}).items()
     ]
     if ends:
         parts += ["## How dialogues ended", format_table([["benchmark", "end", "dialogues", "%"], *ends])]
     answered = [
-        [name, executor, str(count), f"{100 * count / max(sum(summary['executors'].values()), 1):.1f}"]
+        [name, executor, str(count), format_share(count, sum(summary["executors"].values()))]
         for name, summary in dialogues.items()
         for executor, count in summary.get("executors", {}).items()
     ]
@@ -179,7 +191,7 @@ def _dialogue_shares(dialogues: Mapping[str, Mapping]) -> list[str]:
         if any(row[1] == "answer_right" for row in others):
             parts.append("answer_right: the final answer holds every requested result.")
     requests = [
-        [name, number, str(part["n"]), format_rate(part, "answer_right")]
+        [name, markdown_text(number), str(part["n"]), format_rate(part, "answer_right")]
         for name, summary in dialogues.items()
         for number, part in summary.get("by_requests", {}).items()
     ]
@@ -207,7 +219,7 @@ def _breakdowns(calls: Mapping[str, Mapping]) -> list[str]:
         rows = [
             [
                 name,
-                part + (" (primary)" if key == "variants" and part == summary.get("primary") else ""),
+                markdown_text(part) + (" (primary)" if key == "variants" and part == summary.get("primary") else ""),
                 str(rates["n"]),
                 *(format_rate(rates, metric) for metric in METRICS),
             ]
@@ -228,9 +240,11 @@ def _breakdowns(calls: Mapping[str, Mapping]) -> list[str]:
 def compare_rates(baseline: Mapping, other: Mapping, metric: str) -> str:
     """The verdict on `other` against `baseline`: `higher` or `lower` only if their 95 % intervals are disjoint.
 
-    For a metric that counts errors it adds which of the two is better. Disjoint intervals are a cautious test:
-    overlapping ones do not show that two rates are equal.
+    For a metric that counts errors it adds which of the two is better; "-" if one of them is 0 of 0. Disjoint intervals
+    are a cautious test: overlapping ones do not show that two rates are equal.
     """
+    if not denominator_of(baseline, metric) or not denominator_of(other, metric):
+        return "-"
     if not are_disjoint(tuple(baseline[f"{metric}_interval_95"]), tuple(other[f"{metric}_interval_95"])):
         return "intervals overlap"
     is_higher = other[f"{metric}_percent"] > baseline[f"{metric}_percent"]
@@ -262,7 +276,7 @@ def format_comparison(
     Only benchmarks that all runs have. `results`, one per run, benchmark -> index -> results row, adds McNemar's test
     on the paired records. Raises DataError if no benchmark is shared, or if runs scored different records.
     """
-    baseline = runs[0]["benchmarks"]
+    baseline, shown_names = runs[0]["benchmarks"], [markdown_text(name) for name in names]
     shared = [benchmark for benchmark in baseline if all(benchmark in run["benchmarks"] for run in runs)]
     if not shared:
         raise DataError(f"{', '.join(names)}: found no benchmark that all runs have, expected at least one")
@@ -271,9 +285,9 @@ def format_comparison(
             "benchmark",
             "n",
             "metric",
-            *(f"{name} % [95 %]" for name in names),
-            *(f"{name} vs {names[0]}" for name in names[1:]),
-            *(f"McNemar, {name} vs {names[0]}" for name in names[1:] if results),
+            *(f"{name} % [95 %]" for name in shown_names),
+            *(f"{name} vs {shown_names[0]}" for name in shown_names[1:]),
+            *(f"McNemar, {name} vs {shown_names[0]}" for name in shown_names[1:] if results),
         ]
     ]
     for benchmark in shared:
@@ -290,9 +304,9 @@ def format_comparison(
                 n = " / ".join(dict.fromkeys(str(denominator_of(summary, metric)) for summary in summaries))
                 table.append(
                     [
-                        benchmark,
+                        markdown_text(benchmark),
                         n,
-                        metric + (", lower is better" if is_lower_better(metric) else ""),
+                        markdown_text(metric) + (", lower is better" if is_lower_better(metric) else ""),
                         *(format_rate(summary, metric) for summary in summaries),
                         *(compare_rates(summaries[0], summary, metric) for summary in summaries[1:]),
                         *(format_mcnemar(rows[0], other, metric) for other in rows[1:]),

@@ -1,16 +1,17 @@
 """Reports, the paper's tables, comparison of runs and of prediction files, plots."""
 
 import json
+import re
 import sys
 from pathlib import Path
 
 import pytest
 
-from data.json_records import DataError, write_json_lines
+from data.json_records import DataError, markdown_text, write_json_lines
 from eval.rates import summarize_results
 from eval.reports.compare import main as compare_main
 from eval.reports.paper_tables import read_published, unattainable_cells
-from eval.reports.plots import figure4_bars, figure5_bars, write_plots
+from eval.reports.plots import _draw, figure4_bars, figure5_bars, write_plots
 from eval.reports.plots import main as plots_main
 from eval.reports.report import format_comparison, format_report, metrics_of, unattainable_rates
 from tests.support.rotbench_records import react, rotbench_record
@@ -255,7 +256,99 @@ def test_shares_of_calls_are_checked_against_the_calls():
     assert unattainable_rates(summary) == []
     assert unattainable_rates({**summary, "DE_percent": 10.0}) == ["DE: found 10.0 %, expected 1 of 30"]  # 1 of the n
     silent = {**summary, "n_calls": 0, "DE": 0, "CE": 0, "DE_percent": 0.0, "CE_percent": 0.0}
-    assert unattainable_rates(silent) == [] and format_report(run_of(tiny_multi=silent))
+    assert unattainable_rates(silent) == []
+    rows = [line.split() for line in format_report(run_of(tiny_multi=silent)).splitlines()]
+    assert "| tiny-multi | 10 | 0 | - | - | 50.0 [49.0, 51.0] |".split() in rows
+    paper = [line.split() for line in format_report(run_of(tooleyes=silent)).splitlines() if "this run" in line]
+    assert ["|", "this", "run", "|", "-", "|", "-", "|", "50.00", "|"] in paper
+    table = format_comparison(["a", "b"], [run_of(tiny_multi=silent), run_of(tiny_multi=summary)]).splitlines()
+    assert [cell.strip() for cell in table[2].split("|")[3:7]] == ["DE, lower is better", "-", "3.3 [2.3, 4.3]", "-"]
+
+
+def test_prompts_that_do_not_fit_are_counted():
+    calls = summarize_results(
+        [*rows_of([3, 3, 0]), {**rows_of([0])[0], "reason": "no output: the prompt does not fit"}]
+    )
+    report = format_report(
+        run_of(tiny_seen=calls, tiny_multi=dialogue_summary(8, 4, 0, 0, 2, ends={"prompt_too_long": 2}))
+    )
+    table = report.partition("## Prompts that do not fit the model's context")[2].split("\n\n")[1].splitlines()
+    cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in table]
+    assert cells[2:] == [["tiny-seen", "1", "25.0"], ["tiny-multi", "2", "25.0"]]
+    assert "do not fit" not in format_report(run_of(tiny_seen=summarize_results(rows_of([3]))))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Names and data of strangers
+
+HOSTILE = (
+    "\x1b[31mred\x1b[0m",
+    "a\rb\nc\u2028d\x85e",
+    "\u202egnp.exe\u202c\u200f",
+    "a|b",
+    "`code`",
+    "[link](javascript:alert)",
+    "![image](http://host/x.png)",
+    "<script>alert(1)</script><!--",
+    "**bold** ~~gone~~ &lt;",
+    "$x_1$ $",
+    "__init__",
+    "\\| \\`",
+    "\x00\x07\ud800",
+)
+MARKUP = re.compile(r"(?<!\\)(?:\\\\)*[`*\[\]<>~&$]")  # not escaped: an even number of backslashes in front
+
+
+def assert_harmless(text: str, n_columns: int | None = None) -> None:
+    assert all(character.isprintable() or character == "\n" for character in text)
+    for line in text.splitlines():
+        if line.startswith("|") and n_columns:
+            assert len(re.findall(r"(?<!\\)(?:\\\\)*\|", line)) == n_columns + 1, line
+
+
+@pytest.mark.parametrize("text", HOSTILE)
+def test_hostile_names_in_report_comparison_and_plots(text, tmp_path, capsys):
+    calls = summarize_results(rows_of([3, 0]))
+    part = {key: value for key, value in calls.items() if key != "errors"}
+    run = run_of(tiny_seen={**calls, "by_scenario": {text: part}, "errors": {text: 1}})
+    report = format_report({**run, "model": text})
+    assert_harmless(report)
+    cells = [line.split(" | ")[1].strip() for line in report.splitlines() if line.startswith("| tiny-seen | ")]
+    shown = [cell for cell in cells if cell not in ("1", "2", "8", "50")]
+    assert markdown_text(text) in [cell.strip() for cell in shown] and not MARKUP.search(markdown_text(text))
+    assert_harmless(format_report({**run, "predictions": text}))
+    run["benchmarks"][text] = run["benchmarks"].pop("tiny-seen")
+    assert_harmless(format_comparison([text, text], [run, run]), n_columns=6)
+    for name in "ab":
+        (tmp_path / name).mkdir()
+        write_run(tmp_path / name, run, {})
+    flags = [str(tmp_path / "a"), str(tmp_path / "b"), "--names", f"{text},{text}"]
+    assert compare_main(flags) == 0
+    assert_harmless(capsys.readouterr().out, n_columns=6)
+    run["benchmarks"][text]["TS_percent"] = 12.0  # warned of on stderr
+    write_run(tmp_path / "a", run, {})
+    assert compare_main(flags) == 0
+    assert_harmless(capsys.readouterr().err)
+    pytest.importorskip("matplotlib")
+    write_run(tmp_path / "a", plot_run(), {})
+    assert plots_main([str(tmp_path / "a"), "--names", text, "--output", str(tmp_path / "plots")]) == 0
+    assert_harmless(capsys.readouterr().out)
+
+
+def test_labels_of_plots_are_shown_as_they_are(tmp_path):
+    pytest.importorskip("matplotlib")
+    from matplotlib.figure import Figure
+
+    axes = Figure().subplots()
+    names = ["$x_1$ and $", "_hidden", "$$", "\x1b[31m"]
+    _draw(axes, "title", names, [[("mmlu", 50.0, 40.0, 60.0)]] * 4)
+    texts = axes.get_legend().get_texts()
+    assert [text._preprocess_math(text.get_text()) for text in texts] == [
+        ("$x_1$ and $", False),
+        ("\u2009_hidden", False),
+        ("$$", False),
+        ("\\x1b[31m", False),
+    ]
 
 
 def test_comparison_calls_fewer_errors_better(tmp_path, capsys):

@@ -14,6 +14,7 @@ from data import json_records
 from data.formats.table import encode_prompt
 from data.tool_calls import ToolCall, render_tool_call
 from eval.benchmarks import BENCHMARKS
+from eval.eval_config import EvalConfig, default_output
 from eval.evaluate_tiny import load_tiny
 from eval.predict import generate as generate_predictions
 from eval.predict.generate import LocalModel, generated_rows, length_sorted_batches, read_response
@@ -439,3 +440,20 @@ def test_config_file_and_help(benchmark_dir, tmp_path, capsys):
     assert (config["limit"], config["max_new_tokens"]) == (2, 4)  # flags win over the file
     code, out, _ = run_here(["--help"])
     assert code == 0 and all(f"--{name} " in out for name in config)
+
+
+@pytest.mark.parametrize(
+    ("settings", "folder"),
+    [
+        ({}, "runs/eval/sft"),
+        ({"model": "runs/ppo/final"}, "runs/eval/ppo"),
+        ({"model": "assets/tiny_model"}, "runs/eval/tiny_model"),
+        ({"model": "runs/sft/final/"}, "runs/eval/sft"),
+        ({"model": "/"}, "runs/eval/model"),
+        ({"model": "models/a b\n$(x)"}, "runs/eval/a_b___x_"),
+        ({"model": "org/name:7b", "endpoint": "http://127.0.0.1:1/v1"}, "runs/eval/name_7b"),
+        ({"predictions": "some/clean.jsonl", "benchmarks": "tiny-seen"}, "runs/eval/clean"),
+    ],
+)
+def test_every_model_has_its_own_default_folder(settings, folder):
+    assert default_output(EvalConfig(**settings)) == folder

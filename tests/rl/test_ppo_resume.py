@@ -74,7 +74,7 @@ def test_stopping_inside_an_epoch_changes_nothing(straight, tmp_path):
         code, out, err = run_ppo_here(output, **settings(max_steps=steps, **quiet))
         assert (code, err) == (0, "") and f"trained {done} steps" in out
     code, out, err = run_ppo_here(output, **settings(**quiet))
-    assert (code, err) == (0, "") and "(step 18, saved by 1 ranks)" in out
+    assert (code, err) == (0, "") and "(step 18, saved by 1 rank)" in out
     for name in ("metrics.jsonl", "samples.jsonl"):
         assert journal_of(output, name) == journal_of(straight, name)
     assert (output / "final" / "model.safetensors").read_bytes() == (
@@ -109,7 +109,7 @@ def test_a_finished_run_is_not_trained_again(straight):
     journals = {path.name: path.read_bytes() for path in straight.glob("*.jsonl")}
     final = (straight / "final" / "model.safetensors").read_bytes()
     code, out, err = run_ppo_here(straight, **settings())
-    assert (code, err) == (0, "") and f"step_{STEPS:08d} (step {STEPS}, saved by 1 ranks)" in out
+    assert (code, err) == (0, "") and f"step_{STEPS:08d} (step {STEPS}, saved by 1 rank)" in out
     assert {path.name: path.read_bytes() for path in straight.glob("*.jsonl")} == journals
     assert (straight / "final" / "model.safetensors").read_bytes() == final
 
@@ -134,7 +134,7 @@ def test_a_run_moves_between_rank_counts(straight, tmp_path):
     run(output, **settings(max_steps=4))
     code, out, err = run_script("run_ppo", ppo_arguments(output, **settings(max_steps=8)), ranks=2)
     assert code == 0, err
-    assert "(step 4, saved by 1 ranks)" in out
+    assert "(step 4, saved by 1 rank)" in out
     code, out, err = run_ppo_here(output, **settings(max_steps=10))
     assert (code, err) == (0, "") and "(step 8, saved by 2 ranks)" in out
     rows, others = journal_of(output, "metrics.jsonl"), journal_of(straight, "metrics.jsonl")[:10]

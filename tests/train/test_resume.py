@@ -60,7 +60,7 @@ def test_stopping_at_any_step_changes_nothing(straight, tmp_path):
         assert f"trained {steps} steps" in out
     code, out, err = run_here(tmp_path / "run", **LONG)
     assert code == 0, err
-    assert "resuming from" in out and "step_00000040 (step 40, saved by 1 ranks)" in out
+    assert "resuming from" in out and "step_00000040 (step 40, saved by 1 rank)" in out
     assert_same_run(tmp_path / "run", straight)
 
 
@@ -68,7 +68,7 @@ def test_a_finished_run_is_not_trained_again(straight, tmp_path):
     digest, rows = digest_of_final(straight), metrics_of(straight)
     code, out, err = run_here(straight, **LONG)
     assert code == 0, err
-    assert f"step_{STEPS:08d} (step {STEPS}, saved by 1 ranks)" in out
+    assert f"step_{STEPS:08d} (step {STEPS}, saved by 1 rank)" in out
     assert (digest_of_final(straight), metrics_of(straight)) == (digest, rows)
 
 
@@ -136,7 +136,7 @@ def test_a_run_moves_between_rank_counts(straight, tmp_path):
     run_here(output, **LONG, max_steps=5)
     code, out, err = run("run_sft", arguments(output, **LONG, max_steps=9), ranks=2)
     assert code == 0, err
-    assert "(step 5, saved by 1 ranks)" in out
+    assert "(step 5, saved by 1 rank)" in out
     code, out, err = run_here(output, **LONG, max_steps=12)
     assert code == 0, err
     assert "(step 9, saved by 2 ranks)" in out
