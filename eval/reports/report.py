@@ -105,17 +105,7 @@ def format_report(run: Mapping) -> str:
     if others:
         parts.append(format_table([["benchmark", "metric", "n", "% [95 %]"], *others]))
     parts += _breakdowns(calls)
-    unfit = [
-        [name, str(count), format_share(count, summary["n"])]
-        for name, summary in benchmarks.items()
-        if (count := summary.get("errors", {}).get("no output", 0) + summary.get("ends", {}).get("prompt_too_long", 0))
-    ]
-    if unfit:
-        parts += [
-            "## Prompts that do not fit the model's context",
-            format_table([["benchmark", "prompts", "% of its records"], *unfit]),
-            "They have no output and count as wrong.",
-        ]
+    parts += _unfit_table(benchmarks)
     errors = [
         [name, markdown_text(category), str(count), format_share(count, summary.get("n_calls", summary["n"]))]
         for name, summary in benchmarks.items()
@@ -130,6 +120,19 @@ def format_report(run: Mapping) -> str:
     if odd:
         parts += ["## Warnings", "\n".join(f"* {line}" for line in odd)]
     return "\n\n".join(parts) + "\n"
+
+
+def _unfit_table(benchmarks: Mapping[str, Mapping]) -> list[str]:
+    """How many prompts do not fit the model's context; nothing where all fit."""
+    rows = [
+        [name, str(count), format_share(count, summary["n"])]
+        for name, summary in benchmarks.items()
+        if (count := summary.get("errors", {}).get("no output", 0) + summary.get("ends", {}).get("prompt_too_long", 0))
+    ]
+    if not rows:
+        return []
+    table = format_table([["benchmark", "prompts", "% of its records"], *rows])
+    return ["## Prompts that do not fit the model's context", table, "They have no output and count as wrong."]
 
 
 def _dialogue_tables(dialogues: Mapping[str, Mapping]) -> list[str]:
