@@ -19,7 +19,7 @@ from pathlib import Path
 
 import torch
 
-from command_line import parse_arguments, error_line
+from command_line import error_line, parse_arguments
 from data.batches import PackedBatch, step_batches
 from data.json_records import DataError
 from data.loss_weights import EncodedTrajectory
