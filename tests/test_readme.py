@@ -66,7 +66,11 @@ def test_commands_name_modules_and_flags_that_exist(page):
 
 def test_flags_that_pages_name_exist():
     fields_of_all = {field.name for config in SCRIPT_FLAGS.values() for field in fields(config)}
-    sources = [path.read_text("utf-8") for folder in PACKAGES.split("|") for path in (ROOT / folder).rglob("*.py")]
+    sources = [
+        path.read_text("utf-8")
+        for folder in (*PACKAGES.split("|"), "examples")
+        for path in (ROOT / folder).rglob("*.py")
+    ]
     parsed = set(re.findall(r"\"--(\w+)\"", "".join(sources)))
     others = {"nproc_per_node", "standalone", "check", "fresh", "config", "help", "durations", "fix"}
     for page in PAGES:
