@@ -56,14 +56,6 @@ def load_tooleyes(path: Path) -> list[Record]:
     return [_record(item, index, f"{path}:{line}", library) for index, (line, item) in enumerate(read_list(path))]
 
 
-def load_tool_sets(library: Path) -> dict[str, list[dict]]:
-    """The tools of every set below a Tool_Library folder, by its name, "Random/Random". Raises DataError."""
-    names = sorted(file.parent.relative_to(library).as_posix() for file in library.rglob("config_gpt4.json"))
-    if not names:
-        raise DataError(f"{library}: found no config_gpt4.json below it, expected ToolEyes' tool sets")
-    return {name: _tool_set(library, name) for name in names}
-
-
 @cache
 def _tool_set(library: Path, name: str) -> list[dict]:
     file = library / name / "config_gpt4.json"

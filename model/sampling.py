@@ -178,7 +178,7 @@ class RowDecoder:
         if self.temperature > 0:
             uniforms = [_draw_uniform(self.responses[row].generator) for row in rows]
         ended = []
-        for row, token_id, logprob in zip(rows, *_choose_tokens(logits_RV, self.temperature, uniforms), strict=True):
+        for row, token_id, logprob in zip(rows, *choose_tokens(logits_RV, self.temperature, uniforms), strict=True):
             response = self.responses[row]
             response.ids.append(token_id)
             response.logprobs.append(logprob)
@@ -248,9 +248,7 @@ def _draw_uniform(generator: torch.Generator | None) -> float:
     return torch.rand((), dtype=torch.float64, generator=generator, device=device).item()
 
 
-def _choose_tokens(
-    logits_RV: Tensor, temperature: float, uniforms: list[float] | None
-) -> tuple[list[int], list[float]]:
+def choose_tokens(logits_RV: Tensor, temperature: float, uniforms: list[float] | None) -> tuple[list[int], list[float]]:
     """One token per row and its log-probability, log softmax(logits / temperature)[token] (E19).
 
     Sampling inverts the cumulative distribution at the row's uniform number: the first token at which the sum of the

@@ -90,3 +90,15 @@ def test_rulers_have_one_style():
         if any(not FULL_RULER.fullmatch(ruler[0]) for ruler in RULER.finditer(text)):
             found.add(path)
     assert found == set()
+
+
+def test_no_private_name_is_imported():
+    found = {
+        f"{path}: {alias.name}"
+        for path in python_files()
+        for node in ast.walk(ast.parse((ROOT / path).read_text(encoding="utf-8")))
+        if isinstance(node, ast.ImportFrom)
+        for alias in node.names
+        if alias.name.startswith("_") and not alias.name.startswith("__")
+    }
+    assert found == set()

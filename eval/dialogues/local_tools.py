@@ -80,8 +80,8 @@ def _run(request: dict) -> object:
             return request["today"]
         case "get_random_number" | "get_uuid" | "generate_string" | "generate_password" | "generate_placeholder_text":
             rng = random.Random(seed_of(request["tool_set"], name, arguments, request["attempt"]))
-            return json.dumps(_RANDOM_TOOLS[name](rng, **arguments))  # JSON within a JSON string, as ToolEyes has it
-    return _PLAIN_TOOLS[name](**arguments)
+            return json.dumps(RANDOM_TOOLS[name](rng, **arguments))  # JSON within a JSON string, as ToolEyes has it
+    return PLAIN_TOOLS[name](**arguments)
 
 
 def seed_of(*parts: object) -> int:
@@ -420,11 +420,11 @@ def city_photo(city_iata: object, photo_size: object = "(960, 720)") -> str:
     return f"https://photo.hotellook.com/static/cities/{numbers[0]}x{numbers[1]}/{city}.jpg"
 
 
-_RANDOM_TOOLS = {
+RANDOM_TOOLS = {
     function.__name__: function
     for function in (get_random_number, get_uuid, generate_string, generate_password, generate_placeholder_text)
 }
-_PLAIN_TOOLS = {
+PLAIN_TOOLS = {
     function.__name__: function
     for function in (
         write_file,

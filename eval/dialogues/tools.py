@@ -4,9 +4,9 @@
     simulated  the tools' documents: exact checks, then a made-up payload shaped by the document
 
 The document check comes before any tool and is the same for both; it reports faults in the words of ToolEyes' own
-executor. data.error_filter.classify_feedback reads every feedback as the category that it is meant to have: `_settle`
-ensures that. Nothing here uses a clock or global random numbers: a dialogue's feedback depends on its own calls alone,
-not on the order of dialogues or the number of threads.
+executor. data.error_filter.classify_feedback reads every feedback as the category that it is meant to have:
+`settle_feedback` ensures that. Nothing here uses a clock or global random numbers: a dialogue's feedback depends on its
+own calls alone, not on the order of dialogues or the number of threads.
 """
 
 import json
@@ -117,7 +117,9 @@ class ToolExecutor:
                 instability_rate=self._settings.instability_rate,
                 failure_rate=self._settings.failure_rate,
             )
-        return ToolResult(_settle(*found, request), "local" if is_local or self.kind == "local" else "simulated")
+        return ToolResult(
+            settle_feedback(*found, request), "local" if is_local or self.kind == "local" else "simulated"
+        )
 
     @property
     def notices(self) -> list[str]:
@@ -219,7 +221,7 @@ def _shown(text: object) -> str:
     return text if len(text) <= 100 else text[:97] + "..."
 
 
-def _settle(meant: str, text: str, request: ToolRequest) -> str:
+def settle_feedback(meant: str, text: str, request: ToolRequest) -> str:
     """The feedback, cut to its length, that the error filter reads as the category `meant`.
 
     A tool's own words stay as they are where the filter reads them so. Otherwise an error gets the sentence of Table 14

@@ -66,7 +66,7 @@ def write_plots(names: Sequence[str], runs: Sequence[Mapping], folder: Path) -> 
     for name, panels in figures.items():
         figure = Figure(figsize=(4.5 * len(panels), 3.4), layout="constrained")
         for axes, (title, series) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels.items()):
-            _draw(axes, title, names, series)
+            draw_bars(axes, title, names, series)
         for suffix in ("png", "svg"):
             path = folder / f"{name}.{suffix}"
             figure.savefig(path, dpi=150)
@@ -74,7 +74,9 @@ def write_plots(names: Sequence[str], runs: Sequence[Mapping], folder: Path) -> 
     return written, []
 
 
-def _draw(axes, title: str, names: Sequence[str], series: Sequence[Sequence[tuple[str, float, float, float]]]) -> None:
+def draw_bars(
+    axes, title: str, names: Sequence[str], series: Sequence[Sequence[tuple[str, float, float, float]]]
+) -> None:
     """Grouped bars: one group per label that any series has, in the order of the longest series."""
     labels = list(dict.fromkeys(bar[0] for bars in sorted(series, key=len, reverse=True) for bar in bars))
     width = 0.8 / len(series)

@@ -426,13 +426,13 @@ def filter_system_calls(*, deny_writes: bool, allow_processes: bool = False) -> 
     if os.uname().machine not in ARCHITECTURES or os.uname().sysname != "Linux":
         return False
     column, architecture = ARCHITECTURES[os.uname().machine]
-    rows = _filter_rows(column, architecture, os.getpid(), deny_writes=deny_writes, allow_processes=allow_processes)
+    rows = filter_rows(column, architecture, os.getpid(), deny_writes=deny_writes, allow_processes=allow_processes)
     instructions = (_Instruction * len(rows))(*rows)
     program = _Program(len(rows), instructions)
     return _set_process_option(PR_SET_SECCOMP, SECCOMP_MODE_FILTER, ctypes.addressof(program))
 
 
-def _filter_rows(
+def filter_rows(
     column: int, architecture: int, own_pid: int, *, deny_writes: bool, allow_processes: bool = False
 ) -> list[tuple[int, int, int, int]]:
     """The filter as rows (code, jump if true, jump if false, operand); jumps count rows to skip."""

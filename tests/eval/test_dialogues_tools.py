@@ -17,10 +17,10 @@ from data.error_filter import classify_feedback
 from data.tool_calls import ToolCall, parse_tool_call
 from data.tool_documents import IMPLICIT_TOOLS
 from eval.dialogues.local_tools import (
-    _PLAIN_TOOLS,
-    _RANDOM_TOOLS,
     INDICATORS,
     LOCAL_TOOLS,
+    PLAIN_TOOLS,
+    RANDOM_TOOLS,
     ToolError,
     add_date,
     calculator,
@@ -37,7 +37,7 @@ from eval.dialogues.tools import (
     ExecutorSettings,
     ToolExecutor,
     ToolRequest,
-    _settle,
+    settle_feedback,
 )
 from eval.sandbox.run import ToolServer
 from toolbox.world import draw_trajectories, execute
@@ -569,7 +569,7 @@ def test_local_tools_are_those_that_run_without_network_and_take_the_documented_
         if facts.get("offline")
     }
     documents = dict(tooleyes_sets())
-    functions = _PLAIN_TOOLS | _RANDOM_TOOLS
+    functions = PLAIN_TOOLS | RANDOM_TOOLS
     for tool_set, name in LOCAL_TOOLS:
         theirs = next(
             tool["function"]["parameters"] for tool in documents[tool_set] if tool["function"]["name"] == name
@@ -642,7 +642,7 @@ HOSTILE_TEXTS = [
 def test_any_text_is_told_as_what_it_is_meant_to_be(text):
     asked = request("Set/Name", "g", {"a": "1"}, tools=MANY)
     for meant in ("all_right", "tool_call_failure"):
-        feedback = _settle(meant, text, asked)
+        feedback = settle_feedback(meant, text, asked)
         assert read_as(asked, feedback) == meant and len(feedback) <= MAX_FEEDBACK_CHARACTERS
         feedback.encode("utf-8")
 

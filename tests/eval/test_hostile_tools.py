@@ -24,7 +24,7 @@ from data.error_filter import CATEGORIES, classify_feedback
 from data.tool_calls import ToolCall
 from eval.dialogues.tools import MAX_FEEDBACK_CHARACTERS, ExecutorSettings, ToolExecutor, ToolRequest
 from eval.sandbox import run as sandbox
-from eval.sandbox.limits import ALLOW, FAIL, _filter_rows
+from eval.sandbox.limits import ALLOW, FAIL, filter_rows
 from tests.eval.test_dialogues_tools import DOCUMENTS, MANY
 from tests.eval.test_sandbox import interpret
 
@@ -410,7 +410,7 @@ def test_processes_of_a_bomb_stay_few_while_it_burns(tools, outside):
     ],
 )
 def test_what_a_shell_may_ask_of_the_kernel(number, arguments, answer):
-    rows = _filter_rows(0, 0xC000003E, 77, deny_writes=False, allow_processes=True)
+    rows = filter_rows(0, 0xC000003E, 77, deny_writes=False, allow_processes=True)
     assert interpret(rows, number, arguments) == answer
 
 

@@ -11,7 +11,7 @@ from data.json_records import DataError, markdown_text, write_json_lines
 from eval.rates import summarize_results
 from eval.reports.compare import main as compare_main
 from eval.reports.paper_tables import read_published, unattainable_cells
-from eval.reports.plots import _draw, figure4_bars, figure5_bars, write_plots
+from eval.reports.plots import draw_bars, figure4_bars, figure5_bars, write_plots
 from eval.reports.plots import main as plots_main
 from eval.reports.report import format_comparison, format_report, metrics_of, unattainable_rates
 from tests.support.rotbench_records import react, rotbench_record
@@ -342,7 +342,7 @@ def test_labels_of_plots_are_shown_as_they_are(tmp_path):
 
     axes = Figure().subplots()
     names = ["$x_1$ and $", "_hidden", "$$", "\x1b[31m"]
-    _draw(axes, "title", names, [[("mmlu", 50.0, 40.0, 60.0)]] * 4)
+    draw_bars(axes, "title", names, [[("mmlu", 50.0, 40.0, 60.0)]] * 4)
     texts = axes.get_legend().get_texts()
     assert [text._preprocess_math(text.get_text()) for text in texts] == [
         ("$x_1$ and $", False),

@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 
 from eval.sandbox import limits
-from eval.sandbox.limits import ALLOW, FAIL, KILL, _filter_rows
+from eval.sandbox.limits import ALLOW, FAIL, KILL, filter_rows
 from eval.sandbox.run import SandboxError, run_check, run_python
 from eval.sandbox.values import SharedValues
 
@@ -521,12 +521,12 @@ def interpret(rows, number, arguments=(), architecture=0xC000003E):
     ],
 )
 def test_filter_rows_decide_as_meant(number, arguments, is_allowed):
-    answer = interpret(_filter_rows(0, 0xC000003E, 77, deny_writes=False), number, arguments)
+    answer = interpret(filter_rows(0, 0xC000003E, 77, deny_writes=False), number, arguments)
     assert (answer == ALLOW) == is_allowed and (is_allowed or answer & 0xFFFF0000 == FAIL)
 
 
 def test_filter_without_writes_and_for_another_architecture():
-    rows = _filter_rows(0, 0xC000003E, 77, deny_writes=True)
+    rows = filter_rows(0, 0xC000003E, 77, deny_writes=True)
     assert interpret(rows, 257, (0, 0, 0)) == interpret(rows, 2, (0, 0o2000000)) == ALLOW  # to read, close-on-exec
     for number, arguments in (
         (257, (0, 0, 1)),

@@ -9,7 +9,7 @@ import torch
 
 from model.decode import KVCache, decode_step, prefill
 from model.pretrained_weights import load_pretrained
-from model.sampling import RowDecoder, _choose_tokens, continue_prompts, generate, interchangeable_row_counts
+from model.sampling import RowDecoder, choose_tokens, continue_prompts, generate, interchangeable_row_counts
 from tests.model.test_transformer import STORIES, tiny_model
 
 
@@ -206,7 +206,7 @@ def test_logprobs_are_those_of_the_sampling_temperature():
 def test_samples_follow_the_distribution():
     n, logits = 20000, torch.tensor([1.0, -2.0, 0.0, 2.5, 0.3])
     uniforms = torch.rand(n, dtype=torch.float64, generator=torch.Generator().manual_seed(1)).tolist()
-    tokens, logprobs = _choose_tokens(logits.expand(n, -1), 1.5, uniforms)
+    tokens, logprobs = choose_tokens(logits.expand(n, -1), 1.5, uniforms)
     expected = (logits.double() / 1.5).softmax(-1)
     counts = torch.tensor([tokens.count(i) for i in range(5)])
     assert ((counts / n - expected).abs() < 4.5 * (expected * (1 - expected) / n).sqrt()).all()
@@ -217,7 +217,7 @@ def test_sampling_inverts_the_cumulative_distribution():
     """Probabilities 0, 1/4, 1/2, 0, 1/4, 0: cumulative 0, 1/4, 3/4, 3/4, 1, 1. Tokens of probability 0 never come."""
     logits = torch.tensor([0.0, 0.25, 0.5, 0.0, 0.25, 0.0]).log()
     uniforms = [0.0, 0.24, 0.26, 0.74, 0.76, 1 - 2**-53]
-    tokens, logprobs = _choose_tokens(logits.expand(6, -1), 1.0, uniforms)
+    tokens, logprobs = choose_tokens(logits.expand(6, -1), 1.0, uniforms)
     assert tokens == [1, 1, 2, 2, 4, 4]
     assert logprobs == pytest.approx([math.log(p) for p in (0.25, 0.25, 0.5, 0.5, 0.25, 0.25)], abs=1e-6)
 
@@ -226,7 +226,7 @@ def test_a_long_tail_is_sampled():
     """Half the mass on token 0, half spread evenly over 2^20 - 1 others: u = 0.75 lands in their middle."""
     logits = torch.zeros(1, 2**20)
     logits[0, 0] = math.log(2**20 - 1)
-    tokens, _ = _choose_tokens(logits, 1.0, [0.75])
+    tokens, _ = choose_tokens(logits, 1.0, [0.75])
     assert tokens[0] == pytest.approx(2**19, abs=2)
 
 
