@@ -124,7 +124,7 @@ def error_line(error: BaseException) -> str:
         return "stopped by Ctrl-C"
     if isinstance(error, OSError) and error.strerror:
         where = "the file system" if error.filename is None else os.fsdecode(error.filename)
-        return printable_line(f"{where}: found {error.strerror.lower()}, expected a file or folder that can be used")
+        return printable_line(f"{where}: found {error.strerror}, expected a file or folder that can be used")
     return printable_line(error)
 
 

@@ -356,7 +356,7 @@ def test_a_small_program_ends_in_one_line(capsys):
     def forbidden():
         raise PermissionError(13, "Permission denied", "runs/\x1bsft")
 
-    line = "runs/\\x1bsft: found permission denied, expected a file or folder that can be used\n"
+    line = "runs/\\x1bsft: found Permission denied, expected a file or folder that can be used\n"
     assert run_command(forbidden, (OSError,)) == 2 and capsys.readouterr().err == line
 
     def interrupted():
@@ -370,8 +370,8 @@ def test_a_small_program_ends_in_one_line(capsys):
 @pytest.mark.parametrize(
     ("error", "code", "line"),
     [
-        (PermissionError(13, "Permission denied", "runs/sft"), 2, "runs/sft: found permission denied, expected "),
-        (OSError(28, "No space left on device"), 2, "the file system: found no space left on device, expected "),
+        (PermissionError(13, "Permission denied", "runs/sft"), 2, "runs/sft: found Permission denied, expected "),
+        (OSError(28, "No space left on device"), 2, "the file system: found No space left on device, expected "),
         (KeyboardInterrupt(), 130, "stopped by Ctrl-C"),
     ],
 )
