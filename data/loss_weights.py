@@ -194,7 +194,7 @@ def encode_trajectory(
         max_weight = max_key_token_weight if key_tokens else None
         weights, codes = weigh_turn(segment, ids, call_name, name_ids, tokenizer, max_key_token_weight=max_weight)
         weights, share = scale_turn(weights, loss_normalization)
-        row.add_turn([*ids, end_of_turn_id(segment.end, tokenizer, entry)], weights, codes, share, message_index)
+        row.add_turn([*ids, end_of_turn_id(segment.end, tokenizer)], weights, codes, share, message_index)
     return row.finish(trajectory, decisions, tokenizer.eos_id)
 
 

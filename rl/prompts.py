@@ -18,7 +18,7 @@ from pathlib import Path
 
 from data.batches import epoch_order
 from data.error_filter import CATEGORIES, ERROR_FILTERS, check_documents, decide_masked_turns
-from data.formats.prompt_format import PromptError, TextEncoder
+from data.formats.prompt_format import TextEncoder
 from data.formats.table import DEFAULT_FORMAT, encode_prompt, end_of_turn_ids
 from data.json_records import DataError, parse_json, read_json_lines
 from data.tool_calls import ToolCall, ToolCallError, render_tool_call
@@ -81,8 +81,8 @@ def read_prompts(
     {"id", "tools", "messages": [user ...], "gold": [{"calls": [{"name", "arguments"}]}]}; "gold" in the first record
     decides. A held-out record has one turn, number 0, and every answer of exactly one call without wildcards is a gold
     call.
-    Raises DataError for malformed files, and with all counts if no prompt is left; PromptError for a dialogue that the
-    format cannot hold and for a tokenizer without its control tokens; ValueError for unknown settings.
+    Raises DataError for malformed files, and with all counts if no prompt is left; PromptError for a tokenizer
+    without the control tokens of the format; ValueError for unknown settings.
     """
     _check_setting("error_filter", error_filter, ERROR_FILTERS)
     _check_setting("prompt_turns", prompt_turns, PROMPT_TURNS)
@@ -103,10 +103,7 @@ def read_prompts(
         selected = _select_turns(candidates, prompt_turns)
         counts[not_chosen] += len(candidates) - len(selected)
         for candidate in selected:
-            try:
-                prompt_ids = encode_prompt(tools, candidate.messages, tokenizer, prompt_format)
-            except PromptError as error:
-                raise PromptError(f"{where}: {error}") from error
+            prompt_ids = encode_prompt(tools, candidate.messages, tokenizer, prompt_format)
             if len(prompt_ids) > max_prompt_tokens:
                 counts[too_long] += 1
                 continue

@@ -19,10 +19,9 @@ from tqdm import tqdm
 from command_line import run_identity
 from data.batches import PackedBatch, drop_unusable
 from data.data_report import describe_data
-from data.formats.prompt_format import PromptError
 from data.json_records import one_line
 from data.loss_weights import EncodedTrajectory, TextEncoder, encode_trajectory
-from data.trajectories import Trajectory, read_trajectories
+from data.trajectories import read_trajectories
 from train.checkpoint import save_checkpoint
 from train.distributed import World, any_rank, clip_gradients, global_sum, set_gradient_sync
 from train.optimizer import schedule_factor, set_learning_rates, warmup_steps_of
@@ -39,18 +38,11 @@ from train.weighted_cross_entropy import linear_weighted_cross_entropy
 def encode_data(config: SFTConfig, tokenizer: TextEncoder) -> tuple[list[EncodedTrajectory], list[str]]:
     """Read, filter, weigh and encode all trajectories; also lines on what was dropped, masked and is trained.
 
-    Raises DataError, also for a trajectory that has no place in the format; PromptError for the tokenizer of a model of
-    another format.
+    Raises DataError; PromptError for a tokenizer without the control tokens of the format.
     """
     trajectories = read_trajectories(config.data, unparsable_calls=config.unparsable_calls)
-    encoded = [_encode(trajectory, config, tokenizer) for trajectory in trajectories]
-    kept, notes = drop_unusable(encoded, config.max_tokens)
-    return kept, notes + describe_data(trajectories, encoded, kept, config.error_filter)
-
-
-def _encode(trajectory: Trajectory, config: SFTConfig, tokenizer: TextEncoder) -> EncodedTrajectory:
-    try:
-        return encode_trajectory(
+    encoded = [
+        encode_trajectory(
             trajectory,
             tokenizer,
             error_filter=config.error_filter,
@@ -59,8 +51,10 @@ def _encode(trajectory: Trajectory, config: SFTConfig, tokenizer: TextEncoder) -
             loss_normalization=config.loss_normalization,
             prompt_format=config.prompt_format,
         )
-    except PromptError as error:
-        raise PromptError(f"{trajectory.source}: {error}") from error
+        for trajectory in trajectories
+    ]
+    kept, notes = drop_unusable(encoded, config.max_tokens)
+    return kept, notes + describe_data(trajectories, encoded, kept, config.error_filter)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -134,16 +134,15 @@ def join_context(segments: Sequence[Segment]) -> list[Segment]:
 # Encoding
 
 
-def encode_segments(
+def find_controls(
     segments: Sequence[Segment], tokenizer: TextEncoder, prompt_format: PromptFormat
-) -> list[tuple[Segment, list[int]]]:
-    """(segment, its ids) in order; the ids of the start are with the first. Only the first text opens a sequence.
+) -> dict[str, int | None]:
+    """The id of every control token of a dialogue, its start and the ends of its turns included.
 
-    Control tokens that the tokenizer lacks become part of the context around them if the format allows that. Raises
-    PromptError if it does not: the tokenizer of another model would spell them out in characters.
+    None for one that the tokenizer lacks where the format may spell it. Raises PromptError where it may not: the
+    tokenizer of another model would spell it out in characters.
     """
-    start = [control(text) for text in prompt_format.start_tokens or ()]
-    texts = [part.text for part in (*start, *segments) if part.is_control]
+    texts = [*(prompt_format.start_tokens or ()), *(part.text for part in segments if part.is_control)]
     texts += [part.end for part in segments if part.end]
     id_of_control = {text: tokenizer.control_id(text) for text in texts}
     missing = [text for text, token_id in id_of_control.items() if token_id is None]
@@ -152,6 +151,19 @@ def encode_segments(
             f"--prompt_format {prompt_format.name}: found no token {', '.join(missing)} in the tokenizer, expected "
             "that of a model of this format"
         )
+    return id_of_control
+
+
+def encode_segments(
+    segments: Sequence[Segment], tokenizer: TextEncoder, prompt_format: PromptFormat
+) -> list[tuple[Segment, list[int]]]:
+    """(segment, its ids) in order; the ids of the start are with the first. Only the first text opens a sequence.
+
+    Control tokens that the tokenizer lacks become part of the context around them if the format allows that. Raises
+    PromptError if it does not: the tokenizer of another model would spell them out in characters.
+    """
+    id_of_control = find_controls(segments, tokenizer, prompt_format)
+    missing = [text for text, token_id in id_of_control.items() if token_id is None]
     if missing:
         segments = join_context(
             [replace(part, is_control=part.is_control and part.text not in missing) for part in segments]
@@ -159,7 +171,7 @@ def encode_segments(
     if prompt_format.start_tokens is None:
         start_ids = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
     else:
-        start_ids = [id_of_control[part.text] for part in start]
+        start_ids = [id_of_control[text] for text in prompt_format.start_tokens]
     result, is_first_text = [], True  # SentencePiece puts a space before the first text only
     for segment in segments:
         if segment.is_control:
@@ -172,21 +184,13 @@ def encode_segments(
     return result
 
 
-def end_of_turn_id(end: str, tokenizer: TextEncoder, prompt_format: PromptFormat) -> int:
+def end_of_turn_id(end: str, tokenizer: TextEncoder) -> int:
     """The token that ends a turn whose target has this `end`: training predicts it, generation stops at it.
 
-    It is the tokenizer's EOS for "", and where a format that may spell its control tokens has to. Raises PromptError
-    for another format whose token the tokenizer lacks.
+    It is the tokenizer's EOS for "", and for a control token that the tokenizer spells in characters.
     """
-    token_id = tokenizer.control_id(end) if end else tokenizer.eos_id
-    if token_id is not None:
-        return token_id
-    if prompt_format.may_spell_controls:
-        return tokenizer.eos_id
-    raise PromptError(
-        f"--prompt_format {prompt_format.name}: found no token {end} in the tokenizer, expected that of a model of "
-        "this format"
-    )
+    token_id = tokenizer.control_id(end) if end else None
+    return tokenizer.eos_id if token_id is None else token_id
 
 
 def find_stop_ids(stop_texts: Sequence[str], tokenizer: TextEncoder) -> frozenset[int]:

@@ -18,7 +18,15 @@ paper's tables leave open and what was decided.
 from collections.abc import Sequence
 
 from data.formats import chatglm4, llama31, nexusraven, openai, plain, qwen2, qwen25, react, tl, toolllama
-from data.formats.prompt_format import Dialogue, PromptFormat, Segment, TextEncoder, encode_segments, end_of_turn_id
+from data.formats.prompt_format import (
+    Dialogue,
+    PromptFormat,
+    Segment,
+    TextEncoder,
+    encode_segments,
+    end_of_turn_id,
+    find_controls,
+)
 from data.tool_calls import ToolCall, ToolCallError, render_tool_call
 from data.trajectories import Message
 
@@ -88,14 +96,12 @@ def encode_prompt(
 def end_of_turn_ids(tokenizer: TextEncoder, prompt_format: str = DEFAULT_FORMAT) -> list[int]:
     """The tokens that a trained model of this format ends its turns with: first that after a call, then others.
 
-    Raises PromptError for a tokenizer without them.
+    Raises PromptError for a tokenizer without the control tokens of the format, which it names.
     """
     turns = [Message("assistant", "", ToolCall("f", {})), Message("assistant", "words")]
-    ends = [
-        end_of_turn_id(segment.end, tokenizer, FORMATS[prompt_format])
-        for segment in dialogue_segments([], [Message("user", ""), *turns], prompt_format)
-        if segment.is_target
-    ]
+    segments = dialogue_segments([], [Message("user", ""), *turns], prompt_format)
+    find_controls(segments, tokenizer, FORMATS[prompt_format])
+    ends = [end_of_turn_id(segment.end, tokenizer) for segment in segments if segment.is_target]
     return list(dict.fromkeys(ends))
 
 
