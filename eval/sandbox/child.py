@@ -12,7 +12,6 @@ object, and what a call changes in its arguments, crosses with them (eval/sandbo
 Steps: 1 namespaces and an own folder, 2 the program's file, 3 limits, 4 the report of what took effect, 5 the program.
 """
 
-import builtins
 import importlib.util
 import json
 import math
@@ -170,14 +169,21 @@ class RemoteFunction:
 
 def _exception(names: list, arguments: object, text: str) -> Exception:
     """An instance of the first of the built-in types `names` that is an Exception, and takes these arguments."""
+    known = {kind.__name__: kind for kind in _builtin_exceptions(Exception)}
     for name in names:
-        kind = getattr(builtins, name, None) if isinstance(name, str) else None
-        if isinstance(kind, type) and issubclass(kind, Exception):
+        kind = known.get(name) if isinstance(name, str) else None
+        if kind is not None:
             try:
                 return kind(*arguments) if isinstance(arguments, tuple) else kind(text)
             except Exception:  # noqa: BLE001 - as UnicodeDecodeError, which wants five of certain types
                 continue
     return Exception(text)
+
+
+def _builtin_exceptions(base: type[Exception]) -> list[type[Exception]]:
+    """`base` and all types that derive from it and are Python's own."""
+    kinds = [kind for kind in base.__subclasses__() if kind.__module__ == "builtins"]
+    return [base, *(found for kind in kinds for found in _builtin_exceptions(kind))]
 
 
 def run_check(program: str, job: dict) -> None:
