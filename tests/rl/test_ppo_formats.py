@@ -1,6 +1,6 @@
 """SFT, PPO and evaluation in the format of another model: a random one with a byte-level BPE tokenizer of its family.
 
-pytest tests/rl/test_ppo_formats.py; with -m very_slow the reward of a longer run rises, and -s prints its figures
+pytest tests/rl/test_ppo_formats.py
 """
 
 import json
@@ -18,7 +18,7 @@ from tests.support.eval_runs import flags_of
 from tests.support.eval_runs import run_here as run_eval_here
 from tests.support.format_tokenizers import CONTROLS, byte_level_bpe
 from tests.support.tiny_ppo import journal_of, make_record, run_ppo_here, write_records
-from tests.support.tiny_run import CITIES, make_records, metrics_of, run_here, tiny_model
+from tests.support.tiny_run import CITIES, make_records, run_here, tiny_model
 
 FORMATS = {"qwen25": "<|im_end|>", "llama31": "<|eot_id|>"}
 
@@ -148,37 +148,3 @@ def test_disagreements_and_bad_files_are_one_line_and_code_2(world_of, sft_of, t
         (folder / "tl_training.json").write_text(content)
         fails(expected, *run_eval_here(flags_of(world, tmp_path / "f", model=folder)))
         fails(expected, *ppo_here(world, tmp_path / "g", folder))
-
-
-@pytest.mark.very_slow
-@pytest.mark.parametrize("prompt_format", FORMATS)
-def test_the_reward_rises(world_of, tmp_path, prompt_format):
-    """SFT is stopped early, so that PPO has something to teach."""
-    world = world_of(prompt_format)
-    code, _, err = sft_here(world, tmp_path / "sft", prompt_format, epochs=3, learning_rate=5e-3)
-    assert (code, err) == (0, "")
-    code, _, err = ppo_here(
-        world,
-        tmp_path / "ppo",
-        tmp_path / "sft/final",
-        rollout_batch_size=18,
-        minibatch_size=18,
-        micro_batch_size=18,
-        epochs=40,
-        kl_coef=0.02,
-        policy_learning_rate=2e-3,
-        value_learning_rate=1e-2,
-    )
-    assert (code, err) == (0, "")
-    losses, rows = [row["sft/loss"] for row in metrics_of(tmp_path / "sft")], metrics_of(tmp_path / "ppo")
-    rewards = [row["ppo/score"] for row in rows]
-    print(prompt_format, "SFT loss", losses[0], losses[-1], "reward", rewards[:3], rewards[-3:])
-    scores = {}
-    for name in ("sft", "ppo"):
-        flags = flags_of(world, tmp_path / f"eval_{name}", model=tmp_path / name / "final", max_new_tokens=48)
-        code, out, err = run_eval_here(flags)
-        assert code == 0, err
-        scores[name] = json.loads((tmp_path / f"eval_{name}/summary.json").read_text())["benchmarks"]["tiny-seen"]
-        print(name, out)
-    assert sum(rewards[-5:]) > sum(rewards[:5]) + 1
-    assert scores["ppo"]["CF"] > scores["sft"]["CF"]
