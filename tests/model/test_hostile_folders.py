@@ -416,7 +416,7 @@ def test_a_panic_at_a_later_text_is_an_error_too(tmp_path):
 @pytest.mark.slow
 def test_hostile_folders_in_processes(tmp_path):
     """Real commands: exit code, the whole of stderr, time, and peak memory next to that of a refused flag."""
-    names = ["terabytes", "1000 layers", "config.json is endless", "layer_types 5", "panic in a normalizer"]
+    names = ["terabytes", "panic in a normalizer"]  # the other cases run in this process, above
     refused = run_process([sys.executable, "run_sft.py", "--sede", "1"])
     assert refused.returncode == 2
     bare = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
