@@ -175,7 +175,7 @@ def run_check(
         limits = _wait_until_ready([candidate, judge])
         deadline = time.monotonic() + seconds
         is_judged = _follow([candidate, judge], deadline, lambda: judge.has_ended)
-        reason = _read_verdict(verdict_out, judge, token) if is_judged else "timed out"
+        reason = read_verdict(verdict_out, judge, token) if is_judged else "timed out"
         if not reason and not _follow([candidate], deadline, lambda: candidate.has_ended):
             reason = "timed out: after the test, at its end or in threads"
         if reason.startswith("process ended"):
@@ -431,7 +431,7 @@ def _last_line(child: _Child) -> str:
 # Verdict
 
 
-def _read_verdict(pipe: BinaryIO, judge: _Child, token: str) -> str:
+def read_verdict(pipe: BinaryIO, judge: _Child, token: str) -> str:
     """The judge's reason, "" for passed. Without a line that carries the token the test did not finish."""
     for line in (pipe.read(READ_BYTES) or b"").splitlines():
         with suppress(ValueError, TypeError, KeyError):

@@ -4,6 +4,7 @@ Every hostile program stands for a function `f` whose test wants `f(3) == 9`. Ha
 connections, surviving processes, the life of this process. Bombs run inside tight limits only.
 """
 
+import io
 import json
 import math
 import os
@@ -18,7 +19,7 @@ import pytest
 
 from eval.sandbox import limits
 from eval.sandbox.limits import ALLOW, FAIL, KILL, filter_rows
-from eval.sandbox.run import SandboxError, run_check, run_python
+from eval.sandbox.run import SandboxError, read_verdict, run_check, run_python
 from eval.sandbox.values import SharedValues
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -34,6 +35,30 @@ def judge(solution, *, seconds=1.0, checker=CHECKER, **flags):
 
 def run(program, *, seconds=3.0, **flags):
     return run_python(program, seconds=seconds, memory_bytes=MEMORY_BYTES, **flags)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The verdict
+
+
+@pytest.mark.parametrize(
+    ("lines", "reason"),
+    [
+        (b'{"token": "right", "reason": ""}\n', ""),
+        (b'{"token": "right", "reason": "AssertionError"}\n', "AssertionError"),
+        # forged: another token, none at all, of another type, not JSON; the line with the token decides
+        (b'{"token": "wrong", "reason": ""}\n', "no verdict"),
+        (b'{"reason": ""}\n', "no verdict"),
+        (b'{"token": 5, "reason": ""}\n', "no verdict"),
+        (b'{"token": "", "reason": ""}\n{"token": "right", "reason": "it failed"}\n', "it failed"),
+        (b"passed\n", "no verdict"),
+        (b"", "no verdict"),
+    ],
+)
+def test_only_a_line_with_the_token_is_a_verdict(lines, reason, monkeypatch):
+    monkeypatch.setattr("eval.sandbox.run._last_line", lambda judge: "")
+    found = read_verdict(io.BytesIO(lines), None, "right")
+    assert found == reason if reason != "no verdict" else found.startswith("no verdict")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
