@@ -157,6 +157,7 @@ def parse_arguments(parser: argparse.ArgumentParser, arguments: Sequence[str] | 
         raise SystemExit(EXIT_BAD_INPUT)
 
     parser.error = end
+    parser.allow_abbrev = False  # a misspelt flag is not taken for another one
     flags = parser.parse_args(arguments)
     for name, value in vars(flags).items():
         for each in value if isinstance(value, list) else [value]:

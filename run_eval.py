@@ -50,6 +50,8 @@ def run(config: EvalConfig, world: World) -> None:
     """Predict (unless there are predictions), score, report. Rank 0 writes and scores, all ranks predict."""
     seed_everything(config.seed, world.rank)
     output = Path(config.output)
+    if (output / "run_identity.json").exists():  # its config.json would be overwritten
+        raise ConfigError(f"--output: found {config.output}, the folder of a training run, expected another folder")
     folder = None if config.predictions or config.endpoint else config.model
     prompt_format, format_line = choose_format(config.prompt_format, folder)
     config = replace(config, prompt_format=prompt_format)

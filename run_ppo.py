@@ -79,7 +79,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         export(config, models, world)
         if world.is_main:
             final = Path(config.output) / "final"
-            log_line(f"trained {result.step} steps; model: {final}")
+            log_line(f"trained {result.step} step{'s' * (result.step != 1)}; model: {final}")
             log_line(f"next: python run_eval.py --model {shlex.quote(str(final))}")
         return 0
     except USER_ERRORS as error:

@@ -1,8 +1,7 @@
 """Supervised fine-tuning of a tool-calling model: `python run_sft.py`, or `torchrun --nproc_per_node N run_sft.py`.
 
 Without flags: the bundled tiny model and data. Exit codes: 0 all steps done and final/ written; 2 bad input, with one
-line on stderr; 130 or 143 stopped by SIGINT or SIGTERM after saving: continue with the same
-command.
+line on stderr; 130 or 143 stopped by SIGINT or SIGTERM after saving: continue with the same command.
 """
 
 import shlex
@@ -92,7 +91,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             say(change)
         if world.is_main and config.plot == "on":
             say(plot_losses(Path(config.output)))
-        say(f"trained {result.step} steps; model: {final}")
+        say(f"trained {result.step} step{'s' * (result.step != 1)}; model: {final}")
         say(f"next: python run_eval.py --model {shlex.quote(str(final))}")
         return 0
     except USER_ERRORS as error:

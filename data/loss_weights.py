@@ -181,7 +181,7 @@ def encode_trajectory(
         message = trajectory.messages[message_index] if segment.is_target else None
         if message is not None and message.thought.strip() and message.thought not in segment.text:
             row.left_out_thoughts += 1
-        if message is None or masked[message_index] or not message.weight:
+        if message is None or masked[message_index] or not message.weight:  # E2
             row.add_context(
                 CONTEXT if message is None else MASKED if masked[message_index] else EXCLUDED, message_index
             )

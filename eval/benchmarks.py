@@ -1,7 +1,7 @@
 """The table of benchmarks: one line each. Everything that knows a benchmark by name looks it up here.
 
 A benchmark is a file eval/evaluate_<evaluator>.py, which loads its records and scores predictions, and a line of the
-table (CONTRIBUTING.md, "How to add a benchmark"). A line imports its evaluator when it is first used.
+table (CONTRIBUTING.md, "Add a benchmark"). A line imports its evaluator when it is first used.
 """
 
 from collections.abc import Callable, Sequence

@@ -348,7 +348,8 @@ DECIDING_FLAGS = (
 def read_flags(arguments: Sequence[str]) -> argparse.Namespace:
     """The flags; wrong ones end the program with one line and code 2."""
     parser = argparse.ArgumentParser(
-        prog="collect_trajectories", description="Let a teacher work through queries; write training trajectories."
+        prog="python -m eval.collect_trajectories",
+        description="Let a teacher work through queries; write training trajectories.",
     )
     add = parser.add_argument
     add("--model", default="runs/sft/final", help="folder of the teacher; with --endpoint its name there (%(default)s)")

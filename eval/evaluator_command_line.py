@@ -20,7 +20,7 @@ CALL_PREDICTIONS = (
 
 def evaluator_parser(prog: str, description: str, *, answers: str, predictions: str) -> argparse.ArgumentParser:
     """The flags of every evaluator. `answers` and `predictions` say what those files are."""
-    parser = argparse.ArgumentParser(prog=prog, description=description)
+    parser = argparse.ArgumentParser(prog=f"python -m eval.{prog}", description=description)
     parser.add_argument("--answers", type=Path, required=True, help=answers)
     parser.add_argument("--predictions", type=Path, required=True, help=predictions)
     parser.add_argument("--output", type=Path, help="folder for results/<benchmark>.jsonl (default: none written)")

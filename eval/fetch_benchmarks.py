@@ -197,7 +197,9 @@ def main(arguments: Sequence[str]) -> int:
     """Command line; exit code 0 if all files are there, or 2 after one line on stderr."""
     files = read_origins(ORIGINS)
     folders = list(dict.fromkeys(file.path.split("/")[0] for file in files))
-    parser = argparse.ArgumentParser(prog="fetch_benchmarks", description="Download the benchmarks, checked by sha256.")
+    parser = argparse.ArgumentParser(
+        prog="python -m eval.fetch_benchmarks", description="Download the benchmarks, checked by sha256."
+    )
     parser.add_argument("--benchmark_dir", type=Path, required=True, help="folder that the files go into")
     parser.add_argument("--only", default=",".join(folders), help="comma-separated folders (default: %(default)s)")
     parser.add_argument("--check", action="store_true", help="compare the folder with the list, download nothing")

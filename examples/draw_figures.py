@@ -9,6 +9,7 @@ tests/test_figures.py draws the pictures again, compares them byte for byte, and
 Shape suffixes: M rows, D hidden size, V vocabulary, B responses, R response tokens.
 """
 
+import argparse
 import math
 import sys
 from collections.abc import Callable, Sequence
@@ -495,8 +496,10 @@ FIGURES = {  # file name -> its drawing
 }
 
 
-def main(arguments: Sequence[str]) -> int:
-    folder = Path(arguments[0]) if arguments else ROOT / "docs/figures"
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description="Draw the pictures of docs/math.md.")
+    parser.add_argument("folder", nargs="?", type=Path, default=ROOT / "docs/figures", help="where to (docs/figures)")
+    folder = parser.parse_args(arguments).folder
     folder.mkdir(parents=True, exist_ok=True)
     for name, draw in FIGURES.items():
         (folder / f"{name}.svg").write_text(draw(), encoding="ascii", newline="\n")
@@ -505,4 +508,4 @@ def main(arguments: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(main())

@@ -496,7 +496,7 @@ def section_sft(numbers: dict, row: EncodedTrajectory, n_trajectories: int) -> s
 
 `python run_sft.py --max_steps {SFT_STEPS}` trains on {4 * SFT_STEPS} of {n_trajectories} trajectories; this one
 {seen}. The loss of a step went from {numbers["sft_loss_first_step"]:.3f} to {numbers["sft_loss_last_step"]:.3f}.
-`train/sft_loop.py:train_step` multiplies the loss of each token with its weight and
+`train/sft_loop.py:train_step` multiplies the loss of each token by its weight and
 divides once. Here is the loss without weights (E9, `train/audit_loss.py:trained_logprobs`); over the call it fell from
 {before:.3f} to {after:.3f} nats:
 

@@ -87,7 +87,7 @@ def tool_call_reward(
     if not functions:
         documents = {name: [] for gold in gold_calls if gold.name == call.name for name in gold.arguments}
     results = [_compare(call, gold, documents) for gold in gold_calls]
-    return max(results, key=lambda result: result.reward)  # max keeps the first of equals
+    return max(results, key=lambda result: result.reward)  # E22; max keeps the first of equals
 
 
 def judge_response(
@@ -105,7 +105,7 @@ def judge_response(
     if has_ended or result.call is None:
         return result
     fault = "found no EOS after the call, expected the model to end its turn"
-    return _judge_tool("unparsable", None, gold_calls[0], fault=fault)
+    return _judge_tool("unparsable", None, gold_calls[0], fault=fault)  # E22
 
 
 def parameter_reward(hallucinated: Collection[str], redundant: Collection[str], missing: Collection[str]) -> float:

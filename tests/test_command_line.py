@@ -238,6 +238,14 @@ def test_hostile_flags_of_small_programs_are_one_printable_line(arguments, capsy
     assert all(" " <= each <= "~" for each in error[:-1]) and len(error) <= 2020
 
 
+def test_small_programs_take_no_beginning_of_a_flag_for_the_flag(capsys):
+    parser = argparse.ArgumentParser(prog="program")
+    parser.add_argument("--predictions")
+    with pytest.raises(SystemExit, match="2"):
+        parse_arguments(parser, ["--prediction", "x"])
+    assert capsys.readouterr().err == "program: unrecognized arguments: --prediction x (see --help)\n"
+
+
 def test_the_largest_seed_is_taken():
     assert read("--seed", str(2**63 - 1)).seed == 2**63 - 1
 

@@ -58,6 +58,12 @@ def test_equation_stands_where_the_page_says(equation):
         assert sources, f"{equation}: {file} has no {function}"
         is_named = any(names_equation(source, equation) for source in sources)
         assert is_named, f"{file}:{function} does not name {equation}"
+    where = re.split(r"(?<!\\)\|", math_rows()[equation])[-3]  # the last cell but one
+    assert PLACE.search(where), f"{equation}: its row names no place before its tests"
+    for file, function in PLACE.findall(where):
+        if equation != "E13":  # AdamW, which PyTorch computes
+            source = "\n".join(definitions(ROOT / file)[function])
+            assert re.search(rf"#[^\n]*\b{equation}(?!\d)", source), f"{file}:{function} has no line with # {equation}"
 
 
 def test_marks_in_the_code_are_numbers_of_the_page():

@@ -34,6 +34,9 @@ def test_drawn_again_byte_for_byte(name):
 
 
 def test_command_writes_all_pictures(tmp_path, capsys):
+    with pytest.raises(SystemExit, match="0"):
+        draw_figures.main(["--help"])  # once made a folder of that name
+    assert capsys.readouterr().out.startswith("usage: ") and not Path("--help").exists()
     assert draw_figures.main([str(tmp_path)]) == 0
     assert {path.stem for path in tmp_path.iterdir()} == set(draw_figures.FIGURES)
     assert capsys.readouterr().out.count("\n") == len(draw_figures.FIGURES)

@@ -7,9 +7,11 @@ resumes like SFT.
 Shape suffixes: T tokens, K trained tokens (all of them).
 """
 
+import argparse
 import os
 import random
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -96,8 +98,10 @@ def document_batch(
     )
 
 
-def main() -> int:
+def main(arguments: Sequence[str] | None = None) -> int:
     """Make the fresh model once, train it, export it to OUTPUT/final in bfloat16."""
+    description = f"Pre-train the bundled base into {OUTPUT}. There are no flags: the constants of the file decide."
+    argparse.ArgumentParser(prog="python -m toolbox.pretrain", description=description).parse_args(arguments)
     tokenizer = load_tokenizer(TOKENIZER_FILE)
     start = OUTPUT / "initial"
     if os.environ.get("RANK", "0") == "0" and not (start / "config.json").exists():

@@ -60,8 +60,10 @@ def read_run(run: Path) -> SFTConfig:
         now = {"data_sha256": file_sha256(Path(config.data)), "model_sha256": model_fingerprint(config.model)}
     except OSError as error:
         raise AuditError(f"{error.filename}: found no readable file ({error.strerror}), expected an SFT run") from None
-    except (json.JSONDecodeError, KeyError, TypeError) as error:
-        raise AuditError(f"{run}: found settings that do not read ({error!r}), expected an SFT run") from None
+    except KeyError as error:
+        raise AuditError(f"{run}/config.json: found no setting {error}, expected those of an SFT run") from None
+    except (json.JSONDecodeError, TypeError) as error:
+        raise AuditError(f"{run}: found settings that cannot be read ({error}), expected an SFT run") from None
     for name, path in (("data_sha256", config.data), ("model_sha256", config.model)):
         if identity.get(name) != now[name]:
             raise AuditError(

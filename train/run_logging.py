@@ -119,8 +119,9 @@ def _check_identity(identity_path: Path, identity: dict) -> None:
     found = found if isinstance(found, dict) else {}
     for name in sorted(set(found) | set(identity)):
         if found.get(name) != identity.get(name):
+            theirs, ours = (repr(each[name]) if name in each else "nothing" for each in (found, identity))
             raise RunFolderError(
-                f"{identity_path}: found {name} = {found.get(name)!r}, expected {identity.get(name)!r}: "
+                f"{identity_path}: found {name} = {theirs}, expected {ours}: "
                 "the folder belongs to another run; choose another --output"
             )
 

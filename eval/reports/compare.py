@@ -116,7 +116,9 @@ def compare(flags: argparse.Namespace, names: Sequence[str]) -> None:
 
 def main(arguments: Sequence[str]) -> int:
     """Command line; exit code 0, or 2 after one line on stderr."""
-    parser = argparse.ArgumentParser(prog="compare", description="Compare runs; the first is the baseline.")
+    parser = argparse.ArgumentParser(
+        prog="python -m eval.reports.compare", description="Compare runs; the first is the baseline."
+    )
     parser.add_argument(
         "runs", type=Path, nargs="+", metavar="RUN", help="folder with a summary.json; with --answers a prediction file"
     )

@@ -327,7 +327,7 @@ def format_errors(summary: dict, unit: str) -> str:
 def read_flags(arguments: Sequence[str]) -> argparse.Namespace:
     """The flags; wrong ones end the program with one line and code 2."""
     parser = argparse.ArgumentParser(
-        prog="error_statistics",
+        prog="python -m eval.reports.error_statistics",
         description="Figure 1 (--data) or Table 1 (--answers, --predictions): which errors there are.",
     )
     parser.add_argument("--data", type=Path, help="training data, either form of docs/data_format.md")

@@ -98,7 +98,9 @@ def _label(name: str) -> str:
 
 def main(arguments: Sequence[str]) -> int:
     """Command line; exit code 0, or 2 after one line on stderr."""
-    parser = argparse.ArgumentParser(prog="plots", description="Figures 4 and 5 of one or more runs.")
+    parser = argparse.ArgumentParser(
+        prog="python -m eval.reports.plots", description="Figures 4 and 5 of one or more runs."
+    )
     parser.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="folder with a summary.json")
     parser.add_argument("--names", help="comma-separated names of the series (default: the folders' names)")
     parser.add_argument("--output", type=Path, help="folder of the figures (default: RUN/plots of the last run)")

@@ -82,7 +82,9 @@ def test_nothing_runs_without_the_flag(files, monkeypatch, capsys):
     with pytest.raises(SystemExit) as caught:
         main(["--answers", str(files[0]), "--predictions", str(files[1])])
     captured = capsys.readouterr()
-    assert caught.value.code == 2 and captured.err.startswith("evaluate_humaneval: --execute_code: found no such flag")
+    assert caught.value.code == 2 and captured.err.startswith(
+        "python -m eval.evaluate_humaneval: --execute_code: found no such flag"
+    )
     assert captured.err.count("\n") == 1 and captured.out == ""
 
 

@@ -376,6 +376,16 @@ def test_bad_input_is_one_line_and_code_2(benchmark_dir, tmp_path, change, expec
     assert code == 2 and err.count("\n") == 1 and expected in err, err
 
 
+@pytest.mark.parametrize("predictions", ["", "p.jsonl"])
+def test_the_folder_of_a_training_run_stays_as_it_is(benchmark_dir, tmp_path, predictions):
+    for name in ("run_identity.json", "config.json"):
+        (tmp_path / name).write_text("{}")
+    code, _, err = run_here(flags_of(benchmark_dir, tmp_path, predictions=predictions, benchmarks="tiny-seen"))
+    assert (code, err) == (2, f"--output: found {tmp_path}, the folder of a training run, expected another folder\n")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["config.json", "run_identity.json"]
+    assert (tmp_path / "config.json").read_text() == "{}"
+
+
 def test_predictions_of_another_run_are_refused_and_kept(reference, benchmark_dir, tmp_path):
     other = copy_of_model(tmp_path / "model")
     config = json.loads((other / "config.json").read_text())

@@ -101,6 +101,10 @@ def test_impossible_steps(run, step, message):
 def test_not_a_run_and_a_damaged_checkpoint(run, tmp_path):
     code, _, err = audit("--run", tmp_path, "--step", 1)
     assert code == 2 and err.count("\n") == 1 and "config.json: found no readable file" in err
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "run_identity.json").write_text("{}")
+    code, _, err = audit("--run", tmp_path, "--step", 1)
+    assert (code, err) == (2, f"{tmp_path}/config.json: found no setting 'model', expected those of an SFT run\n")
     shutil.copytree(run, tmp_path / "run")
     (tmp_path / "run" / "checkpoints" / "step_00000002" / "trainer_state.json").write_text("{}")
     code, _, err = audit("--run", tmp_path / "run", "--step", 3)

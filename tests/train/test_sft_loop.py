@@ -283,6 +283,10 @@ def test_run_folder_rules(tmp_path):
     (tmp_path / "new" / "metrics.jsonl").write_text('{"step": 1}\n')
     with pytest.raises(RunFolderError, match=r"found seed = 1, expected 2: the folder belongs to another run"):
         open_run_folder(tmp_path / "new", {"seed": 2}, resume="auto")
+    with pytest.raises(RunFolderError, match=r"found clip = nothing, expected 0.2: the folder belongs to another run"):
+        open_run_folder(tmp_path / "new", {"seed": 1, "clip": 0.2}, resume="auto")
+    with pytest.raises(RunFolderError, match=r"found seed = 1, expected nothing: the folder belongs to another run"):
+        open_run_folder(tmp_path / "new", {}, resume="auto")
     (tmp_path / "new" / "checkpoints" / "step_00000004").mkdir(parents=True)
     with pytest.raises(RunFolderError, match="found checkpoint step_00000004, expected a folder without checkpoints"):
         open_run_folder(tmp_path / "new", {"seed": 1}, resume="never")
