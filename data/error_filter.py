@@ -233,6 +233,8 @@ def _decide_turn(trajectory: Trajectory, index: int, error_filter: str) -> TurnD
     if message.fault is not None:
         return TurnDecision(index, True, "unparsable", "the call does not parse", _cut(message.fault))
     finding = _ALL_RIGHT if message.call is None else find_error(feedback, message.call, trajectory.tools)
+    if message.call is not None and finding.category == "all_right" and feedback is not None and following.failed:
+        finding = Finding("tool_call_failure", "the data says is_error", _cut(feedback))
     if error_filter == "structured":
         masked = finding.category != "all_right"
         return TurnDecision(index, masked, finding.category, finding.rule, finding.matched_text)

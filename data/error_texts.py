@@ -120,6 +120,7 @@ _TABLES = {
         timed out$|timed out (?:after|while|waiting)\b|time-?out$|timeout (?:of|after|while|error|exceeded|waiting
         ...|reached|:)
         (?:econn|etimed|enotfound|enoent|eacces|epipe|eai_|ehost)\w*
+        (?-i:(?:net::)?ERR_[A-Z_]+)\b
         connection (?:error|refused|reset|aborted|closed|failed|lost|broken|to \S+ (?:failed|refused|timed))(?:$|[:.,]
         ...| (?:by|with|while|for|on|from|to|after|before))
         (?:could not|couldn't|cannot|failed to|unable to) (?:resolve|connect|reach|establish)\b
@@ -165,7 +166,8 @@ _TABLES = {
         (?:there was|encountered|we had) an? (?:\w+ )?(?:error|problem|issue) (?:\w+ing|while|when|with)\b
         error (?:executing|calling|fetching|parsing|loading|processing|retrieving|connecting|getting|opening|running
         ...|invoking|while|during|occurred|code|in \w+\(|on line|at line|converting|querying|accessing|decoding)\b
-        error \d{3,5}\b|something went wrong|oops\b.{0,60}(?:wrong|error|problem)
+        (?:mcp |(?:json-?)?rpc )?error -?\d{3,5}\b|\d{1,3} validation errors? for \w
+        something went wrong|oops\b.{0,60}(?:wrong|error|problem)
         (?:output|your output) format does not match|(?:invalid|bad) api call
         # The input
         (?:missing|no|without|undefined|empty)(?: \w+){0,2}? (?:api[ _-]?key|param(?:eter)?s?|arguments?|fields?
@@ -236,7 +238,9 @@ _ERROR_COLON = re.compile(
     r"script|command) )*error ?[:!]|error -) ?(?=\S)",
     re.IGNORECASE,
 )
-_LEAD_IN = re.compile(r"(?:exception|sorry|oops|failed|failure|warning)[:,!] +", re.IGNORECASE)
+_LEAD_IN = re.compile(
+    r"(?:exception|(?:i'm |i am |we're |we are )?sorry|oops|failed|failure|warning)[:,!] +", re.IGNORECASE
+)
 _TRACEBACK = "Traceback (most recent call last):"
 _NONE = re.compile(
     r"(?:none|null|nil|n/?a|false|0+|ok(?:ay)?|success(?:ful(?:ly)?)?|undefined|2\d\d(?: ok)?|-+|none found|"

@@ -10,6 +10,7 @@ without its documents, its error filter and its key tokens. Null counts as absen
 
 import json
 import re
+import unicodedata
 from collections.abc import Iterator
 
 from data.json_records import DataError, kind_of, parse_json, shown
@@ -34,14 +35,20 @@ _SHAREGPT_ONLY = _SHAREGPT_ROLES.keys() - {"system", "user", "assistant", "tool"
 _TOOL_KEYS = ("tools", "functions")
 _ARGUMENT_KEYS = ("arguments", "parameters", "args", "input")
 _RESULT_ID_KEYS = ("tool_call_id", "toolCallId", "tool_use_id", "toolUseId", "call_id")
-_WEIGHT_KEYS = ("weight", "train", "loss")
-_READ_KEYS = ("role", "from", "content", "value", "name", "id", "type", "tool_calls", "function_call", *_WEIGHT_KEYS)
+WEIGHT_KEYS = ("weight", "train", "loss")
+_READ_KEYS = ("role", "from", "content", "value", "name", "id", "type", "tool_calls", "function_call", *WEIGHT_KEYS)
 _CALL_WORDS = re.compile(r"call|tool|function|action", re.IGNORECASE)
 _CALL_IN_TEXT = re.compile(
     r"<tool_call>|<function_?calls?>|<function=|<invoke |\[TOOL_CALLS\]|<\|python_tag\|>|<\|tool_calls?[a-z_]*\|>"
-    r"|^[ \t]*Action Input[ \t]*:",
+    r"|<\uff5ctool\u2581calls?\u2581begin\uff5c>|<\|channel\|>\w* to=|```tool_code\b|^[ \t]*Action Input[ \t]*:",
     re.MULTILINE,
 )
+# A last line that is a call may begin with one of these; ``` may be around it.
+_BEFORE_CALL = re.compile(r"(?:(?:API-Request|Action|Call|Function call|Tool call)[ \t]*:|>>>)[ \t]*", re.IGNORECASE)
+_NAME_KEYS = ("name", "tool", "tool_name", "toolName", "function", "function_name", "api_name", "action")
+_SURE_KEYS = ("arguments", "kwargs", "action_input", "tool_input", "tool_args", "tool_arguments")  # of a call only
+_DOCUMENTS_IN_TEXT = re.compile(r"<tools>|<functions>|[\"']parameters[\"']\s*:|[\"']arguments[\"']\s*:\s*\{")
+_WEIGHT_WORDS = re.compile(r"(?:^|_)(?:weights?|train|trainable|training|loss|mask|masked|grad|gradient)(?:_|\Z)")
 
 
 def is_blank(value: object) -> bool:
@@ -49,6 +56,11 @@ def is_blank(value: object) -> bool:
     if isinstance(value, dict):
         return all(map(is_blank, value.values()))
     return all(map(is_blank, value)) if isinstance(value, list) else value in (None, "")
+
+
+def is_empty_text(text: str) -> bool:
+    """Whether a text shows nothing: blanks, controls and invisible characters (U+200B, U+FEFF, ...) alone."""
+    return all(unicodedata.category(character) in ("Cc", "Cf", "Zl", "Zp", "Zs") for character in text)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -134,7 +146,10 @@ def _sharegpt_messages(entries: list[tuple[str, dict]]) -> list[tuple[str, dict]
         text = None
         if messages and messages[-1][1]["role"] == "assistant" and is_blank(messages[-1][1].get("tool_calls")):
             _, before = messages.pop()
-            text, rest = before["content"], {**before, **rest}
+            text = before["content"]
+            if {key: before.get(key) for key in WEIGHT_KEYS} != {key: rest.get(key) for key in WEIGHT_KEYS}:
+                raise DataError(f"{where}: found another weight than that of the text before the call, expected one")
+            rest = {**before, **rest}
         tool_calls = [{"function": call} for call in calls]
         messages.append((where, {**rest, "role": "assistant", "content": text, "tool_calls": tool_calls}))
     return messages
@@ -148,7 +163,8 @@ def _openai_messages(entry: dict, where: str) -> Iterator[tuple[str, dict]]:
     for index in results:
         identity, result = parts[index].get("tool_use_id"), parts[index].get("content")
         text = "" if result is None else result
-        yield f"{where}: content[{index}]", {"role": "tool", "tool_call_id": identity, "content": text}
+        result = {"role": "tool", "tool_call_id": identity, "content": text, "is_error": parts[index].get("is_error")}
+        yield f"{where}: content[{index}]", result
     rest = [part for part in parts if part.get("type") not in ("tool_use", "tool_result")]
     if results:
         if rest:
@@ -166,7 +182,7 @@ def _with_tool_calls(entry: dict, calls: list[dict], where: str) -> dict:
     """The assistant's message with its calls under `tool_calls` alone, whichever of the known places they came from."""
     for key, value in entry.items():
         is_known = key in _READ_KEYS or not isinstance(value, (str, list, dict)) or is_blank(value)
-        if not is_known and _CALL_WORDS.search(key):
+        if not is_known and (_CALL_WORDS.search(key) or _holds_call(value)):
             raise DataError(f"{where}: found the key {shown(key)}, expected calls under 'tool_calls'")
     places = [("content", calls)] if calls else []
     if not is_blank(entry.get("function_call")):
@@ -186,6 +202,20 @@ def _with_tool_calls(entry: dict, calls: list[dict], where: str) -> dict:
     return {**rest, "tool_calls": [call for call in listed if not is_blank(call)]}
 
 
+def _holds_call(value: object) -> bool:
+    """Whether a call is somewhere inside: an object with a name and arguments."""
+    if isinstance(value, list):
+        return any(map(_holds_call, value))
+    if not isinstance(value, dict):
+        return False
+    has_name = any(isinstance(value.get(key), str) and value[key] for key in _NAME_KEYS)
+    has_arguments = any(
+        isinstance(value.get(key), dict) or isinstance(value.get(key), str) and (key in _SURE_KEYS or "{" in value[key])
+        for key in (*_ARGUMENT_KEYS, *_SURE_KEYS)
+    )
+    return has_name and has_arguments or any(map(_holds_call, value.values()))
+
+
 def call_parts(tool_call: object, where: str) -> tuple[object, object, object]:
     """(id, name, arguments) of one entry of `tool_calls`; name and arguments inside `function` or next to the id."""
     function = tool_call.get("function") if isinstance(tool_call, dict) else None
@@ -197,6 +227,9 @@ def call_parts(tool_call: object, where: str) -> tuple[object, object, object]:
     found = [key for key in _ARGUMENT_KEYS if function.get(key) not in (None, "")]
     if len(found) > 1:
         raise DataError(f"{where}: found {' and '.join(map(repr, found))}, expected 'arguments' alone")
+    for place in (tool_call, function):
+        if weight_key := next((key for key in WEIGHT_KEYS if place.get(key) is not None), None):
+            raise DataError(f"{where}: found {shown(weight_key)} at one call, expected it at the message")
     for key, value in function.items():
         if not found and key not in ("name", "id", "function") and isinstance(value, dict) and not is_blank(value):
             raise DataError(f"{where}: found {shown(key)} and no 'arguments', expected the arguments there")
@@ -208,12 +241,26 @@ def result_id(entry: dict) -> object:
     return next((entry[key] for key in _RESULT_ID_KEYS if entry.get(key) is not None), None)
 
 
+def is_failed_result(entry: dict, where: str) -> bool:
+    """Whether a tool message says that its call failed: `is_error` (Anthropic), `isError` (MCP), `status` (LangChain).
+
+    Raises DataError for a flag that is neither true, false nor null.
+    """
+    for key in ("is_error", "isError"):
+        if entry.get(key) is not None and not isinstance(entry[key], bool):
+            raise DataError(f"{where}: {key}: found {shown(entry[key])}, expected true, false or null")
+    return entry.get("is_error") is True or entry.get("isError") is True or entry.get("status") == "error"
+
+
 def message_weight(entry: dict, where: str) -> int:
     """0 if `weight`, `train` or `loss` of an assistant's message says 0 or false, else 1.
 
     Raises DataError for any other value than 0, 1, false, true and null, and for two keys that disagree.
     """
-    said = {key: entry[key] for key in _WEIGHT_KEYS if entry.get(key) is not None}
+    said = {key: entry[key] for key in WEIGHT_KEYS if entry.get(key) is not None}
+    for key, value in entry.items():
+        if key not in WEIGHT_KEYS and _WEIGHT_WORDS.search(key) and isinstance(value, (bool, int, float, list)):
+            raise DataError(f"{where}: found the key {shown(key)}, expected 'weight', 'train' or 'loss'")
     for key, value in said.items():
         if not isinstance(value, (bool, int, float)) or value not in (0, 1):
             raise DataError(f"{where}: {key}: found {shown(value)}, expected 0, 1, false, true or null")
@@ -223,9 +270,16 @@ def message_weight(entry: dict, where: str) -> int:
 
 
 def unread_text_keys(entry: dict) -> list[str]:
-    """Keys of an assistant's message that hold text that is not read (`reasoning_content`, `refusal`, ...)."""
+    """Keys of an assistant's message, and of its calls, that hold text that is not read (`reasoning_content`, ...)."""
+    listed = entry.get("tool_calls")
+    calls = [call for call in listed if isinstance(call, dict)] if isinstance(listed, list) else []
+    functions = [call["function"] for call in calls if isinstance(call.get("function"), dict)]
+    known = (*_READ_KEYS, *_ARGUMENT_KEYS, *_RESULT_ID_KEYS, "function")
     return [
-        key for key, value in entry.items() if key not in _READ_KEYS and isinstance(value, str) and not is_blank(value)
+        key
+        for place, keys in ((entry, _READ_KEYS), *((call, known) for call in (*calls, *functions)))
+        for key, value in place.items()
+        if key not in keys and isinstance(value, str) and not is_blank(value)
     ]
 
 
@@ -234,14 +288,31 @@ def refuse_call_in_text(text: str, tools: list[dict], where: str) -> None:
     found = _CALL_IN_TEXT.search(text)
     mark = found[0].strip() if found else None
     stripped = text.strip()
+    if stripped.endswith("```"):
+        fenced = stripped[:-3].rstrip()
+        stripped = fenced[fenced.rfind("```") :].partition("\n")[2].strip()
+    before = _BEFORE_CALL.match(stripped)
+    stripped = stripped[before.end() :] if before else stripped
+    last_line = _BEFORE_CALL.sub("", stripped[stripped.rfind("\n") + 1 :].strip(), count=1)
     for name in () if mark else dict.fromkeys(tool["function"]["name"] for tool in tools):
-        words = stripped[1:-1].strip() if stripped[:1] == "[" and stripped[-1:] == "]" else stripped  # "[f(a=1)]"
-        after = words[len(name) :].lstrip(" \t\r") if words.startswith(name) else ""
-        is_called = after[:1] == "(" and after.endswith(")") or re.match(r"\n\s*\{", after)
-        if is_called or _is_call_object(stripped, name):
+        if _is_call(stripped, name) or _is_call(last_line, name):
             mark = name
     if mark is not None:
         raise DataError(f"{where}: found a call in the text ({shown(mark)}), expected it under 'tool_calls'")
+
+
+def refuse_documents_in_text(system: str, source: str) -> None:
+    """Raise DataError if the system text of a record with calls and without tools holds their documents."""
+    if found := _DOCUMENTS_IN_TEXT.search(system):
+        raise DataError(f"{source}: found tools in the system text ({shown(found[0])}), expected them under 'tools'")
+
+
+def _is_call(text: str, name: str) -> bool:
+    """Whether the text is a call of `name`: `f(a=1)`, `[f(a=1)]`, `f` and a JSON object, or a JSON object of a call."""
+    words = text[1:-1].strip() if text[:1] == "[" and text[-1:] == "]" else text
+    after = words[len(name) :].lstrip(" \t\r") if words.startswith(name) else ""
+    is_called = after[:1] == "(" and after.endswith(")") or re.match(r"\n\s*\{", after) is not None
+    return is_called or _is_call_object(text, name)
 
 
 def _is_call_object(text: str, name: str) -> bool:
@@ -253,7 +324,8 @@ def _is_call_object(text: str, name: str) -> bool:
         return False
     entries = value if isinstance(value, list) else [value]
     return any(
-        isinstance(entry, dict) and entry.get("name") == name and not {"arguments", "parameters"}.isdisjoint(entry)
+        isinstance(entry, dict)
+        and (entry.keys() == {name} or any(entry.get(key) == name for key in _NAME_KEYS) and _holds_call(entry))
         for entry in entries
     )
 

@@ -34,7 +34,10 @@ _SCHEMA_KEYS = (
     "parameter_definitions",
 )
 _TOOLBENCH_KEYS = ("required_parameters", "optional_parameters")
-_PARAMETER_WORDS = re.compile(r"(?:^|_)(?:param|arg|input|schema|propert)|(?<=[a-z])(?:Param|Arg|Input|Schema|Propert)")
+_PARAMETER_WORDS = re.compile(
+    r"(?:^|_)(?:param|arg|input|schema|propert|signature)|(?<=[a-z])(?:Param|Arg|Input|Schema|Propert|Signature)"
+)
+_BUILT_IN_TYPE = re.compile(r"custom\Z|\w+_20\d{6}\Z")  # OpenAI's free text tools; Anthropic's web_search_20250305
 _RESULT_WORDS = re.compile(r"output|return|response|result|example", re.IGNORECASE)
 _MAX_LEVELS = 100  # of a schema; also keeps the recursion far from Python's limit
 _MAX_PARTS = 20_000  # of a schema after its $ref are replaced: a few lines can refer to one another exponentially
@@ -79,12 +82,14 @@ def tool_parameters(function: dict) -> tuple[dict, list[str]]:
 def accepts_any_parameter(function: dict) -> bool:
     """Whether the document is open, so that no parameter is hallucinated.
 
-    Open: `additionalProperties` is true or a schema, or `parameters` has no `properties`. Without `parameters` at all a
-    function takes none (OpenAI's rule).
+    Open: `additionalProperties` is true or a schema, `patternProperties` has any, or `parameters` has no `properties`.
+    Without `parameters` at all a function takes none (OpenAI's rule).
     """
     parameters = function.get("parameters")
     if not isinstance(parameters, dict):
         return False
+    if parameters.get("patternProperties"):
+        return True
     additional = parameters.get("additionalProperties")
     return parameters.get("properties") is None if additional is None else additional is not False
 
@@ -124,6 +129,9 @@ def _normalize_tool(tool: object, where: str) -> dict:
     check_text(name, f"{where}: name")
     check_text(_or_empty(function.get("description"), ""), f"{where}: description")
     keys, is_openai = _parameter_keys(function, where)
+    kind = tool.get("type")
+    if not keys and isinstance(kind, str) and _BUILT_IN_TYPE.match(kind):
+        raise DataError(f"{where}: found a tool of type {shown(kind)} without parameters, expected their schema")
     if is_openai:
         parameters = _read_schema(function.get("parameters"), function, tool, f"{where}: parameters")
         kept = _without(function, "required")
@@ -223,10 +231,10 @@ def _read_json_schema(parameters: dict, required_beside: object, where: str) -> 
     required = merged.get("required")
     required = _required_names(required_beside if required is None else required, where)
     # JSON Schema up to draft 3: `required` true or false inside the property
-    required += [name for name, schema in properties.items() if schema.get("required") is True and name not in required]
+    flags = {name: _flag_of(schema, ("required",), f"{where}: {shown(name)}") for name, schema in properties.items()}
+    required += [name for name, flag in flags.items() if flag and name not in required]
     properties = {
-        name: _without(schema, "required") if isinstance(schema.get("required"), bool) else schema
-        for name, schema in properties.items()
+        name: schema if flags[name] is None else _without(schema, "required") for name, schema in properties.items()
     }
     if merged.get("type") == "OBJECT":  # Gemini writes types in capitals
         properties = {name: _lower_types(schema) for name, schema in properties.items()}
@@ -327,12 +335,14 @@ class _Expander:
 
 
 def _merge_branches(schema: dict, where: str) -> dict:
-    """A schema without allOf, anyOf, oneOf and if/then/else at its top: the parameters of all branches together.
+    """A schema without allOf, anyOf, oneOf, if/then/else, dependentSchemas at its top: all branches' parameters.
 
     A parameter is required if the schema, a part of its allOf, or every branch of an anyOf or oneOf requires it.
     """
     keys = [
-        key for key in ("allOf", "anyOf", "oneOf", "if", "then", "else") if isinstance(schema.get(key), (list, dict))
+        key
+        for key in ("allOf", "anyOf", "oneOf", "if", "then", "else", "dependentSchemas")
+        if isinstance(schema.get(key), (list, dict))
     ]
     if not keys:
         return schema
@@ -341,6 +351,7 @@ def _merge_branches(schema: dict, where: str) -> dict:
     has_properties = "properties" in schema
     for key in keys:
         entries = schema[key] if isinstance(schema[key], list) else [schema[key]]
+        entries = list(schema[key].values()) if key == "dependentSchemas" else entries
         branches = [
             _merge_branches(entry, where)
             for entry in entries
@@ -368,7 +379,7 @@ def _is_alternatives(document: object) -> bool:
 
 def _joined(first: object, second: object, key: str, name: str, where: str) -> object:
     """Two documents of one parameter as one: equal ones once, alternatives as anyOf."""
-    if first == second or key in ("if", "then", "else"):
+    if first == second or key in ("if", "then", "else", "dependentSchemas"):
         return first
     if key == "allOf":
         if (
@@ -398,6 +409,8 @@ _SCHEMA_KINDS = {
     "unevaluatedProperties": (bool, dict),
     "patternProperties": dict,
     "propertyNames": dict,
+    "dependentSchemas": dict,
+    "dependentRequired": dict,
     "$defs": dict,
     "definitions": dict,
     "if": dict,
@@ -431,8 +444,33 @@ def _flat_specs(parameters: dict) -> dict[str, dict]:
     specs = {key: value for key, value in rest.items() if isinstance(value, dict)}
     has_type_names = "type" not in parameters or isinstance(parameters["type"], dict)
     if has_type_names and rest and all(isinstance(value, (dict, str)) for value in rest.values()):
-        return {key: {"type": value} if isinstance(value, str) else value for key, value in rest.items()}
+        texts = [value for value in rest.values() if isinstance(value, str)]
+        # Parameters may have these names; next to type names alone, `"description": "Finds .."` is the tool's own.
+        are_types = all(map(_is_type, texts))
+        for key in ("title", "description") if texts else ():
+            text = parameters.get(key)
+            if isinstance(text, str) and (key == "title" or _is_type(text) or not are_types):
+                rest[key] = text
+        in_order = {key: rest[key] for key in parameters if key in rest}
+        return {key: _spec_of_text(value) if isinstance(value, str) else value for key, value in in_order.items()}
     return specs
+
+
+def _is_type(text: str) -> bool:
+    """Whether a text is the name of a type ("int, optional"), not a description."""
+    return len(text) <= 200 and _json_type(text)[0].get("type") != text or text in _JSON_TYPES
+
+
+def _spec_of_text(text: str) -> dict:
+    """The spec of a parameter given as a type, or as ToolAlpaca's "Required. string. Its title."."""
+    if _is_type(text):
+        return {"type": text}
+    flag = re.match(r"\W{0,2}(required|optional)\b\W*", text, re.IGNORECASE)
+    kind = re.match(r"(\w+)\b[.:,]\s*", text[flag.end() :] if flag else text)
+    is_typed = kind is not None and _is_type(kind[1])
+    rest = text[(flag.end() if flag else 0) + (kind.end() if is_typed else 0) :]
+    spec = {"type": kind[1]} if is_typed else {}
+    return {**spec, "description": rest} | ({"required": flag[1].lower() == "required"} if flag else {})
 
 
 def _named_specs(entries: list, where: str) -> dict[str, dict]:
@@ -471,19 +509,22 @@ def _schema_of_specs(specs: dict[str, dict], required: list | None, where: str) 
     parameter is required unless it has a default or its type is optional, as in the Python signatures that such
     documents are made from.
     """
-    has_flags = any(not {"required", "optional", "in"}.isdisjoint(spec) for spec in specs.values())
+    has_flags = any(not {*_REQUIRED_KEYS, "optional", "in"}.isdisjoint(spec) for spec in specs.values())
     properties, needed = {}, []
     for name, spec in specs.items():
         kind, is_optional = _json_type(spec.get("type"))
         is_optional = is_optional or "default" in spec or spec.get("nullable") is True
         if has_flags:
-            is_optional = spec.get("required") is not True and spec.get("optional") is not False
+            place = f"{where}: {shown(name)}"
+            is_optional = (
+                not _flag_of(spec, _REQUIRED_KEYS, place) and _flag_of(spec, ("optional",), place) is not False
+            )
         if not is_optional:
             needed.append(name)
         rest = {
             key: value
             for key, value in spec.items()
-            if key not in ("type", "required", "optional", "in")
+            if key not in ("type", *_REQUIRED_KEYS, "optional", "in")
             and value is not None
             or key == "required"
             and isinstance(value, list)
@@ -491,6 +532,27 @@ def _schema_of_specs(specs: dict[str, dict], required: list | None, where: str) 
         properties[name] = {**kind, **rest}
     required = needed if required is None else _required_names(required, where)
     return {"type": "object", "properties": properties, "required": required}
+
+
+_REQUIRED_KEYS = ("required", "is_required", "isRequired", "mandatory")
+
+
+def _flag_of(spec: dict, keys: tuple[str, ...], where: str) -> bool | None:
+    """The flag under the first of `keys` that a parameter has, also as text ("true", "no"); None without one.
+
+    A list is the `required` of an object's own parameters. Raises DataError for any other value.
+    """
+    for key in keys:
+        value = spec.get(key)
+        word = value.strip().lower() if isinstance(value, str) else value
+        if word is None or isinstance(word, list):
+            continue
+        if word in (True, "true", "yes", "required"):
+            return True
+        if word in (False, "false", "no", "optional"):
+            return False
+        raise DataError(f"{where}: {key}: found {shown(value)}, expected true or false")
+    return None
 
 
 _JSON_TYPES = {

@@ -26,7 +26,7 @@ _ERROR_KEYS = frozenset(
 _SUCCESS_KEYS = frozenset("success successful ok succeeded issuccess issuccessful response".split())  # false: an error
 _FAILURE_KEYS = frozenset("iserror haserror haserrors".split())  # true: an error
 _CODE_KEYS = frozenset("statuscode httpstatuscode httpstatus httpcode status code cod responsecode".split())
-_WORD_KEYS = frozenset("status state outcome stat type".split())
+_WORD_KEYS = frozenset("status state outcome stat type code".split())
 _CLASS_KEYS = frozenset("type name exception errortype class code".split())  # NotFoundError
 _MESSAGE_KEYS = tuple(
     "message msg detail details reason description note info information resultmsg statusmessage statustext "
@@ -57,8 +57,8 @@ _LONG = re.compile(
 )
 # <Error><Code>.. of object stores, or the title of an error page.
 _ERROR_PAGE = re.compile(
-    r"\s*(?:<\?xml[^>]{0,200}>\s*)?(?:<(?:\w+:)?(?:Error|Fault|Exception)\b|<(?:!doctype )?html\b[\s\S]{0,1000}?<title>"
-    r"([^<]{0,200})</title>)",
+    r"\s*(?:<\?xml[^>]{0,200}>\s*)?(?:<(?:\w+[:_])?(?:Error|Fault|Exception)\b"
+    r"|<(?:!doctype )?html\b[\s\S]{0,1000}?<title>([^<]{0,200})</title>)",
     re.IGNORECASE,
 )
 _OPENS_WITH_ERROR_KEY = re.compile(

@@ -14,12 +14,16 @@ from pathlib import Path
 
 from data.json_records import DataError, check_text, decode_value, kind_of, parse_json, read_records, shown
 from data.message_forms import (
+    WEIGHT_KEYS,
     call_parts,
     is_blank,
+    is_empty_text,
+    is_failed_result,
     is_sharegpt,
     message_weight,
     openai_record,
     refuse_call_in_text,
+    refuse_documents_in_text,
     result_id,
     role_and_content,
     unread_text_keys,
@@ -39,6 +43,7 @@ class Message:
     fault: str | None = None  # why the call does not parse; such a turn is context only (category `unparsable`)
     thought: str = ""  # the text next to a call, which some prompt formats write before it
     weight: int = 1  # 0: the file asks for no gradient on this turn (`weight`, `train` or `loss`)
+    failed: bool = False  # of a tool message: the file says that the call failed (`is_error`)
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,6 +118,11 @@ def _read_record(record: object, form: str, source: str, index: int, mask: bool)
     if not isinstance(record[key], list) or not record[key]:
         found = "an empty list" if record[key] == [] else kind_of(record[key])
         raise DataError(f"{source}: {key}: found {found}, expected a list of messages ({name})")
+    for weight_key in WEIGHT_KEYS:
+        if record.get(weight_key) not in (None, True, 1):
+            raise DataError(
+                f"{source}: {weight_key}: found {shown(record[weight_key])} at the record, expected it at messages"
+            )
     left_out: Counter[str] = Counter()
     if form == "authors":
         tools, messages = _read_authors_messages(record, source, mask, left_out)
@@ -224,7 +234,9 @@ def _read_openai_messages(
         role = "system" if entry.get("role") == "developer" else entry.get("role")
         _check_order(role, previous, where, {"system", "user", "assistant", "tool", "function"})
         if role in ("tool", "function"):
-            feedback[_answered_call(entry, calls, feedback, where)] = Message("tool", _openai_text(entry, where))
+            feedback[_answered_call(entry, calls, feedback, where)] = Message(
+                "tool", _openai_text(entry, where), failed=is_failed_result(entry, where)
+            )
         else:
             _flush_calls(calls, feedback, messages, where)
             calls, feedback = [], {}
@@ -239,6 +251,8 @@ def _read_openai_messages(
                 messages.append(Message(role, _openai_text(entry, where)))
         previous = role if role != "assistant" or calls else "assistant text"
     _flush_calls(calls, feedback, messages, source)
+    if not tools and messages[0].role == "system" and any(message.call for message in messages):
+        refuse_documents_in_text(messages[0].content, source)
     return tools, messages
 
 
@@ -259,7 +273,7 @@ def _text_message(entry: dict, tools: list[dict], where: str, mask: bool) -> Mes
     """An assistant's message without a call. An empty one is refused, or kept as context with `fault` set."""
     weight = message_weight(entry, where)
     text = "" if is_blank(entry.get("content")) else _openai_text(entry, where)
-    if not text.strip():
+    if is_empty_text(text):
         fault = "found neither text nor tool_calls, expected one of them"
         return _assistant_message(text, None, fault, weight, where, mask)
     refuse_call_in_text(text, tools, where)

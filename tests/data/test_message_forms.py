@@ -5,6 +5,7 @@ import json
 
 import pytest
 
+from data.error_filter import decide_masked_turns
 from data.json_records import DataError
 from data.tool_calls import ToolCall
 from data.trajectories import LEFT_OUT_NULLS, Message, read_trajectories
@@ -413,6 +414,33 @@ def test_empty_assistant_messages_are_refused_or_context(tmp_path, content):
         ),
         (openai(ASK, END, functions=TOOLS), "both 'tools' and 'functions'"),
         ({"messages": [ASK, END], "available_tools": TOOLS}, "'available_tools' and no 'tools'"),
+        (asked({"content": "Let me look.", "invocations": [{"tool": "f", "input": {"a": 1}}]}), "key 'invocations'"),
+        (asked({"content": "Let me look.", "metadata": {"raw": [call()]}}), "the key 'metadata'"),
+        (asked({"content": "\u200b\ufeff\n"}), "neither text nor"),
+        (asked({"tool_calls": [{**call(), "weight": 0}]}), "'weight' at one call"),
+        (asked({"content": "x", "loss_mask": 0}), "the key 'loss_mask'"),
+        (asked({"content": "x", "trainable": False}), "the key 'trainable'"),
+        (openai(ASK, END, weight=0), "weight: found 0 at the record"),
+        (
+            openai(
+                {"role": "system", "content": f"<tools>{json.dumps(TOOLS[0])}</tools>"},
+                ASK,
+                {"role": "assistant", "content": None, "tool_calls": [call()]},
+                tools=None,
+            ),
+            "found tools in the system text ('<tools>')",
+        ),
+        (
+            {
+                "tools": TOOLS,
+                "conversations": [
+                    {"from": "human", "value": "x"},
+                    {"from": "gpt", "value": "Let me look.", "weight": 0},
+                    {"from": "function_call", "value": json.dumps(call()["function"])},
+                ],
+            },
+            "another weight than that of the text",
+        ),
         (asked({"tool_calls": {"name": "f"}}), "tool_calls: found an object"),
         (asked({"tool_calls": "find_book"}), "tool_calls: found 'find_book'"),
         (asked({"function_call": "auto"}), "tool_calls[0]"),
@@ -453,3 +481,66 @@ def test_an_authors_file_is_not_taken_for_sharegpt(tmp_path):
     assert read(tmp_path, {**authors, "tools": ["find_book"]}).messages[1].call == CALL
     with pytest.raises(DataError, match="found a call in the text"):
         read(tmp_path, {"conversations": [*authors["conversations"], {"role": "human", "content": "x"}]})
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "I look.\nfind_book(title='Ulysses')",
+        "API-Request: [find_book(title='Ulysses')]",
+        '>>>find_book\n{"title": "Ulysses"}',
+        '```json\n{"name": "find_book", "arguments": {"title": "Ulysses"}}\n```',
+        'I look:\n```json\n{"tool": "find_book", "tool_input": {"title": "Ulysses"}}\n```',
+        '{"action": "find_book", "action_input": "Ulysses"}',
+        '{"find_book": {"title": "Ulysses"}}',
+        "```tool_code\nprint(find_book(title='Ulysses'))\n```",
+        '<|channel|>commentary to=functions.find_book<|message|>{"title": "Ulysses"}',
+        "<\uff5ctool\u2581calls\u2581begin\uff5c>function",
+    ],
+)
+def test_further_ways_to_write_a_call_into_a_text_are_refused(tmp_path, text):
+    assert "found a call in the text" in fault_of(tmp_path, asked({"content": text}))
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "Use `find_book(title)` to search.",
+        'The record is {"title": "find_book"}.',
+        '```json\n{"name": "find_book"}\n```',
+        "find_book\nis a tool.",
+        "```\n" * 20000,
+        "```" + " " * 100000 + "```",
+    ],
+    ids=lambda text: text[:20],
+)
+def test_texts_that_only_mention_a_tool_are_kept(tmp_path, text):
+    assert read(tmp_path, openai(ASK, {"role": "assistant", "content": text})).messages[1].content == text
+
+
+def test_unread_texts_inside_a_call_are_counted(tmp_path):
+    value = json.dumps({"thought": "Hm.", **call()["function"]})
+    record = {
+        "tools": TOOLS,
+        "conversations": [{"from": "human", "value": "x"}, {"from": "function_call", "value": value}],
+    }
+    assert read(tmp_path, record).left_out == {"texts under 'thought' of an assistant message": 1}
+
+
+@pytest.mark.parametrize("flag", [{"is_error": True}, {"isError": True}, {"status": "error"}], ids=str)
+def test_results_that_the_file_calls_failed_mask_their_call(tmp_path, flag):
+    """The words alone would not: "It was not on the shelf."; and a flag that says no changes nothing."""
+    words = {**ANSWER, "content": "It was not on the shelf."}
+    (decision, _) = decide_masked_turns(
+        read(tmp_path, asked({"tool_calls": [call()]}, {**words, **flag})), "structured"
+    )
+    assert (decision.masked, decision.category) == (True, "tool_call_failure")
+    same = {key: False if value is True else "success" for key, value in flag.items()}
+    (decision, _) = decide_masked_turns(
+        read(tmp_path, asked({"tool_calls": [call()]}, {**words, **same})), "structured"
+    )
+    assert not decision.masked
+    blocks = [{"type": "tool_result", "tool_use_id": "c1", "content": "x", "is_error": flag.get("is_error")}]
+    messages = read(tmp_path, asked({"tool_calls": [call()]}, {"role": "user", "content": blocks})).messages
+    assert messages[2].failed == ("is_error" in flag)
+    assert "is_error: found 'yes'" in fault_of(tmp_path, asked({"tool_calls": [call()]}, {**words, "is_error": "yes"}))

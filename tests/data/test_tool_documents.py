@@ -353,6 +353,11 @@ def nested(levels: int) -> dict:
         ({"parameters": SCHEMA, "input_schema": SCHEMA}, "under 'parameters' and 'input_schema'"),
         ({"function": {"name": "f", "parameters": SCHEMA}, "parameters": {"properties": {}}}, "two different"),
         ({"api_parameters": [{"name": "a"}]}, "'api_parameters' and no 'parameters'"),
+        ({"signature": "f(title: str)"}, "'signature' and no 'parameters'"),
+        ({"type": "web_search_20250305"}, "type 'web_search_20250305' without parameters"),
+        ({"type": "custom", "format": {"type": "text"}}, "type 'custom' without parameters"),
+        ({"parameters": {"a": {"type": "str", "required": "maybe"}}}, "required: found 'maybe'"),
+        ({"parameters": {"properties": {"a": {"required": "maybe"}}}}, "required: found 'maybe'"),
         ({"argument_schema": SCHEMA}, "'argument_schema' and no 'parameters'"),
         ({"required_parameters": "x"}, "required_parameters: found 'x'"),
         ({"required_parameters": [{"type": "STRING"}]}, "expected a parameter object with a name"),
@@ -444,3 +449,63 @@ def test_a_document_in_any_form_is_the_same_function(seed):
         if "required_parameters" in form:  # this form has its own order
             assert list(tool_parameters(tool["function"])[0])[: len(required)] == required
         assert tool == expected, form
+
+
+@pytest.mark.parametrize(
+    ("parameters", "properties", "required"),
+    [
+        (
+            {"title": "string", "year": "int"},
+            {"title": {"type": "string"}, "year": {"type": "integer"}},
+            ["title", "year"],
+        ),
+        ({"description": "Finds a book.", "year": "int"}, {"year": {"type": "integer"}}, ["year"]),
+        (
+            {"title": "Required. string. Its title.", "year": "integer. Of print."},
+            {
+                "title": {"type": "string", "description": "Its title."},
+                "year": {"type": "integer", "description": "Of print."},
+            },
+            ["title"],
+        ),
+        (
+            {"title": "What the book is called.", "year": "int, optional"},
+            {"title": {"description": "What the book is called."}, "year": {"type": "integer"}},
+            ["title"],
+        ),
+        (
+            {"title": {"type": "str", "required": "True"}, "year": {"type": "int", "required": "no"}},
+            {"title": {"type": "string"}, "year": {"type": "integer"}},
+            ["title"],
+        ),
+        (
+            [
+                {"name": "title", "type": "str", "is_required": True},
+                {"name": "year", "type": "int", "is_required": False},
+            ],
+            {"title": {"type": "string"}, "year": {"type": "integer"}},
+            ["title"],
+        ),
+        (
+            {"type": "object", "properties": {"title": {"required": "true"}, "year": {"required": "false"}}},
+            {"title": {}, "year": {}},
+            ["title"],
+        ),
+        (
+            {"properties": {"title": TITLE}, "dependentSchemas": {"title": {"properties": {"year": YEAR}}}},
+            {"title": TITLE, "year": YEAR},
+            [],
+        ),
+    ],
+)
+def test_texts_and_flags_as_parameters(parameters, properties, required):
+    """ToolAlpaca's and other short forms; a parameter called title is no annotation."""
+    (tool,) = read({**WORDS, "parameters": parameters})
+    read_parameters = tool["function"]["parameters"]
+    assert (read_parameters["properties"], read_parameters["required"]) == (properties, required)
+
+
+def test_pattern_properties_make_a_document_open():
+    parameters = {"properties": {"a": {}}, "patternProperties": {"^t": {}}, "additionalProperties": False}
+    tools = read({**WORDS, "parameters": parameters})
+    assert classify_feedback("yes", ToolCall("find_book", {"title": "x"}), tools) == "all_right"

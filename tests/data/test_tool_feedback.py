@@ -328,3 +328,24 @@ def test_every_short_text_is_judged_quickly():
         start = time.process_time()
         find_fault(text)
         assert time.process_time() - start < 1, text
+
+
+@pytest.mark.parametrize(
+    ("feedback", "is_error"),
+    [
+        ("1 validation error for Search\nq\n  field required", True),
+        ("MCP error -32602: Invalid arguments", True),
+        ("<tool_use_error>File does not exist</tool_use_error>", True),
+        ("net::ERR_NAME_NOT_RESOLVED at https://example.org", True),
+        ("I'm sorry, the request failed.", True),
+        ('{"code": "rate_limit_exceeded", "message": "slow down"}', True),
+        ("<errors_found>0</errors_found>", False),
+        ("Error bars -32 to 40 are drawn.", False),
+        ('{"code": "US", "name": "United States"}', False),
+        ("I'm sorry is a song by John Denver.", False),
+        ("err_is_human.txt", False),
+        ('{"code": "ok"}', False),
+    ],
+)
+def test_errors_of_clients_and_browsers(feedback, is_error):
+    assert (find_fault(feedback) is not None) == is_error
