@@ -50,7 +50,8 @@ class Finding:
 class TurnDecision:
     """Whether an assistant turn is masked. `category` is the structured reading in every mode.
 
-    So masked with `all_right` is a suspected false hit of the substring mode, not masked with an error one it missed.
+    In substring mode a masked turn with `all_right` is a suspected false hit, and an unmasked turn with another
+    category is a suspected miss.
     """
 
     message_index: int
@@ -187,7 +188,8 @@ def matches_released_substrings(feedback: str) -> bool:
     """The released matcher: does the feedback, without punctuation and spaces, in lower case, hold a known substring?
 
     Bit for bit as published, false hits included ("Comedy of Errors", `"error": null`, even "better Rory" across the
-    space). The list was read in the published source; the authors' data, to run both on, could not be had.
+    space). The list was read in the published source. The authors' data is not public, so the two could not be compared
+    on it.
     """
     return find_released_substring(feedback) is not None
 

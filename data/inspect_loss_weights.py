@@ -43,7 +43,7 @@ LEGEND = (
     ("masked", "~x~", "masked turn, weight 0, stays context"),
     ("excluded", "{x}", "turn of weight 0 in the data, stays context"),
     ("context", "x", "context, not trained"),
-    ("evidence", ">>x<<", "the text for which the turn before is masked"),
+    ("evidence", ">>x<<", "the text that caused the turn before it to be masked"),
 )
 
 

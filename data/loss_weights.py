@@ -68,7 +68,7 @@ class EncodedTrajectory:
 
 
 def count_tokens_before(ids: Sequence[int], text: str, tokenizer: TextEncoder) -> int:
-    """How many of `ids` lie wholly within `text`, with which the text of the ids begins.
+    """How many of `ids` lie wholly within `text`. The text of the ids must begin with `text`.
 
     A token that spans the border, such as ` get` after a blank, is not among them.
     """

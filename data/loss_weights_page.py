@@ -212,7 +212,7 @@ def _legend() -> str:
         ('<span class="t masked">abc</span>', "masked turn: weight 0, stays context"),
         ('<span class="t excluded">abc</span>', "turn of weight 0 in the data, stays context"),
         ('<span class="t">abc</span>', "context, not trained"),
-        ('<span class="t evidence">abc</span>', "feedback for which the turn before is masked"),
+        ('<span class="t evidence">abc</span>', "feedback that caused the turn before it to be masked"),
     )
     items = "".join(f"<li>{mark} {meaning}</li>" for mark, meaning in entries)
     return f'<ul class="legend" aria-label="Legend">{items}</ul>'

@@ -596,9 +596,9 @@ def make_page(numbers: dict) -> str:
 
 Read this page to follow one trajectory through every step of the method, on real numbers. It is for readers who know
 what SFT and PPO are and want to see what this code does with a dialogue. Each step names the function that does it.
-`python examples/make_walkthrough.py` makes page, pictures and numbers again, with training, in about a minute of one
-CPU core; with `--draw_only` it takes the numbers of the last run from `docs/figures/walkthrough.json`. This page is the
-output of a program: change the program, not the page.
+`python examples/make_walkthrough.py` trains the model and writes the page, the pictures and the numbers again, in about
+a minute on one CPU core. With `--draw_only` it reuses the numbers of the last run, `docs/figures/walkthrough.json`.
+This page is the output of a program: change the program, not the page.
 """
     parts = [
         head,

@@ -150,7 +150,7 @@ def _compare(call: ToolCall, gold: ToolCall, documents: Mapping[str, list]) -> R
         for name in wrong_values[:3]
     ]
     details += [f"{len(wrong_values) - 3} more wrong values"] if len(wrong_values) > 3 else []
-    explanation = f"{reward:g} {category}: {'; '.join(details) or shown(call.name) + ' as the gold call'}"
+    explanation = f"{reward:g} {category}: {'; '.join(details) or 'equal to the gold call'}"
     return RewardResult(reward, category, call, None, gold, hallucinated, redundant, missing, wrong_values, explanation)
 
 

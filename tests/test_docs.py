@@ -139,3 +139,10 @@ def test_values_of_the_papers_section_on_training():
     paper, _ = read_shipped("paper", "ppo", PPOConfig)
     assert (paper.policy_learning_rate, paper.value_learning_rate) == (2e-6, 1e-6)
     assert (paper.rollout_batch_size, paper.minibatch_size, paper.epochs) == (8, 8, 3)
+
+
+def test_checkpoints_page_names_every_setting_that_may_change():
+    page = (ROOT / "docs/checkpoints.md").read_text(encoding="utf-8").partition("You may change between starts")[2]
+    named = set(re.findall(r"`--(\w+)`", page.partition("ends a run early")[0]))
+    free = {field.name for config in (SFTConfig, PPOConfig) for field in fields(config) if field.metadata.get("free")}
+    assert named == free - {"output", "resume"}

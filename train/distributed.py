@@ -140,7 +140,7 @@ def apply_fsdp(model: torch.nn.Module, world: World, *, dtype: str) -> None:
     fully_shard(model, mesh=world.mesh, mp_policy=policy, reshard_after_forward=False)
     for module in fsdp_modules(model):
         module.set_gradient_divide_factor(1.0)
-        # gloo knows no AVG and no pre-multiplied sum: reduce with SUM only
+        # gloo has neither AVG nor a pre-multiplied sum: reduce with SUM only
         module.set_force_sum_reduction_for_comms(True)
 
 

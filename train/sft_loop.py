@@ -87,7 +87,7 @@ def train_step(
 
     1 denominators over all ranks, before any backward; 2 forward and backward of each micro-batch; 3 global loss;
     4 clip; 5 refuse non-finite values on all ranks alike; 6 update. Raises TrainingError before the update.
-    Of `config` it reads loss_normalization and max_grad_norm.
+    It reads only loss_normalization and max_grad_norm of `config`.
     """
     # 1.
     denominator, trained_tokens, trained_turns, input_tokens = _global_counts(config, batches, step)
