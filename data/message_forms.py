@@ -174,11 +174,11 @@ def _openai_messages(entry: dict, where: str) -> Iterator[tuple[str, dict]]:
         blocks = [part for part in parts if part.get("type") == "tool_use"]
         calls = [{"id": part.get("id"), "function": {**part, "arguments": part.get("input")}} for part in blocks]
         calls = [{**call, "function": {k: v for k, v in call["function"].items() if k != "input"}} for call in calls]
-        entry = _with_tool_calls({**entry, "content": rest or None} if calls else entry, calls, where)
+        entry = with_tool_calls({**entry, "content": rest or None} if calls else entry, calls, where)
     yield where, entry
 
 
-def _with_tool_calls(entry: dict, calls: list[dict], where: str) -> dict:
+def with_tool_calls(entry: dict, calls: list[dict], where: str) -> dict:
     """The assistant's message with its calls under `tool_calls` alone, whichever of the known places they came from."""
     for key, value in entry.items():
         is_known = key in _READ_KEYS or not isinstance(value, (str, list, dict)) or is_blank(value)

@@ -27,6 +27,7 @@ from data.message_forms import (
     result_id,
     role_and_content,
     unread_text_keys,
+    with_tool_calls,
     without_padding,
 )
 from data.tool_calls import ToolCall, ToolCallError, render_tool_call
@@ -179,6 +180,8 @@ def _read_authors_messages(
     tools: list[dict] = []
     messages: list[Message] = []
     previous = "the start"
+    if not is_blank(record.get("system")):
+        left_out["texts under 'system' of a record"] += 1
     for index, entry in enumerate(record["conversations"]):
         where = f"{source}: conversations[{index}]"
         if not isinstance(entry, dict):
@@ -190,12 +193,21 @@ def _read_authors_messages(
         else:
             check_text(content, where)
             if role == "assistant":
+                if "tool_calls" in with_tool_calls(entry, [], where):
+                    raise DataError(f"{where}: found a call under a key of its own, expected it as the content")
+                _count_unread(entry, left_out)
                 call, fault = _authors_call(content, tools, left_out)
                 messages.append(_assistant_message(content, call, fault, message_weight(entry, where), where, mask))
             else:
-                messages.append(Message("tool" if role == "function" else "user", content))
+                failed = role == "function" and is_failed_result(entry, where)
+                messages.append(Message("tool" if role == "function" else "user", content, failed=failed))
         previous = role
     return tools, messages
+
+
+def _count_unread(entry: dict, left_out: Counter[str]) -> None:
+    for key in unread_text_keys(entry):
+        left_out[f"texts under {shown(key)} of an assistant message"] += 1
 
 
 def _tools_of_system_message(content: object, where: str) -> list[dict]:
@@ -241,8 +253,7 @@ def _read_openai_messages(
             _flush_calls(calls, feedback, messages, where)
             calls, feedback = [], {}
             if role == "assistant":
-                for key in unread_text_keys(entry):
-                    left_out[f"texts under {shown(key)} of an assistant message"] += 1
+                _count_unread(entry, left_out)
             if role == "assistant" and entry.get("tool_calls"):
                 calls = _openai_calls(entry, tools, where, mask, left_out)
             elif role == "assistant":

@@ -544,3 +544,31 @@ def test_results_that_the_file_calls_failed_mask_their_call(tmp_path, flag):
     messages = read(tmp_path, asked({"tool_calls": [call()]}, {"role": "user", "content": blocks})).messages
     assert messages[2].failed == ("is_error" in flag)
     assert "is_error: found 'yes'" in fault_of(tmp_path, asked({"tool_calls": [call()]}, {**words, "is_error": "yes"}))
+
+
+def test_the_authors_form_loses_nothing_in_silence(tmp_path):
+    """A second call, texts beside the call, a system text and a failed result, next to the content that is read."""
+
+    def authors(assistant: dict, feedback: dict, **rest: object) -> dict:
+        return {
+            "conversations": [
+                {"role": "system", "content": json.dumps(TOOLS)},
+                ASK,
+                {"role": "assistant", "content": 'find_book\n{"title": "Ulysses"}', **assistant},
+                {"role": "function", "content": "It was not on the shelf.", **feedback},
+            ],
+            **rest,
+        }
+
+    other = {"function_call": {"name": "find_book", "arguments": {"title": "Emma"}}}
+    assert "a call under a key of its own" in fault_of(tmp_path, authors(other, {}))
+    assert "the key 'calls'" in fault_of(tmp_path, authors({"calls": [call()]}, {}))
+    padded = {"function_call": BOTH_NULL, "tool_calls": []}
+    assert read(tmp_path, authors(padded, {"is_error": None})).messages[1].call == CALL
+    trajectory = read(tmp_path, authors({"reasoning": "Hm."}, {"is_error": True}, system="Be kind."))
+    assert trajectory.left_out == {
+        "texts under 'system' of a record": 1,
+        "texts under 'reasoning' of an assistant message": 1,
+    }
+    (decision,) = decide_masked_turns(trajectory, "structured")
+    assert (decision.masked, decision.rule) == (True, "the data says is_error")
