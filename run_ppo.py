@@ -65,6 +65,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if world.is_main:
             for note in (*filter(None, [format_line]), *notes, *more_notes, f"loss backend: {loss_backend} ({reason})"):
                 log_line(note)
+            if config.critic_only_iterations:
+                log_line(f"the first {config.critic_only_iterations} iterations train the critic alone")
         models = load_models(config, tokenizer, world, loss_backend)
         sources = {
             "data_sha256": file_sha256(Path(config.data)),

@@ -207,7 +207,8 @@ def load_tokenizer(model_dir_or_file: str | Path) -> Tokenizer:
         candidates = [path / "tokenizer.model", path / "tokenizer.json"]
         found = [candidate for candidate in candidates if candidate.is_file()]
         if not found:
-            raise ModelFolderError(f"{path}: no tokenizer, expected tokenizer.model or tokenizer.json")
+            hint = f"; the model of this run is {path / 'final'}" if (path / "final").is_dir() else ""
+            raise ModelFolderError(f"{path}: found no tokenizer, expected tokenizer.model or tokenizer.json{hint}")
         path = found[0]
     elif not path.is_file():
         raise ModelFolderError(f"{path}: no such file or folder, expected a tokenizer")

@@ -473,7 +473,7 @@ def test_the_table_of_the_page_is_what_the_code_computes():
 
 
 def test_the_example_prints_what_its_header_says(monkeypatch, capsys):
-    path = ROOT / "examples/03_gae_by_hand.py"
+    path = ROOT / "examples/gae_by_hand.py"
     monkeypatch.setattr(sys, "path", list(sys.path))  # the example puts the root there
     run_path(str(path), run_name="__main__")
     header = path.read_text(encoding="ascii").partition("Output:\n\n")[2].partition('"""')[0]

@@ -115,7 +115,7 @@ def test_without_an_sft_model_the_line_says_how_to_make_one(tmp_path):
 def test_a_model_folder_without_tokenizer_or_weights(tmp_path):
     folder = tmp_path / "bare"
     save_pretrained(tiny_model(), folder)
-    expect_refusal(tmp_path, "bare: no tokenizer, expected tokenizer.model or tokenizer.json", model=folder)
+    expect_refusal(tmp_path, "bare: found no tokenizer, expected tokenizer.model or tokenizer.json", model=folder)
     shutil.copytree(policy_folder(), tmp_path / "weightless")
     (tmp_path / "weightless" / "model.safetensors").unlink()
     expect_refusal(tmp_path, "weightless.*expected", model=tmp_path / "weightless")

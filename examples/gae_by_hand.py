@@ -1,6 +1,6 @@
 """One response of three tokens, from log-probabilities to advantages, by hand and by the code of the PPO loop.
 
-    python examples/03_gae_by_hand.py
+    python examples/gae_by_hand.py
 
 Shape suffixes: B responses, R response tokens.
 docs/math.md has the same response ("Which number belongs to which token"). Output:
