@@ -1,11 +1,12 @@
 """SFT, PPO and evaluation in the format of another model: a random one with a byte-level BPE tokenizer of its family.
 
-pytest tests/rl/test_ppo_formats.py
+pytest tests/rl/test_ppo_formats.py; the long proof: pytest -m very_slow tests/rl/test_ppo_formats.py
 """
 
 import json
 import shutil
 from functools import cache
+from statistics import fmean
 
 import pytest
 
@@ -18,7 +19,7 @@ from tests.support.eval_runs import flags_of
 from tests.support.eval_runs import run_here as run_eval_here
 from tests.support.format_tokenizers import CONTROLS, byte_level_bpe
 from tests.support.tiny_ppo import journal_of, make_record, run_ppo_here, write_records
-from tests.support.tiny_run import CITIES, make_records, run_here, tiny_model
+from tests.support.tiny_run import CITIES, make_records, metrics_of, run_here, tiny_model
 
 FORMATS = {"qwen25": "<|im_end|>", "llama31": "<|eot_id|>"}
 
@@ -148,3 +149,54 @@ def test_disagreements_and_bad_files_are_one_line_and_code_2(world_of, sft_of, t
         (folder / "tl_training.json").write_text(content)
         fails(expected, *run_eval_here(flags_of(world, tmp_path / "f", model=folder)))
         fails(expected, *ppo_here(world, tmp_path / "g", folder))
+
+
+@pytest.mark.very_slow
+@pytest.mark.parametrize("prompt_format", FORMATS)
+def test_reward_rises_in_the_formats_of_qwen25_and_llama31(world_of, tmp_path, capsys, prompt_format):
+    """SFT leaves a model that picks the city at random. All PPO prompts ask for one city, which PPO can learn.
+
+    docs/reproduction.md has the figures.
+    """
+    world, folders = world_of(prompt_format), [tmp_path / "sft/final", tmp_path / "ppo/final"]
+    code, _, err = sft_here(world, tmp_path / "sft", prompt_format, epochs=6, learning_rate=5e-3)
+    assert (code, err) == (0, "")
+    asked = [f"get_weather {CITIES[0]}", f"search {CITIES[0]}"]
+    records = [json.loads(line) for line in (world / "test_seen.jsonl").read_text().splitlines()]
+    records = [record for record in records if record["id"] in asked]
+    (tmp_path / "asked").mkdir()
+    write_records(tmp_path / "asked/test_seen.jsonl", records)
+    repeated = [{**record, "id": f"{record['id']} {n}"} for n in range(384) for record in records]
+    code, _, err = ppo_here(
+        world,
+        tmp_path / "ppo",
+        folders[0],
+        data=write_records(tmp_path / "prompts.jsonl", repeated),
+        rollout_batch_size=16,
+        minibatch_size=8,
+        micro_batch_size=8,
+        max_response_tokens=32,
+        policy_learning_rate=7e-4,
+        value_learning_rate=3e-3,
+        kl_coef=0.03,
+        critic_only_iterations=2,
+        gae_lambda=1.0,
+        whiten_advantages="on",
+    )
+    assert (code, err) == (0, "")
+    rows = metrics_of(tmp_path / "ppo")
+    first, last = rows[: len(rows) // 3], rows[-(len(rows) // 3) :]
+    assert fmean(row["ppo/score"] for row in last) > fmean(row["ppo/score"] for row in first) + 0.3
+    assert all(0 <= row["ppo/share_unparsable"] <= 1 for row in rows)
+
+    for settings, expected_rise in ((["--temperature", "0"], 1.0), (["--samples_per_prompt", "64"], 0.3)):
+        capsys.readouterr()
+        options = ["--data", str(tmp_path / "asked/test_seen.jsonl"), "--max_response_tokens", "32", *settings]
+        assert evaluate_reward(["--model", *map(str, folders), *options]) == 0
+        after = json.loads(capsys.readouterr().out.splitlines()[-1])["models"][1]
+        assert after["difference"]["mean_reward"] > expected_rise
+    for folder, CF in zip(folders, (0, 2), strict=True):
+        output = tmp_path / f"eval_{folder.parent.name}"
+        flags = flags_of(tmp_path / "asked", output, model=folder, max_new_tokens=32)
+        assert run_eval_here(flags)[0] == 0
+        assert json.loads((output / "summary.json").read_text())["benchmarks"]["tiny-seen"]["CF"] == CF
