@@ -72,7 +72,7 @@ def test_stopping_inside_an_epoch_changes_nothing(straight, tmp_path):
     output, quiet = tmp_path / "run", {"eval_data": "", "eval_every": 0}
     for steps, done in ((1, 4), (9, 10), (17, 18)):
         code, out, err = run_ppo_here(output, **settings(max_steps=steps, **quiet))
-        assert (code, err) == (0, "") and f"trained {done} steps" in out
+        assert (code, err) == (0, "") and f"trained {done} step" in out
     code, out, err = run_ppo_here(output, **settings(**quiet))
     assert (code, err) == (0, "") and "(step 18, saved by 1 rank)" in out
     for name in ("metrics.jsonl", "samples.jsonl"):

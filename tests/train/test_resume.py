@@ -57,7 +57,7 @@ def test_stopping_at_any_step_changes_nothing(straight, tmp_path):
     for steps in (1, 2, 9, 40):
         code, out, err = run_here(tmp_path / "run", **LONG, max_steps=steps)
         assert code == 0, err
-        assert f"trained {steps} steps" in out
+        assert f"trained {steps} step" in out
     code, out, err = run_here(tmp_path / "run", **LONG)
     assert code == 0, err
     assert "resuming from" in out and "step_00000040 (step 40, saved by 1 rank)" in out
