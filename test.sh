@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # The test suite in its own environment. Arguments go to pytest:
 #   ./test.sh                      format, lint, all tests on two cores
-#   ./test.sh -m "not slow"        the same without the tests of more than 10 s
+#   ./test.sh -m "not slow"        the same without the slow tests: the daily loop
 #   ./test.sh tests/x/test_y.py    one file, in one process, without format and lint
 #   ./test.sh --fresh              build the CUDA emulation and run the kernel mutants again (no cache)
 set -euo pipefail

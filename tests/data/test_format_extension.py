@@ -6,6 +6,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
+pytestmark = pytest.mark.slow  # the file as a whole takes several seconds
+
 ROOT = Path(__file__).resolve().parents[2]
 # Calls as `@name {json}`, one per turn; the end of a turn is the tokenizer's EOS.
 TOY = '''"""A toy format: "Q:" and "A:" lines, calls as `@name {json}`."""

@@ -20,6 +20,8 @@ from tests.support.per_turn_rows import expand_per_turn
 from tests.support.piece_tokenizer import PieceTokenizer
 from tests.support.random_trajectories import random_trajectory
 
+pytestmark = pytest.mark.slow  # the file as a whole takes several seconds
+
 VOCAB_SIZE = 300
 CONFIG = ModelConfig(
     vocab_size=VOCAB_SIZE,

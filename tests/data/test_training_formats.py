@@ -20,6 +20,8 @@ from tests.support.hostile_dialogues import HOSTILE, hostile_messages
 from tests.support.piece_tokenizer import PieceTokenizer
 from tests.support.tiny_run import make_records
 
+pytestmark = pytest.mark.slow  # the file as a whole takes several seconds
+
 SETTINGS = {"error_filter": "none", "key_tokens": True, "max_key_token_weight": 20.0, "loss_normalization": "sum"}
 KINDS = ("bundled", "qwen25", "llama31")
 # What a tokenizer of the kind does not give back as it was: the mark for blanks, and what NFC composes.

@@ -21,6 +21,8 @@ from tests.support.processes import start
 from tests.support.tiny_run import ROOT, run_here
 from toolbox.world import build_toolbox, special_tools
 
+pytestmark = pytest.mark.slow  # the file as a whole takes several seconds
+
 TINY_DATA = ROOT / "assets" / "tiny_data"
 
 

@@ -51,6 +51,8 @@ from tests.support.dialogue_doubles import (
 from tests.support.endpoint_server import Server
 from tests.support.tiny_run import tiny_model
 
+pytestmark = pytest.mark.slow  # the file as a whole takes several seconds
+
 ROOT = Path(__file__).resolve().parents[2]
 TOOLEYES = ROOT / "../shared/data/benchmarks/tooleyes/Test_Data/scenario_data_zero_processed.json"
 NEWS = call("get_news")

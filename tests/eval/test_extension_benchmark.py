@@ -8,7 +8,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from tests.support.tiny_run import tiny_files
+
+pytestmark = pytest.mark.slow  # the file as a whole takes several seconds
 
 ROOT = Path(__file__).resolve().parents[2]
 FILE = '''"""Echo: the model repeats a word. File in, file out, no model.

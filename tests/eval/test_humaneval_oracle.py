@@ -16,6 +16,8 @@ import pytest
 from eval.evaluate_humaneval import check_completion, load_humaneval
 from eval.records import Record
 
+pytestmark = pytest.mark.slow  # the file as a whole takes several seconds
+
 REAL = Path(__file__).resolve().parents[2] / "../shared/data/benchmarks/humaneval/HumanEval.jsonl.gz"
 needs_real = pytest.mark.skipif(not REAL.is_file(), reason="the benchmark files are not beside this checkout")
 LIMITS = {"seconds": 6.0, "memory_bytes": 512 << 20}

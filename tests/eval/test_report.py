@@ -16,6 +16,8 @@ from eval.reports.plots import main as plots_main
 from eval.reports.report import format_comparison, format_report, metrics_of, unattainable_rates
 from tests.support.rotbench_records import react, rotbench_record
 
+pytestmark = pytest.mark.slow  # the file as a whole takes several seconds
+
 
 def rows_of(levels):
     """One row per level 0 to 3: TS, PI, CF right up to it."""

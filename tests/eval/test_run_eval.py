@@ -25,6 +25,8 @@ from tests.support.eval_runs import flags_of, predictions_of, run_here
 from tests.support.processes import lines_in, start
 from tests.support.tiny_run import CITIES, ROOT, copy_of_model, make_records, tiny_files
 
+pytestmark = pytest.mark.slow  # the file as a whole takes several seconds
+
 COUNT = 23  # records per benchmark: no multiple of a batch or of the ranks
 
 

@@ -22,6 +22,8 @@ from tests.support.endpoint_server import Server
 from tests.support.eval_runs import flags_of, predictions_of, run_here
 from tests.support.tiny_run import tiny_files
 
+pytestmark = pytest.mark.slow  # the file as a whole takes several seconds
+
 TOOL = {
     "name": "search",
     "description": "finds",

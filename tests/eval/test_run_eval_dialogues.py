@@ -18,6 +18,8 @@ from tests.support.processes import lines_in, start
 from tests.support.tiny_run import ROOT
 from toolbox.world import execute
 
+pytestmark = pytest.mark.slow  # the file as a whole takes several seconds
+
 ASSETS = ROOT / "assets"
 TASKS = ASSETS / "tiny_data" / "test_multi.jsonl"
 TOOLEYES = ROOT.parent / "shared" / "data" / "benchmarks"

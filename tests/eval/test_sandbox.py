@@ -22,6 +22,8 @@ from eval.sandbox.limits import ALLOW, FAIL, KILL, filter_rows
 from eval.sandbox.run import SandboxError, read_verdict, run_check, run_python
 from eval.sandbox.values import SharedValues
 
+pytestmark = pytest.mark.slow  # the file as a whole takes several seconds
+
 ROOT = Path(__file__).resolve().parents[2]
 MEMORY_BYTES = 256 << 20
 CHECKER = "def check(candidate):\n    assert candidate(3) == 9\n"

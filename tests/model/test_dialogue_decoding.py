@@ -12,6 +12,8 @@ from model.sampling import generate
 from model.transformer import Transformer
 from tests.model.test_transformer import STORIES, tiny_model
 
+pytestmark = pytest.mark.slow  # the file as a whole takes several seconds
+
 STOPS = frozenset(range(3, 61, 6))  # so many that random responses meet one
 MAX_TOKENS, MAX_NEW = 150, 9  # prompts may cross the 128 slots at which attention takes another shape
 

@@ -21,6 +21,8 @@ from tests.support.format_tokenizers import CONTROLS, byte_level_bpe
 from tests.support.tiny_ppo import journal_of, make_record, run_ppo_here, write_records
 from tests.support.tiny_run import CITIES, make_records, metrics_of, run_here, tiny_model
 
+pytestmark = pytest.mark.slow  # the file as a whole takes several seconds
+
 FORMATS = {"qwen25": "<|im_end|>", "llama31": "<|eot_id|>"}
 
 

@@ -30,6 +30,8 @@ from tests.support.tiny_run import digest_of_final
 from train.distributed import local_part, reshard_all
 from train.optimizer import schedule_factor, warmup_steps_of
 
+pytestmark = pytest.mark.slow  # the file as a whole takes several seconds
+
 # 2 epochs of 11 prompts in iterations of 4, 4 and 3
 LONG = {"epochs": 2, "checkpoint_every": 1, "eval_data": ppo_data(), "eval_limit": 3, "eval_every": 2}
 JOURNALS = ("metrics.jsonl", "samples.jsonl", "evaluations.jsonl")

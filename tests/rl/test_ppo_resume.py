@@ -18,6 +18,8 @@ from tests.support.processes import start
 from tests.support.tiny_ppo import journal_of, ppo_arguments, ppo_command, ppo_data, run_ppo_here
 from tests.support.tiny_run import ROOT, wait_for_step
 
+pytestmark = pytest.mark.slow  # the file as a whole takes several seconds
+
 # 3 epochs of 3 iterations, each of 2 or (the third, of 3 responses) 1 minibatches twice, an adaptive kl_coef
 LONG = {
     "epochs": 3,

@@ -11,6 +11,8 @@ import torch
 from model.pretrained_weights import load_pretrained
 from tests.support.tiny_ppo import ARMS, arm_logprobs, journal_of, run_ppo_here, toy_data, toy_folder
 
+pytestmark = pytest.mark.slow  # the file as a whole takes several seconds
+
 ITERATIONS, RESPONSES = 12, 8
 
 

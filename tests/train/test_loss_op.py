@@ -23,6 +23,8 @@ from train.weighted_cross_entropy import (
     weighted_cross_entropy,
 )
 
+pytestmark = pytest.mark.slow  # the file as a whole takes several seconds
+
 
 def trained_rows(dtype=torch.float64, requires_grad=True):
     """hidden (K, D), head (V, D), targets (K,), weights (K,) of the 12 rows of 21 that have a weight; their numbers."""

@@ -11,6 +11,8 @@ import pytest
 from tests.support.processes import run, start
 from tests.support.tiny_run import ROOT, arguments, command, digest_of_final, metrics_of, run_here, wait_for_step
 
+pytestmark = pytest.mark.slow  # the file as a whole takes several seconds
+
 # 6 epochs of 11 steps: long enough to be killed inside, a few seconds in all
 LONG = {"epochs": 6, "checkpoint_every": 4}
 STEPS = 66
