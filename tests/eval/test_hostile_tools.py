@@ -30,7 +30,10 @@ from tests.eval.test_sandbox import interpret
 
 ROOT = Path(__file__).resolve().parents[2]
 SECRET = "HOSTILE_TOOLS_SECRET"
-pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="namespaces, Landlock and seccomp are Linux's")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(sys.platform != "linux", reason="namespaces, Landlock and seccomp are Linux's"),
+]
 
 
 @pytest.fixture(scope="module")
