@@ -5,6 +5,7 @@ import inspect
 import json
 import math
 import re
+import select
 import socket
 import threading
 import uuid
@@ -790,18 +791,28 @@ def test_a_server_outlives_the_thread_that_started_it_and_serves_every_call():
         assert executor._local._servers[0] is server and not executor.notices
 
 
+def kill_server(executor):
+    """Kill the server and wait for its end. The process inside its namespace lives a little longer than the outer one:
+    until its end of the pipe is closed it would still answer."""
+    server = executor._local._servers[0]
+    server._child.process.kill()
+    server._child.process.wait()
+    closed = select.poll()
+    closed.register(server._responses, 0)  # a hang-up is reported without being asked for
+    assert closed.poll(10_000)
+
+
 def test_a_server_that_is_killed_is_replaced_and_lost_files_are_told(can):
     if not can["folder"]:
         pytest.skip("the sandbox of this machine gives no folder")
     with ToolExecutor(ExecutorSettings("auto", servers=1)) as executor:
         before = result_of(executor, "get_uuid")
         run_file(executor, "write_file", 3, text="x")
-        executor._local._servers[0]._child.process.kill()
-        executor._local._servers[0]._child.process.wait()
+        kill_server(executor)
         assert result_of(executor, "get_uuid") == before  # a pure call needs nothing that was lost
         assert len(executor.notices) == 1 and "started again; files lost of dialogues 3" in executor.notices[0]
         run_file(executor, "write_file", 3, text="x")
-        executor._local._servers[0]._child.process.kill()
+        kill_server(executor)
         asked = request("File/file_operation", "read_file", {"file_path": "output.txt"}, dialogue=3)
         told = executor(asked).feedback
         assert told == FILES_LOST and read_as(asked, told) == "tool_instability" and len(executor.notices) == 2
