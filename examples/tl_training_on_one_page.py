@@ -1,6 +1,6 @@
 """TL-Training on one page: a LLaMA, SFT with MAE and PKT, PPO with the paper's reward, importing nothing of ours.
 
-    python examples/tl_training_on_one_page.py        # bundled model and data, about a minute on one core
+    python examples/tl_training_on_one_page.py        # bundled model and data, under two minutes on one core
 
 tests/test_one_page.py holds the page to the product: equal ids, targets, weights, logits, rewards, advantages, losses.
 Equation numbers are those of docs/math.md. Left out: packing, several ranks, bf16, resuming, checks of the input.
