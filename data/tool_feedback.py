@@ -202,7 +202,11 @@ def _judge_envelope(fields: dict, depth: int, is_root: bool) -> Fault | None:
     for key, value in fields.items():
         if key in _SUCCESS_KEYS and _flag(value) is False or key in _FAILURE_KEYS and _flag(value) is True:
             return fault("success flag", key)
+        if key in _SUCCESS_KEYS and type(value) is int and value == 0 and texts and not has_payload:
+            return fault("success flag", key)  # with results next to it, 0 may count successes
     status = next((key for key, value in fields.items() if _is_failing_status(key, value, has_payload)), None)
+    if status is not None and not is_root and "id" in fields and _code(fields[status]) is None:
+        status, has_payload = None, True  # a thing with an id that failed, such as an order: the call found it
     for key, value in fields.items():
         if key not in _ERROR_KEYS or not _is_error(value, may_count=has_payload or key == "errors"):
             continue

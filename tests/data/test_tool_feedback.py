@@ -349,3 +349,19 @@ def test_every_short_text_is_judged_quickly():
 )
 def test_errors_of_clients_and_browsers(feedback, is_error):
     assert (find_fault(feedback) is not None) == is_error
+
+
+@pytest.mark.parametrize(
+    ("feedback", "is_error"),
+    [
+        ('{"orders": [{"id": 1, "status": "failed"}]}', False),
+        ('{"order": {"id": 1, "status": "failed"}}', False),
+        ('[{"status": "failed", "id": 3}]', False),
+        ('{"data": {"id": 3, "status": 404}}', True),  # a code is about the call
+        ('{"id": 3, "status": "failed"}', True),  # the answer itself
+        ('{"success": 0, "msg": "param error"}', True),
+        ('{"success": 0, "msg": "3 rows tried", "rows": [1, 2, 3]}', False),
+    ],
+)
+def test_a_thing_that_failed_is_no_failed_call(feedback, is_error):
+    assert (find_fault(feedback) is not None) is is_error
