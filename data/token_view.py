@@ -1,15 +1,14 @@
 """One encoded sample as turns of tokens with class and weight, for the terminal and the page. No layout in here."""
 
-import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from data.error_filter import TurnDecision
+from data.json_records import terminal_text
 from data.loss_weights import CONTEXT, EOS, TOKEN_CLASSES, EncodedTrajectory, TextEncoder
 from data.trajectories import Trajectory
 
 ROLE_TITLES = {"user": "user", "assistant": "assistant", "tool": "tool output", "system": "system text"}
-_UNPRINTABLE = ("Cc", "Cf", "Cs", "Co", "Cn")  # control, format, surrogate, private use, unassigned
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,13 +63,8 @@ class SampleView:
 
 
 def printable(text: str) -> str:
-    """Text that cannot act on a terminal or reorder a line: control, format and surrogate characters become escapes."""
-    return "".join(
-        character
-        if character == "\n" or unicodedata.category(character) not in _UNPRINTABLE
-        else character.encode("unicode_escape").decode("ascii")
-        for character in text
-    )
+    """Text that cannot act on a terminal or reorder a line, its line breaks kept."""
+    return "\n".join(map(terminal_text, text.split("\n")))
 
 
 def view_sample(
