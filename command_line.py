@@ -67,6 +67,11 @@ def run_identity(config: object, sources: dict[str, object]) -> dict:
     return {each.name: getattr(config, each.name) for each in fields(config) if not each.metadata["free"]} | sources
 
 
+def changed_settings(config: object) -> dict[str, object]:
+    """Field -> its default, of every setting that has another value."""
+    return {each.name: each.default for each in fields(config) if getattr(config, each.name) != each.default}
+
+
 def read_config(
     config_class: type[Config], description: str, arguments: Sequence[str] | None = None, *, section: str = ""
 ) -> Config:

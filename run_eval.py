@@ -9,7 +9,7 @@ Exit codes: 0 everything scored; 2 bad input (one line on stderr); 130 stopped b
 
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 
 from command_line import ConfigError, fail, read_config
@@ -24,8 +24,8 @@ from eval.reports.plots import write_plots
 from eval.reports.report import format_report
 from model.pretrained_weights import ModelFolderError
 from train.distributed import DeviceError, World, close_world, init_world
-from train.run_control import lock_folder
-from train.run_logging import describe_environment, log_line, write_json_atomically
+from train.run_control import lock_folder, write_settings
+from train.run_logging import log_line, write_json_atomically
 from train.seeding import seed_everything
 
 USER_ERRORS = (ConfigError, DataError, DeviceError, ModelFolderError, PromptError, OSError, KeyboardInterrupt)
@@ -65,8 +65,7 @@ def run(config: EvalConfig, world: World) -> None:
                     log_line(terminal_text(line))
     if world.is_main:
         output.mkdir(parents=True, exist_ok=True)
-        write_json_atomically(output / "config.json", asdict(config))
-        write_json_atomically(output / "environment.json", describe_environment(world.size, world.device))
+        write_settings(output, config, world)
         log_line(score(config, runs))
 
 

@@ -75,7 +75,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             "critic_sha256": model_fingerprint(config.critic_model or config.model),
         }
         held_out = held_out[: config.eval_limit or None]
-        result = train_ppo(config, models, prompts, world, held_out=held_out, sources=sources)
+        notes += more_notes
+        result = train_ppo(config, models, prompts, world, held_out=held_out, sources=sources, notes=notes)
         if result.stopped_by:
             return 128 + result.stopped_by
         export(config, models, world)

@@ -51,11 +51,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         check_folder(config.model, tokenizer)
         _, format_line = choose_format(config.prompt_format, config.model)
         training = training_record(tokenizer, config.prompt_format)
-        encoded, notes = encode_data(config, tokenizer)
+        encoded, report = encode_data(config, tokenizer)
         world = init_world(config.device)
         say = log_line if world.is_main else lambda line: None
         loss_backend, reason = agree_on_loss_backend(config.loss_backend, world)
-        for note in (*filter(None, [format_line]), *notes, f"loss backend: {loss_backend} ({reason})"):
+        for note in (*filter(None, [format_line]), *report["notes"], f"loss backend: {loss_backend} ({reason})"):
             say(note)
         model = load_sharded_model(config.model, world, dtype=config.dtype, tokenizer_size=tokenizer.vocab_size)
         optimizer = make_adamw(
@@ -78,6 +78,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             ),
             total_steps=config.epochs * steps_per_epoch(len(encoded), config.global_batch_size),
             sources={"data_sha256": file_sha256(Path(config.data)), "model_sha256": model_fingerprint(config.model)},
+            report=report,
         )
         result = train_sft(config, data, model, optimizer, world, loss_backend=loss_backend)
         if result.stopped_by:

@@ -5,11 +5,72 @@ Everything that comes from the data is printed as ASCII on one line, so no text 
 
 from collections import Counter
 from collections.abc import Sequence
+from pathlib import Path
 
 from data.error_filter import TurnDecision
 from data.json_records import one_line
 from data.loss_weights import EncodedTrajectory
+from data.tool_calls import render_tool_call
 from data.trajectories import LEFT_OUT_NULLS, Trajectory
+
+N_EXAMPLES = 2  # of each rule, in data_report.json
+EXAMPLE_CHARACTERS = 300  # of a call or a feedback there
+
+
+def data_report(
+    trajectories: Sequence[Trajectory],
+    encoded: Sequence[EncodedTrajectory],
+    kept: Sequence[EncodedTrajectory],
+    notes: Sequence[str],
+) -> dict:
+    """What data_report.json of a run holds (docs/metrics.md): counts, masked turns by rule with examples, `notes`.
+
+    Arguments as describe_data; notes: the lines of the log.
+    """
+    return {
+        "trajectories": len(trajectories),
+        "trained_trajectories": len(kept),
+        "tokens": sum(map(len, kept)),
+        "assistant_turns": sum(len(row.turn_decisions) for row in encoded),
+        "trained_turns": sum(row.trained_turns for row in kept),
+        "trained_tokens": sum(row.trained_tokens for row in kept),
+        "masked": [
+            {
+                "category": turns[0][1].category,
+                "rule": turns[0][1].rule,
+                "turns": len(turns),
+                "examples": [_example(trajectory, turn) for trajectory, turn in turns[:N_EXAMPLES]],
+            }
+            for turns in _masked_by_rule(trajectories, encoded)
+        ],
+        "notes": list(notes),
+    }
+
+
+def _example(trajectory: Trajectory, turn: TurnDecision) -> dict:
+    """One masked turn: where it is, its call, the text that the rule matched, and the feedback; texts are cut."""
+    message, after = (trajectory.messages[turn.message_index :] + [None])[:2]
+    feedback = after.content if after is not None and after.role == "tool" else ""
+    return {
+        "id": trajectory.id,
+        "source": Path(trajectory.source).name,  # the file's name and the line
+        "message_index": turn.message_index,
+        "call": (message.content if message.call is None else render_tool_call(message.call))[:EXAMPLE_CHARACTERS],
+        "matched_text": turn.matched_text,
+        "feedback": feedback[:EXAMPLE_CHARACTERS],
+    }
+
+
+def _masked_by_rule(
+    trajectories: Sequence[Trajectory], encoded: Sequence[EncodedTrajectory]
+) -> list[list[tuple[Trajectory, TurnDecision]]]:
+    """The masked turns of each category and rule, the most frequent rule first; of equals the first met."""
+    by_rule: dict[tuple[str, str], list[tuple[Trajectory, TurnDecision]]] = {}
+    for trajectory, row in zip(trajectories, encoded, strict=True):
+        for turn in row.turn_decisions:
+            if turn.masked:
+                by_rule.setdefault((turn.category, turn.rule), []).append((trajectory, turn))
+    return sorted(by_rule.values(), key=len, reverse=True)  # stable
 
 
 def describe_data(
@@ -50,26 +111,22 @@ def describe_data(
 
 def _warn_of_masking(trajectories: Sequence[Trajectory], encoded: Sequence[EncodedTrajectory]) -> list[str]:
     """The warning, or nothing if at most half of all calls are masked."""
-    examples: dict[tuple[str, str], list[tuple[Trajectory, TurnDecision]]] = {}
+    by_rule = _masked_by_rule(trajectories, encoded)
+    n_masked = sum(map(len, by_rule))
     n_calls = 0
     for trajectory, row in zip(trajectories, encoded, strict=True):
-        for turn in row.turn_decisions:
-            message = trajectory.messages[turn.message_index]
-            n_calls += message.call is not None or message.fault is not None
-            if turn.masked:
-                examples.setdefault((turn.category, turn.rule), []).append((trajectory, turn))
-    n_masked = sum(map(len, examples.values()))
+        messages = [trajectory.messages[turn.message_index] for turn in row.turn_decisions]
+        n_calls += sum(message.call is not None or message.fault is not None for message in messages)
     if 2 * n_masked <= n_calls:
         return []
     lines = [f"warning: {n_masked} of {n_calls} calls are masked and train nothing; the most frequent rules:"]
-    by_count = sorted(examples.items(), key=lambda item: -len(item[1]))  # stable: the first met of equals
-    for (category, rule), turns in by_count[:3]:
+    for turns in by_rule[:3]:
         trajectory, turn = turns[0]
         call = trajectory.messages[turn.message_index].call
         name = "" if call is None else f" {one_line(call.name)}"
         matched = f" ({one_line(turn.matched_text, 120)})" if turn.matched_text else ""
         lines.append(
-            f"warning: {len(turns)} x {category}, {one_line(rule)}{matched}; first at {trajectory.source} "
+            f"warning: {len(turns)} x {turn.category}, {one_line(turn.rule)}{matched}; first at {trajectory.source} "
             f"message {turn.message_index}{name}"
         )
     return lines

@@ -25,7 +25,6 @@ D model dim.
 import math
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -76,11 +75,13 @@ def train_ppo(
     *,
     held_out: Sequence[PPOPrompt],
     sources: dict[str, object],
+    notes: Sequence[str],
 ) -> TrainResult:
     """Train from the newest good checkpoint (or from the given weights) to the end; a collective.
 
     prompts: all of them, on every rank. held_out: prompts scored before, during and after training; may be empty.
-    sources: fingerprints of what goes in, part of the run's identity. Files: docs/checkpoints.md, docs/metrics.md.
+    sources: fingerprints of what goes in, part of the run's identity. notes: lines on how the prompts were chosen.
+    Files: docs/checkpoints.md, docs/metrics.md.
     Raises RunFolderError, CheckpointError, TrainingError.
     """
     seed_everything(config.seed, world.rank)
@@ -88,7 +89,7 @@ def train_ppo(
     total_steps = config.epochs * sum(count_steps(len(prompts), config))
     last_step = min(total_steps, config.max_steps or total_steps)
     identity = run_identity(config, {**sources, "total_steps": total_steps})
-    open_output(Path(config.output), asdict(config), identity, world, resume=config.resume)
+    open_output(Path(config.output), config, identity, world, data_report={"prompts": len(prompts), "notes": notes})
     run_hash = fingerprint(identity)
     step, number, kl_coef = resume_state(config, models, world, run_hash)
     saved_step, stopping = step, False

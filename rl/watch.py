@@ -19,6 +19,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from data.json_records import one_line
+from data.tool_calls import render_tool_call
 from model.tokenizer import Tokenizer
 from rl.advantages import explained_variance_from_sums, explained_variance_sums, kl_estimates, masked_sums
 from rl.evaluate_reward import Sampling, evaluate_reward, summarize
@@ -206,6 +207,7 @@ def _sample_rows(credited: Credited, tokenizer: Tokenizer) -> list[dict]:
             "reward": result.reward,
             "category": result.category,
             "explanation": result.explanation,
+            "gold": render_tool_call(result.gold),
             "kl": kl,
         }
         for prompt, ids, ended, result, kl in zip(

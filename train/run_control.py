@@ -6,13 +6,13 @@ SFT and PPO share these, so that a run of either kind is opened, stopped and res
 
 import fcntl
 import signal
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Self, TextIO
+from typing import Any, Self, TextIO
 
 import torch
 
-from command_line import error_line
+from command_line import changed_settings, error_line
 from data.json_records import DataError
 from train.checkpoint import CheckpointError, TrainerState, load_checkpoint, newest_good_checkpoint, remove_leftovers
 from train.distributed import World, any_rank, reshard_all, wait_for_all
@@ -61,21 +61,31 @@ class StopSignal:
             signal.signal(each, handler)
 
 
-def open_output(output: Path, settings: dict, identity: dict, world: World, *, resume: str) -> None:
-    """Rank 0 checks and makes the run folder and writes config.json and environment.json; a refusal (RunFolderError)
-    is raised on every rank. settings: the run's config as JSON; identity: what makes two runs the same run."""
+def open_output(output: Path, config: Any, identity: dict, world: World, *, data_report: dict) -> None:
+    """Rank 0 checks and makes the run folder and writes config.json, environment.json and data_report.json.
+
+    config: the settings dataclass of the run; identity: what makes two runs the same run; data_report: what was read
+    and chosen. Raises RunFolderError, on every rank.
+    """
     problem = ""
     if world.is_main:
         try:
-            open_run_folder(output, identity, resume=resume)
+            open_run_folder(output, identity, resume=config.resume)
             (output / "checkpoints").mkdir(exist_ok=True)
             remove_leftovers(output / "checkpoints")
-            write_json_atomically(output / "config.json", settings)
-            write_json_atomically(output / "environment.json", describe_environment(world.size, world.device))
+            write_settings(output, config, world)
+            write_json_atomically(output / "data_report.json", data_report)
         except (RunFolderError, OSError) as error:
             problem = error_line(error)
     if any_rank(problem != ""):
         raise RunFolderError(problem or f"{output}: refused by rank 0")
+
+
+def write_settings(output: Path, config: Any, world: World) -> None:
+    """config.json with every setting; environment.json, with the default of each setting that has another value."""
+    write_json_atomically(output / "config.json", asdict(config))
+    environment = describe_environment(world.size, world.device)
+    write_json_atomically(output / "environment.json", {**environment, "changed_from": changed_settings(config)})
 
 
 def lock_folder(folder: Path, world: World) -> TextIO:

@@ -10,7 +10,7 @@ Shape suffixes: B batch (1: one packed row), T tokens, K trained tokens (weight 
 import math
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from command_line import run_identity
 from data.batches import PackedBatch, drop_unusable
-from data.data_report import describe_data
+from data.data_report import data_report, describe_data
 from data.json_records import one_line
 from data.loss_weights import EncodedTrajectory, TextEncoder, encode_trajectory
 from data.trajectories import read_trajectories
@@ -35,8 +35,10 @@ from train.weighted_cross_entropy import linear_weighted_cross_entropy
 # Data
 
 
-def encode_data(config: SFTConfig, tokenizer: TextEncoder) -> tuple[list[EncodedTrajectory], list[str]]:
-    """Read, filter, weigh and encode all trajectories; also lines on what was dropped, masked and is trained.
+def encode_data(config: SFTConfig, tokenizer: TextEncoder) -> tuple[list[EncodedTrajectory], dict]:
+    """Read, filter, weigh and encode all trajectories; also what data_report.json says about them.
+
+    Its "notes" are the lines of the log on what was dropped, masked and is trained.
 
     Raises DataError; PromptError for a tokenizer without the control tokens of the format.
     """
@@ -54,7 +56,8 @@ def encode_data(config: SFTConfig, tokenizer: TextEncoder) -> tuple[list[Encoded
         for trajectory in trajectories
     ]
     kept, notes = drop_unusable(encoded, config.max_tokens)
-    return kept, notes + describe_data(trajectories, encoded, kept, config.error_filter)
+    notes += describe_data(trajectories, encoded, kept, config.error_filter)
+    return kept, data_report(trajectories, encoded, kept, notes)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -164,6 +167,7 @@ class SFTData:
     step_batches: Callable[[int], list[PackedBatch]]  # this rank's micro-batches of step s, from 0; a pure function
     total_steps: int  # length of the schedule; config.max_steps ends the run earlier, not the schedule
     sources: dict[str, str]  # fingerprints of what goes in, part of the run's identity
+    report: dict = field(default_factory=dict)  # data_report.json
 
 
 def train_sft(
@@ -186,7 +190,7 @@ def train_sft(
     output = Path(config.output)
     identity = run_identity(config, {**data.sources, "total_steps": data.total_steps})
     run_hash = fingerprint(identity)
-    open_output(output, asdict(config), identity, world, resume=config.resume)
+    open_output(output, config, identity, world, data_report=data.report)
     model.activation_checkpointing = config.activation_checkpointing == "on"
     model.train()
     parts = {"model": (model, optimizer)}

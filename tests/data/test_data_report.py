@@ -37,7 +37,7 @@ def notes_of(tmp_path, *records: dict, **settings) -> list[str]:
 
     path = tmp_path / "data.jsonl"
     path.write_text("".join(json.dumps(entry) + "\n" for entry in records), encoding="utf-8")
-    _, notes = encode_data(SFTConfig(data=str(path), **settings), load_tokenizer(tiny_files()[0]))
+    notes = encode_data(SFTConfig(data=str(path), **settings), load_tokenizer(tiny_files()[0]))[1]["notes"]
     assert all(note.isprintable() and note.isascii() and len(note) < 400 for note in notes)
     return notes
 
@@ -63,6 +63,39 @@ def test_a_set_that_is_mostly_masked_ends_with_a_warning(tmp_path):
     )
     for note, pattern in zip(notes[-3:], expected, strict=True):
         assert re.fullmatch(pattern, note), note
+
+
+def test_report_counts_masked_turns_by_rule_with_the_first_examples(tmp_path):
+    from model.tokenizer import load_tokenizer
+
+    records = [record(GOOD, MISSING), record(UNKNOWN), record(INVENTED), record(INVENTED), record(INVENTED, end=False)]
+    path = tmp_path / "data.jsonl"
+    path.write_text("".join(json.dumps(entry) + "\n" for entry in records), encoding="utf-8")
+    kept, report = encode_data(SFTConfig(data=str(path)), load_tokenizer(tiny_files()[0]))
+    assert {
+        key: report[key] for key in ("trajectories", "trained_trajectories", "assistant_turns", "trained_turns")
+    } == {
+        "trajectories": 5,
+        "trained_trajectories": 4,
+        "assistant_turns": 10,  # six calls and four texts
+        "trained_turns": 5,  # one call and the four texts
+    }
+    assert report["trained_tokens"] == sum(row.trained_tokens for row in kept)
+    assert [(each["category"], each["turns"], len(each["examples"])) for each in report["masked"]] == [
+        ("parameter_hallucination", 3, 2),
+        ("parameter_missing", 1, 1),
+        ("tool_hallucination", 1, 1),
+    ]
+    assert report["masked"][0]["examples"][0] == {
+        "id": "2",
+        "source": "data.jsonl:3",
+        "message_index": 1,
+        "call": 'find_book(title="Ulysses", city="Oslo")',
+        "matched_text": "city",
+        "feedback": "fine",
+    }
+    assert report["masked"][1]["examples"][0]["message_index"] == 3
+    assert report["notes"][0].startswith("dropped 1 of 5 trajectories, without a trained turn: 4")
 
 
 def test_half_masked_is_no_warning_and_text_turns_do_not_count(tmp_path):

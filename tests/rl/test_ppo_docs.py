@@ -89,7 +89,10 @@ def test_relations_between_metrics_that_the_page_states(output):
     assert second["ppo/max_ratio_deviation"] > 0 and second["ppo/approx_kl"] >= 0
     times = [value for key, value in first.items() if key.endswith("_seconds") and key != "time/step_seconds"]
     assert first["time/step_seconds"] == pytest.approx(sum(times))
-    rewards = [row["reward"] for row in rows_of(output / "samples.jsonl")]
+    samples = rows_of(output / "samples.jsonl")
+    assert all(row["response"] == row["gold"] for row in samples if row["category"] == "correct")
+    assert json.loads((output / "data_report.json").read_text()).keys() == {"prompts", "notes"}
+    rewards = [row["reward"] for row in samples]
     assert first["ppo/score"] == pytest.approx(sum(rewards) / len(rewards))
 
 

@@ -230,6 +230,9 @@ def test_a_whole_run_leaves_the_promised_files(tmp_path):
     assert json.loads((output / "config.json").read_text())["learning_rate"] == 1e-2
     environment = json.loads((output / "environment.json").read_text())
     assert environment["torch"] == torch.__version__ and environment["world_size"] == 1
+    assert environment["changed_from"]["max_steps"] == 0 and "seed" not in environment["changed_from"]
+    report = json.loads((output / "data_report.json").read_text())
+    assert [(each["category"], each["turns"]) for each in report["masked"]] == [("parameter_hallucination", 8)]
     assert [row["step"] for row in metrics_of(output)] == [1, 2, 3]
     assert sorted(path.name for path in (output / "checkpoints").iterdir()) == ["step_00000002", "step_00000003"]
     names = {path.name for path in (output / "final").iterdir()}
