@@ -48,15 +48,16 @@ def setting(
     low: float | None = None,
     high: float | None = None,
     free: bool = False,
+    hidden: bool = False,
 ) -> Any:
     """A dataclass field with its help line, and the values it may have: one of `choices`, or low <= value <= high.
 
     free: the field does not change what is learned, so a run may resume with another value. Paths are free, because
     their content counts instead; micro_batch_size is free, because it changes rounding only.
+    hidden: error lines do not show the value, since a user may mistake the setting for a password.
     """
-    return field(
-        default=default, metadata={"help": meaning, "choices": choices, "low": low, "high": high, "free": free}
-    )
+    bounds = {"choices": choices, "low": low, "high": high}
+    return field(default=default, metadata={"help": meaning, **bounds, "free": free, "hidden": hidden})
 
 
 def run_identity(config: object, sources: dict[str, object]) -> dict:
@@ -268,7 +269,7 @@ def _read_file(path: Path, by_name: dict[str, Field], section: str) -> tuple[dic
         if wanted is float and type(value) is int and abs(value) < 10**300:
             values[name] = float(value)
         elif type(value) is not wanted:  # exact: True is an int to isinstance
-            raise ConfigError(f"{places[name]}: found {name} = {shown(value)}, expected {_TYPE_NAMES[wanted]}")
+            raise ConfigError(f"{places[name]}: {_found(by_name[name], value)}, expected {_TYPE_NAMES[wanted]}")
     return values, places
 
 
@@ -302,7 +303,7 @@ def _line_of(text: str, name: str, first_line: int) -> int:
 def _check(each: Field, value: object, place: str) -> None:
     """Choices and bounds of one field, and what holds for every value."""
     choices, low, high = each.metadata["choices"], each.metadata["low"], each.metadata["high"]
-    found = f"{place}: found {each.name} = {shown(value)}"
+    found = f"{place}: {_found(each, value)}"
     if choices and value not in choices:
         raise ConfigError(f"{found}, expected one of {', '.join(choices)}")
     if expected := _fault_of(value):
@@ -311,6 +312,14 @@ def _check(each: Field, value: object, place: str) -> None:
         raise ConfigError(f"{found}, expected at least {low}")
     if high is not None and value > high:
         raise ConfigError(f"{found}, expected at most {high}")
+
+
+def _found(each: Field, value: object) -> str:
+    return (
+        f"found a value of {each.name} that is not shown"
+        if each.metadata["hidden"]
+        else f"found {each.name} = {shown(value)}"
+    )
 
 
 def _fault_of(value: object) -> str:

@@ -44,7 +44,7 @@ from eval.dialogues.play import (
 from eval.dialogues.tools import EXECUTOR_KINDS, ExecutorSettings, ToolExecutor
 from eval.evaluate_rotbench import load_rotbench
 from eval.evaluate_tooleyes import load_tooleyes
-from eval.predict.endpoint import Endpoint, check_url, make_endpoint
+from eval.predict.endpoint import Endpoint, check_key_variable, check_url, make_endpoint
 from eval.predict.generate import LocalModel, answers_sha256, check_settings, folder_sha256
 from eval.records import Record, field_of
 from eval.reports.error_statistics import classify_turns, format_turns, summarize_turns
@@ -353,9 +353,9 @@ def read_flags(arguments: Sequence[str]) -> argparse.Namespace:
     )
     add = parser.add_argument
     add("--model", default="runs/sft/final", help="folder of the teacher; with --endpoint its name there (%(default)s)")
-    add("--endpoint", default="", help="base URL of an OpenAI-compatible server (default: the model folder)")
-    add("--endpoint_key", default="OPENAI_API_KEY", help="environment variable with its key (%(default)s)")
-    add("--endpoint_timeout", type=float, default=120.0, help="seconds for one answer (%(default)s)")
+    add("--endpoint", type=_url, default="", help="base URL of an OpenAI-compatible server (default: the model folder)")
+    add("--endpoint_key", type=_key_variable, default="OPENAI_API_KEY", help="variable with its key (%(default)s)")
+    add("--endpoint_timeout", type=float, default=120.0, help="seconds for one request (%(default)s)")
     add("--endpoint_attempts", type=int, default=6, help="requests per turn before the run ends (%(default)s)")
     add("--endpoint_concurrency", type=int, default=8, help="dialogues at a time (%(default)s)")
     add(
@@ -408,7 +408,7 @@ def _check_flags(parser: argparse.ArgumentParser, flags: argparse.Namespace) -> 
         ("temperature", 0, 100),
         ("instability_rate", 0, 1),
         ("call_failure_rate", 0, 1),
-        ("endpoint_timeout", 0.1, None),
+        ("endpoint_timeout", 0.1, 86400),
         ("endpoint_attempts", 1, None),
         ("endpoint_concurrency", 1, None),
     ):
@@ -422,11 +422,23 @@ def _check_flags(parser: argparse.ArgumentParser, flags: argparse.Namespace) -> 
         parser.error(
             f"--prompt_format: found {flags.prompt_format} without --endpoint, expected the chat API of a server"
         )
-    if flags.endpoint:
-        try:
-            check_url(flags.endpoint)
-        except ValueError as error:
-            parser.error(f"--endpoint: {error}")
+
+
+def _url(text: str) -> str:
+    return _checked(text, check_url) if text else text
+
+
+def _key_variable(text: str) -> str:
+    return _checked(text, check_key_variable)
+
+
+def _checked(text: str, check: Callable[[str], None]) -> str:
+    """`text` if `check` raises no ValueError; argparse would show the text itself."""
+    try:
+        check(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+    return text
 
 
 def main(arguments: Sequence[str]) -> int:

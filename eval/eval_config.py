@@ -10,7 +10,7 @@ from data.trained_format import AUTO_FORMAT
 from eval.benchmarks import BENCHMARKS
 from eval.dialogues.metrics import MAX_TURNS
 from eval.dialogues.tools import EXECUTOR_KINDS
-from eval.predict.endpoint import check_url
+from eval.predict.endpoint import check_key_variable, check_url
 
 
 def default_output(config: "EvalConfig") -> str:
@@ -41,9 +41,15 @@ class EvalConfig:
         "plain is that of the bundled base model",
         choices=(AUTO_FORMAT, *PROMPT_FORMATS),
     )
-    endpoint: str = setting("", "base URL of an OpenAI-compatible server, http://HOST:PORT/v1; empty = model folder")
-    endpoint_key: str = setting("OPENAI_API_KEY", "environment variable that holds the endpoint's key")
-    endpoint_timeout: float = setting(120.0, "seconds that the endpoint may take for one answer", low=0.1)
+    endpoint: str = setting(
+        "", "base URL of an OpenAI-compatible server, http://HOST:PORT/v1; empty = model folder", hidden=True
+    )
+    endpoint_key: str = setting(
+        "OPENAI_API_KEY", "name of the environment variable that holds the endpoint's key", hidden=True
+    )
+    endpoint_timeout: float = setting(
+        120.0, "seconds that the endpoint may take for one request, all in all", low=0.1, high=86400.0
+    )
     endpoint_attempts: int = setting(6, "requests per record before the run ends, with growing pauses between", low=1)
     endpoint_concurrency: int = setting(8, "simultaneous requests to the endpoint", low=1)
     predictions: str = setting("", "score this file of predictions (one benchmark), no model; empty = predict")
@@ -130,8 +136,9 @@ class EvalConfig:
             raise ValueError(
                 f"execute_code: found off, expected on for {needs_code[0]}, whose scoring runs code that a model wrote"
             )
-        if self.endpoint:
-            try:
-                check_url(self.endpoint)
-            except ValueError as error:
-                raise ValueError(f"endpoint: {error}") from None
+        for name, check in (("endpoint_key", check_key_variable), ("endpoint", check_url)):
+            if name == "endpoint_key" or self.endpoint:
+                try:
+                    check(getattr(self, name))
+                except ValueError as error:
+                    raise ValueError(f"{name}: {error}") from None

@@ -381,8 +381,8 @@ def run_dialogues_with_endpoint(
                     )
                 if failure is not None:
                     endpoint.stopping.set()
-        except BaseException:  # interrupted: do not wait for attempts that are in vain
-            endpoint.stopping.set()
+        except BaseException:  # interrupted: do not wait for answers
+            endpoint.stop()
             raise
     if failure is not None:
         raise failure

@@ -3,8 +3,8 @@
 A fault that may pass (no connection, no answer in time, status 408, 429 or 5xx, a body that is not the expected JSON)
 is tried again after a pause that doubles. Any other ends the run with one line, except the refusal of a single request
 (400, 413, 422), which becomes that record's answer: a chat API may not accept the tool names of a noisy benchmark.
-The server is not trusted: answers are bounded in size and time, redirects are not followed (they would carry the key
-elsewhere), and the key is cut out of every message.
+The server is not trusted: answers are bounded in size and time (eval/predict/bounded_request.py), redirects are not
+followed (they would carry the key elsewhere), and every piece of the key is hidden in what it says.
 """
 
 import http.client
@@ -12,19 +12,22 @@ import json
 import math
 import os
 import random
+import re
+import string
 import threading
-import time
 import urllib.error
 import urllib.parse
 import urllib.request
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
+from email.message import Message
 
 from data.formats.call_text import json_text
 from data.formats.prompt_format import PromptError
 from data.formats.table import FORMATS, prompt_text
 from data.json_records import DataError
+from eval.predict.bounded_request import BoundedRequest
 from eval.predict.choices import choice_prompt
 from eval.predict.cut_output import cut_at
 from eval.records import Record
@@ -34,6 +37,8 @@ MAX_ANSWER_BYTES = 16 << 20
 MAX_STOPS = 4  # the API takes no more; what it does not cut is cut here
 REFUSALS_TO_STOP = 8  # without a single answer: then it is the server or the settings, not the records
 TOP_LOGPROBS = 5  # the most that the completions API gives
+READ_CHARACTERS, SHOWN_CHARACTERS = 1 << 16, 300  # of a server's words: searched for the key, then shown
+KEY_PIECE, URL_ENCODINGS = 4, 3  # characters of the key that are hidden; how often words may be URL-encoded
 PASSING_STATUS = (408, 425, 429)
 REFUSED_STATUS = (400, 413, 422)
 
@@ -61,6 +66,13 @@ class Endpoint:
     attempts: int  # requests per record, the first one included
     concurrency: int  # requests at a time
     stopping: threading.Event = field(default_factory=threading.Event)  # once set, no more attempts
+    in_flight: set[BoundedRequest] = field(default_factory=set)  # requests without an answer so far
+
+    def stop(self) -> None:
+        """No more attempts, and no answers to the requests in flight."""
+        self.stopping.set()
+        for request in list(self.in_flight):
+            request.cut()
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,25 +88,42 @@ class Answer:
 # Requests
 
 
-class _NoRedirect(urllib.request.HTTPRedirectHandler):
-    def redirect_request(self, *arguments) -> None:
-        return None  # the status of the redirect then counts as a fault
-
-
-_OPENER = urllib.request.build_opener(_NoRedirect)
-_DIRECT_OPENER = urllib.request.build_opener(_NoRedirect, urllib.request.ProxyHandler({}))
 LOOPBACK_HOSTS = ("localhost", "127.0.0.1", "::1")  # a proxy of the environment is not asked for these
+_LOWER = str.maketrans(string.ascii_uppercase, string.ascii_lowercase)
 
 
 def check_url(url: str) -> None:
-    """Raise ValueError unless `url` is the http(s) base of an API."""
+    """Raise ValueError unless `url` is the http(s) base of an API. The message shows no password and no query."""
+    if "@" in url:
+        raise ValueError(
+            "found a URL with a user or password, expected one without; the key belongs in the environment variable "
+            "that --endpoint_key names"
+        )
     try:
         parts = urllib.parse.urlsplit(url)
-        is_usable = parts.scheme in ("http", "https") and bool(parts.hostname) and not parts.query and parts.port != 0
+        is_usable = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
     except ValueError:  # a port that is not a number, a bracket without its pair
         is_usable = False
-    if not is_usable or not url.isascii() or any(character <= " " for character in url):
-        raise ValueError(f"found {url!a}, expected the base of an API, as in http://127.0.0.1:8000/v1")
+    if not is_usable or not url.isascii() or any(character <= " " or character in "?#" for character in url):
+        shown_url = re.split("[?#]", url)[0]
+        hidden = "?.." if shown_url != url else ""
+        raise ValueError(f"found {shown_url + hidden!a}, expected the base of an API, as in http://127.0.0.1:8000/v1")
+
+
+def check_key_variable(name: str) -> None:
+    """Raise ValueError, without the value, unless `name` can be that of an environment variable and is no key itself.
+
+    Keys often have the letters of a name: what begins like one, or is long and has digits, counts as a name only where
+    there is such a variable.
+    """
+    looks_like_key = name[:3] in ("sk_", "pk_", "hf_") or (
+        len(name) >= 20 and any(map(str.isdigit, name)) and (name != name.upper() or "_" not in name)
+    )
+    if not re.fullmatch("[A-Za-z_][A-Za-z0-9_]*", name) or (looks_like_key and name not in os.environ):
+        raise ValueError(
+            "found a value that is not shown, expected the name of the environment variable that holds the key, as in "
+            "OPENAI_API_KEY"
+        )
 
 
 def make_endpoint(
@@ -124,6 +153,8 @@ def ask(endpoint: Endpoint, path: str, body: dict) -> Answer:
     """
     message, attempt = "", 0
     for attempt in range(endpoint.attempts):
+        if endpoint.stopping.is_set():
+            raise EndpointError(f"{endpoint.url}{path}: found the run about to stop, expected no more requests")
         try:
             return _ask_once(endpoint, path, body)
         except _PassingError as fault:
@@ -142,69 +173,83 @@ def _ask_once(endpoint: Endpoint, path: str, body: dict) -> Answer:
     headers = {"Content-Type": "application/json", "Accept": "application/json"}
     if endpoint.api_key:
         headers["Authorization"] = f"Bearer {endpoint.api_key}"
-    request = urllib.request.Request(endpoint.url.rstrip("/") + path, json.dumps(body).encode("ascii"), headers)
-    deadline = time.monotonic() + endpoint.timeout_seconds
-    opener = _DIRECT_OPENER if urllib.parse.urlsplit(endpoint.url).hostname in LOOPBACK_HOSTS else _OPENER
-    try:
-        with opener.open(request, timeout=endpoint.timeout_seconds) as response:
-            raw = _read(response, deadline)
-    except urllib.error.HTTPError as error:
-        return _refusal(endpoint, path, error, deadline)
-    except TimeoutError:
-        raise _PassingError(f"found no answer within {endpoint.timeout_seconds:g} s") from None
-    except urllib.error.URLError as error:
-        if isinstance(error.reason, TimeoutError):
-            raise _PassingError(f"found no answer within {endpoint.timeout_seconds:g} s") from None
-        raise _PassingError(f"found no connection ({_shown(str(error.reason), endpoint)})") from None
-    except (OSError, http.client.HTTPException) as error:
-        raise _PassingError(
-            f"found a broken connection ({_shown(f'{type(error).__name__}: {error}', endpoint)})"
-        ) from None
+    request = urllib.request.Request(endpoint.url + path, json.dumps(body).encode("ascii"), headers)
+    status, headers, raw = _exchange(endpoint, request)
+    if not 200 <= status < 300:
+        return _refusal(endpoint, path, status, headers, raw)
     choice = _first_choice(raw, endpoint)
     return Answer(choice, "max_new_tokens" if choice.get("finish_reason") == "length" else "end", "")
 
 
-def _read(response: http.client.HTTPResponse, deadline: float) -> bytes:
-    """The whole body; the socket's own timeout restarts with every byte that a slow server sends."""
+def _exchange(endpoint: Endpoint, request: urllib.request.Request) -> tuple[int, Message, bytes]:
+    """Status, headers and body of the answer; the body of a refusal may be incomplete. Raises _PassingError."""
+    use_proxy = urllib.parse.urlsplit(endpoint.url).hostname not in LOOPBACK_HOSTS
+    with BoundedRequest(endpoint.timeout_seconds) as bounded:
+        endpoint.in_flight.add(bounded)
+        try:
+            with bounded.open(request, use_proxy=use_proxy) as response:
+                answer = response.status, response.headers, _read(response)
+        except urllib.error.HTTPError as error:
+            with error:
+                return error.code, error.headers, _read_if_possible(error)
+        except (OSError, http.client.HTTPException, ValueError) as error:
+            reason = error.reason if isinstance(error, urllib.error.URLError) else error
+            if bounded.is_over or isinstance(reason, TimeoutError):
+                raise _PassingError(f"found no answer within {endpoint.timeout_seconds:g} s") from None
+            if reason is not error:
+                raise _PassingError(f"found no connection ({_shown(str(reason), endpoint)})") from None
+            words = _shown(f"{type(error).__name__}: {error}", endpoint)
+            raise _PassingError(f"found a broken connection ({words})") from None
+        finally:
+            endpoint.in_flight.discard(bounded)
+        if bounded.is_over:  # a body without a length looks complete when its connection is cut
+            raise _PassingError(f"found no answer within {endpoint.timeout_seconds:g} s")
+        return answer
+
+
+def _read(response: http.client.HTTPResponse) -> bytes:
+    """The whole body."""
     chunks, size = [], 0
     while chunk := response.read1(1 << 16):
         chunks.append(chunk)
         size += len(chunk)
         if size > MAX_ANSWER_BYTES:
             raise _PassingError(f"found an answer of more than {MAX_ANSWER_BYTES} bytes, expected a shorter one")
-        if time.monotonic() > deadline:
-            raise TimeoutError
     if response.length:  # bytes that were announced and never came
         raise http.client.IncompleteRead(b"", response.length)
     return b"".join(chunks)
 
 
-def _refusal(endpoint: Endpoint, path: str, error: urllib.error.HTTPError, deadline: float) -> Answer:
-    """The answer for a status other than 2xx; raises where it concerns more than this request."""
+def _read_if_possible(error: urllib.error.HTTPError) -> bytes:
     try:
-        raw = _read(error, deadline)
-    except (OSError, http.client.HTTPException, _PassingError):
-        raw = b""
-    words = _shown(_error_text(raw), endpoint)
-    if error.code in PASSING_STATUS or error.code >= 500:
-        raise _PassingError(f"found status {error.code} ({words})", _seconds(error.headers.get("Retry-After")))
-    if error.code in REFUSED_STATUS:
-        lowered = words.lower()
+        return _read(error)
+    except (OSError, http.client.HTTPException, ValueError, _PassingError):
+        return b""
+
+
+def _refusal(endpoint: Endpoint, path: str, status: int, headers: Message, raw: bytes) -> Answer:
+    """The answer for a status other than 2xx; raises where it concerns more than this request."""
+    text = _error_text(raw)
+    words = _shown(text, endpoint)
+    if status in PASSING_STATUS or status >= 500:
+        raise _PassingError(f"found status {status} ({words})", _seconds(headers.get("Retry-After")))
+    if status in REFUSED_STATUS:
+        lowered = text.lower()
         is_too_long = (
-            error.code == 413
+            status == 413
             or "context_length_exceeded" in lowered
             or "context" in lowered
             and ("length" in lowered or "window" in lowered)
         )
-        return Answer({}, "prompt_too_long" if is_too_long else "refused", f"status {error.code} ({words})")
-    raise EndpointError(f"{endpoint.url}{path}: found status {error.code} ({words}), expected an answer")
+        return Answer({}, "prompt_too_long" if is_too_long else "refused", f"status {status} ({words})")
+    raise EndpointError(f"{endpoint.url}{path}: found status {status} ({words}), expected an answer")
 
 
 def _first_choice(raw: bytes, endpoint: Endpoint) -> dict:
     value = _parsed(raw)
     choices = value.get("choices") if isinstance(value, dict) else None
     if not isinstance(choices, list) or not choices or not isinstance(choices[0], dict):
-        text = raw[:200].decode("utf-8", "replace")
+        text = raw[:READ_CHARACTERS].decode("utf-8", "replace")
         raise _PassingError(f"found {_shown(text, endpoint)}, expected a JSON object with choices")
     return choices[0]
 
@@ -223,14 +268,31 @@ def _error_text(raw: bytes) -> str:
     if isinstance(value, dict):
         parts = [value[key] for key in ("message", "code", "detail") if isinstance(value.get(key), str)]
         value = ", ".join(parts) or None
-    return value if isinstance(value, str) else raw[:300].decode("utf-8", "replace")
+    return value if isinstance(value, str) else raw[:READ_CHARACTERS].decode("utf-8", "replace")
 
 
 def _shown(text: str, endpoint: Endpoint) -> str:
-    """A server's words as one line of ASCII of bounded length, without the key."""
+    """A server's words as one line of ASCII of bounded length, without any piece of the key, also URL-encoded."""
+    text = text[:READ_CHARACTERS]
     if endpoint.api_key:
-        text = text.replace(endpoint.api_key, "***")
-    return ascii(text[:300])[1:-1]
+        text = hide_key(text, endpoint.api_key)
+        for _ in range(URL_ENCODINGS):
+            text = hide_key(urllib.parse.unquote(text), endpoint.api_key)
+    return ascii(text[:SHOWN_CHARACTERS])[1:-1]
+
+
+def hide_key(text: str, key: str) -> str:
+    """`text` with asterisks for every character that belongs to a piece of the key, whatever its letter case.
+
+    A piece has KEY_PIECE characters, or is the whole of a shorter key: servers quote the first and the last few.
+    """
+    size, key, lowered = min(KEY_PIECE, len(key)), key.translate(_LOWER), text.translate(_LOWER)
+    pieces = {key[start : start + size] for start in range(len(key) - size + 1)}
+    hidden = list(text)
+    for start in range(len(text) - size + 1):
+        if lowered[start : start + size] in pieces:
+            hidden[start : start + size] = "*" * size
+    return "".join(hidden)
 
 
 def _seconds(text: str | None) -> float:
@@ -401,8 +463,8 @@ def ask_records(
                     )
                 if failure is not None:
                     endpoint.stopping.set()
-        except BaseException:  # interrupted: do not wait for attempts that are in vain
-            endpoint.stopping.set()
+        except BaseException:  # interrupted: do not wait for answers
+            endpoint.stop()
             raise
     if failure is not None:
         raise failure

@@ -162,7 +162,7 @@ def test_last_attempt_ends_with_one_line_without_the_key(serve):
     with pytest.raises(EndpointError) as caught:
         ask(server.endpoint(), "/completions", {})
     message = str(caught.value)
-    assert "found status 500 (bad\\nkey *** \\x1b[31m) in attempt 4 of 4" in message and KEY not in message
+    assert "found status 500 (bad\\nkey ************* \\x1b[31m) in attempt 4 of 4" in message and KEY not in message
     assert "\n" not in message and len(server.requests) == 4
 
 
@@ -188,18 +188,6 @@ def test_hanging_and_dripping_servers_time_out(serve):
         ask(server.endpoint(timeout_seconds=0.2, attempts=2), "/completions", {})
     release.set()
     assert time.monotonic() - start < 10
-
-
-def test_a_server_that_sends_byte_after_byte_times_out():
-    class Dripping:
-        length = None
-
-        def read1(self, size):
-            time.sleep(0.01)
-            return b" "
-
-    with pytest.raises(TimeoutError):
-        endpoint_module._read(Dripping(), time.monotonic() + 0.1)
 
 
 def test_no_server_at_all(serve):
