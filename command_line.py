@@ -17,12 +17,13 @@ from dataclasses import MISSING, Field, field, fields
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
+from printable import listed, message_line, one_line, shown
+
 Config = TypeVar("Config")
 EXIT_BAD_INPUT = 2
 EXIT_INTERRUPTED = 130  # 128 + SIGINT, as shells say it
 MAX_CONFIG_BYTES = 1 << 20
 MAX_TEXT = 4096  # characters of a text setting; as long as a path may be
-MAX_MESSAGE = 2000  # characters of an error line
 MAX_WHOLE_NUMBER = 2**63 - 1  # of any setting; seeds among them
 PATIENCE_SECONDS = 1.0  # of a rank above 0 before it writes its error: torchrun may end it first
 _NOT_TEXT = re.compile(r"[\x00-\x1f\x7f-\x9f\ud800-\udfff]")
@@ -85,7 +86,7 @@ def read_config(
     given, unknown = parser.parse_known_args(arguments)
     if unknown:
         name = unknown[0].split("=")[0]
-        raise ConfigError(f"{_short(name)}: found an unknown flag, expected one of those in --help")
+        raise ConfigError(f"{one_line(name)}: found an unknown flag, expected one of those in --help")
     by_name = {each.name: each for each in fields(config_class)}
     values, places = {}, {}
     if given.config is not None:
@@ -130,26 +131,8 @@ def error_line(error: BaseException) -> str:
         return "stopped by Ctrl-C"
     if isinstance(error, OSError) and error.strerror:
         where = "the file system" if error.filename is None else os.fsdecode(error.filename)
-        return printable_line(f"{where}: found {error.strerror}, expected a file or folder that can be used")
-    return printable_line(error)
-
-
-def printable_line(message: object) -> str:
-    """A message as one line of printable ASCII, of at most MAX_MESSAGE characters: the middle of a longer one is cut.
-
-    Backslashes stay as they are, since repr() has doubled those of the values shown.
-    """
-    words = " ".join(str(message).split())
-    line = "".join(each if " " <= each <= "~" else ascii(each)[1:-1] for each in words)
-    return line if len(line) <= MAX_MESSAGE else f"{line[: MAX_MESSAGE // 2]} ... {line[-MAX_MESSAGE // 2 + 5 :]}"
-
-
-def shown(value: object) -> str:
-    """A value as JSON in printable ASCII, of at most 60 characters; of long whole numbers only the size."""
-    if type(value) is int and abs(value) >= 10**50:
-        return f"a whole number of about {int(value.bit_length() * math.log10(2)) + 1} digits"
-    text = json.dumps(value)
-    return text if len(text) <= 60 else text[:57] + "..."
+        return message_line(f"{where}: found {error.strerror}, expected a file or folder that can be used")
+    return message_line(error)
 
 
 def parse_arguments(parser: argparse.ArgumentParser, arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -159,7 +142,7 @@ def parse_arguments(parser: argparse.ArgumentParser, arguments: Sequence[str] | 
     """
 
     def end(message: str) -> NoReturn:
-        sys.stderr.write(printable_line(f"{parser.prog}: {message} (see --help)") + "\n")
+        sys.stderr.write(message_line(f"{parser.prog}: {message} (see --help)") + "\n")
         raise SystemExit(EXIT_BAD_INPUT)
 
     parser.error = end
@@ -219,8 +202,7 @@ def _from_text(each: Field, text: str) -> object:
     try:
         return each.type(text)
     except ValueError:  # also an integer of more than 4,300 digits
-        found = repr(text) if len(text) <= 60 else f"{text[:40]!r}... ({len(text)} characters)"
-        raise ConfigError(f"--{each.name}: found {found}, expected {_TYPE_NAMES[each.type]}") from None
+        raise ConfigError(f"--{each.name}: found {shown(text)}, expected {_TYPE_NAMES[each.type]}") from None
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -254,16 +236,14 @@ def _read_file(path: Path, by_name: dict[str, Field], section: str) -> tuple[dic
     first_line = 1
     if section and values and all(isinstance(value, dict) for value in values.values()):
         if section not in values:
-            raise ConfigError(
-                f"{path}:1: found the sections {', '.join(map(_short, values))}, expected one named {section}"
-            )
+            raise ConfigError(f"{path}:1: found the sections {listed(list(values))}, expected one named {section}")
         first_line = _line_of(text, section, 1)
         values = values[section]
     places = {name: f"{path}:{_line_of(text, name, first_line)}" for name in values}
     for name, value in values.items():
         if name not in by_name:
             raise ConfigError(
-                f"{places[name]}: found unknown key {_short(name)!r}, expected one of {', '.join(sorted(by_name))}"
+                f"{places[name]}: found unknown key {shown(name)}, expected one of {', '.join(sorted(by_name))}"
             )
         wanted = by_name[name].type
         if wanted is float and type(value) is int and abs(value) < 10**300:
@@ -280,13 +260,9 @@ def _without_duplicates(pairs: list[tuple[str, object]], path: Path, text: str) 
         seen: set[str] = set()
         name = next(name for name in names if name in seen or seen.add(name))
         raise ConfigError(
-            f"{path}:{_line_of(text, name, 1)}: found key {_short(name)!r} {names.count(name)} times, expected once"
+            f"{path}:{_line_of(text, name, 1)}: found key {shown(name)} {names.count(name)} times, expected once"
         )
     return result
-
-
-def _short(name: str) -> str:
-    return name if len(name) <= 60 else name[:57] + "..."
 
 
 def _line_of(text: str, name: str, first_line: int) -> int:

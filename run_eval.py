@@ -14,7 +14,7 @@ from pathlib import Path
 
 from command_line import ConfigError, fail, read_config
 from data.formats.prompt_format import PromptError
-from data.json_records import DataError, terminal_text, write_json_lines, write_text
+from data.json_records import DataError, write_json_lines, write_text
 from data.trained_format import choose_format
 from eval.benchmarks import count_notice
 from eval.eval_config import EvalConfig, default_output
@@ -62,7 +62,7 @@ def run(config: EvalConfig, world: World) -> None:
         with lock_folder(output / "predictions", world):
             for line in predict(config, runs, rank=world.rank, world_size=world.size, device=world.device):
                 if world.is_main:
-                    log_line(terminal_text(line))
+                    log_line(line)
     if world.is_main:
         output.mkdir(parents=True, exist_ok=True)
         write_settings(output, config, world)
@@ -87,7 +87,7 @@ def score(config: EvalConfig, runs: Sequence[BenchmarkRun]) -> str:
         )
         rows, summary, notices = each.benchmark.score(each.records, each.predictions, settings)
         for notice in [*notices, *count_notice(each.benchmark, each.answers, each.records)]:
-            log_line(terminal_text(notice))
+            log_line(notice)
         write_json_lines(output / "results" / f"{each.benchmark.name}.jsonl", rows)
         run_summary["benchmarks"][each.benchmark.name] = {**summary, "answers_sha256": each.answers_sha256}
     write_json_atomically(output / "summary.json", run_summary)

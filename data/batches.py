@@ -13,8 +13,9 @@ from math import ceil
 
 import torch
 
-from data.json_records import DataError, one_line
+from data.json_records import DataError
 from data.loss_weights import EncodedTrajectory
+from printable import one_line
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -8,10 +8,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from data.error_filter import TurnDecision
-from data.json_records import one_line
 from data.loss_weights import EncodedTrajectory
 from data.tool_calls import render_tool_call
 from data.trajectories import LEFT_OUT_NULLS, Trajectory
+from printable import one_line
 
 N_EXAMPLES = 2  # of each rule, in data_report.json
 EXAMPLE_CHARACTERS = 300  # of a call or a feedback there

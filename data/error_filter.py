@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from command_line import error_line
+from command_line import parse_arguments, run_command
 from data.json_records import DataError, read_json_lines
 from data.tool_calls import ToolCall
 from data.tool_documents import IMPLICIT_TOOLS, accepts_any_parameter, offered_names, tool_parameters
@@ -290,12 +290,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Exit code 0, or 2 with one line on stderr for bad input."""
     parser = argparse.ArgumentParser(prog="python -m data.error_filter", description=__doc__.split("\n")[0])
     parser.add_argument("--cases", type=Path, required=True, help="JSON lines of labelled feedback")
-    try:
-        print(measure_cases(parser.parse_args(arguments).cases))
-    except (ValueError, OSError) as error:
-        print(error_line(error), file=sys.stderr)
-        return 2
-    return 0
+    flags = parse_arguments(parser, arguments)
+    return run_command(lambda: print(measure_cases(flags.cases)), (ValueError, OSError))
 
 
 if __name__ == "__main__":

@@ -17,12 +17,13 @@ from pathlib import Path
 from command_line import parse_arguments, run_command
 from data.error_filter import ERROR_FILTERS
 from data.formats.table import DEFAULT_FORMAT, TRAINING_FORMATS
-from data.json_records import DataError, one_line
+from data.json_records import DataError
 from data.loss_weights import LOSS_NORMALIZATIONS, encode_trajectory
 from data.loss_weights_page import render_page
-from data.token_view import SampleView, TokenView, TurnView, printable, view_sample
+from data.token_view import SampleView, TokenView, TurnView, view_sample
 from data.trajectories import Trajectory, read_trajectories
 from model.tokenizer import load_tokenizer
+from printable import one_line, shown, terminal_text
 
 # Colours repeat what the markers say; --no_color, NO_COLOR or a pipe leave the markers alone.
 COLORS = {
@@ -120,7 +121,7 @@ def _between(previous: str | None, kind: str | None) -> str:
 def format_sample(sample: SampleView, *, color: bool, max_context: int | None) -> str:
     """The whole sample for a terminal."""
     lines = [
-        paint(f"sample {one_line(sample.id)} ({printable(sample.source)})", "title", color=color),
+        paint(f"sample {one_line(sample.id)} ({terminal_text(sample.source)})", "title", color=color),
         ", ".join(f"{name} {value}" for name, value in sample.settings.items()),
         f"{sample.n_positions} input positions, {sample.trained_turns} trained turns, "
         f"{sample.trained_tokens} trained tokens, loss weights sum {format_number(sample.loss_weight_sum)}, "
@@ -131,7 +132,7 @@ def format_sample(sample: SampleView, *, color: bool, max_context: int | None) -
     for turn in sample.turns:
         number = "" if turn.message_index < 0 else f"message {turn.message_index} "
         status = status_of(turn)
-        title = f"-- {number}{turn.title}" + (f"  {printable(status)}" if status else "")
+        title = f"-- {number}{turn.title}" + (f"  {terminal_text(status)}" if status else "")
         lines.append(paint(title, "title", color=color))
         lines.append(format_tokens(turn.tokens, color=color, max_context=max_context))
     return "\n".join(lines)
@@ -175,7 +176,7 @@ def choose_trajectory(trajectories: Sequence[Trajectory], arguments: argparse.Na
         found = [trajectory for trajectory in trajectories if trajectory.id == arguments.id]
         if not found:
             raise DataError(
-                f"{arguments.data}: found no trajectory with id {arguments.id!r}, expected one among "
+                f"{arguments.data}: found no trajectory with id {shown(arguments.id)}, expected one among "
                 f"{len(trajectories)}"
             )
         return found[0]
@@ -196,14 +197,14 @@ def load_sample(trajectory: Trajectory, arguments: argparse.Namespace) -> Sample
     }
     row = encode_trajectory(trajectory, tokenizer, **settings, loss_normalization=arguments.loss_normalization)
     raw_row = encode_trajectory(trajectory, tokenizer, **settings, loss_normalization="sum")
-    shown = {
+    figures = {
         "prompt_format": arguments.prompt_format,
         "error_filter": arguments.error_filter,
         "key_tokens": arguments.key_tokens,
         "max_key_token_weight": format_number(arguments.max_key_token_weight),
         "loss_normalization": arguments.loss_normalization,
     }
-    return view_sample(trajectory, row, raw_row, tokenizer, settings=shown)
+    return view_sample(trajectory, row, raw_row, tokenizer, settings=figures)
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -212,7 +213,7 @@ def run(arguments: argparse.Namespace) -> None:
     sample = load_sample(choose_trajectory(trajectories, arguments), arguments)
     if arguments.html is not None:
         arguments.html.write_text(render_page(sample), encoding="utf-8")
-        print(f"wrote {arguments.html}")
+        print(f"wrote {terminal_text(str(arguments.html))}")
         return
     color = not arguments.no_color and "NO_COLOR" not in os.environ and sys.stdout.isatty()
     print(format_sample(sample, color=color, max_context=None if arguments.full_context else 60))

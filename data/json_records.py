@@ -13,6 +13,8 @@ import zlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
+from printable import shown
+
 MAX_UNPACKED_BYTES = 64 << 20  # of a gzip file; HumanEval unpacks to 0.2 MB
 
 
@@ -233,28 +235,6 @@ def check_text(content: object, where: str) -> None:
         raise DataError(f"{where}: found {kind_of(content)} as text, expected a string")
     if match := _LONE_SURROGATE.search(content):
         raise DataError(f"{where}: found the lone surrogate {match[0]!a}, expected Unicode text")
-
-
-def shown(value: object) -> str:
-    """`value` as printable ASCII, at most 60 characters."""
-    text = ascii(value)
-    return text if len(text) <= 60 else text[:57] + "..."
-
-
-def one_line(text: str, limit: int = 60) -> str:
-    """`text` without quotes as printable ASCII on one line, at most `limit` characters; backslashes are doubled."""
-    escaped = ascii(text)[1:-1]
-    return escaped if len(escaped) <= limit else escaped[: limit - 3] + "..."
-
-
-def terminal_text(text: str) -> str:
-    """`text` on one line, for a terminal: control, bidi and other characters without a picture as Python escapes."""
-    return "".join(each if each.isprintable() else ascii(each)[1:-1] for each in text)
-
-
-def markdown_text(text: str) -> str:
-    """`text` on one line, for Markdown, table cells included: it shows as it is and can mark nothing up."""
-    return re.sub(r"([\\`*\[\]<>|~&$])", r"\\\1", terminal_text(text))
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -1,14 +1,14 @@
 """A sample with its loss weights as one self-contained HTML page, readable without colour and without a mouse.
 
-All text of the sample goes through html.escape, and the page's Content-Security-Policy admits only its own script, by
+All text of the sample goes through html_text, and the page's Content-Security-Policy admits only its own script, by
 hash, so a hostile trajectory can neither run code nor fetch anything.
 """
 
 from base64 import b64encode
 from hashlib import sha256
-from html import escape
 
 from data.token_view import SampleView, TokenView, TurnView
+from printable import html_text
 
 KIND_TITLES = {
     "key": "key token",
@@ -157,7 +157,7 @@ def render_page(sample: SampleView) -> str:
     """The page as text. Every token of the sample carries `data-weight`, its exact loss weight."""
     script_hash = b64encode(sha256(SCRIPT.encode()).digest()).decode()
     policy = f"default-src 'none'; style-src 'unsafe-inline'; script-src 'sha256-{script_hash}'; base-uri 'none'"
-    title = f"Loss weights of sample {escape(sample.id)}"
+    title = f"Loss weights of sample {html_text(sample.id)}"
     figures = {
         "source": sample.source,
         **sample.settings,
@@ -168,7 +168,7 @@ def render_page(sample: SampleView) -> str:
         "denominator": f"{sample.denominator:.6g}",
     }
     rows = "\n".join(
-        f"<div><dt>{escape(name.replace('_', ' '))}</dt><dd>{escape(str(value))}</dd></div>"
+        f"<div><dt>{html_text(name.replace('_', ' '))}</dt><dd>{html_text(str(value))}</dd></div>"
         for name, value in figures.items()
     )
     return f"""<!DOCTYPE html>
@@ -224,8 +224,8 @@ def _legend() -> str:
 
 def _section(turn: TurnView) -> str:
     number = "" if turn.message_index < 0 else f"Message {turn.message_index}: "
-    name = f" {escape(turn.call_name)}" if turn.call_name else ""
-    heading = f"<h2>{number}{escape(turn.title)}{name}</h2>"
+    name = f" {html_text(turn.call_name)}" if turn.call_name else ""
+    heading = f"<h2>{number}{html_text(turn.title)}{name}</h2>"
     is_masked = turn.decision is not None and turn.decision.masked
     state = "masked" if is_masked else "trained" if turn.is_trained else "excluded" if turn.is_excluded else "context"
     first = next((i for i, token in enumerate(turn.tokens) if token.kind != "context"), 0)  # the turn's tab stop
@@ -243,10 +243,10 @@ def _status(turn: TurnView) -> str:
     if decision is None:
         return ""
     if decision.masked:
-        matched = f", matched <q>{escape(decision.matched_text)}</q>" if decision.matched_text else ""
+        matched = f", matched <q>{html_text(decision.matched_text)}</q>" if decision.matched_text else ""
         return (
-            f'<p class="status"><b>Masked: {escape(decision.category)}</b>, rule {escape(decision.rule)}{matched}. '
-            "Weight 0, stays context.</p>"
+            f'<p class="status"><b>Masked: {html_text(decision.category)}</b>, rule {html_text(decision.rule)}'
+            f"{matched}. Weight 0, stays context.</p>"
         )
     if turn.is_excluded:
         return '<p class="status"><b>Excluded</b>: weight 0 in the data, stays context.</p>'
@@ -271,5 +271,5 @@ def _token(token: TokenView, *, is_tab_stop: bool, is_lead: bool) -> str:
         f'<span class="{" ".join(classes)}" tabindex="{0 if is_tab_stop else -1}" data-id="{token.token_id}" '
         f'data-kind="{KIND_TITLES[token.kind]}" data-w="{token.key_weight:.4g}" '
         f'data-weight="{token.loss_weight!r}" data-shown="{token.loss_weight:.6g}" '
-        f'data-position="{token.position}">{escape(text)}</span>'
+        f'data-position="{token.position}">{html_text(text)}</span>'
     )

@@ -13,8 +13,9 @@ import re
 import unicodedata
 from collections.abc import Iterator
 
-from data.json_records import DataError, kind_of, parse_json, shown
+from data.json_records import DataError, kind_of, parse_json
 from data.tool_documents import accepts_any_parameter, is_padding, tool_parameters
+from printable import shown
 
 # What ShareGPT's roles mean; "call" is an assistant's message that is the JSON of one call or of a list of calls.
 _SHAREGPT_ROLES = {

@@ -4,9 +4,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from data.error_filter import TurnDecision
-from data.json_records import terminal_text
 from data.loss_weights import CONTEXT, EOS, TOKEN_CLASSES, EncodedTrajectory, TextEncoder
 from data.trajectories import Trajectory
+from printable import terminal_lines
 
 ROLE_TITLES = {"user": "user", "assistant": "assistant", "tool": "tool output", "system": "system text"}
 
@@ -62,11 +62,6 @@ class SampleView:
     denominator: float
 
 
-def printable(text: str) -> str:
-    """Text that cannot act on a terminal or reorder a line, its line breaks kept."""
-    return "\n".join(map(terminal_text, text.split("\n")))
-
-
 def view_sample(
     trajectory: Trajectory,
     row: EncodedTrajectory,
@@ -89,7 +84,13 @@ def view_sample(
             raw_weight, weight = raw_row.loss_weights[position], row.loss_weights[position]
         groups[message_index].append(
             TokenView(
-                printable(tokenizer.piece(token_id)), token_id, TOKEN_CLASSES[code], raw_weight, weight, position, False
+                terminal_lines(tokenizer.piece(token_id)),
+                token_id,
+                TOKEN_CLASSES[code],
+                raw_weight,
+                weight,
+                position,
+                False,
             )
         )
 
@@ -134,7 +135,7 @@ def _view_turn(
 
 def mark_evidence(tokens: Sequence[TokenView], matched_text: str) -> list[TokenView]:
     """The tokens that overlap the first occurrence of `matched_text` (whose end may be cut to `...`) are evidence."""
-    wanted = printable(matched_text.removesuffix("..."))
+    wanted = terminal_lines(matched_text.removesuffix("..."))
     start = "".join(token.text for token in tokens).find(wanted)
     if start < 0:
         return list(tokens)

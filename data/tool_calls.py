@@ -15,6 +15,8 @@ import math
 import re
 from dataclasses import dataclass
 
+from printable import shown
+
 # A value may hold this many lists/dicts inside one another. Deeper values overflow the recursion of json and of ==.
 MAX_NESTING = 200
 
@@ -75,7 +77,7 @@ def parse_tool_call(text: str) -> ToolCall:
     name = match[0]
     position = _skip_whitespace(text, match.end())
     if not text.startswith("(", position):
-        raise _fault(text, position, f"'(' after the name {_shown(name)}")
+        raise _fault(text, position, f"'(' after the name {shown(name)}")
     arguments, position = _scan_arguments(text, position + 1)
     position = _skip_whitespace(text, position)
     if position != len(text):
@@ -118,7 +120,7 @@ def _scan_arguments(text: str, position: int) -> tuple[dict, int]:
             new_arguments = {match[0]: value}
         for parameter, value in new_arguments.items():
             if parameter in arguments:
-                raise ToolCallError(f"character {start}: found parameter {_shown(parameter)} again, expected it once")
+                raise ToolCallError(f"character {start}: found parameter {shown(parameter)} again, expected it once")
             arguments[parameter] = value
         position = _skip_whitespace(text, position)
         if text.startswith(",", position):
@@ -175,7 +177,7 @@ def _scan_key(text: str, position: int, frame: list) -> int:
         raise _fault(text, position, "a string as dict key")
     key, end = _scan_scalar(text, position)
     if key in frame[1]:
-        raise ToolCallError(f"character {position}: found dict key {_shown(key)} again, expected it once")
+        raise ToolCallError(f"character {position}: found dict key {shown(key)} again, expected it once")
     frame[2] = [key]
     end = _skip_whitespace(text, end)
     if not text.startswith(":", end):
@@ -259,13 +261,8 @@ def _skip_whitespace(text: str, position: int) -> int:
     return _WHITESPACE.match(text, position).end()
 
 
-def _shown(text: str) -> str:
-    """The text as an ASCII literal of bounded length, fit for one line of a terminal."""
-    return ascii(text if len(text) <= 40 else text[:40] + "...")
-
-
 def _fault(text: str, position: int, expected: str) -> ToolCallError:
-    found = _shown(text[position : position + 41]) if position < len(text) else "the end of the text"
+    found = shown(text[position : position + 41]) if position < len(text) else "the end of the text"
     return ToolCallError(f"character {position}: found {found}, expected {expected}")
 
 
@@ -281,7 +278,7 @@ def render_tool_call(call: ToolCall) -> str:
     not strings, types that JSON lacks, nesting that is too deep or endless, integers beyond Python's digit limit.
     """
     if not isinstance(call.name, str) or not _NAME.fullmatch(call.name):
-        raise ToolCallError(f"found {_shown(str(call.name))}, expected a name without whitespace, quotes, brackets, =")
+        raise ToolCallError(f"found {shown(str(call.name))}, expected a name without whitespace, quotes, brackets, =")
     if not isinstance(call.arguments, dict):
         raise ToolCallError(f"found {type(call.arguments).__name__}, expected a dict of arguments")
     _check_json_value(call.arguments)

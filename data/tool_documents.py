@@ -14,7 +14,8 @@ A document is never shown without its parameters: what cannot be read raises `Da
 import re
 from collections.abc import Iterator
 
-from data.json_records import DataError, check_text, kind_of, parse_json, shown
+from data.json_records import DataError, check_text, kind_of, parse_json
+from printable import shown
 
 # Offered in every trajectory, listed or not: the two ways to speak to the user in the authors' data.
 IMPLICIT_TOOLS = ("finish", "ask_to_user")

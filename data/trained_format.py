@@ -5,8 +5,9 @@ from pathlib import Path
 from data.formats.prompt_format import TextEncoder
 from data.formats.table import DEFAULT_FORMAT, TRAINING_FORMATS, end_of_turn_ids
 from model.config import ModelFolderError
-from model.folder_json import read_json_object, shown
+from model.folder_json import read_json_object
 from model.pretrained_weights import TRAINING_FILE
+from printable import shown
 
 AUTO_FORMAT = "auto"  # a value of --prompt_format: that of the model folder, else the default
 

@@ -12,7 +12,7 @@ from collections import Counter
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from data.json_records import DataError, check_text, decode_value, kind_of, parse_json, read_records, shown
+from data.json_records import DataError, check_text, decode_value, kind_of, parse_json, read_records
 from data.message_forms import (
     WEIGHT_KEYS,
     call_parts,
@@ -32,6 +32,7 @@ from data.message_forms import (
 )
 from data.tool_calls import ToolCall, ToolCallError, render_tool_call
 from data.tool_documents import normalize_tools
+from printable import shown
 
 
 @dataclass(frozen=True, slots=True)

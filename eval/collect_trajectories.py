@@ -50,6 +50,7 @@ from eval.records import Record, field_of
 from eval.reports.error_statistics import classify_turns, format_turns, summarize_turns
 from model.pretrained_weights import ModelFolderError, load_pretrained
 from model.tokenizer import check_vocabulary_fits, load_tokenizer
+from printable import json_line, terminal_text
 from toolbox.world import build_toolbox
 
 USER_ROLES = ("system", "user")  # what a query may begin with; the teacher says the rest
@@ -210,7 +211,7 @@ def collect(flags: argparse.Namespace) -> str:
     tasks = read_queries(flags.queries)
     flags.prompt_format, line = choose_format(flags.prompt_format, None if flags.endpoint else flags.model)
     if line:
-        print(line, file=sys.stderr)
+        print(terminal_text(line), file=sys.stderr)
     path = flags.output.with_name(flags.output.name + ".dialogues.jsonl")
     teacher = read_endpoint(flags) if flags.endpoint else load_teacher(flags, tasks[0])
     source = (
@@ -234,7 +235,7 @@ def collect(flags: argparse.Namespace) -> str:
             path, tasks[: flags.limit], player_of(flags, teacher), prompt_format=flags.prompt_format, rank=0
         )
     for notice in notices:
-        print(notice, file=sys.stderr)
+        print(terminal_text(notice), file=sys.stderr)
     dialogues = match_dialogues(read_dialogues(path)[0], len(tasks), flags.limit, path=path)
     written = authors_records(
         tasks[: flags.limit],
@@ -257,10 +258,11 @@ def describe(flags: argparse.Namespace, written: WrittenFile, n_dialogues: int) 
     rows = classify_turns(trajectories)
     summary = summarize_turns(trajectories, rows)
     found = {"dialogues": n_dialogues, "written": len(written.records), **written.counts}
+    left_out = f"{_shown(written.counts)} (--unfinished {flags.unfinished}, --unparsable {flags.unparsable})"
+    output = terminal_text(str(flags.output))
     return (
-        f"{format_turns(summary)}\n\n{len(written.records)} of {n_dialogues} dialogues written to {flags.output}; "
-        f"{_shown(written.counts)} (--unfinished {flags.unfinished}, --unparsable {flags.unparsable})\n\n"
-        f"{json.dumps({**found, **summary})}"
+        f"{format_turns(summary)}\n\n{len(written.records)} of {n_dialogues} dialogues written to {output}; {left_out}"
+        f"\n\n{json_line({**found, **summary})}"
     )
 
 
@@ -322,7 +324,7 @@ def player_of(
         with ToolExecutor(tools) as execute:
             run(missing, teacher, settings, execute=execute, journal=journal)
             for notice in execute.notices:
-                print(notice, file=sys.stderr)
+                print(terminal_text(notice), file=sys.stderr)
 
     return play
 

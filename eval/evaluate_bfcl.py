@@ -35,6 +35,7 @@ from eval.predict.react_output import REACT, read_call, read_call_predictions
 from eval.rates import rate_summary, rates, summarize_results
 from eval.records import Record, Scores, ScoreSettings, field_of, read_lines
 from eval.sandbox.run import SandboxError, run_python
+from printable import shown
 
 CATEGORIES = ("simple", "multiple", "parallel", "parallel_multiple")  # the files, in the order of the records' indices
 JSON_TYPES = {"dict": "object", "float": "number", "tuple": "array"}  # other type names are those of JSON Schema
@@ -147,8 +148,8 @@ def _gold_call(source: object, documents: dict[str, dict], where: str) -> ToolCa
         if len(tree.args) > len(names) or len(arguments) != len(named) or None in arguments:
             raise ValueError("expected each argument once, by a name")
     except (SyntaxError, ValueError, TypeError, ArithmeticError, RecursionError, MemoryError) as error:
-        shown = ascii(source)[:80] if isinstance(source, str) else type(source).__name__
-        raise DataError(f"{where}: ground_truth: found {shown} ({error}), expected a Python call") from None
+        found = shown(source, 80) if isinstance(source, str) else type(source).__name__
+        raise DataError(f"{where}: ground_truth: found {found} ({error}), expected a Python call") from None
     return ToolCall(tree.func.id, arguments)
 
 
@@ -395,8 +396,9 @@ def match_results(expected: Sequence[dict], found: Sequence[dict]) -> str:
         same = next((other for other in left if "result" in other and other["result"] == answer["result"]), None)
         if same is None:
             faults = "; ".join(other["fault"] for other in left if "fault" in other)
-            shown = ascii(answer["result"])[:80]
-            return f"wrong result: no call gives {shown}" + (f" (no result: {faults})"[:200] if faults else "")
+            return f"wrong result: no call gives {shown(answer['result'], 80)}" + (
+                f" (no result: {faults})"[:200] if faults else ""
+            )
         left.remove(same)
     return ""
 

@@ -1,7 +1,6 @@
 """The command line that the evaluators share: --answers, --predictions, --output, --limit; the summary to stdout."""
 
 import argparse
-import json
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -11,6 +10,7 @@ from data.json_records import DataError, write_json_lines
 from eval.benchmarks import Benchmark, count_notice
 from eval.dialogues.metrics import MAX_TURNS
 from eval.records import Record, Scores, ScoreSettings
+from printable import json_line, terminal_text
 
 CALL_PREDICTIONS = (
     'JSONL of {"index": 0, "output": "text"}, "format" where it is not tl; or a JSON list of records whose last '
@@ -68,9 +68,9 @@ def run_evaluator(
         records = load(flags.answers)
         scores = score(records, flags.predictions, settings)
         for notice in [*scores.notices, *count_notice(benchmark, flags.answers, records)]:
-            print(notice, file=sys.stderr)
+            print(terminal_text(notice), file=sys.stderr)
         if flags.output is not None:
             write_json_lines(flags.output / "results" / f"{benchmark.name}.jsonl", scores.rows)
-        sys.stdout.write(json.dumps(scores.summary) + "\n")
+        sys.stdout.write(json_line(scores.summary) + "\n")
 
     return run_command(command, (DataError, OSError))

@@ -28,6 +28,7 @@ from command_line import parse_arguments, run_command
 from data.json_records import DataError
 from eval.benchmarks import Benchmark
 from eval.evaluate_toolalpaca import MASKED_API_KEY
+from printable import terminal_text
 
 ORIGINS = Path(__file__).with_name("benchmark_origins.json")
 HOST = "https://raw.githubusercontent.com"
@@ -218,7 +219,7 @@ def main(arguments: Sequence[str]) -> int:
         else:
             for done, path in enumerate(fetch_files(files, flags.benchmark_dir, flags.host), start=1):
                 print(f"{done}/{len(files)} {path}", flush=True)
-        print(f"{flags.benchmark_dir}: all {len(files)} files as published")
+        print(f"{terminal_text(str(flags.benchmark_dir))}: all {len(files)} files as published")
 
     return run_command(command, (DataError, OSError))
 

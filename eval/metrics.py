@@ -13,8 +13,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from data.tool_calls import ToolCall
+from printable import shown
 
-SHOWN_CHARACTERS = 80  # longest quotation of a predicted name or value in a reason
 _NUMBER = re.compile(r"[+-]?[0-9]+(?:\.[0-9]*)?")
 
 
@@ -204,24 +204,16 @@ def score_calls(
 # Reasons
 
 
-def _show(value: object) -> str:
-    try:
-        shown = ascii(value)
-    except RecursionError:
-        return f"a deeply nested {type(value).__name__}"
-    return shown if len(shown) <= SHOWN_CHARACTERS else shown[:SHOWN_CHARACTERS] + "..."
-
-
 def _names(calls: Sequence[ToolCall | GoldCall]) -> str:
-    return " + ".join(_show(call.name) for call in calls) or "no call"
+    return " + ".join(shown(call.name) for call in calls) or "no call"
 
 
 def _describe_parameters(calls: Sequence[ToolCall], answer: GoldAnswer) -> str:
     if len(calls) != 1:
         return f"in the calls {_names(calls)}"
     predicted, gold = calls[0].arguments.keys(), answer.calls[0].arguments.keys()
-    surplus = ", ".join(_show(key) for key in predicted if key not in gold)
-    missing = ", ".join(_show(key) for key in gold if key not in predicted)
+    surplus = ", ".join(shown(key) for key in predicted if key not in gold)
+    missing = ", ".join(shown(key) for key in gold if key not in predicted)
     return "; ".join(
         part
         for part in (f"not in the answer {surplus}" if surplus else "", f"missing {missing}" if missing else "")
@@ -236,7 +228,7 @@ def _describe_values(
         return f"in the calls {_names(calls)}"
     gold = answer.calls[0]
     return ", ".join(
-        f"{_show(key)} is {_show(calls[0].arguments[key])}, expected {_show(gold.arguments[key])}"
+        f"{shown(key)} is {shown(calls[0].arguments[key])}, expected {shown(gold.arguments[key])}"
         for key in gold.arguments
         if key not in gold.wildcards and not values_equal(calls[0].arguments[key], gold.arguments[key])
     )

@@ -6,7 +6,8 @@ LLaMA, CodeLLaMA, Llama-3.1 and Qwen-2/2.5 differ only in the fields below; the 
 from dataclasses import dataclass
 from typing import Any
 
-from model.folder_json import ModelFolderError, shown
+from model.folder_json import ModelFolderError
+from printable import shown
 
 
 @dataclass(frozen=True, slots=True)

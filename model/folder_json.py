@@ -1,4 +1,4 @@
-"""The one reader of a model folder's JSON files, and the words in which error messages show what is in them.
+"""The one reader of a model folder's JSON files.
 
 A model folder comes from anywhere. What is read from it is refused unless it is plain JSON: a regular file of bounded
 size, UTF-8, one object, no key twice, no NaN or Infinity, no integer of thousands of digits, no bottomless nesting.
@@ -7,6 +7,8 @@ size, UTF-8, one object, no key twice, no NaN or Infinity, no integer of thousan
 import json
 from pathlib import Path
 from typing import Any
+
+from printable import one_line, shown
 
 MAX_JSON_BYTES = 64 << 20  # the largest published tokenizer.json has about 33 MB
 
@@ -70,26 +72,6 @@ def _refuse_constant(name: str) -> None:
 # Words for error messages
 
 
-def shown(value: object) -> str:
-    """A JSON value as printable ASCII of at most 60 characters; of lists and objects only the kind."""
-    if isinstance(value, (dict, list)):
-        return "an object" if isinstance(value, dict) else f"a list of {len(value)}"
-    text = ascii(value)
-    return text if len(text) <= 60 else text[:57] + "..."
-
-
-def printable(text: str, limit: int = 120) -> str:
-    """A text without quotes, as printable ASCII of at most `limit` characters."""
-    escaped = ascii(text)[1:-1]
-    return escaped if len(escaped) <= limit else escaped[: limit - 3] + "..."
-
-
 def first_line(error: BaseException) -> str:
     """The first line of an error's message, printable; the error's type if it has none."""
-    return printable((str(error).strip() or type(error).__name__).splitlines()[0])
-
-
-def listed(names: list[str], limit: int = 8) -> str:
-    """Names joined by commas: the first `limit` of them, each of bounded length."""
-    more = f" and {len(names) - limit} more" if len(names) > limit else ""
-    return ", ".join(printable(name) for name in names[:limit]) + more
+    return one_line((str(error).strip() or type(error).__name__).splitlines()[0], 120)

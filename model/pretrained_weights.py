@@ -22,10 +22,11 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from model.config import ModelConfig, check_token_ids, config_from_hf, config_to_hf, count_parameters
-from model.folder_json import ModelFolderError, first_line, listed, printable, read_json_object, shown
+from model.folder_json import ModelFolderError, first_line, read_json_object
 from model.tokenizer import Tokenizer, check_vocabulary_fits, load_tokenizer
 from model.transformer import Transformer
 from model.value_model import ValueModel
+from printable import listed, one_line, shown
 
 WEIGHTS_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
@@ -264,7 +265,7 @@ def tensor_files(model_dir: Path) -> dict[str, Path]:
         for name in _open_names(path):
             if name in files:
                 raise ModelFolderError(
-                    f"{path}: tensor {printable(name)} is also in {files[name].name}, expected it once"
+                    f"{path}: tensor {one_line(name, 120)} is also in {files[name].name}, expected it once"
                 )
             files[name] = path
     return files

@@ -14,7 +14,8 @@ from typing import Any
 
 import sentencepiece
 
-from model.folder_json import ModelFolderError, first_line, read_json_object, read_text, shown
+from model.folder_json import ModelFolderError, first_line, read_json_object, read_text
+from printable import shown
 
 # ModelProto.normalizer_spec (field 3) holding only add_dummy_prefix (field 3) = false. Protobuf merges a message field
 # that occurs twice, so appending this to a serialized model changes that one switch and nothing else.

@@ -15,11 +15,12 @@ from pathlib import Path
 
 from command_line import parse_arguments, run_command
 from data.formats.table import dialogue_segments, render_output
-from data.json_records import DataError, parse_json, shown
+from data.json_records import DataError, parse_json
 from data.tool_calls import ToolCall, ToolCallError, render_tool_call
 from data.tool_documents import accepts_any_parameter, normalize_tools, offered_names, tool_parameters
 from data.trajectories import Message
 from model.tokenizer import Tokenizer
+from printable import shown, terminal_text
 from rl.prompts import PPOPrompt, read_gold_call, take_field
 from rl.reward import REWARDS, tool_call_reward
 
@@ -166,10 +167,10 @@ def explain(record: object, where: str) -> str:
         [
             f"reward        {result.reward:g}",
             f"category      {result.category}",
-            f"parsed call   {'none' if result.call is None else _printable(result.call)}",
-            f"gold call     {_printable(result.gold)}",
+            f"parsed call   {'none' if result.call is None else terminal_text(render_tool_call(result.call))}",
+            f"gold call     {terminal_text(render_tool_call(result.gold))}",
             *(
-                f"{title:<14}{', '.join(map(ascii, names)) or '-'}"
+                f"{title:<14}{', '.join(map(shown, names)) or '-'}"
                 for title, names in (
                     ("hallucinated", result.hallucinated),
                     ("redundant", result.redundant),
@@ -179,13 +180,6 @@ def explain(record: object, where: str) -> str:
             ),
             f"explanation   {result.explanation}",
         ]
-    )
-
-
-def _printable(call: ToolCall) -> str:
-    """The call on one line of ASCII, so that a response cannot send control characters to the terminal."""
-    return "".join(
-        character if " " <= character <= "~" else ascii(character)[1:-1] for character in render_tool_call(call)
     )
 
 

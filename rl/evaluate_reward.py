@@ -24,12 +24,13 @@ from tqdm import tqdm
 from command_line import parse_arguments, run_command
 from data.error_filter import ERROR_FILTERS
 from data.formats.table import TRAINING_FORMATS
-from data.json_records import DataError, terminal_text, write_json_lines
+from data.json_records import DataError, write_json_lines
 from data.trained_format import AUTO_FORMAT, choose_format
 from model.pretrained_weights import load_pretrained, read_config
 from model.sampling import generate
 from model.tokenizer import Tokenizer, check_vocabulary_fits, load_tokenizer
 from model.transformer import Transformer
+from printable import json_line, terminal_text
 from rl.prompts import PROMPT_TURNS, UNPARSABLE_CALLS, PPOPrompt, read_prompts
 from rl.reward import CATEGORIES, RewardResult, judge_response
 from rl.rollout import has_ended, stop_ids_of
@@ -306,7 +307,7 @@ def run(flags: argparse.Namespace) -> None:
     if flags.output is not None and flags.output.is_dir():  # now, not after the last model
         raise DataError(f"--output: found the folder {flags.output}, expected a file to write")
     prompts_of_model, notes = load_prompts(flags)
-    print("\n".join(notes))
+    print("\n".join(map(terminal_text, notes)))
     device = "cuda" if flags.device == "auto" and torch.cuda.is_available() else flags.device.replace("auto", "cpu")
     summaries: list[dict] = []
     all_rows: list[dict] = []
@@ -319,7 +320,7 @@ def run(flags: argparse.Namespace) -> None:
             tokenizer,
             prompts,
             Sampling(flags.temperature, flags.max_response_tokens, flags.samples_per_prompt, flags.seed),
-            progress=folder,
+            progress=terminal_text(folder),
         )
         summaries.append({"model": folder, **summarize(rows)})
         first_rows = all_rows[: len(rows)]
@@ -330,9 +331,9 @@ def run(flags: argparse.Namespace) -> None:
     print(format_table(summaries))
     if flags.output is not None:
         write_json_lines(flags.output, all_rows)
-    shown = ("data", "temperature", "samples_per_prompt", "max_response_tokens", "limit", "seed", "prompt_turns")
-    settings = {name: getattr(flags, name) for name in shown}
-    print(json.dumps({**settings, "models": summaries}))
+    names = ("data", "temperature", "samples_per_prompt", "max_response_tokens", "limit", "seed", "prompt_turns")
+    settings = {name: getattr(flags, name) for name in names}
+    print(json_line({**settings, "models": summaries}))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

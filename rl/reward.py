@@ -21,9 +21,9 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from data.formats.table import DEFAULT_FORMAT, parse_output
-from data.json_records import shown
 from data.tool_calls import ToolCall, ToolCallError
 from data.tool_documents import accepts_any_parameter, offered_names, tool_parameters
+from printable import shown
 
 # Each category with its reward; a call with several parameter faults has the sum of theirs.
 REWARDS = {

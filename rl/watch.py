@@ -18,9 +18,9 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from data.json_records import one_line
 from data.tool_calls import render_tool_call
 from model.tokenizer import Tokenizer
+from printable import one_line
 from rl.advantages import explained_variance_from_sums, explained_variance_sums, kl_estimates, masked_sums
 from rl.evaluate_reward import Sampling, evaluate_reward, summarize
 from rl.models import Models

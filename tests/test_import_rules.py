@@ -88,10 +88,10 @@ def faults_of_imports(path: Path) -> list[str]:
             allowed = set(PACKAGES) - {"tests", "benchmarks"} if not package else MAY_IMPORT[package] | {package}
             if top not in allowed:
                 faults.append(f"{package or 'script'} imports {module}")
-        elif top in modules - {"command_line"} and package not in ("", "benchmarks"):
+        elif top in modules - {"command_line", "printable"} and package not in ("", "benchmarks"):
             faults.append(f"{package} imports the script {module}")
-        if relative(path) == "command_line.py" and top in PACKAGES:
-            faults.append(f"command_line imports {module}")
+        if relative(path) in ("command_line.py", "printable.py") and top in PACKAGES:
+            faults.append(f"{relative(path)} imports {module}")
         if package == "eval" and path.name.startswith("evaluate_") and top == "model":
             faults.append(f"standalone evaluator imports {module}")
         if top in FORBIDDEN_PACKAGES and package not in PEERS_ALLOWED:

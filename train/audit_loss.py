@@ -25,6 +25,7 @@ from data.json_records import DataError
 from data.loss_weights import EncodedTrajectory
 from model.config import ModelFolderError
 from model.tokenizer import load_tokenizer
+from printable import shown, terminal_text
 from train.checkpoint import (
     CheckpointError,
     check_files,
@@ -67,7 +68,7 @@ def read_run(run: Path) -> SFTConfig:
     for name, path in (("data_sha256", config.data), ("model_sha256", config.model)):
         if identity.get(name) != now[name]:
             raise AuditError(
-                f"{path}: found other content than the run was made with, expected {name} {identity.get(name)}"
+                f"{path}: found other content than the run was made with, expected {name} {shown(identity.get(name))}"
             )
     return config
 
@@ -214,7 +215,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     finally:
         close_world()
-    print(f"{output}: {sum(count for count, _ in by_class.values())} trained tokens of step {given.step}")
+    n_tokens = sum(count for count, _ in by_class.values())
+    print(f"{terminal_text(str(output))}: {n_tokens} trained tokens of step {given.step}")
     for name, (count, part) in sorted(by_class.items()):
         print(f"  {name:8} {count:6} tokens  {part:12.6f} nats  {100 * part / total if total else 0:5.1f} %")
     print(f"  sum of contributions {total:.8f}")

@@ -12,14 +12,16 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
+from printable import log_text, shown
+
 
 class RunFolderError(ValueError):
     """The output folder cannot be used for this run. One line: path, what was found, what was expected."""
 
 
 def log_line(message: str) -> None:
-    """One line for the user on stdout, printed above a running progress bar."""
-    tqdm.write(message, file=sys.stdout)
+    """One line or several for the user on stdout, above a running progress bar, whatever characters they hold."""
+    tqdm.write(log_text(message), file=sys.stdout)
     sys.stdout.flush()
 
 
@@ -119,7 +121,7 @@ def _check_identity(identity_path: Path, identity: dict) -> None:
     found = found if isinstance(found, dict) else {}
     for name in sorted(set(found) | set(identity)):
         if found.get(name) != identity.get(name):
-            theirs, ours = (repr(each[name]) if name in each else "nothing" for each in (found, identity))
+            theirs, ours = (shown(each[name]) if name in each else "nothing" for each in (found, identity))
             raise RunFolderError(
                 f"{identity_path}: found {name} = {theirs}, expected {ours}: "
                 "the folder belongs to another run; choose another --output"

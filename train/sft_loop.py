@@ -19,9 +19,9 @@ from tqdm import tqdm
 from command_line import run_identity
 from data.batches import PackedBatch, drop_unusable
 from data.data_report import data_report, describe_data
-from data.json_records import one_line
 from data.loss_weights import EncodedTrajectory, TextEncoder, encode_trajectory
 from data.trajectories import read_trajectories
+from printable import one_line
 from train.checkpoint import save_checkpoint
 from train.distributed import World, any_rank, clip_gradients, global_sum, set_gradient_sync
 from train.optimizer import schedule_factor, set_learning_rates, warmup_steps_of

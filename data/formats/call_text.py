@@ -9,9 +9,10 @@ import re
 from collections.abc import Callable, Sequence
 
 from data.formats.prompt_format import Segment, WrittenTurn, call_target
-from data.json_records import DataError, decode_value, kind_of, shown
+from data.json_records import DataError, decode_value, kind_of
 from data.tool_calls import ToolCall, ToolCallError, render_tool_call
 from data.trajectories import Message
+from printable import shown
 
 # A megabyte of outputs holds 40,000 calls; to pair as many with the gold calls in any order would take hours.
 MAX_CALLS = 64

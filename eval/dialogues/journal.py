@@ -16,8 +16,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from data.formats.table import DEFAULT_FORMAT, PROMPT_FORMATS
-from data.json_records import DataError, kind_of, read_json_lines, shown, write_json_lines
+from data.json_records import DataError, kind_of, read_json_lines, write_json_lines
 from eval.predict.journals import Journal, journal_file, journal_files, read_index, read_rows
+from printable import shown
 
 END_REASONS = ("finish", "max_turns", "prompt_too_long", "refused")
 # Who answered a call: a tool runtime, the fixed reply to ask_to_user, or no one (finish).

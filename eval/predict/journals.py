@@ -13,7 +13,8 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Self
 
-from data.json_records import DataError, read_json_lines, shown
+from data.json_records import DataError, read_json_lines
+from printable import shown
 
 SHOWN_INDICES = 20  # of the records named in a notice
 

@@ -14,12 +14,13 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from command_line import parse_arguments, run_command
-from data.json_records import DataError, read_json_lines, terminal_text
+from data.json_records import DataError, read_json_lines
 from eval.benchmarks import benchmark_of
 from eval.dialogues.metrics import MAX_TURNS
 from eval.rates import CALL_METRICS
 from eval.records import ScoreSettings
 from eval.reports.report import format_comparison, metrics_of, unattainable_rates
+from printable import terminal_text
 
 
 def read_run(run_dir: Path) -> dict:

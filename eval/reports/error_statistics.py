@@ -9,7 +9,6 @@ last line of stdout; --output writes one row per call or record to DIR/error_sta
 """
 
 import argparse
-import json
 import re
 import sys
 from collections.abc import Callable, Sequence
@@ -18,13 +17,13 @@ from pathlib import Path
 
 from command_line import parse_arguments, run_command
 from data.error_filter import CATEGORIES, decide_masked_turns
-from data.json_records import DataError, markdown_text, terminal_text, write_json_lines
+from data.json_records import DataError, write_json_lines
 from data.tool_documents import accepts_any_parameter, tool_parameters
 from data.trajectories import Trajectory, read_trajectories
 from eval.benchmarks import benchmark_of
 from eval.confidence import Z_95, wilson_interval
 from eval.dialogues.metrics import MAX_TURNS
-from eval.metrics import SHOWN_CHARACTERS, GoldCall
+from eval.metrics import GoldCall
 from eval.predict.react_output import PredictedCall, read_call, read_call_predictions
 from eval.records import Record, ScoreSettings
 from eval.reports.paper_tables import read_published
@@ -32,6 +31,7 @@ from eval.reports.report import format_table
 from eval.reports.synonyms import is_synonym
 from model.pretrained_weights import ModelFolderError
 from model.tokenizer import load_tokenizer
+from printable import json_line, markdown_text, shown, terminal_text
 
 KINDS = {
     "tool": ("First", "Prefix"),
@@ -200,8 +200,8 @@ def _tool_error(
     first = list(split(call.name))[:1]
     is_prefix = any(first == list(split(gold.name))[:1] for gold in golds)
     is_offered = any(tool["function"].get("name") == call.name for tool in example.tools)
-    detail = f"{_show(call.name)}{'' if is_offered else ' (not offered)'}, expected " + " or ".join(
-        dict.fromkeys(ascii(gold.name) for gold in golds)
+    detail = f"{shown(call.name)}{'' if is_offered else ' (not offered)'}, expected " + " or ".join(
+        dict.fromkeys(shown(gold.name) for gold in golds)
     )
     return ErrorCase("tool", ("Prefix" if is_prefix else "First",), detail)
 
@@ -227,18 +227,11 @@ def _content_error(arguments: dict, gold: GoldCall, wrong: Sequence[str]) -> Err
     are_synonyms = {key: is_synonym(arguments[key], gold.arguments[key]) for key in wrong}
     kinds = tuple(kind for kind, flag in (("Synonyms", True), ("Others", False)) if flag in are_synonyms.values())
     detail = "; ".join(
-        f"{'Synonyms' if are_synonyms[key] else 'Others'} {key!a}: {_show(arguments[key])}, expected "
-        f"{_show(gold.arguments[key])}"
+        f"{'Synonyms' if are_synonyms[key] else 'Others'} {key!a}: {shown(arguments[key])}, expected "
+        f"{shown(gold.arguments[key])}"
         for key in wrong
     )
     return ErrorCase("content", kinds, detail)
-
-
-def _show(value: object) -> str:
-    try:
-        return ascii(value)[:SHOWN_CHARACTERS]
-    except RecursionError:
-        return f"a deeply nested {type(value).__name__}"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -375,7 +368,7 @@ def report_errors(flags: argparse.Namespace) -> None:
         print(terminal_text(notice), file=sys.stderr)
     if flags.output is not None:
         write_json_lines(flags.output / "error_statistics.jsonl", rows)
-    print(f"{text}\n\n{json.dumps(summary)}")
+    print(f"{text}\n\n{json_line(summary)}")
 
 
 def main(arguments: Sequence[str]) -> int:

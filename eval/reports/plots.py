@@ -11,11 +11,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from command_line import parse_arguments, run_command
-from data.json_records import DataError, terminal_text
+from data.json_records import DataError
 from eval.benchmarks import BENCHMARKS
 from eval.rates import METRICS
 from eval.reports.compare import read_run
 from eval.reports.report import metrics_of
+from printable import plot_text, terminal_text
 
 NO_MATPLOTLIB = "plots: found no matplotlib, expected it; the tables have the same numbers"
 
@@ -85,15 +86,10 @@ def draw_bars(
         # An interval contains its share; rounding to two digits may leave -0.005, which matplotlib refuses.
         below = [max(0.0, percent - low) for _, percent, low, _ in bars]
         above = [max(0.0, high - percent) for _, percent, _, high in bars]
-        axes.bar(places, [bar[1] for bar in bars], width, yerr=[below, above], capsize=2, label=_label(name))
+        axes.bar(places, [bar[1] for bar in bars], width, yerr=[below, above], capsize=2, label=plot_text(name))
     axes.set(title=title, ylim=(0, 100), ylabel="%")
     axes.set_xticks(range(len(labels)), labels)
     axes.legend(fontsize="small")
-
-
-def _label(name: str) -> str:
-    """A series' name as matplotlib shows it unchanged: `$` would begin mathematics, a leading `_` hide the series."""
-    return ("\u2009" if name.startswith("_") else "") + terminal_text(name).replace("$", r"\$")
 
 
 def main(arguments: Sequence[str]) -> int:

@@ -2,10 +2,11 @@
 
 from collections.abc import Mapping, Sequence
 
-from data.json_records import DataError, markdown_text
+from data.json_records import DataError
 from eval.confidence import are_disjoint, attainable_count, mcnemar_p_value
 from eval.rates import CALL_METRICS, METRICS, denominator_of
 from eval.reports.paper_tables import paper_tables
+from printable import markdown_text
 
 DIALOGUE_METRICS = ("DE", "CE", "VA")
 SUMMARY_DECIMALS = 2  # digits of the percentages in a summary

@@ -15,8 +15,9 @@ import sentencepiece
 from data.inspect_loss_weights import format_sample, main
 from data.loss_weights import encode_trajectory
 from data.loss_weights_page import DARK, LIGHT, SCRIPT, render_page
-from data.token_view import printable, view_sample
+from data.token_view import view_sample
 from data.tool_calls import ToolCall
+from printable import terminal_lines
 from tests.data.test_loss_weights import FIND_PAPER, TOOLS, trajectory
 from tests.support.piece_tokenizer import PieceTokenizer
 
@@ -93,7 +94,7 @@ def test_the_view_reads_as_the_prompt_with_eos_behind_trained_turns():
 
 
 def test_printable_escapes_what_acts_on_a_terminal():
-    assert printable("a\x1b[31m\u202eb\ud800\x00\nc") == "a\\x1b[31m\\u202eb\\ud800\\x00\nc"
+    assert terminal_lines("a\x1b[31m\u202eb\ud800\x00\nc") == "a\\x1b[31m\\u202eb\\ud800\\x00\nc"
 
 
 # ---------------------------------------------------------------------------------------------------------------------

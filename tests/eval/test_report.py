@@ -7,13 +7,14 @@ from pathlib import Path
 
 import pytest
 
-from data.json_records import DataError, markdown_text, write_json_lines
+from data.json_records import DataError, write_json_lines
 from eval.rates import summarize_results
 from eval.reports.compare import main as compare_main
 from eval.reports.paper_tables import read_published, unattainable_cells
 from eval.reports.plots import draw_bars, figure4_bars, figure5_bars, write_plots
 from eval.reports.plots import main as plots_main
 from eval.reports.report import format_comparison, format_report, metrics_of, unattainable_rates
+from printable import markdown_text
 from tests.support.rotbench_records import react, rotbench_record
 
 pytestmark = pytest.mark.slow  # the file as a whole takes several seconds

@@ -218,7 +218,7 @@ def test_explain_from_standard_input():
     assert done.stdout.splitlines() == [
         "reward        -1.3",
         "category      hallucinated_parameter",
-        'parsed call   f(a="\\xe9\\x7f", q=1)',
+        'parsed call   f(a="\u00e9\\x7f", q=1)',
         'gold call     f(a="x", b=1)',
         "hallucinated  'q'",
         "redundant     -",
