@@ -299,7 +299,7 @@ def test_table_columns_stand_under_their_titles():
         (("--model", "nowhere", "--data", "DATA"), "nowhere"),
         (("--model", "MODEL", "--data", "missing.json"), "missing"),
         (("--model", "MODEL", "--data", "DATA", "--temperature", "-1"), "--temperature: found -1.0"),
-        (("--model", "MODEL", "--data", "DATA", "--temperature", "nan"), "--temperature: found NaN"),
+        (("--model", "MODEL", "--data", "DATA", "--temperature", "nan"), "--temperature: found nan"),
         (
             ("--model", "MODEL", "--data", "DATA", "--temperature", "0", "--samples_per_prompt", "2"),
             "--samples_per_prompt",
