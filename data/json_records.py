@@ -1,4 +1,4 @@
-"""JSON and JSON lines: the one reader of every data, answer and prediction file, and atomic writing.
+"""JSON and JSON lines: the one reader of every data, answer and prediction file; writing whole files and lines.
 
 One file gets one verdict, whoever reads it: UTF-8 with or without a byte order mark, no key twice in an object, no NaN
 or Infinity, no integer of thousands of digits, no bottomless nesting. What is malformed raises `DataError` in one line,
@@ -9,13 +9,16 @@ import gzip
 import json
 import os
 import re
+import stat
 import zlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Self, TextIO
 
 from printable import shown
 
 MAX_UNPACKED_BYTES = 64 << 20  # of a gzip file; HumanEval unpacks to 0.2 MB
+MAX_OBJECT_BYTES = 64 << 20  # of a file that is one object; the state of a trainer of 7B has below 1 MB
 
 
 class DataError(ValueError):
@@ -76,6 +79,20 @@ def read_json_lines(path: Path, *, drop_partial_last_line: bool) -> tuple[list[t
             raise DataError(f"{path}:{line}: found {kind_of(value)}, expected one JSON object")
         rows.append((line, value))
     return rows, cut
+
+
+def read_json_object(path: Path) -> dict:
+    """The one JSON object of a small file. Raises DataError, also unless it is a regular file, reached by no link."""
+    try:
+        found = path.lstat()
+    except OSError as error:
+        raise DataError(f"{path}: found {error.strerror or error}, expected a readable file") from None
+    if not stat.S_ISREG(found.st_mode) or found.st_size > MAX_OBJECT_BYTES:  # reading a pipe would never end
+        raise DataError(f"{path}: found no regular file of at most {MAX_OBJECT_BYTES} bytes, expected one JSON object")
+    value = parse_json(_read_text(path), str(path))
+    if not isinstance(value, dict):
+        raise DataError(f"{path}: found {kind_of(value)}, expected one JSON object")
+    return value
 
 
 def parse_json(text: str, where: str) -> object:
@@ -247,8 +264,83 @@ def write_json_lines(path: Path, rows: Iterable[dict]) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write `text` next to `path`, then move it there, so that a kill leaves the old file or the new one."""
+    """write_bytes in UTF-8. Makes the folder."""
     path.parent.mkdir(parents=True, exist_ok=True)
+    write_bytes(path, text.encode("utf-8"))
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Write next to `path`, flush to disk, then move it there, so that a kill leaves the old file or the new one.
+
+    Nothing is written through a link: what has the name of the unfinished file is removed first. Raises OSError.
+    """
     unfinished = path.with_name(path.name + ".unfinished")
-    unfinished.write_text(text, encoding="utf-8")
-    os.replace(unfinished, path)
+    unfinished.unlink(missing_ok=True)
+    try:
+        with open(unfinished, "xb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(unfinished, path)
+    except OSError:  # a full disk has more use for the room
+        unfinished.unlink(missing_ok=True)
+        raise
+
+
+class JsonLinesFile:
+    """A file that JSON objects are appended to, one per line, each handed to the system at once, on disk at `sync`.
+
+    State: the open file. Opening raises OSError; a link is not followed.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        # unbuffered: a line that a full disk refused is not tried again when the file is closed
+        self._file = open(path, "ab", buffering=0, opener=_open_unlinked)  # noqa: SIM115, closed by close()
+
+    def write(self, row: dict) -> None:
+        """Append one line. Raises DataError if the disk is full, or the file no longer where it was opened."""
+        rest = memoryview((json.dumps(row) + "\n").encode("ascii"))
+        try:
+            while rest:  # the last room of a disk takes a part of a line
+                rest = rest[self._file.write(rest) :]
+        except OSError as error:
+            raise DataError(f"{self.path}: found no way to append ({error.strerror}), expected room") from None
+        check_same_file(self._file.fileno(), self.path)
+
+    def sync(self) -> None:
+        """Force the lines to disk: called before a checkpoint claims their steps. Raises DataError."""
+        try:
+            os.fsync(self._file.fileno())
+        except OSError as error:
+            raise DataError(f"{self.path}: found no way to append ({error.strerror}), expected room") from None
+        check_same_file(self._file.fileno(), self.path)
+
+    def close(self) -> None:
+        """No more lines."""
+        self._file.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def check_same_file(descriptor: int, path: Path) -> None:
+    """Raise DataError unless the open file is the one at `path`: what goes into a deleted file is lost."""
+    try:
+        is_there = os.path.samestat(os.fstat(descriptor), os.stat(path))
+    except OSError:
+        is_there = False
+    if not is_there:
+        raise DataError(f"{path}: found it deleted or replaced during the run, expected the file that the run opened")
+
+
+def open_lock(path: Path) -> TextIO:
+    """The file of a lock, made if it is not there, its content left alone; a link is not followed. Raises OSError."""
+    return open(path, "a", encoding="utf-8", opener=_open_unlinked)
+
+
+def _open_unlinked(path: str, flags: int) -> int:
+    return os.open(path, flags | os.O_NOFOLLOW, 0o666)

@@ -27,7 +27,7 @@ import torch
 from command_line import parse_arguments, run_command
 from data.formats.prompt_format import PromptError
 from data.formats.table import COMPLETION_FORMATS, PROMPT_FORMATS, encode_prompt
-from data.json_records import DataError, read_json_lines, read_json_list, write_text
+from data.json_records import DataError, open_lock, read_json_lines, read_json_list, write_text
 from data.tool_documents import normalize_tools
 from data.trained_format import AUTO_FORMAT, choose_format
 from data.trajectories import Message, read_trajectories
@@ -225,7 +225,7 @@ def collect(flags: argparse.Namespace) -> str:
         **{name: getattr(flags, name) for name in DECIDING_FLAGS},
     }
     path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path.with_suffix(".lock"), "w") as lock:
+    with open_lock(path.with_suffix(".lock")) as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

@@ -12,7 +12,6 @@ import argparse
 import hashlib
 import http.client
 import json
-import os
 import re
 import sys
 import time
@@ -25,7 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from command_line import parse_arguments, run_command
-from data.json_records import DataError
+from data.json_records import DataError, write_bytes
 from eval.benchmarks import Benchmark
 from eval.evaluate_toolalpaca import MASKED_API_KEY
 from printable import terminal_text
@@ -162,9 +161,7 @@ def _fetch_file(file: OriginFile, benchmark_dir: Path, host: str) -> None:
             raise DataError(f"{url}: found {_contents(content)} after masking API keys, expected {_expected(file)}")
     path = benchmark_dir / file.path
     path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(path.name + ".unfinished")
-    unfinished.write_bytes(content)
-    os.replace(unfinished, path)
+    write_bytes(path, content)
 
 
 def _download(url: str, size: int) -> bytes:

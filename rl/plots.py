@@ -32,6 +32,15 @@ def plot_ppo(output: Path) -> str:
     rows = read_metrics(output / "metrics.jsonl")
     if not rows:
         return "no plot: metrics.jsonl holds no step"
+    try:
+        _draw_run(output, rows, pyplot)
+    except (KeyError, TypeError, ValueError) as error:
+        return f"no plot: the journals of {output} hold lines that no run wrote ({type(error).__name__}: {error})"
+    return f"plot: {output / 'plots' / 'ppo.png'}"
+
+
+def _draw_run(output: Path, rows: list[dict], pyplot) -> None:
+    """All panels, into OUTPUT/plots/ppo.png. Raises KeyError, TypeError, ValueError for lines of another shape."""
     # every line of an iteration repeats the figures of its rollout: draw them once, or long iterations would weigh more
     rollouts = list({row["iteration"]: row for row in rows}.values())
     figure, axes = pyplot.subplots(3, 3, figsize=(15, 11), sharex=True)
@@ -52,7 +61,6 @@ def plot_ppo(output: Path) -> str:
     figure.tight_layout()
     figure.savefig(output / "plots" / "ppo.png", dpi=110)
     pyplot.close(figure)
-    return f"plot: {output / 'plots' / 'ppo.png'}"
 
 
 def stretch_means(values: list[float], width: int) -> list[float]:

@@ -82,7 +82,7 @@ def train_ppo(
     prompts: all of them, on every rank. held_out: prompts scored before, during and after training; may be empty.
     sources: fingerprints of what goes in, part of the run's identity. notes: lines on how the prompts were chosen.
     Files: docs/checkpoints.md, docs/metrics.md.
-    Raises RunFolderError, CheckpointError, TrainingError.
+    Raises RunFolderError, CheckpointError, TrainingError, DataError.
     """
     seed_everything(config.seed, world.rank)
     use_deterministic_kernels()

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from data.json_records import JsonLinesFile
 from data.tool_calls import render_tool_call
 from model.tokenizer import Tokenizer
 from printable import one_line
@@ -29,7 +30,7 @@ from rl.prompts import PPOPrompt
 from rl.reward import CATEGORIES
 from rl.rollout import Credited, has_ended, response_text
 from train.distributed import World, gather_objects, gathered_model, global_sum
-from train.run_logging import MetricsFile, log_line
+from train.run_logging import log_line
 
 JOURNALS = ("metrics.jsonl", "samples.jsonl", "evaluations.jsonl")
 LEDGER_COLUMNS = ("logprob", "KL", "reward", "value", "advantage", "return")
@@ -119,7 +120,7 @@ class Watch:
 
     def __init__(self, config: PPOConfig, world: World, *, step: int, last_step: int) -> None:
         self.config, self.world = config, world
-        self.files = {name: MetricsFile(Path(config.output) / name) for name in JOURNALS} if world.is_main else {}
+        self.files = {name: JsonLinesFile(Path(config.output) / name) for name in JOURNALS} if world.is_main else {}
         self.must_print_ledger = config.print_ledger == "on" and world.is_main
         self.has_warned_of_cuts = False
         # disable=None: no bar when stderr is not a terminal, so that logs and error lines stay clean

@@ -21,7 +21,7 @@ import torch
 
 from command_line import error_line, parse_arguments
 from data.batches import PackedBatch, step_batches
-from data.json_records import DataError
+from data.json_records import DataError, read_json_object
 from data.loss_weights import EncodedTrajectory
 from model.config import ModelFolderError
 from model.tokenizer import load_tokenizer
@@ -53,17 +53,20 @@ class AuditError(ValueError):
 
 
 def read_run(run: Path) -> SFTConfig:
-    """The settings of a run folder. Raises AuditError when it is none, or when its model or data changed since."""
+    """The settings of a run folder.
+
+    Raises AuditError, DataError when it is none, or when its model or data changed since.
+    """
     try:
-        settings = json.loads((run / "config.json").read_text(encoding="utf-8"))
-        identity = json.loads((run / "run_identity.json").read_text(encoding="utf-8"))
+        settings = read_json_object(run / "config.json")
+        identity = read_json_object(run / "run_identity.json")
         config = SFTConfig(**{field.name: settings[field.name] for field in fields(SFTConfig)})
         now = {"data_sha256": file_sha256(Path(config.data)), "model_sha256": model_fingerprint(config.model)}
     except OSError as error:
         raise AuditError(f"{error.filename}: found no readable file ({error.strerror}), expected an SFT run") from None
     except KeyError as error:
         raise AuditError(f"{run}/config.json: found no setting {error}, expected those of an SFT run") from None
-    except (json.JSONDecodeError, TypeError) as error:
+    except TypeError as error:
         raise AuditError(f"{run}: found settings that cannot be read ({error}), expected an SFT run") from None
     for name, path in (("data_sha256", config.data), ("model_sha256", config.model)):
         if identity.get(name) != now[name]:
@@ -75,7 +78,7 @@ def read_run(run: Path) -> SFTConfig:
 
 def logged_loss(run: Path, step: int) -> float:
     """`sft/loss` of the step in metrics.jsonl. Raises AuditError when the run has no such step."""
-    losses = {row["step"]: row["sft/loss"] for row in read_metrics(run / "metrics.jsonl")}
+    losses = {row["step"]: row["sft/loss"] for row in read_metrics(run / "metrics.jsonl", "sft/loss")}
     if step not in losses:
         raise AuditError(f"--step: found {step}, expected one of the {len(losses)} steps in {run / 'metrics.jsonl'}")
     return losses[step]

@@ -5,7 +5,10 @@ SFT and PPO share these, so that a run of either kind is opened, stopped and res
 """
 
 import fcntl
+import os
 import signal
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Self, TextIO
@@ -13,9 +16,9 @@ from typing import Any, Self, TextIO
 import torch
 
 from command_line import changed_settings, error_line
-from data.json_records import DataError
+from data.json_records import DataError, check_same_file, open_lock
 from train.checkpoint import CheckpointError, TrainerState, load_checkpoint, newest_good_checkpoint, remove_leftovers
-from train.distributed import World, any_rank, reshard_all, wait_for_all
+from train.distributed import World, any_rank, reshard_all
 from train.run_logging import (
     RunFolderError,
     cut_metrics,
@@ -40,7 +43,10 @@ class TrainResult:
 
 
 class StopSignal:
-    """Remembers the first SIGTERM or SIGINT while active; a second one acts as usual (so Ctrl-C twice kills)."""
+    """Remembers the first SIGTERM or SIGINT while active; a third one acts as usual (so Ctrl-C three times kills).
+
+    The second only adds a line: under torchrun a signal often comes twice, from the shell and from torchrun itself.
+    """
 
     def __init__(self) -> None:
         self.number = 0
@@ -56,9 +62,14 @@ class StopSignal:
             signal.signal(number, handler)
 
     def _remember(self, number: int, _frame: object) -> None:
-        self.number = number
+        if not self.number:
+            self.number = number
+            return
         for each, handler in self._previous.items():
             signal.signal(each, handler)
+        if os.environ.get("RANK", "0") == "0":  # sys.stderr may be in the middle of a write
+            name = signal.Signals(number).name
+            os.write(2, f"a second {name}: still saving a checkpoint; a third ends the run at once\n".encode())
 
 
 def open_output(output: Path, config: Any, identity: dict, world: World, *, data_report: dict) -> None:
@@ -67,15 +78,24 @@ def open_output(output: Path, config: Any, identity: dict, world: World, *, data
     config: the settings dataclass of the run; identity: what makes two runs the same run; data_report: what was read
     and chosen. Raises RunFolderError, on every rank.
     """
+
+    def make_folder() -> None:
+        open_run_folder(output, identity, resume=config.resume)
+        (output / "checkpoints").mkdir(exist_ok=True)
+        remove_leftovers(output / "checkpoints")
+        write_settings(output, config, world)
+        write_json_atomically(output / "data_report.json", data_report)
+
+    _run_on_main(make_folder, output, world)
+
+
+def _run_on_main(action: Callable[[], None], output: Path, world: World) -> None:
+    """Run `action` on rank 0; what it raises is a RunFolderError on every rank."""
     problem = ""
     if world.is_main:
         try:
-            open_run_folder(output, identity, resume=config.resume)
-            (output / "checkpoints").mkdir(exist_ok=True)
-            remove_leftovers(output / "checkpoints")
-            write_settings(output, config, world)
-            write_json_atomically(output / "data_report.json", data_report)
-        except (RunFolderError, OSError) as error:
+            action()
+        except (RunFolderError, DataError, OSError) as error:
             problem = error_line(error)
     if any_rank(problem != ""):
         raise RunFolderError(problem or f"{output}: refused by rank 0")
@@ -88,27 +108,39 @@ def write_settings(output: Path, config: Any, world: World) -> None:
     write_json_atomically(output / "environment.json", {**environment, "changed_from": changed_settings(config)})
 
 
-def lock_folder(folder: Path, world: World) -> TextIO:
-    """Keep other runs out of `folder` until the file returned is closed, by this process's end at the latest.
+@contextmanager
+def lock_folder(folder: Path, world: World) -> Iterator[None]:
+    """Keep other runs out of `folder`; the system frees it when the process ends, however it ends.
 
     Each rank holds a shared lock: a torchrun that is killed outright leaves its workers alive, and they keep writing.
-    Raises DataError, on all ranks, while any process of another run holds one.
+    Raises DataError, on all ranks, while any process of another run holds one, and at the end if the folder was deleted
+    or replaced meanwhile.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    lock = open(folder / "lock", "w")  # noqa: SIM115, held until the process ends
-    is_taken = False
-    if world.is_main:  # alone in the folder? The other ranks ask for their lock only after this answer.
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            is_taken = True
-    if any_rank(is_taken):
-        raise DataError(
-            f"{folder}: found another process at work on it, expected none; end it or wait for its end "
-            "(killing torchrun itself leaves its workers running)"
-        )
-    fcntl.flock(lock, fcntl.LOCK_SH)  # rank 0 passes from exclusive to shared, which lets the others in
-    return lock
+    path = folder / "lock"
+    with open_lock(path) as lock:
+        # alone in the folder? The other ranks ask for their lock only after this answer.
+        is_taken = world.is_main and not _lock(lock, fcntl.LOCK_EX)
+        if any_rank(is_taken):
+            raise DataError(
+                f"{folder}: found another process at work on it, expected none; end it or wait for its end "
+                "(killing torchrun itself leaves its workers running)"
+            )
+        _lock(lock, fcntl.LOCK_SH)  # rank 0 passes from exclusive to shared, which lets the others in
+        yield
+        check_same_file(lock.fileno(), path)
+
+
+def _lock(lock: TextIO, kind: int) -> bool:
+    """Whether this process has the lock now; yes, with a warning, where the file system has no locks."""
+    try:
+        fcntl.flock(lock, kind | (fcntl.LOCK_NB if kind == fcntl.LOCK_EX else 0))
+    except BlockingIOError:
+        return False
+    except OSError as error:
+        if kind == fcntl.LOCK_EX:
+            log_line(f"warning: {lock.name}: no lock ({error.strerror}); see that no other run writes into the folder")
+    return True
 
 
 def resume_newest(
@@ -122,7 +154,8 @@ def resume_newest(
     """Load the newest good checkpoint of `output` into `parts`, or return None if there is none; a collective.
 
     journals: files of one JSON object per line with a "step"; lines after the checkpoint's step are cut off, so that
-    each step is there once. Raises CheckpointError when there are checkpoints and none is good.
+    each step is there once. Raises CheckpointError when there are checkpoints and none is good, RunFolderError when the
+    journals cannot be cut.
     """
     folder = output / "checkpoints"
     path, refused = newest_good_checkpoint(folder, world, identity=identity)
@@ -141,10 +174,12 @@ def resume_newest(
         raise CheckpointError(
             f"{folder}: found no good checkpoint among {len(refused)}, expected one to resume from ({refused[0]})"
         )
-    if world.is_main:
+
+    def cut_journals() -> None:
         for name in journals:
             cut_metrics(output / name, state.step if state else -1)  # -1: nothing, not even figures of step 0
-    wait_for_all()
+
+    _run_on_main(cut_journals, output, world)
     return state
 
 

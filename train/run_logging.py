@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import platform
+import stat
 import subprocess
 import sys
 import time
@@ -12,7 +13,10 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
+from data.json_records import read_json_object, write_bytes
 from printable import log_text, shown
+
+IDENTITY_FILE = "run_identity.json"
 
 
 class RunFolderError(ValueError):
@@ -26,13 +30,8 @@ def log_line(message: str) -> None:
 
 
 def write_json_atomically(path: Path, content: object) -> None:
-    """Write JSON next to `path`, flush to disk, rename: a reader sees the old or the new file, never half of one."""
-    temporary = path.with_name(f".{path.name}.part")
-    with open(temporary, "w", encoding="utf-8") as file:
-        file.write(json.dumps(content, indent=2, ensure_ascii=True) + "\n")
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    """Write JSON so that a reader sees the old or the new file, never half of one. The folder must be there."""
+    write_bytes(path, (json.dumps(content, indent=2) + "\n").encode("ascii"))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -80,28 +79,39 @@ def model_fingerprint(model_dir: str) -> str:
 def open_run_folder(output: Path, identity: dict, *, resume: str) -> None:
     """Make `output`, or check that it holds this very run (equal `identity`); writes run_identity.json.
 
-    Raises RunFolderError for a folder of another run, and with resume = "never" for a folder that has checkpoints:
-    no step of an earlier run is ever overwritten.
+    Raises RunFolderError as check_run_folder.
     """
-    if output.exists() and not output.is_dir():
-        raise RunFolderError(f"{output}: found a file, expected a folder for the run's output")
-    identity_path = output / "run_identity.json"
-    has_results = any((output / name).exists() for name in ("config.json", "metrics.jsonl", "checkpoints", "final"))
-    if identity_path.exists():
+    check_run_folder(output, identity, resume=resume)
+    output.mkdir(parents=True, exist_ok=True)
+    write_json_atomically(output / IDENTITY_FILE, identity)
+
+
+def check_run_folder(output: Path, identity: dict, *, resume: str, is_whole: bool = True) -> None:
+    """Raise RunFolderError for a folder that cannot be this run's; nothing is written.
+
+    It is refused if another run got as far as a step, if files are in the way, and with resume = "never" if it has
+    checkpoints: no step of an earlier run is ever overwritten. is_whole: False compares only the names in `identity`,
+    before the rest is known.
+    """
+    for path in (output, *(output / name for name in ("checkpoints", "final", "critic", "plots"))):
+        if os.path.lexists(path) and not path.is_dir():
+            raise RunFolderError(f"{path}: found a file, expected a folder for the run's output")
+    for name in (IDENTITY_FILE, "config.json", "metrics.jsonl"):
+        if os.path.lexists(output / name) and not stat.S_ISREG((output / name).lstat().st_mode):
+            raise RunFolderError(f"{output / name}: found no regular file, expected one that a run wrote")
+    if (output / IDENTITY_FILE).exists():
         if _has_progress(output):
-            _check_identity(identity_path, identity)
-    elif has_results:
+            _check_identity(output / IDENTITY_FILE, identity, is_whole=is_whole)
+    elif any((output / name).exists() for name in ("config.json", "metrics.jsonl", "checkpoints", "final")):
         raise RunFolderError(
             f"{output}: found files but no run_identity.json, expected a new folder or one of this run"
         )
-    checkpoints = sorted((output / "checkpoints").glob("step_*")) if (output / "checkpoints").is_dir() else []
+    checkpoints = sorted((output / "checkpoints").glob("step_*"))
     if resume == "never" and checkpoints:
         raise RunFolderError(
             f"{output}: found checkpoint {checkpoints[-1].name}, expected a folder without checkpoints for "
             "--resume never; choose another --output or --resume auto"
         )
-    output.mkdir(parents=True, exist_ok=True)
-    write_json_atomically(identity_path, identity)
 
 
 def _has_progress(output: Path) -> bool:
@@ -111,15 +121,9 @@ def _has_progress(output: Path) -> bool:
     return started or (output / "final").exists() or any((output / "checkpoints").glob("step_*"))
 
 
-def _check_identity(identity_path: Path, identity: dict) -> None:
-    try:
-        found = json.loads(identity_path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError):
-        raise RunFolderError(
-            f"{identity_path}:1: found text that is not JSON, expected the identity of a run"
-        ) from None
-    found = found if isinstance(found, dict) else {}
-    for name in sorted(set(found) | set(identity)):
+def _check_identity(identity_path: Path, identity: dict, *, is_whole: bool) -> None:
+    found = read_json_object(identity_path)
+    for name in sorted(set(found) | set(identity) if is_whole else identity):
         if found.get(name) != identity.get(name):
             theirs, ours = (shown(each[name]) if name in each else "nothing" for each in (found, identity))
             raise RunFolderError(
@@ -179,65 +183,38 @@ def without_absolute_path(argument: str) -> str:
 def cut_metrics(path: Path, last_step: int) -> int:
     """Keep only the lines of steps <= last_step, so that each step is there once after a resume; returns lines removed.
 
-    A torn last line (killed while writing) goes too.
+    A torn last line (killed while writing) goes too, and so does any other line that no run wrote.
     """
     if not path.exists():
         return 0
-    kept, removed = [], 0
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
-        try:
-            keep = json.loads(line)["step"] <= last_step
-        except (json.JSONDecodeError, KeyError, TypeError):
-            keep = False
-        if keep:
-            kept.append(line + "\n")
-        else:
-            removed += 1
+    lines = path.read_text(encoding="utf-8", errors="replace").split("\n")
+    kept = [line + "\n" for line in lines if (row := _row_of(line)) and row["step"] <= last_step]
+    removed = sum(map(bool, lines)) - len(kept)
     if removed:
-        temporary = path.with_name(f".{path.name}.part")
-        with open(temporary, "w", encoding="utf-8") as file:
-            file.write("".join(kept))
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
+        write_bytes(path, "".join(kept).encode("utf-8"))
     return removed
 
 
-class MetricsFile:
-    """Append-only metrics.jsonl: one flat JSON object per optimizer step, flushed at once, on disk at `sync`."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        # unbuffered: a line that a full disk refused is not tried again when the file is closed
-        self.file = open(path, "ab", buffering=0)  # noqa: SIM115, closed by close()
-
-    def write(self, metrics: dict[str, float]) -> None:
-        """Append one line. Raises RunFolderError when the disk is full."""
-        try:
-            self.file.write((json.dumps(metrics) + "\n").encode("ascii"))
-        except OSError as error:
-            raise RunFolderError(f"{self.path}: found no way to append ({error.strerror}), expected room") from None
-
-    def sync(self) -> None:
-        """Force the lines to disk: called before a checkpoint claims their steps."""
-        os.fsync(self.file.fileno())
-
-    def close(self) -> None:
-        """No more lines."""
-        self.file.close()
+def _row_of(line: str) -> dict | None:
+    """The object that a line is, if it has a step."""
+    try:
+        row = json.loads(line)  # not the strict reader: a figure may be NaN
+    except (ValueError, RecursionError):
+        return None
+    return row if isinstance(row, dict) and type(row.get("step")) is int else None
 
 
-def read_metrics(path: Path) -> list[dict]:
-    """All complete lines of a metrics.jsonl."""
+def read_metrics(path: Path, *names: str) -> list[dict]:
+    """The lines of a metrics.jsonl that are whole and have numbers under all `names`."""
     if not path.exists():
         return []
-    lines = path.read_text(encoding="utf-8").splitlines()
-    return [json.loads(line) for line in lines if line.endswith("}")]
+    rows = map(_row_of, path.read_text(encoding="utf-8", errors="replace").split("\n"))
+    return [row for row in rows if row and all(type(row.get(name)) in (int, float) for name in names)]
 
 
 def plot_losses(output: Path) -> str:
     """Draw OUTPUT/plots/loss.png from metrics.jsonl; returns a line that says where it is or why there is none."""
-    rows = read_metrics(output / "metrics.jsonl")
+    rows = read_metrics(output / "metrics.jsonl", "sft/loss", "sft/learning_rate")
     try:
         import matplotlib
 

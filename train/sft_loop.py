@@ -19,6 +19,7 @@ from tqdm import tqdm
 from command_line import run_identity
 from data.batches import PackedBatch, drop_unusable
 from data.data_report import data_report, describe_data
+from data.json_records import JsonLinesFile
 from data.loss_weights import EncodedTrajectory, TextEncoder, encode_trajectory
 from data.trajectories import read_trajectories
 from printable import one_line
@@ -26,7 +27,7 @@ from train.checkpoint import save_checkpoint
 from train.distributed import World, any_rank, clip_gradients, global_sum, set_gradient_sync
 from train.optimizer import schedule_factor, set_learning_rates, warmup_steps_of
 from train.run_control import StopSignal, TrainingError, TrainResult, open_output, report_stop, resume_newest
-from train.run_logging import MetricsFile, fingerprint
+from train.run_logging import fingerprint
 from train.seeding import seed_everything, use_deterministic_kernels
 from train.sft_config import SFTConfig
 from train.weighted_cross_entropy import linear_weighted_cross_entropy
@@ -183,7 +184,7 @@ def train_sft(
 
     model: sharded by train.distributed.shard_model; optimizer: built after that, one or more groups, each with its own
     peak `lr`, which the schedule scales. loss_backend: "cuda" or "torch", the answer to config.loss_backend.
-    Files: docs/checkpoints.md, docs/metrics.md. Raises RunFolderError, CheckpointError, TrainingError.
+    Files: docs/checkpoints.md, docs/metrics.md. Raises RunFolderError, CheckpointError, TrainingError, DataError.
     """
     seed_everything(config.seed, world.rank)
     use_deterministic_kernels()
@@ -198,7 +199,7 @@ def train_sft(
     step = state.step if state else 0
     last_step = min(data.total_steps, config.max_steps or data.total_steps)
     warmup_steps = warmup_steps_of(config.warmup_ratio, data.total_steps)
-    metrics_file = MetricsFile(output / "metrics.jsonl") if world.is_main else None
+    metrics_file = JsonLinesFile(output / "metrics.jsonl") if world.is_main else None
     # disable=None: no bar when stderr is not a terminal, so that logs and error lines stay clean
     bar = tqdm(total=last_step, initial=step, unit="step", disable=None if world.is_main else True)
     stopping = False

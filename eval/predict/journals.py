@@ -7,13 +7,12 @@ A kill leaves at most one partial line per journal, which is dropped with a noti
 rest. Single predictions (generate.py) and dialogues (eval/dialogues/journal.py) both use these functions.
 """
 
-import json
 import threading
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Self
 
-from data.json_records import DataError, read_json_lines
+from data.json_records import DataError, JsonLinesFile, read_json_lines
 from printable import shown
 
 SHOWN_INDICES = 20  # of the records named in a notice
@@ -62,25 +61,19 @@ class Journal:
 
     def __init__(self, file: Path) -> None:
         file.parent.mkdir(parents=True, exist_ok=True)
-        self._file = open(file, "a", encoding="utf-8")  # noqa: SIM115, close() ends it
+        self._file = JsonLinesFile(file)
         self._lock = threading.Lock()
 
     def append(self, row: dict) -> None:
-        """Write one line."""
-        line = json.dumps(row) + "\n"
+        """Write one line. Raises DataError if the disk is full or the file was deleted."""
         with self._lock:
-            self._file.write(line)
-            self._file.flush()
-
-    def close(self) -> None:
-        """Close the file."""
-        self._file.close()
+            self._file.write(row)
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *exception: object) -> None:
-        self.close()
+        self._file.close()
 
 
 def describe_resume(

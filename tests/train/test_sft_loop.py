@@ -13,13 +13,14 @@ import torch
 
 from command_line import run_identity
 from data.batches import pack
+from data.json_records import DataError, JsonLinesFile
 from data.loss_weights import encode_trajectory
 from data.trajectories import read_trajectories
 from model.tokenizer import load_tokenizer
 from tests.support.tiny_run import ROOT, metrics_of, random_batch, run_here, tiny_files, tiny_model
 from train.distributed import init_world, local_part, shard_model
 from train.run_control import StopSignal, TrainingError
-from train.run_logging import MetricsFile, RunFolderError, cut_metrics, open_run_folder, plot_losses
+from train.run_logging import RunFolderError, cut_metrics, open_run_folder, plot_losses
 from train.sft_config import SFTConfig
 from train.sft_loop import SFTData, train_sft, train_step
 
@@ -189,13 +190,17 @@ def test_a_signal_finishes_the_step_saves_and_says_so(world, tmp_path, capsys):
     assert signal.getsignal(signal.SIGTERM) is before
 
 
-def test_a_second_signal_acts_as_usual():
+def test_a_second_signal_is_named_and_a_third_acts_as_usual(capfd):
     # A shell starts background jobs with SIGINT ignored, and "as usual" would then be to ignore it.
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         with StopSignal() as stop:
             os.kill(os.getpid(), signal.SIGINT)
-            assert stop.number == signal.SIGINT
+            assert (stop.number, capfd.readouterr().err) == (signal.SIGINT, "")
+            os.kill(os.getpid(), signal.SIGINT)
+            assert (
+                capfd.readouterr().err == "a second SIGINT: still saving a checkpoint; a third ends the run at once\n"
+            )
             with pytest.raises(KeyboardInterrupt):
                 os.kill(os.getpid(), signal.SIGINT)
     finally:
@@ -265,8 +270,8 @@ def test_metrics_are_cut_to_the_checkpoint(tmp_path):
 
 
 def test_metrics_on_a_full_disk_are_one_line_of_error():
-    with pytest.raises(RunFolderError, match="/dev/full: found no way to append .No space left on device"):
-        MetricsFile(Path("/dev/full")).write({"step": 1})
+    with pytest.raises(DataError, match="/dev/full: found no way to append .No space left on device"):
+        JsonLinesFile(Path("/dev/full")).write({"step": 1})
 
 
 def test_identity_ignores_where_and_counts_what():
@@ -301,7 +306,7 @@ def test_run_folder_rules(tmp_path):
     with pytest.raises(RunFolderError, match="found a file, expected a folder"):
         open_run_folder(tmp_path / "file", {"seed": 1}, resume="auto")
     (tmp_path / "new" / "run_identity.json").write_text("{")
-    with pytest.raises(RunFolderError, match="found text that is not JSON"):
+    with pytest.raises(RunFolderError, match="run_identity.json: found the end at column 2, expected JSON"):
         open_run_folder(tmp_path / "new", {"seed": 1}, resume="auto")
 
 
