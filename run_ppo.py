@@ -10,7 +10,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from command_line import ConfigError, fail, read_config
+from command_line import ConfigError, fail, read_config, run_identity
 from data.formats.prompt_format import PromptError
 from data.json_records import DataError
 from data.trained_format import choose_format, read_trained_format, training_record
@@ -27,8 +27,8 @@ from rl.prompts import PPOPrompt, read_prompts
 from train.checkpoint import CheckpointError
 from train.cuda.launch import LossBackendError, agree_on_loss_backend
 from train.distributed import DeviceError, World, close_world, init_world
-from train.run_control import TrainingError
-from train.run_logging import RunFolderError, file_sha256, log_line, model_fingerprint
+from train.run_control import TrainingError, lock_folder
+from train.run_logging import RunFolderError, check_run_folder, file_sha256, log_line, model_fingerprint
 
 USER_ERRORS = (
     ConfigError,
@@ -57,6 +57,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         config.prompt_format, format_line = agree_on_format(config)
         tokenizer = load_tokenizer(config.model)
         check_folder(config.model, tokenizer)
+        sources = {
+            "data_sha256": file_sha256(Path(config.data)),
+            "model_sha256": model_fingerprint(config.model),
+            "reference_sha256": model_fingerprint(config.reference_model or config.model),
+            "critic_sha256": model_fingerprint(config.critic_model or config.model),
+        }
+        # making prompts takes minutes: a folder of another run is refused before
+        check_run_folder(Path(config.output), run_identity(config, sources), resume=config.resume, is_whole=False)
         prompts, notes = make_prompts(config, config.data, tokenizer)
         prompts, more_notes = drop_unspellable(prompts, tokenizer, config.max_response_tokens)
         held_out = make_prompts(config, config.eval_data, tokenizer)[0] if config.eval_data else []
@@ -68,18 +76,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
             if config.critic_only_iterations:
                 log_line(f"the first {config.critic_only_iterations} iterations train the critic alone")
         models = load_models(config, tokenizer, world, loss_backend)
-        sources = {
-            "data_sha256": file_sha256(Path(config.data)),
-            "model_sha256": model_fingerprint(config.model),
-            "reference_sha256": model_fingerprint(config.reference_model or config.model),
-            "critic_sha256": model_fingerprint(config.critic_model or config.model),
-        }
         held_out = held_out[: config.eval_limit or None]
         notes += more_notes
-        result = train_ppo(config, models, prompts, world, held_out=held_out, sources=sources, notes=notes)
-        if result.stopped_by:
-            return 128 + result.stopped_by
-        export(config, models, world)
+        with lock_folder(Path(config.output), world):
+            result = train_ppo(config, models, prompts, world, held_out=held_out, sources=sources, notes=notes)
+            if result.stopped_by:
+                return 128 + result.stopped_by
+            export(config, models, world)
         if world.is_main:
             final = Path(config.output) / "final"
             log_line(f"trained {result.step} step{'s' * (result.step != 1)}; model: {final}")

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from command_line import ConfigError, fail, read_config
+from command_line import ConfigError, fail, read_config, run_identity
 from data.batches import step_batches, steps_per_epoch
 from data.formats.prompt_format import PromptError
 from data.json_records import DataError
@@ -23,8 +23,8 @@ from train.checkpoint import CheckpointError
 from train.cuda.launch import LossBackendError, agree_on_loss_backend
 from train.distributed import DeviceError, close_world, init_world, load_sharded_model
 from train.optimizer import make_adamw
-from train.run_control import TrainingError
-from train.run_logging import RunFolderError, file_sha256, log_line, model_fingerprint, plot_losses
+from train.run_control import TrainingError, lock_folder
+from train.run_logging import RunFolderError, check_run_folder, file_sha256, log_line, model_fingerprint, plot_losses
 from train.sft_config import SFTConfig
 from train.sft_loop import SFTData, encode_data, train_sft
 
@@ -51,6 +51,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         check_folder(config.model, tokenizer)
         _, format_line = choose_format(config.prompt_format, config.model)
         training = training_record(tokenizer, config.prompt_format)
+        sources = {"data_sha256": file_sha256(Path(config.data)), "model_sha256": model_fingerprint(config.model)}
+        # encoding takes minutes: a folder of another run is refused before
+        check_run_folder(Path(config.output), run_identity(config, sources), resume=config.resume, is_whole=False)
         encoded, report = encode_data(config, tokenizer)
         world = init_world(config.device)
         say = log_line if world.is_main else lambda line: None
@@ -77,21 +80,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 world_size=world.size,
             ),
             total_steps=config.epochs * steps_per_epoch(len(encoded), config.global_batch_size),
-            sources={"data_sha256": file_sha256(Path(config.data)), "model_sha256": model_fingerprint(config.model)},
+            sources=sources,
             report=report,
         )
-        result = train_sft(config, data, model, optimizer, world, loss_backend=loss_backend)
-        if result.stopped_by:
-            return 128 + result.stopped_by
-        final = Path(config.output) / "final"
-        eos_id = training["end_of_turn_id"]
-        save_pretrained_streamed(
-            model, final, dtype=torch.float32, companions_from=config.model, eos_id=eos_id, training=training
-        )
-        if change := describe_eos_change(config.model, eos_id):
-            say(change)
-        if world.is_main and config.plot == "on":
-            say(plot_losses(Path(config.output)))
+        with lock_folder(Path(config.output), world):
+            result = train_sft(config, data, model, optimizer, world, loss_backend=loss_backend)
+            if result.stopped_by:
+                return 128 + result.stopped_by
+            final = Path(config.output) / "final"
+            eos_id = training["end_of_turn_id"]
+            save_pretrained_streamed(
+                model, final, dtype=torch.float32, companions_from=config.model, eos_id=eos_id, training=training
+            )
+            if change := describe_eos_change(config.model, eos_id):
+                say(change)
+            if world.is_main and config.plot == "on":
+                say(plot_losses(Path(config.output)))
         say(f"trained {result.step} step{'s' * (result.step != 1)}; model: {final}")
         say(f"next: python run_eval.py --model {shlex.quote(str(final))}")
         return 0

@@ -2,10 +2,23 @@
 
 import gzip
 import json
+import os
+import resource
+import shutil
 
 import pytest
 
-from data.json_records import DataError, parse_json, read_json_lines, read_json_list, read_records
+from data.json_records import (
+    DataError,
+    JsonLinesFile,
+    open_lock,
+    parse_json,
+    read_json_lines,
+    read_json_list,
+    read_json_object,
+    read_records,
+    write_text,
+)
 
 # Whatever Python's own decoder lets through, or fails on in its own way: (text of one value, words of the refusal).
 MALFORMED = [
@@ -124,3 +137,107 @@ def test_damage_elsewhere_is_no_cut(tmp_path):
     for content in (b'{"a": "\xe9"}\n{"a": 1', b'{"a": 1\n{"a": 1}\n', b'{"a": "\xe2\x98"}\n', b'{"a": "\xff', b"[1\n"):
         path.write_bytes(content)
         fault_of(read_json_lines, path, drop_partial_last_line=True)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Writing
+
+
+def test_a_file_is_replaced_whole_and_never_through_a_link(tmp_path):
+    path, victim = tmp_path / "report.md", tmp_path / "victim"
+    victim.write_text("precious")
+    (tmp_path / "report.md.unfinished").symlink_to(victim)
+    write_text(path, "new")
+    assert (path.read_text(), victim.read_text()) == ("new", "precious")
+    assert sorted(each.name for each in tmp_path.iterdir()) == ["report.md", "victim"]
+    path.unlink()
+    path.symlink_to(victim)  # the name itself is a link: replaced, not written through
+    write_text(path, "newer")
+    assert (path.read_text(), path.is_symlink(), victim.read_text()) == ("newer", False, "precious")
+
+
+def test_a_write_that_fails_leaves_the_old_file_alone(tmp_path):
+    path = tmp_path / "summary.json"
+    path.write_text("old")
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))  # like a full disk
+    try:
+        with pytest.raises(OSError, match="File too large"):
+            write_text(path, "x" * 5000)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert [each.name for each in tmp_path.iterdir()] == ["summary.json"] and path.read_text() == "old"
+
+
+def test_a_line_that_fits_only_in_part_is_an_error(tmp_path):
+    """write() takes what still fits and says so by its count alone."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    with JsonLinesFile(tmp_path / "journal.jsonl") as journal:
+        journal.write({"step": 1})
+        resource.setrlimit(resource.RLIMIT_FSIZE, (20, hard))
+        try:
+            with pytest.raises(
+                DataError, match=r"journal.jsonl: found no way to append .File too large., expected room"
+            ):
+                journal.write({"step": 2, "text": "x" * 30})
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+@pytest.mark.parametrize("action", ["deleted", "replaced", "folder gone"])
+def test_a_journal_notices_at_the_next_line_that_its_file_is_gone(tmp_path, action):
+    folder = tmp_path / "run"
+    folder.mkdir()
+    with JsonLinesFile(folder / "metrics.jsonl") as journal:
+        journal.write({"step": 1})
+        if action == "deleted":
+            journal.path.unlink()
+        elif action == "replaced":
+            write_text(journal.path, '{"step": 1}\n')
+        else:
+            shutil.rmtree(folder)
+        for call in (lambda: journal.write({"step": 2}), journal.sync):
+            with pytest.raises(DataError, match=r"metrics.jsonl: found it deleted or replaced during the run"):
+                call()
+
+
+def test_journals_and_locks_follow_no_link(tmp_path):
+    victim = tmp_path / "victim"
+    victim.write_text("precious")
+    (tmp_path / "link").symlink_to(victim)
+    for make in (JsonLinesFile, open_lock):
+        with pytest.raises(OSError, match="symbolic links"):
+            make(tmp_path / "link")
+    open_lock(victim).close()  # the content of a lock is left alone
+    assert victim.read_text() == "precious"
+
+
+OBJECT_FAULTS = {
+    "deep": (b"[" * 100_000, "nested too deeply"),
+    "digits": (b'{"a": ' + b"1" * 5000 + b"}", "an integer of too many digits"),
+    "list": (b"[]", "found a list, expected one JSON object"),
+    "NUL": (b"\0" * 100, "expected JSON"),
+    "cut": (b'{"a": [1', "found the end"),
+    "latin 1": (b'{"a": "\xe9"}', "found byte 0xe9"),
+}
+
+
+@pytest.mark.parametrize("name", OBJECT_FAULTS)
+def test_a_file_that_is_no_object_is_one_line(tmp_path, name):
+    content, words = OBJECT_FAULTS[name]
+    path = tmp_path / "manifest.json"
+    path.write_bytes(content)
+    with pytest.raises(DataError) as caught:
+        read_json_object(path)
+    assert str(caught.value).startswith(f"{path}:") and words in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_what_is_no_regular_file_is_not_read(tmp_path):
+    (tmp_path / "folder").mkdir()
+    os.mkfifo(tmp_path / "pipe")  # opening it would wait for a writer
+    (tmp_path / "link").symlink_to(tmp_path / "folder")
+    for name in ("folder", "pipe", "link"):
+        with pytest.raises(DataError, match=f"{name}: found no regular file"):
+            read_json_object(tmp_path / name)
+    with pytest.raises(DataError, match="absent: found No such file or directory"):
+        read_json_object(tmp_path / "absent")

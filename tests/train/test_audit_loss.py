@@ -100,7 +100,11 @@ def test_impossible_steps(run, step, message):
 
 def test_not_a_run_and_a_damaged_checkpoint(run, tmp_path):
     code, _, err = audit("--run", tmp_path, "--step", 1)
-    assert code == 2 and err.count("\n") == 1 and "config.json: found No such file or directory, expected a readable file" in err
+    assert (
+        code == 2
+        and err.count("\n") == 1
+        and "config.json: found No such file or directory, expected a readable file" in err
+    )
     (tmp_path / "config.json").write_text("{}")
     (tmp_path / "run_identity.json").write_text("{}")
     code, _, err = audit("--run", tmp_path, "--step", 1)

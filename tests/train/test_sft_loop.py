@@ -306,7 +306,7 @@ def test_run_folder_rules(tmp_path):
     with pytest.raises(RunFolderError, match="found a file, expected a folder"):
         open_run_folder(tmp_path / "file", {"seed": 1}, resume="auto")
     (tmp_path / "new" / "run_identity.json").write_text("{")
-    with pytest.raises(RunFolderError, match="run_identity.json: found the end at column 2, expected JSON"):
+    with pytest.raises(DataError, match="run_identity.json: found the end at column 2, expected JSON"):
         open_run_folder(tmp_path / "new", {"seed": 1}, resume="auto")
 
 
