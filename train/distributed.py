@@ -9,8 +9,11 @@ holds the same number of trained tokens; our loss is already divided by the glob
 """
 
 import os
+import secrets
+import time
 from collections.abc import Iterable
 from dataclasses import dataclass
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
@@ -26,8 +29,16 @@ from model.value_model import ValueModel
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
+# longest wait of a collective while models are loaded, which takes one rank longer than another
+LOADING_PATIENCE = timedelta(hours=1)
+
+
 class DeviceError(ValueError):
     """The device asked for is not there. One line."""
+
+
+class LostRankError(RuntimeError):
+    """A rank has ended, hangs or cannot be reached. One line; the same command continues the run."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,10 +60,11 @@ class World:
 # Start-up and shut-down
 
 
-def init_world(device: str) -> World:
+def init_world(device: str, *, patience: timedelta = LOADING_PATIENCE) -> World:
     """Join the process group that torchrun describes in the environment, or make a group of one rank.
 
-    device: "auto" (CUDA where present), "cpu" or "cuda". Raises DeviceError when CUDA is asked for and absent.
+    device: "auto" (CUDA where present), "cpu" or "cuda". patience: longest wait of a collective; limit_waiting changes
+    it. Raises DeviceError when CUDA is asked for and absent.
     """
     has_cuda = torch.cuda.is_available()
     if device == "cuda" and not has_cuda:
@@ -62,14 +74,49 @@ def init_world(device: str) -> World:
     if on_cuda:
         torch.cuda.set_device(local_rank)
     if not dist.is_initialized():
-        backend = "cpu:gloo,cuda:nccl" if on_cuda else "gloo"
+        store, rank, size = dist.HashStore(), 0, 1
         if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
-            dist.init_process_group(backend)
-        else:
-            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+            store, rank, size = next(dist.rendezvous("env://", timeout=patience))
+            store = dist.PrefixStore(agree_on_attempt(store, rank, size, patience), store)
+        backend = "cpu:gloo,cuda:nccl" if on_cuda else "gloo"
+        dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=patience)
     mesh = init_device_mesh("cuda" if on_cuda else "cpu", (dist.get_world_size(),))
     torch_device = torch.device("cuda", local_rank) if on_cuda else torch.device("cpu")
     return World(rank=dist.get_rank(), size=dist.get_world_size(), device=torch_device, mesh=mesh)
+
+
+def agree_on_attempt(store: dist.Store, rank: int, size: int, patience: timedelta) -> str:
+    """A name that only the processes of this attempt share, to keep their keys apart from those of earlier attempts.
+
+    torchrun (2.13) keeps one store for all attempts of a run: after a restart the addresses of dead processes are still
+    there, and connecting to them is refused. Its restart counter is no name: the counters of two nodes differ, since
+    only the node whose worker failed counts. So each rank leaves a random number, and rank 0 answers it with its own.
+    Rank 0 may answer a number of a dead process first; it goes on until the living ones confirm.
+    """
+    own, end = secrets.token_hex(8), time.monotonic() + patience.total_seconds()
+    if rank > 0:
+        store.set(f"asks/{rank}", own)
+        while not store.check([f"answer/{own}"]):
+            _pause_until(end, "rank 0")
+        attempt = store.get(f"answer/{own}").decode()
+        store.set(f"joined/{attempt}/{rank}", "")
+        return attempt
+    waiting = set(range(1, size))
+    while waiting:
+        for other in waiting:
+            if store.check([f"asks/{other}"]):
+                store.set(f"answer/{store.get(f'asks/{other}').decode()}", own)
+        waiting = {other for other in waiting if not store.check([f"joined/{own}/{other}"])}
+        if waiting:
+            _pause_until(end, f"rank {min(waiting)}")
+    return own
+
+
+def _pause_until(end: float, whom: str) -> None:
+    """A short sleep, in which signals arrive; raises LostRankError after the time `end`."""
+    if time.monotonic() > end:
+        raise LostRankError(f"start: found no sign of {whom}, expected all ranks to join")
+    time.sleep(0.02)
 
 
 def close_world() -> None:
