@@ -1,4 +1,4 @@
-"""Text from outside on its way to a reader: terminal, log, error line, Markdown, HTML page, plot.
+"""Text from outside on its way to a reader: terminal, log, error line, Markdown, HTML page, picture.
 
 Data, models, file names, tool documents, endpoints and outputs may hold anything: escape sequences, bidirectional
 overrides, invisible characters, markup. Every place that shows such text calls one of these functions.
@@ -15,7 +15,6 @@ import re
 MAX_MESSAGE = 2000  # characters of an error line
 MAX_LINE = 4000  # characters of one line of a log
 MAX_CELL = 200  # characters of one text in Markdown
-MAX_LABEL = 60  # characters of one label of a plot
 # letters and marks that str.isprintable() admits although they show nothing: fillers, joiners, variation selectors
 _INVISIBLE = re.compile(
     "[\u034f\u115f\u1160\u17b4\u17b5\u180b-\u180f\u2065\u2800\u3164\ufe00-\ufe0f\uffa0\U000e0100-\U000e01ef]"
@@ -109,8 +108,3 @@ def markdown_text(text: str) -> str:
 def html_text(text: str) -> str:
     """`text` for an HTML page, in its text or in a quoted attribute: terminal_lines with `<>&` and quotes escaped."""
     return html.escape(terminal_lines(text))
-
-
-def plot_text(text: str) -> str:
-    """`text` as a label that matplotlib shows unchanged: `$` would begin mathematics, a leading `_` hide a series."""
-    return ("\u2009" if text.startswith("_") else "") + cut(terminal_text(text), MAX_LABEL).replace("$", r"\$")

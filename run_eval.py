@@ -91,8 +91,7 @@ def score(config: EvalConfig, runs: Sequence[BenchmarkRun]) -> str:
         write_json_lines(output / "results" / f"{each.benchmark.name}.jsonl", rows)
         run_summary["benchmarks"][each.benchmark.name] = {**summary, "answers_sha256": each.answers_sha256}
     write_json_atomically(output / "summary.json", run_summary)
-    for notice in write_plots(["this run"], [run_summary], output / "plots")[1]:
-        log_line(notice)
+    write_plots(["this run"], [run_summary], output / "plots")
     report = format_report(run_summary)
     write_text(output / "report.md", report)
     return report

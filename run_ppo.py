@@ -10,6 +10,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from charts import write_run_plot
 from command_line import ConfigError, fail, read_config, run_identity
 from data.formats.prompt_format import PromptError
 from data.json_records import DataError
@@ -20,7 +21,6 @@ from model.pretrained_weights import read_config as read_model_config
 from model.tokenizer import Tokenizer, load_tokenizer
 from rl.check_rewards import check_rewards, drop_unspellable
 from rl.models import Models, load_models
-from rl.plots import plot_ppo
 from rl.ppo_config import PPOConfig
 from rl.ppo_loop import train_ppo
 from rl.prompts import PPOPrompt, read_prompts
@@ -155,7 +155,7 @@ def export(config: PPOConfig, models: Models, world: World) -> None:
         companions = config.critic_model or config.model
         save_value_model(models.critic, output / "critic", companions_from=companions)
     if world.is_main and config.plot == "on":
-        log_line(plot_ppo(output))
+        log_line(write_run_plot(output, config.critic_only_iterations))
 
 
 if __name__ == "__main__":

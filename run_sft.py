@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 
+from charts import write_run_plot
 from command_line import ConfigError, fail, read_config, run_identity
 from data.batches import step_batches, steps_per_epoch
 from data.formats.prompt_format import PromptError
@@ -24,7 +25,7 @@ from train.cuda.launch import LossBackendError, agree_on_loss_backend
 from train.distributed import DeviceError, close_world, init_world, load_sharded_model
 from train.optimizer import make_adamw
 from train.run_control import TrainingError, lock_folder
-from train.run_logging import RunFolderError, check_run_folder, file_sha256, log_line, model_fingerprint, plot_losses
+from train.run_logging import RunFolderError, check_run_folder, file_sha256, log_line, model_fingerprint
 from train.sft_config import SFTConfig
 from train.sft_loop import SFTData, encode_data, train_sft
 
@@ -95,7 +96,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             if change := describe_eos_change(config.model, eos_id):
                 say(change)
             if world.is_main and config.plot == "on":
-                say(plot_losses(Path(config.output)))
+                say(write_run_plot(Path(config.output)))
         say(f"trained {result.step} step{'s' * (result.step != 1)}; model: {final}")
         say(f"next: python run_eval.py --model {shlex.quote(str(final))}")
         return 0

@@ -22,13 +22,13 @@ from data.loss_weights import LOSS_NORMALIZATIONS, EncodedTrajectory, encode_tra
 from data.tool_calls import ToolCall
 from data.trajectories import Trajectory, read_trajectories
 from eval.confidence import Z_95, wilson_interval
-from examples.svg import Panel, arrow, axes, bars, curve, dot, line, names_below, picture, rectangle, text
 from model.config import ModelConfig, RopeScaling
 from model.tokenizer import Tokenizer, load_tokenizer
 from model.transformer import rope_inverse_frequencies
 from rl.advantages import compute_gae, kl_estimates, kl_shaped_rewards
 from rl.ppo_loss import policy_loss, value_loss
 from rl.reward import tool_call_reward
+from svg import Panel, arrow, axes, bars, curve, dot, line, names_below, picture, rectangle, text
 from train.optimizer import SCHEDULES, schedule_factor
 from train.weighted_cross_entropy import linear_weighted_cross_entropy, weighted_cross_entropy
 

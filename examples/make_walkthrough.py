@@ -43,7 +43,6 @@ from examples.draw_figures import (
     ticks,
     turn_positions,
 )
-from examples.svg import Panel, axes, bars, curve, dot, line, names_below, picture, text
 from model.pretrained_weights import load_pretrained
 from model.tokenizer import Tokenizer, load_tokenizer
 from rl.advantages import kl_estimates
@@ -63,6 +62,7 @@ from rl.rollout import (
     sample_responses,
 )
 from run_sft import main as run_sft
+from svg import Panel, axes, bars, curve, dot, line, names_below, picture, text
 from train.audit_loss import trained_logprobs
 from train.distributed import World, close_world, init_world
 from train.run_logging import read_metrics

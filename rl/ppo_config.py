@@ -184,12 +184,7 @@ class PPOConfig:
         choices=("on", "off"),
         free=True,
     )
-    plot: str = setting(
-        "on",
-        "draw output/plots/ppo.png at the end, where matplotlib is installed (ours)",
-        choices=("on", "off"),
-        free=True,
-    )
+    plot: str = setting("on", "draw output/plots/ppo.svg at the end (ours)", choices=("on", "off"), free=True)
 
     def logprob_temperature(self) -> float:
         """Temperature of the log-probabilities: that of the sampling, or 1 where decoding is greedy."""

@@ -1,6 +1,5 @@
 """The pictures of docs/: drawn again byte for byte, numbers worked by hand, texts that do not overlap, contrast."""
 
-import itertools
 import math
 import re
 from pathlib import Path
@@ -9,11 +8,11 @@ from xml.etree import ElementTree
 import pytest
 
 from examples import draw_figures
-from examples.svg import CHARACTER_WIDTH, DARK, FONT_SIZE, LIGHT, SERIES, SMALL, pixels
+from svg import DARK, LIGHT, SERIES, pixels
+from tests.support.pictures import SVG, assert_texts_are_apart, contrast
 
 ROOT = Path(__file__).resolve().parent.parent
 PICTURES = sorted((ROOT / "docs/figures").glob("*.svg"))
-SVG = "{http://www.w3.org/2000/svg}"
 each_picture = pytest.mark.parametrize("path", PICTURES, ids=lambda path: path.stem)
 
 
@@ -124,25 +123,9 @@ def test_clipped_losses_by_hand():
 # Layout
 
 
-def boxes(path: Path) -> list[tuple[str, float, float, float, float]]:
-    """(text, left, top, right, bottom) of every text of a picture; the font is monospaced."""
-    found = []
-    for element in ElementTree.parse(path).getroot().iter(f"{SVG}text"):
-        size = SMALL if "small" in element.get("class", "") else FONT_SIZE
-        width, y = size * CHARACTER_WIDTH * len(element.text), float(element.get("y"))
-        left = float(element.get("x")) - {"middle": width / 2, "end": width}.get(element.get("text-anchor"), 0)
-        found.append((element.text, left, y - 0.75 * size, left + width, y + 0.2 * size))
-    return found
-
-
 @each_picture
 def test_texts_are_inside_and_do_not_overlap(path):
-    width, height = map(float, ElementTree.parse(path).getroot().get("viewBox").split()[2:])
-    for name, left, top, right, bottom in boxes(path):
-        assert left >= 0 and top >= 0 and right <= width and bottom <= height, name
-    for one, other in itertools.combinations(boxes(path), 2):
-        is_apart = one[3] <= other[1] or other[3] <= one[1] or one[4] <= other[2] or other[4] <= one[2]
-        assert is_apart, f"{one[0]!r} and {other[0]!r}"
+    assert_texts_are_apart(ElementTree.parse(path).getroot())
 
 
 @each_picture
@@ -160,18 +143,10 @@ def test_both_schemes_and_nothing_from_outside(path):
     assert path.stat().st_size < 40_000
 
 
-def luminance(color: str) -> float:
-    """WCAG 2.1 relative luminance of #rrggbb."""
-    parts = [int(color[i : i + 2], 16) / 255 for i in (1, 3, 5)]
-    linear = [part / 12.92 if part <= 0.03928 else ((part + 0.055) / 1.055) ** 2.4 for part in parts]
-    return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
-
-
 @pytest.mark.parametrize("colors", [LIGHT, DARK], ids=["light", "dark"])
 def test_contrast_of_text_and_marks(colors):
     for name in ("ink", "faint", *SERIES):  # the series also colour text
-        high, low = sorted((luminance(colors[name]), luminance(colors["page"])), reverse=True)
-        assert (high + 0.05) / (low + 0.05) >= 4.5, name
+        assert contrast(colors[name], colors["page"]) >= 4.5, name
 
 
 def test_pixels_hide_rounding_errors():

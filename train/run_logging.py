@@ -1,4 +1,4 @@
-"""The run folder: config.json, run_identity.json, environment.json, metrics.jsonl, the loss plot. Rank 0 writes."""
+"""The run folder: config.json, run_identity.json, environment.json, metrics.jsonl. Rank 0 writes."""
 
 import hashlib
 import json
@@ -210,35 +210,3 @@ def read_metrics(path: Path, *names: str) -> list[dict]:
         return []
     rows = map(_row_of, path.read_text(encoding="utf-8", errors="replace").split("\n"))
     return [row for row in rows if row and all(type(row.get(name)) in (int, float) for name in names)]
-
-
-def plot_losses(output: Path) -> str:
-    """Draw OUTPUT/plots/loss.png from metrics.jsonl; returns a line that says where it is or why there is none."""
-    rows = read_metrics(output / "metrics.jsonl", "sft/loss", "sft/learning_rate")
-    try:
-        import matplotlib
-
-        matplotlib.use("Agg")
-        from matplotlib import pyplot
-    except ImportError:
-        return "no loss plot: matplotlib is not installed (requirements-optional.txt)"
-    if not rows:
-        return "no loss plot: metrics.jsonl holds no step"
-    steps = [row["step"] for row in rows]
-    figure, (loss_axis, rate_axis) = pyplot.subplots(2, 1, sharex=True, figsize=(8, 6), height_ratios=(3, 1))
-    loss_axis.plot(steps, [row["sft/loss"] for row in rows], linewidth=0.8, alpha=0.5, label="each step")
-    width = max(1, len(rows) // 25)
-    means = [
-        sum(r["sft/loss"] for r in rows[i : i + width]) / len(rows[i : i + width]) for i in range(0, len(rows), width)
-    ]
-    loss_axis.plot(steps[::width], means, linewidth=2, label=f"mean of {width} steps")
-    loss_axis.set_ylabel("sft/loss (nats)")
-    loss_axis.legend()
-    rate_axis.plot(steps, [row["sft/learning_rate"] for row in rows])
-    rate_axis.set_ylabel("learning rate")
-    rate_axis.set_xlabel("optimizer step")
-    (output / "plots").mkdir(exist_ok=True)
-    figure.tight_layout()
-    figure.savefig(output / "plots" / "loss.png", dpi=120)
-    pyplot.close(figure)
-    return f"loss plot: {output / 'plots' / 'loss.png'}"

@@ -106,12 +106,7 @@ class SFTConfig:
         100, "optimizer steps between checkpoints; 0 = only at the end (ours)", low=0, free=True
     )
     keep_checkpoints: int = setting(2, "newest checkpoints kept; 0 = all (ours)", low=0, free=True)
-    plot: str = setting(
-        "on",
-        "draw output/plots/loss.png at the end, where matplotlib is installed (ours)",
-        choices=("on", "off"),
-        free=True,
-    )
+    plot: str = setting("on", "draw output/plots/loss.svg at the end (ours)", choices=("on", "off"), free=True)
 
     def validate(self) -> None:
         """Checks beyond choices and bounds; raises ValueError that begins with the field's name."""

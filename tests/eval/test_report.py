@@ -2,8 +2,8 @@
 
 import json
 import re
-import sys
 from pathlib import Path
+from xml.etree import ElementTree
 
 import pytest
 
@@ -11,10 +11,11 @@ from data.json_records import DataError, write_json_lines
 from eval.rates import summarize_results
 from eval.reports.compare import main as compare_main
 from eval.reports.paper_tables import read_published, unattainable_cells
-from eval.reports.plots import draw_bars, figure4_bars, figure5_bars, write_plots
+from eval.reports.plots import figure4_bars, figure5_bars, group_bars, write_plots
 from eval.reports.plots import main as plots_main
 from eval.reports.report import format_comparison, format_report, metrics_of, unattainable_rates
 from printable import markdown_text
+from tests.support.pictures import SVG
 from tests.support.rotbench_records import react, rotbench_record
 
 pytestmark = pytest.mark.slow  # the file as a whole takes several seconds
@@ -333,26 +334,9 @@ def test_hostile_names_in_report_comparison_and_plots(text, tmp_path, capsys):
     write_run(tmp_path / "a", run, {})
     assert compare_main(flags) == 0
     assert_harmless(capsys.readouterr().err)
-    pytest.importorskip("matplotlib")
     write_run(tmp_path / "a", plot_run(), {})
     assert plots_main([str(tmp_path / "a"), "--names", name, "--output", str(tmp_path / "plots")]) == 0
     assert_harmless(capsys.readouterr().out)
-
-
-def test_labels_of_plots_are_shown_as_they_are(tmp_path):
-    pytest.importorskip("matplotlib")
-    from matplotlib.figure import Figure
-
-    axes = Figure().subplots()
-    names = ["$x_1$ and $", "_hidden", "$$", "\x1b[31m"]
-    draw_bars(axes, "title", names, [[("mmlu", 50.0, 40.0, 60.0)]] * 4)
-    texts = axes.get_legend().get_texts()
-    assert [text._preprocess_math(text.get_text()) for text in texts] == [
-        ("$x_1$ and $", False),
-        ("\u2009_hidden", False),
-        ("$$", False),
-        ("\\x1b[31m", False),
-    ]
 
 
 def test_comparison_calls_fewer_errors_better(tmp_path, capsys):
@@ -414,21 +398,23 @@ def test_bars_are_the_summaries_numbers():
     assert figure5_bars(summaries) == [("mmlu", 25.0, 0.0, 100.0), ("gsm8k", 25.0, 0.0, 100.0)]
 
 
-def test_plots_are_files_or_a_notice(tmp_path, monkeypatch, capsys):
-    assert write_plots(["a"], [run_of(tiny_seen=summarize_results(rows_of([3])))], tmp_path) == ([], [])
-    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    assert write_plots(["a"], [plot_run()], tmp_path) == (
-        [],
-        ["plots: found no matplotlib, expected it; the tables have the same numbers"],
-    )
+def test_plots_are_files_or_a_notice(tmp_path, capsys):
+    assert write_plots(["a"], [run_of(tiny_seen=summarize_results(rows_of([3])))], tmp_path) == []
     assert not list(tmp_path.iterdir())
-    monkeypatch.undo()
-    pytest.importorskip("matplotlib")
     for name in "ab":
         (tmp_path / name).mkdir()
         write_run(tmp_path / name, plot_run(), {})
     assert plots_main([str(tmp_path / "a"), str(tmp_path / "b"), "--output", str(tmp_path / "plots")]) == 0
     written = [Path(line) for line in capsys.readouterr().out.splitlines()]
-    assert [path.name for path in written] == ["figure4.png", "figure4.svg", "figure5.png", "figure5.svg"]
-    assert written[0].read_bytes().startswith(b"\x89PNG") and "<svg" in written[1].read_text()
+    assert [path.name for path in written] == ["figure4.svg", "figure5.svg"]
+    texts = [element.text for element in ElementTree.parse(written[0]).getroot().iter(f"{SVG}text")]
+    assert texts.count("a") == texts.count("b") == 12 and texts.count("75.0") == 8  # four environments, three metrics
     assert plots_main([str(tmp_path / "none")]) == 2
+
+
+def test_groups_of_runs_with_other_benchmarks():
+    first, second = [("slight", 50.0, 40.0, 60.0)], [("heavy", 1.0, 0.0, 2.0), ("slight", 7.0, 6.0, 8.0)]
+    assert group_bars(["x", "y"], [first, second]) == {
+        "heavy": [("y", 1.0, 0.0, 2.0)],
+        "slight": [("x", 50.0, 40.0, 60.0), ("y", 7.0, 6.0, 8.0)],
+    }

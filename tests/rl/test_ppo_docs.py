@@ -7,13 +7,12 @@ import contextlib
 import io
 import json
 import re
-import sys
 from dataclasses import fields
 from pathlib import Path
 
 import pytest
 
-from rl.plots import PANELS, plot_ppo, stretch_means
+from charts import PPO_QUANTITIES, SHARE, write_run_plot
 from rl.ppo_config import PPOConfig
 from rl.reward import CATEGORIES
 from tests.support.tiny_run import tiny_files
@@ -102,30 +101,16 @@ def test_ledger_of_a_real_response_passes_its_own_checks(output):
     assert re.search(r"^sum of rewards .*: checked$", text, re.MULTILINE)
 
 
-def test_plot_needs_documented_metrics_only():
-    assert {key for _, keys in PANELS for key in keys} <= keys_of(LINES)
+def test_charts_need_documented_metrics_only():
+    assert {key for quantity in PPO_QUANTITIES for key in quantity.keys} <= keys_of(LINES)
+    assert {f"{SHARE}{category}" for category in CATEGORIES} <= keys_of(LINES)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Plot
-
-
-def test_plot_of_a_run(output):
-    pytest.importorskip("matplotlib")
-    assert plot_ppo(output) == f"plot: {output / 'plots' / 'ppo.png'}"
-    assert (output / "plots" / "ppo.png").read_bytes()[:4] == b"\x89PNG"
-
-
-def test_plot_says_why_there_is_none(tmp_path, monkeypatch):
-    pytest.importorskip("matplotlib")
-    assert "no step" in plot_ppo(tmp_path)
-    monkeypatch.setitem(sys.modules, "matplotlib", None)
-    assert "matplotlib is not installed" in plot_ppo(tmp_path)
-
-
-def test_means_over_stretches_by_hand():
-    assert stretch_means([1, 3, 5, 7, 10], 2) == [2, 6, 10]
-    assert stretch_means([1, 3], 1) == [1, 3] and stretch_means([], 4) == []
+def test_plot_of_a_run(output, tmp_path):
+    assert write_run_plot(output) == f"plot: {output / 'plots' / 'ppo.svg'}"
+    drawn = (output / "plots" / "ppo.svg").read_text("ascii")
+    assert all(quantity.title in drawn for quantity in PPO_QUANTITIES) and "held-out, greedy" in drawn
+    assert "no step" in write_run_plot(tmp_path)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -20,7 +20,7 @@ from model.tokenizer import load_tokenizer
 from tests.support.tiny_run import ROOT, metrics_of, random_batch, run_here, tiny_files, tiny_model
 from train.distributed import init_world, local_part, shard_model
 from train.run_control import StopSignal, TrainingError
-from train.run_logging import RunFolderError, cut_metrics, open_run_folder, plot_losses
+from train.run_logging import RunFolderError, cut_metrics, open_run_folder
 from train.sft_config import SFTConfig
 from train.sft_loop import SFTData, train_sft, train_step
 
@@ -245,7 +245,7 @@ def test_a_whole_run_leaves_the_promised_files(tmp_path):
     lines = out.splitlines()
     assert "turns masked by error_filter=structured: parameter_hallucination 8" in lines
     assert lines[-1].startswith("next: python run_eval.py --model ")
-    assert any(line.startswith(("loss plot: ", "no loss plot: ")) for line in lines)
+    assert f"plot: {output / 'plots' / 'loss.svg'}" in lines and (output / "plots" / "loss.svg").exists()
 
 
 def test_every_logged_key_is_documented(tmp_path):
@@ -308,17 +308,3 @@ def test_run_folder_rules(tmp_path):
     (tmp_path / "new" / "run_identity.json").write_text("{")
     with pytest.raises(DataError, match="run_identity.json: found the end at column 2, expected JSON"):
         open_run_folder(tmp_path / "new", {"seed": 1}, resume="auto")
-
-
-def test_plot_without_matplotlib_is_a_message(tmp_path, monkeypatch):
-    monkeypatch.setitem(__import__("sys").modules, "matplotlib", None)
-    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "sft/loss": 1.0, "sft/learning_rate": 0.1}\n')
-    assert plot_losses(tmp_path) == "no loss plot: matplotlib is not installed (requirements-optional.txt)"
-
-
-def test_plot_is_drawn(tmp_path):
-    pytest.importorskip("matplotlib", reason="needs matplotlib")
-    rows = [{"step": step, "sft/loss": 1 / step, "sft/learning_rate": 0.1} for step in range(1, 60)]
-    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    assert plot_losses(tmp_path) == f"loss plot: {tmp_path / 'plots' / 'loss.png'}"
-    assert (tmp_path / "plots" / "loss.png").read_bytes()[:4] == b"\x89PNG"

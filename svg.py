@@ -1,15 +1,17 @@
-"""Charts as SVG text, with no plotting package: text, lines, bars, curves and axes for the pictures in docs/.
+"""SVG as text, with no plotting package: text, lines, bars, curves and axes, for docs/ and for charts.py.
 
 Every picture has a title and a description for screen readers, its own background, and colours for light and dark
-pages. Nothing is told by colour alone: curves differ in their dashes, bars in their hatching, and each has a label.
-The font is monospaced, so the width of a text is known: tests/test_figures.py checks that texts do not overlap.
-Lengths are in pixels; y grows downwards.
+pages. Nothing is told by colour alone: curves differ in their dashes, bars and areas in their hatching, and each has a
+label. The font is monospaced, so the width of a text is known: tests check that texts do not overlap. A text from
+outside is escaped, and characters without a picture are shown as escapes. Lengths are in pixels; y grows downwards.
 """
 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
+
+from printable import terminal_text
 
 CHARACTER_WIDTH = 0.6  # of the font size, for the usual monospaced fonts
 FONT_SIZE = 12
@@ -53,6 +55,35 @@ STYLE = (
     + _scheme(LIGHT)
     + f"@media (prefers-color-scheme:dark){{{_scheme(DARK)}}}"
 )
+# Stacked areas, the worst first: a tint and a texture each; the best one has no texture.
+LIGHT_AREAS = ("#f2b8b5", "#f6cbb0", "#fbdcae", "#fdeab0", "#f1f1b5", "#dcefb8", "#c2e7bd", "#9ad8a6")
+DARK_AREAS = ("#6b2a27", "#6e3a22", "#6b4a1f", "#66561f", "#56591f", "#435a25", "#2f5930", "#1f6b3a")
+TEXTURES = ("M0 0L8 8M0 8L8 0", "M0 8L8 0", "M0 0L8 8", "M0 4L8 4", "M4 0L4 8", "M2 4L6 4", "M4 2L4 6", "")
+
+
+def _area_scheme(ink: str, faint: str, tints: Sequence[str]) -> str:
+    """Rules for areas, bands and shaded stretches in one scheme."""
+    fills = "".join(f".tint{number}{{fill:{tint}}}" for number, tint in enumerate(tints))
+    return f"{fills}.texture{{stroke:{ink}}}.area{{stroke:{ink}}}.band{{fill:{faint}}}.shade path{{stroke:{faint}}}"
+
+
+# For charts of runs (charts.py), in addition to STYLE.
+CHART_STYLE = (
+    ".curve.thin{stroke-width:1;opacity:.55;stroke-dasharray:none}.band{opacity:.25}.area{stroke-width:.75}"
+    ".texture{stroke-width:1;fill:none}.shade path{stroke-width:1}.whisker{stroke-width:1.5}"
+    + _area_scheme(LIGHT["ink"], LIGHT["faint"], LIGHT_AREAS)
+    + f"@media (prefers-color-scheme:dark){{{_area_scheme(DARK['ink'], DARK['faint'], DARK_AREAS)}}}"
+)
+CHART_PATTERNS = (
+    '<defs><pattern id="shade" class="shade" width="6" height="6" patternUnits="userSpaceOnUse">'
+    '<path d="M0 6L6 0" opacity=".5"/></pattern>'
+    + "".join(
+        f'<pattern id="area{number}" width="8" height="8" patternUnits="userSpaceOnUse">'
+        f'<rect class="tint{number}" width="8" height="8"/><path class="texture" d="{texture}"/></pattern>'
+        for number, texture in enumerate(TEXTURES)
+    )
+    + "</defs>"
+)
 HATCH = (
     '<defs><pattern id="hatch" width="5" height="5" patternUnits="userSpaceOnUse">'
     '<path d="M0 5L5 0M-1 1L1 -1M4 6L6 4" stroke-width="1.5"/></pattern></defs>'
@@ -70,6 +101,7 @@ def pixels(value: float) -> str:
 
 def text(x: float, y: float, content: str, classes: str = "", anchor: str = "start") -> str:
     """One line of text with its baseline at y; anchor: start, middle or end."""
+    content = terminal_text(content)
     attributes = f' class="{classes}"' if classes else ""
     attributes += f' text-anchor="{anchor}"' if anchor != "start" else ""
     return (
@@ -124,6 +156,45 @@ def picture(title: str, description: str, width: int, height: int, parts: Sequen
             "</svg>\n",
         ]
     )
+
+
+@dataclass(frozen=True, slots=True)
+class Chart:
+    """A picture that can be one of several in a file or a page."""
+
+    title: str
+    description: str  # what it shows, in words, for screen readers
+    width: int
+    height: int
+    parts: Sequence[str]  # elements
+
+
+def inline(chart: Chart, identifier: str) -> str:
+    """The chart as an element of a page, which has STYLE, CHART_STYLE, HATCH and CHART_PATTERNS once."""
+    return "\n".join(
+        [
+            f'<svg viewBox="0 0 {chart.width} {chart.height}" width="{chart.width}" height="{chart.height}" '
+            f'role="img" aria-labelledby="{identifier}-title {identifier}-description">',
+            f'<title id="{identifier}-title">{escape(terminal_text(chart.title))}</title>',
+            f'<desc id="{identifier}-description">{escape(terminal_text(chart.description))}</desc>',
+            *chart.parts,
+            "</svg>",
+        ]
+    )
+
+
+def sheet(title: str, charts: Sequence[Chart], columns: int) -> str:
+    """A file with several charts in a grid, under one title."""
+    width, parts, top = columns * max(chart.width for chart in charts), [], 36
+    for start in range(0, len(charts), columns):
+        row = charts[start : start + columns]
+        for column, chart in enumerate(row):
+            left = column * width // columns
+            parts += [f'<g transform="translate({left} {top})">', *chart.parts, "</g>"]
+        top += max(chart.height for chart in row)
+    description = " ".join(f"{chart.title}: {chart.description}" for chart in charts)
+    parts = [f"<style>{CHART_STYLE}</style>", CHART_PATTERNS, *parts]
+    return picture(terminal_text(title), terminal_text(description), width, top, parts)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
