@@ -206,7 +206,7 @@ def trend_chart(
         parts += _trend_parts(panel, trend, series)
     for number, (mark, series) in enumerate(zip(marks, SERIES[1:])):
         for step, value, low, high in mark.points:
-            x = panel.x(step) + 8 * (number - 0.5) * (len(marks) > 1)  # beside each other
+            x = panel.x(step) + 8 * (number - 0.5) * (len(marks) > 1)  # next to each other
             parts += _whisker(x, panel.y(low), x, panel.y(high), series)
             parts.append(dot(x, panel.y(value), f"{series} {'hollow' if series == 'c' else 'full'}", 3.5))
     return Chart(title, _describe(unit, trends, marks, critic_only_until), WIDTH, top + PANEL_HEIGHT + 44, parts)
@@ -300,7 +300,7 @@ def share_chart(title: str, steps: Sequence[float], layers: Mapping[str, Sequenc
 def interval_chart(
     title: str, groups: Mapping[str, Sequence[tuple[str, float, float, float]]], unit: str = "%"
 ) -> Chart:
-    """Rates from 0 to 100 as marks with whiskers, one row each: group -> (name, percent, low, high); numbers beside."""
+    """Rates from 0 to 100 as marks with whiskers, one row each, with the number: group -> (name, percent, low, high)."""
     rows = [(group, *bar) for group, bars in groups.items() for bar in bars]
     left = MARGIN + 10 + max((min(22, len(name)) for _, name, *_ in rows), default=0) * SMALL * CHARACTER_WIDTH + 8
     top, parts = 48, []
