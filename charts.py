@@ -300,7 +300,7 @@ def share_chart(title: str, steps: Sequence[float], layers: Mapping[str, Sequenc
 def interval_chart(
     title: str, groups: Mapping[str, Sequence[tuple[str, float, float, float]]], unit: str = "%"
 ) -> Chart:
-    """Rates from 0 to 100 as marks with whiskers, one row each, with the number: group -> (name, percent, low, high)."""
+    """Rates in percent as marks with whiskers, one row each: group -> (name, percent, low, high)."""
     rows = [(group, *bar) for group, bars in groups.items() for bar in bars]
     left = MARGIN + 10 + max((min(22, len(name)) for _, name, *_ in rows), default=0) * SMALL * CHARACTER_WIDTH + 8
     top, parts = 48, []
