@@ -54,7 +54,7 @@ def message_line(message: object) -> str:
 
     Backslashes stay as they are, since `shown` has doubled those of the values.
     """
-    words = " ".join(str(message).split())
+    words = re.sub(r"[ \t\r\n\f\v]+", " ", str(message).strip())
     line = "".join(each if " " <= each <= "~" else ascii(each)[1:-1] for each in words)
     if len(line) <= MAX_MESSAGE:
         return line

@@ -47,6 +47,7 @@ from eval.records import Record
 from model.dialogue_decoding import DialogueDecoder
 from model.tokenizer import Tokenizer
 from model.transformer import Transformer
+from printable import terminal_text
 
 USER_REPLY = "Please proceed with the information I gave you."  # the answer to every ask_to_user: there is no human
 FORMAT_REMINDER = (
@@ -274,7 +275,10 @@ def run_dialogues_with_model(
     waiting = list(reversed(tasks[local.rank :: local.world_size]))
     live: dict[int, Dialogue] = {}
     with tqdm(
-        total=len(waiting), desc=journal.path.stem, unit="dialogue", disable=local.rank != 0 or not waiting
+        total=len(waiting),
+        desc=terminal_text(journal.path.stem),
+        unit="dialogue",
+        disable=local.rank != 0 or not waiting,
     ) as bar:
         while live or waiting:
             while waiting and len(live) < settings.batch_size:
@@ -355,7 +359,7 @@ def run_dialogues_with_endpoint(
 
     with (
         ThreadPoolExecutor(max_workers=endpoint.concurrency) as pool,
-        tqdm(total=len(tasks), desc=journal.path.stem, unit="dialogue", disable=not tasks) as bar,
+        tqdm(total=len(tasks), desc=terminal_text(journal.path.stem), unit="dialogue", disable=not tasks) as bar,
     ):
         try:
             while running or waiting and failure is None:
