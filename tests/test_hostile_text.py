@@ -199,7 +199,7 @@ def test_every_program_is_walked_or_excused():
 
 def test_training(folder):
     output = folder / "sft"
-    flags = {"model": folder / "model$x$", "data": folder / "train\u202e.json", "max_tokens": 4000}
+    flags = {"model": folder / "model$x$", "data": folder / "train\u202e.json", "max_tokens": 4000, "plot": "on"}
     out, _ = run("run_sft", arguments(output, **flags, max_steps=2, checkpoint_every=1))
     assert "\\u202e" in out and "dropped 1 of 6" in out
     out, _ = run("train.audit_loss", ["--run", output, "--step", 2])
@@ -236,6 +236,7 @@ def test_ppo(folder):
         "model": folder / "model$x$",
         "data": folder / "prompts.jsonl",
         "max_prompt_tokens": 1900,
+        "plot": "on",
         "print_ledger": "on",
         "max_steps": 1,
     }
@@ -249,6 +250,9 @@ def test_ppo(folder):
     (folder / "prompts.jsonl").write_text(lines_of(prompts), encoding="utf-8")
     out, _ = run("run_ppo", ppo_arguments(folder / "ppo", **flags, max_response_tokens=60))
     assert "position" in out  # the ledger
+    assert written(folder / "ppo", ".svg")
+    for path in written(folder, ".svg"):
+        assert faults_of_text(path.read_text(encoding="utf-8")) == [], path
     reward = ["--model", folder / "model$x$", "--data", folder / "prompts.jsonl", "--max_response_tokens", 8]
     out, _ = run("rl.evaluate_reward", [*reward, "--output", folder / "rewards.jsonl"])
     assert json.loads(out.splitlines()[-1])["models"][0]["n"] == 4
