@@ -91,7 +91,7 @@ def load_bfcl(folder: Path) -> list[Record]:
 
 
 def _record(row: dict, index: int, category: str, where: str) -> Record:
-    documents = field_of(row, "function", list, where)
+    documents = _documents(row, where)
     tools = normalize_tools(with_json_types(documents), f"{where}: function")
     documents_by_name = {document["name"]: document for document in documents}
     sources = field_of(row, "ground_truth", list, where)
@@ -112,6 +112,22 @@ def _record(row: dict, index: int, category: str, where: str) -> Record:
             "result_types": field_of(row, "execution_result_type", list, where),
         },
     )
+
+
+def _documents(row: dict, where: str) -> list[dict]:
+    """The functions of a row, checked for the form that the benchmark publishes; scoring relies on it."""
+    documents = field_of(row, "function", list, where)
+    for document in documents:
+        name = field_of(document, "name", str, f"{where}: function")
+        place = f"{where}: function {name[:40]!a}"
+        parameters = field_of(document, "parameters", dict, place)
+        schemas = field_of(parameters, "properties", dict, place).values()
+        items = [schema["items"] for schema in schemas if isinstance(schema, dict) and "items" in schema]
+        if not all(isinstance(each, dict) and isinstance(each.get("type"), str) for each in (*schemas, *items)):
+            raise DataError(f"{place}: found a parameter without a type, expected the name of one")
+        if not all(isinstance(each, str) for each in field_of(parameters, "required", list, place)):
+            raise DataError(f"{place}: found other required parameters, expected a list of names")
+    return documents
 
 
 def _messages(row: dict, where: str) -> list[Message]:
@@ -184,13 +200,13 @@ def _as_documented(call: ToolCall, document: dict) -> GoldCall:
 
 
 def properties_of(document: dict) -> dict[str, dict]:
-    """The documented parameters, in their order, as normalize_tools has already checked them."""
-    return (document.get("parameters") or {}).get("properties") or {}
+    """The documented parameters, in their order."""
+    return document["parameters"]["properties"]
 
 
 def required_of(document: dict) -> Sequence[str]:
     """Names of the parameters that a call must have."""
-    return (document.get("parameters") or {}).get("required") or document.get("required") or []
+    return document["parameters"]["required"]
 
 
 # ---------------------------------------------------------------------------------------------------------------------

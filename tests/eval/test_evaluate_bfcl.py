@@ -328,6 +328,15 @@ def test_malformed_records_name_file_and_line(answers):
         {"ground_truth": []},
         {"function": DENSITY},
         {"function": [{}]},
+        {"function": [[DENSITY]]},
+        {"function": [DENSITY | {"parameters": None}]},
+        {"function": [DENSITY | {"parameters": DENSITY["parameters"] | {"required": [["mass"]]}}]},
+        {"function": [DENSITY | {"parameters": {"required": [], "properties": {"mass": {"type": ["float"]}}}}]},
+        {
+            "function": [
+                DENSITY | {"parameters": {"required": [], "properties": {"mass": {"type": "array", "items": 1}}}}
+            ]
+        },
         {"question": []},
         {"question": [[{"role": "system", "content": ""}]]},
         {"id": 3},
