@@ -109,17 +109,15 @@ def mutate_json(content: bytes, kind: str, rng: random.Random) -> bytes:
         text = content.decode("utf-8")
         lines = text.split("\n") if kind == "lines" else [text]
         number = rng.choice([n for n, line in enumerate(lines) if line.strip()])
-        tree = json.loads(lines[number])
-    except (ValueError, IndexError, RecursionError):
+        draw = rng.random()
+        if kind == "lines" and draw < 0.15:
+            lines[number:number] = [rng.choice(lines)] * rng.choice((1, 1, 3))
+        elif draw < 0.3:
+            lines[number] = double_key(lines[number], rng)
+        else:
+            lines[number] = write_tree(change_tree(json.loads(lines[number]), rng), rng)
+    except (ValueError, IndexError, RecursionError):  # an earlier mutation has made it so
         return mutate_bytes(content, [], rng)
-    draw = rng.random()
-    if kind == "lines" and draw < 0.15:
-        other = rng.randrange(len(lines))
-        lines[number:number] = [lines[other]] * rng.choice((1, 1, 3))
-    elif draw < 0.3:
-        lines[number] = double_key(lines[number], rng)
-    else:
-        lines[number] = write_tree(change_tree(tree, rng), rng)
     return "\n".join(lines).encode("utf-8", "surrogatepass")
 
 
