@@ -231,11 +231,11 @@ def fuzz(mutations: int, seed: int, journal: Path) -> dict[int, list]:
             journal.read_bytes()[: journal.read_bytes().rfind(b"\n") + 1]
         )  # of a report that was killed
         good_folders = make_good_folders(root / "good", journal)
-        while left := [index for index in range(mutations) if index not in read_rows(journal)]:
+        while left := sorted({*range(mutations)} - {*read_rows(journal)}):
             batch = left[:CASES_PER_WORKER]
             problem = run_worker(lambda: work(root / "cases", good_folders, seed, batch, journal), journal)
             if problem:
-                index = next(each for each in batch if each not in read_rows(journal))
+                index = min({*batch} - {*read_rows(journal)})
                 name = draw_case(good_folders, seed, index).target.name
                 with open(journal, "a") as file:
                     file.write(json.dumps([index, name, "found", 0.0, 0.0, problem]) + "\n")
