@@ -598,7 +598,8 @@ Read this page to follow one trajectory through every step of the method, on rea
 what SFT and PPO are and want to see what this code does with a dialogue. Each step names the function that does it.
 `python examples/make_walkthrough.py` trains the model and writes the page, the pictures and the numbers again, in about
 a minute on one CPU core. With `--draw_only` it reuses the numbers of the last run, `docs/figures/walkthrough.json`.
-This page is the output of a program: change the program, not the page.
+This page is the output of a program: change the program, not the page. `examples/walkthrough.ipynb` is the same page as
+a notebook, with code to change in each section (`python examples/make_notebook.py` makes it from the page).
 """
     parts = [
         head,
