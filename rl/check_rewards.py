@@ -15,13 +15,14 @@ from pathlib import Path
 
 from command_line import parse_arguments, run_command
 from data.formats.table import dialogue_segments, render_output
+from data.gold_records import read_gold_call, take_field
 from data.json_records import DataError, parse_json
 from data.tool_calls import ToolCall, ToolCallError, render_tool_call
 from data.tool_documents import accepts_any_parameter, normalize_tools, offered_names, tool_parameters
 from data.trajectories import Message
 from model.tokenizer import Tokenizer
 from printable import shown, terminal_text
-from rl.prompts import PPOPrompt, read_gold_call, take_field
+from rl.prompts import PPOPrompt
 from rl.reward import REWARDS, tool_call_reward
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -20,9 +20,10 @@ from data.batches import epoch_order
 from data.error_filter import CATEGORIES, ERROR_FILTERS, check_documents, decide_masked_turns
 from data.formats.prompt_format import TextEncoder
 from data.formats.table import DEFAULT_FORMAT, encode_prompt, end_of_turn_ids
-from data.json_records import DataError, parse_json, read_json_lines
-from data.tool_calls import ToolCall, ToolCallError, render_tool_call
-from data.tool_documents import IMPLICIT_TOOLS, normalize_tools, offered_names
+from data.gold_records import GoldRecord, is_gold_file, read_gold_records
+from data.json_records import DataError
+from data.tool_calls import ToolCall
+from data.tool_documents import IMPLICIT_TOOLS, offered_names
 from data.trajectories import Message, Trajectory, read_trajectories
 
 PROMPT_TURNS = ("all", "tools", "first", "last")
@@ -93,7 +94,7 @@ def read_prompts(
     # Seeded in the order of the rules, which is then that of the notes.
     counts = Counter(dict.fromkeys([*_DROPPED_BEFORE, not_chosen, too_long], 0))
     prompts: list[PPOPrompt] = []
-    if _is_held_out(path):
+    if is_gold_file(path):
         records = _held_out_records(path, error_filter, unparsable_calls, counts)
     else:
         records = _trajectory_records(path, error_filter, unparsable_calls, counts)
@@ -190,93 +191,23 @@ def _is_offered(call: ToolCall, tools: list[dict]) -> bool:
 # Held-out records
 
 
-def _is_held_out(path: str | Path) -> bool:
-    """Whether the first line that is not blank is an object with "gold". Faults are left to the readers to report."""
-    try:
-        with open(path, encoding="utf-8-sig") as file:
-            first = next((line for line in file if line.strip()), "")
-        record = parse_json(first, str(path)) if first.lstrip().startswith("{") else None
-    except (OSError, UnicodeDecodeError, DataError):
-        return False
-    return isinstance(record, dict) and "gold" in record
-
-
 def _held_out_records(
     path: str | Path, error_filter: str, unparsable_calls: str, counts: Counter
 ) -> Iterator[tuple[str, str, list[dict], list[_Candidate]]]:
-    lines, _ = read_json_lines(Path(path), drop_partial_last_line=False)
-    for index, (line, record) in enumerate(lines):
-        where = f"{path}:{line}"
-        tools = normalize_tools(take_field(record, "tools", list, where), f"{where}: tools")
-        messages = [_user_message(message, where) for message in take_field(record, "messages", list, where)]
-        if not messages:
-            raise DataError(f"{where}: found no message, expected at least the user's request")
-        identity = record.get("id", index)
-        if isinstance(identity, bool) or not isinstance(identity, (str, int)):
-            raise DataError(f"{where}: id: found {type(identity).__name__}, expected a string or an integer")
-        gold_calls, n_unparsable = _single_calls(take_field(record, "gold", list, where), unparsable_calls, where)
-        reason = _reason_to_drop(gold_calls, n_unparsable, tools, error_filter)
+    for record in read_gold_records(path, unparsable_calls=unparsable_calls):
+        reason = _reason_to_drop(record, error_filter)
         if reason is not None:
             counts[reason] += 1
-        yield str(identity), where, tools, [] if reason is not None else [_Candidate(0, messages, gold_calls)]
+        candidates = [] if reason is not None else [_Candidate(0, record.messages, record.gold_calls)]
+        yield record.id, record.source, record.tools, candidates
 
 
-def _single_calls(answers: list, unparsable_calls: str, where: str) -> tuple[tuple[ToolCall, ...], int]:
-    """The gold calls, and how many more could not be written down ("mask" only)."""
-    gold_calls, n_unparsable = [], 0
-    for answer in answers:
-        calls = take_field(answer, "calls", list, f"{where}: gold")
-        if len(calls) != 1 or isinstance(calls[0], dict) and calls[0].get("wildcards"):
-            continue
-        call, fault = read_gold_call(calls[0], f"{where}: gold")
-        if fault is None:
-            gold_calls.append(call)
-        elif unparsable_calls == "error":
-            raise DataError(f"{where}: gold: {fault}")
-        else:
-            n_unparsable += 1
-    return tuple(gold_calls), n_unparsable
-
-
-def _reason_to_drop(
-    gold_calls: Sequence[ToolCall], n_unparsable: int, tools: list[dict], error_filter: str
-) -> str | None:
+def _reason_to_drop(record: GoldRecord, error_filter: str) -> str | None:
     """The rule that takes a record out, or None. There is no feedback, so only the documents can call it erroneous."""
-    if not gold_calls:
-        return "unparsable" if n_unparsable else _NO_SINGLE_CALL
-    for call in gold_calls if error_filter == "structured" else ():
-        category = check_documents(call, tools).category
+    if not record.gold_calls:
+        return "unparsable" if record.unparsable_calls else _NO_SINGLE_CALL
+    for call in record.gold_calls if error_filter == "structured" else ():
+        category = check_documents(call, record.tools).category
         if category != "all_right":
             return f"erroneous, {category}"
-    return None if all(_is_offered(call, tools) for call in gold_calls) else "tool not offered"
-
-
-def _user_message(message: object, where: str) -> Message:
-    role = take_field(message, "role", str, f"{where}: messages")
-    if role != "user":
-        raise DataError(f"{where}: found a message of role {role!a}, expected user messages only")
-    return Message("user", take_field(message, "content", str, f"{where}: messages"))
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Fields of a record, also for rl.check_rewards
-
-
-def take_field(record: object, name: str, kind: type, where: str) -> object:
-    """`record[name]`. Raises DataError unless `record` is an object that has it with type `kind`."""
-    if not isinstance(record, dict):
-        raise DataError(f"{where}: found {type(record).__name__}, expected an object with {name!a}")
-    if not isinstance(record.get(name), kind):
-        found = type(record[name]).__name__ if name in record else "nothing"
-        raise DataError(f"{where}: found {found} as {name!a}, expected {kind.__name__}")
-    return record[name]
-
-
-def read_gold_call(record: object, where: str) -> tuple[ToolCall, str | None]:
-    """(call, None) of {"name", "arguments"}; (call, reason) if it cannot be written down, so that no text equals it."""
-    call = ToolCall(take_field(record, "name", str, where), take_field(record, "arguments", dict, where))
-    try:
-        render_tool_call(call)
-    except ToolCallError as error:
-        return call, str(error)
-    return call, None
+    return None if all(_is_offered(call, record.tools) for call in record.gold_calls) else "tool not offered"
