@@ -23,11 +23,13 @@ from model.tokenizer import load_tokenizer
 from train.checkpoint import CheckpointError
 from train.cuda.launch import LossBackendError, agree_on_loss_backend
 from train.distributed import DeviceError, close_world, init_world, load_sharded_model
+from train.held_out import read_held_out
 from train.optimizer import make_adamw
 from train.run_control import TrainingError, lock_folder
 from train.run_logging import RunFolderError, check_run_folder, file_sha256, log_line, model_fingerprint
 from train.sft_config import SFTConfig
 from train.sft_loop import SFTData, encode_data, train_sft
+from train.tensorboard import check_tensorboard
 
 USER_ERRORS = (
     ConfigError,
@@ -52,14 +54,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
         check_folder(config.model, tokenizer)
         _, format_line = choose_format(config.prompt_format, config.model)
         training = training_record(tokenizer, config.prompt_format)
+        check_tensorboard(config.tensorboard)
         sources = {"data_sha256": file_sha256(Path(config.data)), "model_sha256": model_fingerprint(config.model)}
         # encoding takes minutes: a folder of another run is refused before
         check_run_folder(Path(config.output), run_identity(config, sources), resume=config.resume, is_whole=False)
         encoded, report = encode_data(config, tokenizer)
+        held_out, notes = read_held_out(config, tokenizer)
         world = init_world(config.device)
         say = log_line if world.is_main else lambda line: None
         loss_backend, reason = agree_on_loss_backend(config.loss_backend, world)
-        for note in (*filter(None, [format_line]), *report["notes"], f"loss backend: {loss_backend} ({reason})"):
+        for note in (
+            *filter(None, [format_line]),
+            *report["notes"],
+            *notes,
+            f"loss backend: {loss_backend} ({reason})",
+        ):
             say(note)
         model = load_sharded_model(config.model, world, dtype=config.dtype, tokenizer_size=tokenizer.vocab_size)
         optimizer = make_adamw(
@@ -83,6 +92,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             total_steps=config.epochs * steps_per_epoch(len(encoded), config.global_batch_size),
             sources=sources,
             report=report,
+            held_out=held_out,
         )
         with lock_folder(Path(config.output), world):
             result = train_sft(config, data, model, optimizer, world, loss_backend=loss_backend)

@@ -7,7 +7,7 @@ the base model) and writes one JSON line per trained token. The contributions ad
 metrics.jsonl: sum_i w_i * ce_i / denominator = loss (E1, E6-E8). Exit codes: 0 the sum agrees, 1 it does not, 2 bad
 input.
 
-Shape suffixes: B batch (1: one packed row), T tokens, K trained ones, D model dim.
+Shape suffix: K trained tokens of a packed row.
 """
 
 import argparse
@@ -35,10 +35,10 @@ from train.checkpoint import (
     load_weights,
 )
 from train.distributed import close_world, init_world, load_sharded_model
+from train.held_out import trained_logprobs
 from train.run_logging import file_sha256, model_fingerprint, read_metrics
 from train.sft_config import SFTConfig
 from train.sft_loop import encode_data
-from train.weighted_cross_entropy import linear_token_logprobs
 
 # relative difference of two ways to add up the same step: fp32 rounding, or bf16's 8 bits averaged over the tokens
 TOLERANCE = {"float32": 1e-5, "bfloat16": 2e-2}
@@ -103,24 +103,6 @@ def weights_before(run: Path, step: int) -> Path | None:
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The loss
-
-
-@torch.no_grad()
-def trained_logprobs(model: torch.nn.Module, batch: PackedBatch, device: torch.device) -> list[float]:
-    """Log-probability of each trained target of one packed row, in the order of trained_index_K, natural log."""
-    if batch.trained_tokens == 0:
-        return []
-    hidden_BTD = model(
-        batch.input_ids_T[None].to(device),
-        position_ids_BT=batch.position_ids_T[None].to(device),
-        segment_lengths=batch.segment_lengths,
-        return_hidden=True,
-    )
-    index_K = batch.trained_index_K.to(device)
-    logprobs_K = linear_token_logprobs(
-        hidden_BTD[0][index_K], model.head_weight(), batch.target_ids_T.to(device)[index_K]
-    )
-    return logprobs_K.double().tolist()
 
 
 def token_rows(

@@ -106,6 +106,34 @@ class SFTConfig:
         100, "optimizer steps between checkpoints; 0 = only at the end (ours)", low=0, free=True
     )
     keep_checkpoints: int = setting(2, "newest checkpoints kept; 0 = all (ours)", low=0, free=True)
+    # watching
+    log_every: int = setting(
+        20, "optimizer steps between lines of figures on stdout; 0 = none (ours)", low=0, free=True
+    )
+    eval_data: str = setting(
+        "",
+        "held-out trajectories in any form of data, or records with gold calls, evaluated during training; "
+        "empty = none (ours)",
+        free=True,
+    )
+    eval_every: int = setting(
+        0,
+        "optimizer steps between evaluations on eval_data; 0 = only before the first and after the last (ours)",
+        low=0,
+        free=True,
+    )
+    eval_limit: int = setting(
+        100,
+        "held-out calls that the model answers, the first N; 0 = all; the loss is over all data (ours)",
+        low=0,
+        free=True,
+    )
+    tensorboard: str = setting(
+        "off",
+        "also write the figures to output/tensorboard, where the package tensorboard is installed (ours)",
+        choices=("on", "off"),
+        free=True,
+    )
     plot: str = setting("on", "draw output/plots/loss.svg at the end (ours)", choices=("on", "off"), free=True)
 
     def validate(self) -> None:

@@ -14,22 +14,22 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from tqdm import tqdm
 
 from command_line import run_identity
 from data.batches import PackedBatch, drop_unusable
 from data.data_report import data_report, describe_data
-from data.json_records import JsonLinesFile
 from data.loss_weights import EncodedTrajectory, TextEncoder, encode_trajectory
 from data.trajectories import read_trajectories
 from printable import one_line
 from train.checkpoint import save_checkpoint
 from train.distributed import World, any_rank, clip_gradients, global_sum, set_gradient_sync
+from train.held_out import HeldOut
 from train.optimizer import schedule_factor, set_learning_rates, warmup_steps_of
 from train.run_control import StopSignal, TrainingError, TrainResult, open_output, report_stop, resume_newest
 from train.run_logging import fingerprint
 from train.seeding import seed_everything, use_deterministic_kernels
 from train.sft_config import SFTConfig
+from train.sft_watch import JOURNALS, SFTWatch
 from train.weighted_cross_entropy import linear_weighted_cross_entropy
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -169,6 +169,7 @@ class SFTData:
     total_steps: int  # length of the schedule; config.max_steps ends the run earlier, not the schedule
     sources: dict[str, str]  # fingerprints of what goes in, part of the run's identity
     report: dict = field(default_factory=dict)  # data_report.json
+    held_out: HeldOut | None = None  # what the run is evaluated on while it trains
 
 
 def train_sft(
@@ -195,15 +196,15 @@ def train_sft(
     model.activation_checkpointing = config.activation_checkpointing == "on"
     model.train()
     parts = {"model": (model, optimizer)}
-    state = resume_newest(output, parts, world, identity=run_hash, journals=("metrics.jsonl",))
+    state = resume_newest(output, parts, world, identity=run_hash, journals=JOURNALS)
     step = state.step if state else 0
     last_step = min(data.total_steps, config.max_steps or data.total_steps)
     warmup_steps = warmup_steps_of(config.warmup_ratio, data.total_steps)
-    metrics_file = JsonLinesFile(output / "metrics.jsonl") if world.is_main else None
-    # disable=None: no bar when stderr is not a terminal, so that logs and error lines stay clean
-    bar = tqdm(total=last_step, initial=step, unit="step", disable=None if world.is_main else True)
+    watch = SFTWatch(config, world, data.held_out, step=step, last_step=last_step)
     stopping = False
-    with StopSignal() as stop, bar:
+    with StopSignal() as stop, watch:
+        if step == 0:
+            watch.evaluate(model, step=0)
         while step < last_step and not stopping:
             began = time.perf_counter()
             batches = data.step_batches(step)
@@ -211,18 +212,13 @@ def train_sft(
             factor = schedule_factor(step, data.total_steps, warmup_steps, config.schedule)
             learning_rate = set_learning_rates(optimizer, factor)
             result = train_step(config, model, optimizer, batches, world, step=step, loss_backend=loss_backend)
-            if metrics_file is not None:
-                metrics_file.write(step_metrics(step, result, learning_rate, time.perf_counter() - began))
-            bar.set_postfix(loss=f"{result.loss:.4f}", refresh=False)
-            bar.update(1)
+            watch.record(step_metrics(step, result, learning_rate, time.perf_counter() - began))
+            watch.evaluate(model, step)
             stopping = any_rank(stop.number != 0)
             if step == last_step or stopping or (config.checkpoint_every and step % config.checkpoint_every == 0):
-                if metrics_file is not None:
-                    metrics_file.sync()
+                watch.sync()
                 keep = config.keep_checkpoints
                 save_checkpoint(output / "checkpoints", step, parts, world, identity=run_hash, keep=keep, extra={})
-    if metrics_file is not None:
-        metrics_file.close()
     if stopping and step < last_step:
         return report_stop(stop.number, step, last_step, output, world)
     return TrainResult(step=step, last_step=last_step, stopped_by=0)
