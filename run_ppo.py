@@ -29,6 +29,7 @@ from train.cuda.launch import LossBackendError, agree_on_loss_backend
 from train.distributed import DeviceError, World, close_world, init_world
 from train.run_control import TrainingError, lock_folder
 from train.run_logging import RunFolderError, check_run_folder, file_sha256, log_line, model_fingerprint
+from train.tensorboard import check_tensorboard
 
 USER_ERRORS = (
     ConfigError,
@@ -54,6 +55,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 f"{config.model}: found no such folder, expected the model of an SFT run: make one "
                 "with python run_sft.py, or name another with --model"
             )
+        check_tensorboard(config.tensorboard)
         config.prompt_format, format_line = agree_on_format(config)
         tokenizer = load_tokenizer(config.model)
         check_folder(config.model, tokenizer)
@@ -73,8 +75,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if world.is_main:
             for note in (*filter(None, [format_line]), *notes, *more_notes, f"loss backend: {loss_backend} ({reason})"):
                 log_line(note)
-            if config.critic_only_iterations:
-                log_line(f"the first {config.critic_only_iterations} iterations train the critic alone")
         models = load_models(config, tokenizer, world, loss_backend)
         held_out = held_out[: config.eval_limit or None]
         notes += more_notes

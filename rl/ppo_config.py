@@ -178,6 +178,18 @@ class PPOConfig:
         free=True,
     )
     eval_limit: int = setting(0, "use only the first N held-out prompts; 0 = all (ours)", low=0, free=True)
+    log_every: int = setting(
+        30, "optimizer steps between lines of figures on stdout; 0 = none (ours)", low=0, free=True
+    )
+    sample_every: int = setting(
+        50, "iterations between sample responses on stdout, beside their gold call; 0 = none (ours)", low=0, free=True
+    )
+    tensorboard: str = setting(
+        "off",
+        "also write the figures to output/tensorboard, where the package tensorboard is installed (ours)",
+        choices=("on", "off"),
+        free=True,
+    )
     print_ledger: str = setting(
         "off",
         "print position, token, mask, log-prob, KL, reward, value, advantage and return of the first response (ours)",

@@ -93,7 +93,7 @@ def train_ppo(
     run_hash = fingerprint(identity)
     step, number, kl_coef = resume_state(config, models, world, run_hash)
     saved_step, stopping = step, False
-    watch = Watch(config, world, step=step, last_step=last_step)
+    watch = Watch(config, world, step=step, iteration=number, last_step=last_step)
     if step == 0:
         watch.evaluate(models, held_out, step=0)
     with StopSignal() as stop, watch:

@@ -51,6 +51,7 @@ class PPOPrompt:
     gold_calls: tuple[ToolCall, ...]  # at least one; the best reward counts
     tools: list[dict]  # offered tools, OpenAI function dicts
     prompt_format: str = DEFAULT_FORMAT  # of the prompt, and of the response that it asks for
+    request: str = ""  # the user's last words, for the log
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,8 +109,11 @@ def read_prompts(
             if len(prompt_ids) > max_prompt_tokens:
                 counts[too_long] += 1
                 continue
+            request = next((each.content for each in reversed(candidate.messages) if each.role == "user"), "")
             gold_calls = candidate.gold_calls
-            prompts.append(PPOPrompt(identity, candidate.turn, where, prompt_ids, gold_calls, tools, prompt_format))
+            prompts.append(
+                PPOPrompt(identity, candidate.turn, where, prompt_ids, gold_calls, tools, prompt_format, request)
+            )
     notes = _notes(counts, len(prompts), n_records, f"error_filter {error_filter}, prompt_turns {prompt_turns}")
     if not prompts:
         raise DataError(f"{path}: found no prompt, expected at least one ({'; '.join(notes)})")

@@ -30,9 +30,12 @@ from rl.prompts import PPOPrompt
 from rl.reward import CATEGORIES
 from rl.rollout import Credited, has_ended, response_text
 from train.distributed import World, gather_objects, gathered_model, global_sum
+from train.progress import is_due, mean_of, time_left, window_of
 from train.run_logging import log_line
+from train.tensorboard import TensorBoard
 
 JOURNALS = ("metrics.jsonl", "samples.jsonl", "evaluations.jsonl")
+SAMPLE_CHARACTERS = 100  # of each text of a response on stdout
 LEDGER_COLUMNS = ("logprob", "KL", "reward", "value", "advantage", "return")
 LEDGER_TOKEN_WIDTH = 18
 LEDGER_PROMPT_TOKENS = 2  # rows shown of the end of the prompt
@@ -118,9 +121,18 @@ def add_times(line: dict[str, float], seconds: dict[str, float], *, n_steps: int
 class Watch:
     """The run's journals and its progress bar, on rank 0; on other ranks it only joins the collectives."""
 
-    def __init__(self, config: PPOConfig, world: World, *, step: int, last_step: int) -> None:
-        self.config, self.world = config, world
+    def __init__(self, config: PPOConfig, world: World, *, step: int, iteration: int, last_step: int) -> None:
+        """step, iteration: those done before; last_step: where the run ends."""
+        self.config, self.world, self.last_step = config, world, last_step
         self.files = {name: JsonLinesFile(Path(config.output) / name) for name in JOURNALS} if world.is_main else {}
+        is_on = config.tensorboard == "on" and world.is_main
+        self.tensorboard = TensorBoard(Path(config.output), step) if is_on else None
+        self.recent: list[dict] = []  # lines of metrics.jsonl since the last line of figures
+        if world.is_main and iteration < config.critic_only_iterations and step < last_step:
+            log_line(
+                f"iterations {iteration} to {config.critic_only_iterations - 1} train the critic alone: the policy "
+                "does not change until the values mean something (ppo/explained_variance)"
+            )
         self.must_print_ledger = config.print_ledger == "on" and world.is_main
         self.has_warned_of_cuts = False
         # disable=None: no bar when stderr is not a terminal, so that logs and error lines stay clean
@@ -131,7 +143,7 @@ class Watch:
 
     def __exit__(self, *_: object) -> None:
         self.bar.close()
-        for file in self.files.values():
+        for file in (*self.files.values(), *filter(None, [self.tensorboard])):
             file.close()
 
     def sync(self) -> None:
@@ -146,6 +158,8 @@ class Watch:
             return
         for line in lines:
             self.files["metrics.jsonl"].write(line)
+            if self.tensorboard is not None:
+                self.tensorboard.write(line)
         stamp = {"step": lines[-1]["step"], "iteration": lines[-1]["iteration"]}
         for row in rows:
             self.files["samples.jsonl"].write({**stamp, **row})
@@ -157,6 +171,7 @@ class Watch:
             refresh=False,
         )
         self.bar.update(len(lines))
+        self._tell(lines, rows[0] if rows else None)
         if first["ppo/truncated_share"] == 1.0 and not self.has_warned_of_cuts:
             self.has_warned_of_cuts = True
             log_line(
@@ -166,6 +181,21 @@ class Watch:
         if self.must_print_ledger and credited.measured.sampled.results:
             self.must_print_ledger = False
             log_line(format_ledger(credited, 0, tokenizer))
+
+    def _tell(self, lines: Sequence[dict], sample: dict | None) -> None:
+        """Lines of figures, a sample response and the end of the critic-only stretch, each when it is due."""
+        config, number, step = self.config, lines[0]["iteration"], lines[-1]["step"]
+        self.recent += lines
+        if is_due(step, lines[0]["step"] - 1, config.log_every) or config.log_every and step >= self.last_step:
+            log_line(ppo_line(self.recent, self.last_step))
+            self.recent.clear()
+        if sample is not None and config.sample_every and number % config.sample_every == 0:
+            log_line(format_sample(number, sample))
+        if number + 1 == config.critic_only_iterations:
+            log_line(
+                f"iteration {number} was the last one for the critic alone (explained variance "
+                f"{lines[0]['ppo/explained_variance']:+.2f}); from now on the policy learns too"
+            )
 
     def evaluate(self, models: Models, held_out: Sequence[PPOPrompt], *, step: int) -> None:
         """Score the held-out prompts, greedy and at the training temperature, all ranks together; a collective."""
@@ -193,6 +223,33 @@ class Watch:
             )
 
 
+def ppo_line(rows: Sequence[dict], last_step: int) -> str:
+    """The line about the newest steps of a PPO run; rows: their lines of metrics.jsonl, at least one.
+
+    Figures of a rollout count once per iteration, those of the update once per step.
+    """
+    rollouts = list({row["iteration"]: row for row in rows}.values())
+    shares = {name: mean_of(rollouts, f"ppo/share_{name}") for name in reversed(CATEGORIES)}
+    listing = ", ".join(f"{name.replace('_', ' ')} {share:.0%}" for name, share in shares.items() if share > 0)
+    return (
+        f"step {rows[-1]['step']}/{last_step}  reward {mean_of(rollouts, 'ppo/score'):+.3f} ({window_of(rows)})  "
+        f"KL {mean_of(rollouts, 'ppo/kl_sequence'):.3f}  clipped {mean_of(rows, 'ppo/clip_fraction'):.1%}  {listing}  "
+        f"{time_left(rows, last_step)}"
+    )
+
+
+def format_sample(iteration: int, row: dict) -> str:
+    """A response beside what was asked and the gold call; row: a line of samples.jsonl and the user's last words."""
+    texts = (
+        ("user", row["request"]),
+        ("gold", row["gold"]),
+        ("model", row["response"]),
+        ("reward", row["explanation"]),
+    )
+    title = f"iteration {iteration}, {one_line(row['id'])} turn {row['turn']}:"
+    return "\n".join([title, *(f"    {name:<6}  {one_line(text.strip(), SAMPLE_CHARACTERS)}" for name, text in texts)])
+
+
 def _sample_rows(credited: Credited, tokenizer: Tokenizer) -> list[dict]:
     """One row of samples.jsonl per response of this rank."""
     measured, sampled = credited.measured, credited.measured.sampled
@@ -201,6 +258,7 @@ def _sample_rows(credited: Credited, tokenizer: Tokenizer) -> list[dict]:
         {
             "id": prompt.id,
             "turn": prompt.turn,
+            "request": prompt.request,
             "prompt": tokenizer.decode(prompt.prompt_ids),
             "response": response_text(ids, tokenizer),
             "tokens": len(ids),
