@@ -5,7 +5,6 @@ bad input, with one line on stderr; 130 or 143 stopped by SIGINT or SIGTERM afte
 command.
 """
 
-import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -27,7 +26,9 @@ from rl.prompts import PPOPrompt, read_prompts
 from train.checkpoint import CheckpointError
 from train.cuda.launch import LossBackendError, agree_on_loss_backend
 from train.distributed import DeviceError, World, close_world, init_world
+from train.progress import command, log_on_main, unused_folder
 from train.run_control import TrainingError, lock_folder
+from train.run_history import finished_step, mark_finished, without_overridden
 from train.run_logging import RunFolderError, check_run_folder, file_sha256, log_line, model_fingerprint
 from train.tensorboard import check_tensorboard
 
@@ -65,8 +66,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             "reference_sha256": model_fingerprint(config.reference_model or config.model),
             "critic_sha256": model_fingerprint(config.critic_model or config.model),
         }
-        # making prompts takes minutes: a folder of another run is refused before
-        check_run_folder(Path(config.output), run_identity(config, sources), resume=config.resume, is_whole=False)
+        if is_finished(config, sources):
+            return 0
         prompts, notes = make_prompts(config, config.data, tokenizer)
         prompts, more_notes = drop_unspellable(prompts, tokenizer, config.max_response_tokens)
         held_out = make_prompts(config, config.eval_data, tokenizer)[0] if config.eval_data else []
@@ -82,11 +83,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             result = train_ppo(config, models, prompts, world, held_out=held_out, sources=sources, notes=notes)
             if result.stopped_by:
                 return 128 + result.stopped_by
-            export(config, models, world)
-        if world.is_main:
-            final = Path(config.output) / "final"
-            log_line(f"trained {result.step} step{'s' * (result.step != 1)}; model: {final}")
-            log_line(f"next: python run_eval.py --model {shlex.quote(str(final))}")
+            export(config, models, world, step=result.step)
         return 0
     except USER_ERRORS as error:
         fail(error)
@@ -141,21 +138,51 @@ def make_prompts(config: PPOConfig, path: str, tokenizer: Tokenizer) -> tuple[li
     return prompts, notes
 
 
-def export(config: PPOConfig, models: Models, world: World) -> None:
-    """Write output/final (the policy), output/critic if wanted, and the plot. A collective."""
+def is_finished(config: PPOConfig, sources: dict[str, str]) -> bool:
+    """Whether the folder holds this very run with all its steps done, which the log then says.
+
+    Asked before making prompts, which takes minutes. Raises RunFolderError for the folder of another run.
+    """
+    output = Path(config.output)
+    identity = without_overridden(run_identity(config, sources), config.override)
+    check_run_folder(output, identity, resume=config.resume, is_whole=False)
+    exports = ("final", "critic") if config.save_critic == "on" else ("final",)
+    step = finished_step(output, config.max_steps, exports)
+    if step is not None:
+        log_on_main(f"already finished at step {step}; model: {output / 'final'}", *next_steps(config))
+    return step is not None
+
+
+def export(config: PPOConfig, models: Models, world: World, *, step: int) -> None:
+    """Write output/final (the policy), output/critic if wanted, and the plot; say what to do next. A collective."""
     output = Path(config.output)
     training = training_record(models.tokenizer, config.prompt_format)
     eos_id = training["end_of_turn_id"]
     save_pretrained_streamed(
         models.policy, output / "final", companions_from=config.model, eos_id=eos_id, training=training
     )
-    if world.is_main and (change := describe_eos_change(config.model, eos_id)):
-        log_line(change)
     if config.save_critic == "on":
         companions = config.critic_model or config.model
         save_value_model(models.critic, output / "critic", companions_from=companions)
-    if world.is_main and config.plot == "on":
+    if not world.is_main:
+        return
+    mark_finished(output, step)
+    if change := describe_eos_change(config.model, eos_id):
+        log_line(change)
+    if config.plot == "on":
         log_line(write_run_plot(output, config.critic_only_iterations))
+    log_on_main(f"trained {step} step{'s' * (step != 1)}; model: {output / 'final'}", *next_steps(config))
+
+
+def next_steps(config: PPOConfig) -> list[str]:
+    """Commands to copy: score the result and, once, the model that it started from, each into a folder of its own."""
+    output, start = Path(config.output), Path(config.model)
+    start_scores = output.parent / f"eval_{(start.parent if start.name == 'final' else start).name}"
+    score_start = f"score its start:  {command('run_eval.py', model=start, output=start_scores)}"
+    return [
+        f"score it:         {command('run_eval.py', model=output / 'final', output=unused_folder(output, 'eval'))}",
+        *([] if start_scores.exists() else [score_start]),
+    ]
 
 
 if __name__ == "__main__":

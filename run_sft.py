@@ -4,7 +4,6 @@ Without flags: the bundled tiny model and data. Exit codes: 0 all steps done and
 line on stderr; 130 or 143 stopped by SIGINT or SIGTERM after saving: continue with the same command.
 """
 
-import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,10 +21,12 @@ from model.pretrained_weights import check_folder, describe_eos_change, save_pre
 from model.tokenizer import load_tokenizer
 from train.checkpoint import CheckpointError
 from train.cuda.launch import LossBackendError, agree_on_loss_backend
-from train.distributed import DeviceError, close_world, init_world, load_sharded_model
+from train.distributed import DeviceError, World, close_world, init_world, load_sharded_model
 from train.held_out import read_held_out
 from train.optimizer import make_adamw
+from train.progress import command, log_on_main, unused_folder
 from train.run_control import TrainingError, lock_folder
+from train.run_history import finished_step, mark_finished, without_overridden
 from train.run_logging import RunFolderError, check_run_folder, file_sha256, log_line, model_fingerprint
 from train.sft_config import SFTConfig
 from train.sft_loop import SFTData, encode_data, train_sft
@@ -50,26 +51,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """One SFT run from the command line: data, model, optimizer, training, export. Returns the exit code."""
     try:
         config = read_config(SFTConfig, "Supervised fine-tuning with MAE and PKT.", arguments, section="sft")
+        check_tensorboard(config.tensorboard)
         tokenizer = load_tokenizer(config.model)
         check_folder(config.model, tokenizer)
         _, format_line = choose_format(config.prompt_format, config.model)
         training = training_record(tokenizer, config.prompt_format)
-        check_tensorboard(config.tensorboard)
         sources = {"data_sha256": file_sha256(Path(config.data)), "model_sha256": model_fingerprint(config.model)}
-        # encoding takes minutes: a folder of another run is refused before
-        check_run_folder(Path(config.output), run_identity(config, sources), resume=config.resume, is_whole=False)
+        if is_finished(config, sources):
+            return 0
         encoded, report = encode_data(config, tokenizer)
-        held_out, notes = read_held_out(config, tokenizer)
+        held_out, held_out_notes = read_held_out(config, tokenizer)
         world = init_world(config.device)
-        say = log_line if world.is_main else lambda line: None
         loss_backend, reason = agree_on_loss_backend(config.loss_backend, world)
-        for note in (
-            *filter(None, [format_line]),
-            *report["notes"],
-            *notes,
-            f"loss backend: {loss_backend} ({reason})",
-        ):
-            say(note)
+        if world.is_main:
+            for note in (*filter(None, [format_line]), *report["notes"], *held_out_notes):
+                log_line(note)
+            log_line(f"loss backend: {loss_backend} ({reason})")
         model = load_sharded_model(config.model, world, dtype=config.dtype, tokenizer_size=tokenizer.vocab_size)
         optimizer = make_adamw(
             model,
@@ -98,22 +95,56 @@ def main(arguments: Sequence[str] | None = None) -> int:
             result = train_sft(config, data, model, optimizer, world, loss_backend=loss_backend)
             if result.stopped_by:
                 return 128 + result.stopped_by
-            final = Path(config.output) / "final"
-            eos_id = training["end_of_turn_id"]
-            save_pretrained_streamed(
-                model, final, dtype=torch.float32, companions_from=config.model, eos_id=eos_id, training=training
-            )
-            if change := describe_eos_change(config.model, eos_id):
-                say(change)
-            if world.is_main and config.plot == "on":
-                say(write_run_plot(Path(config.output)))
-        say(f"trained {result.step} step{'s' * (result.step != 1)}; model: {final}")
-        say(f"next: python run_eval.py --model {shlex.quote(str(final))}")
+            export(config, model, training, world, step=result.step)
         return 0
     except USER_ERRORS as error:
         fail(error)
     finally:
         close_world()
+
+
+def is_finished(config: SFTConfig, sources: dict[str, str]) -> bool:
+    """Whether the folder holds this very run with all its steps done, which the log then says.
+
+    Asked before encoding, which takes minutes. Raises RunFolderError for the folder of another run.
+    """
+    output = Path(config.output)
+    identity = without_overridden(run_identity(config, sources), config.override)
+    check_run_folder(output, identity, resume=config.resume, is_whole=False)
+    step = finished_step(output, config.max_steps, ("final",))
+    if step is not None:
+        log_on_main(f"already finished at step {step}; model: {output / 'final'}", *next_steps(config))
+    return step is not None
+
+
+def export(config: SFTConfig, model: torch.nn.Module, training: dict, world: World, *, step: int) -> None:
+    """Write output/final and the plot, and say what to do next. A collective."""
+    output, eos_id = Path(config.output), training["end_of_turn_id"]
+    save_pretrained_streamed(
+        model, output / "final", dtype=torch.float32, companions_from=config.model, eos_id=eos_id, training=training
+    )
+    if not world.is_main:
+        return
+    mark_finished(output, step)
+    if change := describe_eos_change(config.model, eos_id):
+        log_line(change)
+    if config.plot == "on":
+        log_line(write_run_plot(output))
+    log_on_main(f"trained {step} step{'s' * (step != 1)}; model: {output / 'final'}", *next_steps(config))
+
+
+def next_steps(config: SFTConfig) -> list[str]:
+    """Commands to copy: score the result and, once, its base, each into a folder of its own; train further."""
+    output, defaults = Path(config.output), SFTConfig()
+    final, base_scores = output / "final", output.parent / "eval_base"
+    data = {} if config.data == defaults.data else {"data": config.data}
+    form = {} if config.prompt_format == defaults.prompt_format else {"prompt_format": config.prompt_format}
+    score_base = f"score its base:    {command('run_eval.py', model=config.model, **form, output=base_scores)}"
+    return [
+        f"score it:          {command('run_eval.py', model=final, output=unused_folder(output, 'eval'))}",
+        *([] if base_scores.exists() else [score_base]),
+        f"train it further:  {command('run_ppo.py', model=final, **data, output=unused_folder(output, 'ppo'))}",
+    ]
 
 
 if __name__ == "__main__":

@@ -95,7 +95,7 @@ display(SVG(draw_key_token_weights()))
 from data.batches import pack
 from examples.make_walkthrough import corrected_turn, draw_token_losses
 from model.pretrained_weights import load_pretrained
-from train.audit_loss import trained_logprobs
+from train.held_out import trained_logprobs
 
 logprobs = trained_logprobs(load_pretrained("../assets/tiny_model"), pack([row]), torch.device("cpu"))
 for name, losses in (("before", [-each for each in logprobs]), ("after", run["token_loss_sft"])):

@@ -63,8 +63,8 @@ from rl.rollout import (
 )
 from run_sft import main as run_sft
 from svg import Panel, axes, bars, curve, dot, line, names_below, picture, text
-from train.audit_loss import trained_logprobs
 from train.distributed import World, close_world, init_world
+from train.held_out import trained_logprobs
 from train.run_logging import read_metrics
 
 NUMBERS, PAGE, PICTURES = ROOT / "docs/figures/walkthrough.json", ROOT / "docs/walkthrough.md", ROOT / "docs/figures"
@@ -497,7 +497,7 @@ def section_sft(numbers: dict, row: EncodedTrajectory, n_trajectories: int) -> s
 `python run_sft.py --max_steps {SFT_STEPS}` trains on {4 * SFT_STEPS} of {n_trajectories} trajectories; this one
 {seen}. The loss of a step went from {numbers["sft_loss_first_step"]:.3f} to {numbers["sft_loss_last_step"]:.3f}.
 `train/sft_loop.py:train_step` multiplies the loss of each token by its weight and
-divides once. Here is the loss without weights (E9, `train/audit_loss.py:trained_logprobs`); over the call it fell from
+divides once. Here is the loss without weights (E9, `train/held_out.py:trained_logprobs`); over the call it fell from
 {before:.3f} to {after:.3f} nats:
 
 ![Loss of each token of the corrected call before and after SFT](figures/walkthrough_token_losses.svg)

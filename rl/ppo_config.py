@@ -6,6 +6,26 @@ from command_line import setting
 from data.formats.table import TRAINING_FORMATS
 from data.trained_format import AUTO_FORMAT
 from train.optimizer import SCHEDULES
+from train.run_history import check_override
+
+# what `--override` may name: settings of the optimisation, never of data, model, format or loss
+OVERRIDABLE = (
+    "policy_learning_rate",
+    "value_learning_rate",
+    "schedule",
+    "warmup_ratio",
+    "adam_beta1",
+    "adam_beta2",
+    "adam_epsilon",
+    "weight_decay",
+    "max_grad_norm",
+    "kl_coef",
+    "kl_target",
+    "kl_horizon",
+    "entropy_coef",
+    "clip_range",
+    "value_clip_range",
+)
 
 
 @dataclass(slots=True)
@@ -31,6 +51,12 @@ class PPOConfig:
         "auto",
         "auto continues from the newest good checkpoint in output; never refuses a folder that has one",
         choices=("auto", "never"),
+        free=True,
+    )
+    override: str = setting(
+        "",
+        "settings of the optimisation that may differ when the run is resumed, separated by commas; each change is "
+        "noted in output/history.jsonl (ours)",
         free=True,
     )
     reference_model: str = setting(
@@ -182,7 +208,7 @@ class PPOConfig:
         30, "optimizer steps between lines of figures on stdout; 0 = none (ours)", low=0, free=True
     )
     sample_every: int = setting(
-        50, "iterations between sample responses on stdout, beside their gold call; 0 = none (ours)", low=0, free=True
+        50, "iterations between sample responses on stdout, with their gold call; 0 = none (ours)", low=0, free=True
     )
     tensorboard: str = setting(
         "off",
@@ -209,6 +235,7 @@ class PPOConfig:
         for name in ("adam_beta1", "adam_beta2"):
             if getattr(self, name) >= 1.0:
                 raise ValueError(f"{name}: found {getattr(self, name)}, expected a value below 1")
+        check_override(self.override, OVERRIDABLE)
         if self.minibatch_size > self.rollout_batch_size:
             raise ValueError(
                 f"minibatch_size: found {self.minibatch_size}, expected at most rollout_batch_size = "

@@ -55,6 +55,7 @@ from train.checkpoint import save_checkpoint
 from train.distributed import World, any_rank, clip_gradients, gather_objects, global_sum, set_gradient_sync
 from train.optimizer import schedule_factor, set_learning_rates, warmup_steps_of
 from train.run_control import StopSignal, TrainingError, TrainResult, open_output, report_stop, resume_newest
+from train.run_history import earlier_identities, is_overridden_since, override_settings
 from train.run_logging import fingerprint
 from train.seeding import seed_everything, use_deterministic_kernels
 
@@ -89,9 +90,10 @@ def train_ppo(
     total_steps = config.epochs * sum(count_steps(len(prompts), config))
     last_step = min(total_steps, config.max_steps or total_steps)
     identity = run_identity(config, {**sources, "total_steps": total_steps})
+    history = override_settings(Path(config.output), config.override, identity, world)
     open_output(Path(config.output), config, identity, world, data_report={"prompts": len(prompts), "notes": notes})
     run_hash = fingerprint(identity)
-    step, number, kl_coef = resume_state(config, models, world, run_hash)
+    step, number, kl_coef = resume_state(config, models, world, identity, history)
     saved_step, stopping = step, False
     watch = Watch(config, world, step=step, iteration=number, last_step=last_step)
     if step == 0:
@@ -127,13 +129,23 @@ def train_ppo(
     return TrainResult(step=step, last_step=last_step, stopped_by=0)
 
 
-def resume_state(config: PPOConfig, models: Models, world: World, run_hash: str) -> tuple[int, int, float]:
+def resume_state(
+    config: PPOConfig, models: Models, world: World, identity: dict, history: Sequence[dict]
+) -> tuple[int, int, float]:
     """(optimizer steps done, iterations done, kl_coef) of the newest good checkpoint, whose weights are loaded into the
     models, or of the beginning; a collective. Raises CheckpointError."""
-    state = resume_newest(Path(config.output), models.trained(), world, identity=run_hash, journals=JOURNALS)
+    state = resume_newest(
+        Path(config.output),
+        models.trained(),
+        world,
+        identity=fingerprint(identity),
+        earlier=earlier_identities(identity, history),
+        journals=JOURNALS,
+    )
     if state is None:
         return 0, 0, config.kl_coef
-    return state.step, state.extra["iteration"], state.extra["kl_coef"]
+    is_new = is_overridden_since(history, "kl_coef", state.step)
+    return state.step, state.extra["iteration"], config.kl_coef if is_new else state.extra["kl_coef"]
 
 
 def count_steps(n_prompts: int, config: PPOConfig) -> list[int]:

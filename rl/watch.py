@@ -239,7 +239,7 @@ def ppo_line(rows: Sequence[dict], last_step: int) -> str:
 
 
 def format_sample(iteration: int, row: dict) -> str:
-    """A response beside what was asked and the gold call; row: a line of samples.jsonl and the user's last words."""
+    """A response with what was asked and the gold call; row: a line of samples.jsonl and the user's last words."""
     texts = (
         ("user", row["request"]),
         ("gold", row["gold"]),

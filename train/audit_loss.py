@@ -7,7 +7,7 @@ the base model) and writes one JSON line per trained token. The contributions ad
 metrics.jsonl: sum_i w_i * ce_i / denominator = loss (E1, E6-E8). Exit codes: 0 the sum agrees, 1 it does not, 2 bad
 input.
 
-Shape suffix: K trained tokens of a packed row.
+Shape suffixes: T tokens of a packed row, K trained ones.
 """
 
 import argparse

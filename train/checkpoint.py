@@ -17,7 +17,7 @@ folder, removed by the next start. Load: a checkpoint counts only if every file 
 import json
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -322,15 +322,18 @@ def check_files(path: Path, share: int = 0, shares: int = 1) -> str:
     return ""
 
 
-def newest_good_checkpoint(folder: Path, world: World, *, identity: str) -> tuple[Path | None, list[str]]:
+def newest_good_checkpoint(
+    folder: Path, world: World, *, identity: str, earlier: Collection[str] = ()
+) -> tuple[Path | None, list[str]]:
     """Newest checkpoint whose files all match their manifest and whose run is `identity`; a collective.
 
+    earlier: identities that the same run had before its settings were overridden.
     Returns (its folder or None, one line per newer checkpoint that was refused, with the reason).
     """
     refused = []
     for path in gather_objects(list_checkpoints(folder))[0]:
         faults = [fault for fault in gather_objects(check_files(path, world.rank, world.size)) if fault]
-        if not faults and _read_json(path / "trainer_state.json").get("identity") != identity:
+        if not faults and _read_json(path / "trainer_state.json").get("identity") not in (identity, *earlier):
             faults = ["trainer_state.json: found the identity of another run"]
         if not faults:
             return path, refused

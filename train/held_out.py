@@ -4,7 +4,7 @@ A trained token belongs to one part of its turn:
     key         a key token (PKT, E3), whether or not `key_tokens` weighs it in training
     name        another token of the tool's name
     arguments   what follows the name of a call, brackets and quotes included
-    text        what a format writes before the name, and turns that are no call
+    text        what a format writes before the name, and turns of plain text
     eos         the end of the turn
 Losses are plain means over tokens, without weights, so that runs with other weights compare. Nothing here draws a
 random number or touches a gradient: a run learns the same with and without it.
@@ -148,7 +148,7 @@ def parts_of(
     parts = []
     for message_index, positions in turns.items():
         segment, ids = targets[message_index], [row.target_ids[position] for position in positions[:-1]]
-        start = end = len(ids)  # a turn that is no call is text throughout
+        start = end = len(ids)  # plain text throughout, unless it is a call
         if segment.name_span is not None:
             start, end = (count_tokens_before(ids, segment.text[:border], tokenizer) for border in segment.name_span)
         for index, position in enumerate(positions):

@@ -1,8 +1,18 @@
 """What a run prints besides the bar, which only a terminal shows: lines of figures, and what to do next."""
 
+import os
 import shlex
 from collections.abc import Sequence
 from pathlib import Path
+
+from train.run_logging import log_line
+
+
+def log_on_main(*lines: str) -> None:
+    """log_line of each on rank 0, also before the ranks have met."""
+    if os.environ.get("RANK", "0") == "0":
+        for line in lines:
+            log_line(line)
 
 
 def is_due(step: int, previous_step: int, every: int) -> bool:

@@ -7,7 +7,7 @@ SFT and PPO share these, so that a run of either kind is opened, stopped and res
 import fcntl
 import os
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -149,16 +149,17 @@ def resume_newest(
     world: World,
     *,
     identity: str,
+    earlier: Collection[str],
     journals: tuple[str, ...],
 ) -> TrainerState | None:
     """Load the newest good checkpoint of `output` into `parts`, or return None if there is none; a collective.
 
-    journals: files of one JSON object per line with a "step"; lines after the checkpoint's step are cut off, so that
-    each step is there once. Raises CheckpointError when there are checkpoints and none is good, RunFolderError when the
-    journals cannot be cut.
+    earlier: see newest_good_checkpoint. journals: files of one JSON object per line with a "step"; lines after the
+    checkpoint's step are cut off, so that each step is there once. Raises CheckpointError when there are checkpoints
+    and none is good, RunFolderError when the journals cannot be cut.
     """
     folder = output / "checkpoints"
-    path, refused = newest_good_checkpoint(folder, world, identity=identity)
+    path, refused = newest_good_checkpoint(folder, world, identity=identity, earlier=earlier)
     state = None
     if world.is_main:
         for line in refused:

@@ -5,6 +5,19 @@ from dataclasses import dataclass
 from command_line import setting
 from data.formats.table import DEFAULT_FORMAT, TRAINING_FORMATS
 from train.optimizer import SCHEDULES
+from train.run_history import check_override
+
+# what `--override` may name: settings of the optimisation, never of data, model, format or loss
+OVERRIDABLE = (
+    "learning_rate",
+    "schedule",
+    "warmup_ratio",
+    "adam_beta1",
+    "adam_beta2",
+    "adam_epsilon",
+    "weight_decay",
+    "max_grad_norm",
+)
 
 
 @dataclass(slots=True)
@@ -26,6 +39,12 @@ class SFTConfig:
         "auto",
         "auto continues from the newest good checkpoint in output; never refuses a folder that has one",
         choices=("auto", "never"),
+        free=True,
+    )
+    override: str = setting(
+        "",
+        "settings of the optimisation that may differ when the run is resumed, separated by commas; each change is "
+        "noted in output/history.jsonl (ours)",
         free=True,
     )
     # method
@@ -141,3 +160,4 @@ class SFTConfig:
         for name in ("adam_beta1", "adam_beta2"):
             if getattr(self, name) >= 1.0:
                 raise ValueError(f"{name}: found {getattr(self, name)}, expected a value below 1")
+        check_override(self.override, OVERRIDABLE)

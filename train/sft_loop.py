@@ -26,6 +26,7 @@ from train.distributed import World, any_rank, clip_gradients, global_sum, set_g
 from train.held_out import HeldOut
 from train.optimizer import schedule_factor, set_learning_rates, warmup_steps_of
 from train.run_control import StopSignal, TrainingError, TrainResult, open_output, report_stop, resume_newest
+from train.run_history import earlier_identities, override_settings
 from train.run_logging import fingerprint
 from train.seeding import seed_everything, use_deterministic_kernels
 from train.sft_config import SFTConfig
@@ -192,11 +193,13 @@ def train_sft(
     output = Path(config.output)
     identity = run_identity(config, {**data.sources, "total_steps": data.total_steps})
     run_hash = fingerprint(identity)
+    history = override_settings(output, config.override, identity, world)
     open_output(output, config, identity, world, data_report=data.report)
     model.activation_checkpointing = config.activation_checkpointing == "on"
     model.train()
     parts = {"model": (model, optimizer)}
-    state = resume_newest(output, parts, world, identity=run_hash, journals=JOURNALS)
+    earlier = earlier_identities(identity, history)
+    state = resume_newest(output, parts, world, identity=run_hash, earlier=earlier, journals=JOURNALS)
     step = state.step if state else 0
     last_step = min(data.total_steps, config.max_steps or data.total_steps)
     warmup_steps = warmup_steps_of(config.warmup_ratio, data.total_steps)
