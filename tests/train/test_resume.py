@@ -2,6 +2,7 @@
 
 import os
 import random
+import shutil
 import signal
 import subprocess
 import time
@@ -66,12 +67,32 @@ def test_stopping_at_any_step_changes_nothing(straight, tmp_path):
     assert_same_run(tmp_path / "run", straight)
 
 
-def test_a_finished_run_is_not_trained_again(straight, tmp_path):
-    digest, rows = digest_of_final(straight), metrics_of(straight)
-    code, out, err = run_here(straight, **LONG)
+def times_of(folder):
+    return {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
+
+
+def test_a_finished_run_says_so_and_writes_nothing(straight):
+    before = times_of(straight)
+    for flags in ({}, {"max_steps": 3}, {"log_every": 1}):
+        code, out, err = run_here(straight, **LONG, **flags)
+        assert (code, err) == (0, "")
+        assert out.startswith(f"already finished at step {STEPS}; model: {straight / 'final'}\nscore it:")
+        assert "trajectories" not in out  # nothing was read
+    assert times_of(straight) == before
+    code, _, err = run_here(straight, **LONG, resume="never")
+    assert code == 2 and "found checkpoint step_00000066" in err
+
+
+def test_without_its_export_a_finished_run_exports_again(straight, tmp_path):
+    output = tmp_path / "run"
+    assert run_here(output, **LONG, max_steps=2)[0] == 0
+    digest = digest_of_final(output)
+    shutil.rmtree(output / "final")
+    code, out, err = run_here(output, **LONG, max_steps=2)
     assert code == 0, err
-    assert f"step_{STEPS:08d} (step {STEPS}, saved by 1 rank)" in out
-    assert (digest_of_final(straight), metrics_of(straight)) == (digest, rows)
+    assert "(step 2, saved by 1 rank)" in out and digest_of_final(output) == digest
+    code, out, _ = run_here(output, **LONG, max_steps=3)  # not finished: one more step was asked for
+    assert code == 0 and "already" not in out and metrics_of(output)[-1]["step"] == 3
 
 
 @pytest.mark.parametrize("damage", ["truncated", "no manifest"])

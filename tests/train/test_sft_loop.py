@@ -244,7 +244,8 @@ def test_a_whole_run_leaves_the_promised_files(tmp_path):
     assert {"config.json", "model.safetensors", "tokenizer.model"} <= names
     lines = out.splitlines()
     assert "turns masked by error_filter=structured: parameter_hallucination 8" in lines
-    assert lines[-1].startswith("next: python run_eval.py --model ")
+    asked = ["trained 3 steps; model: ", "score it:  ", "score its base:  ", "train it further:  "]
+    assert all(line.startswith(start) for line, start in zip(lines[-4:], asked, strict=True))
     assert f"plot: {output / 'plots' / 'loss.svg'}" in lines and (output / "plots" / "loss.svg").exists()
 
 
