@@ -10,9 +10,12 @@ import json
 import math
 import os
 import re
+import signal
 import sys
+import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import MISSING, Field, field, fields
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
@@ -21,11 +24,13 @@ from printable import listed, message_line, one_line, shown
 
 Config = TypeVar("Config")
 EXIT_BAD_INPUT = 2
-EXIT_INTERRUPTED = 130  # 128 + SIGINT, as shells say it
+EXIT_BY_SIGNAL = 128  # and the signal's number, as shells say it
 MAX_CONFIG_BYTES = 1 << 20
 MAX_TEXT = 4096  # characters of a text setting; as long as a path may be
 MAX_WHOLE_NUMBER = 2**63 - 1  # of any setting; seeds among them
+GRACE_SECONDS = 3.0  # from a signal to the end by force
 PATIENCE_SECONDS = 1.0  # of a rank above 0 before it writes its error: torchrun may end it first
+_STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 _NOT_TEXT = re.compile(r"[\x00-\x1f\x7f-\x9f\ud800-\udfff]")
 _TYPE_NAMES = {int: "a whole number", float: "a number", str: "text"}
 
@@ -109,26 +114,38 @@ def read_config(
 
 
 def fail(error: BaseException) -> NoReturn:
-    """End the process with one line on stderr and exit code 2, or 130 for Ctrl-C (KeyboardInterrupt).
+    """End the process with one line on stderr and exit code 2, or 130 and 143 for a signal (KeyboardInterrupt).
 
     Under torchrun rank 0 writes at once. Where it fails too, torchrun ends the other ranks, and one line is enough.
     A rank that is still alive after PATIENCE_SECONDS has an error of its own, such as a file that its node lacks: it
-    writes `rank N: ` and that.
+    writes `rank N: ` and that. A signal reaches all ranks alike: the others say nothing.
     """
-    rank = os.environ.get("RANK", "0")
-    if isinstance(error, KeyboardInterrupt) and rank != "0":
-        raise SystemExit(EXIT_INTERRUPTED) from None
-    if rank != "0":
+    is_signal = isinstance(error, KeyboardInterrupt)
+    if os.environ.get("RANK", "0") != "0" and not is_signal:
         time.sleep(PATIENCE_SECONDS)
-    sys.stderr.write(f"rank {rank}: " * (rank != "0") + error_line(error) + "\n")
+    sys.stderr.write(_last_line(error))
     sys.stderr.flush()
-    raise SystemExit(EXIT_INTERRUPTED if isinstance(error, KeyboardInterrupt) else EXIT_BAD_INPUT) from None
+    raise SystemExit(_code_of(error) if is_signal else EXIT_BAD_INPUT) from None
+
+
+def _last_line(error: BaseException) -> str:
+    """error_line with its line feed, and with the rank if that is not 0; "" for a signal there."""
+    rank = os.environ.get("RANK", "0")
+    if rank != "0" and isinstance(error, KeyboardInterrupt):
+        return ""
+    return f"rank {rank}: " * (rank != "0") + error_line(error) + "\n"
+
+
+def _code_of(error: KeyboardInterrupt) -> int:
+    return EXIT_BY_SIGNAL + (error.args[0] if error.args else signal.SIGINT)
 
 
 def error_line(error: BaseException) -> str:
     """The one line that a program ends with: errors of files in the words of ours, `path: found ..., expected ...`."""
     if isinstance(error, KeyboardInterrupt):
-        return "stopped by Ctrl-C"
+        return (
+            f"stopped by {signal.Signals(error.args[0]).name}; {error.args[1]}" if error.args else "stopped by Ctrl-C"
+        )
     if isinstance(error, OSError) and error.strerror:
         where = "the file system" if error.filename is None else os.fsdecode(error.filename)
         return message_line(f"{where}: found {error.strerror}, expected a file or folder that can be used")
@@ -165,8 +182,64 @@ def run_command(command: Callable[[], None], errors: tuple[type[Exception], ...]
         command()
     except (*errors, KeyboardInterrupt) as error:
         sys.stderr.write(error_line(error) + "\n")
-        return EXIT_INTERRUPTED if isinstance(error, KeyboardInterrupt) else EXIT_BAD_INPUT
+        return _code_of(error) if isinstance(error, KeyboardInterrupt) else EXIT_BAD_INPUT
     return 0
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Signals
+
+
+@contextmanager
+def polite_stop(what_next: str, clean_up: Callable[[], None] = lambda: None) -> Iterator[None]:
+    """While active, the first SIGINT or SIGTERM ends the program with one line and exit code 130 or 143.
+
+    The signal raises KeyboardInterrupt(number, what_next) in the main thread; later signals are ignored. When the
+    program has unwound, `clean_up` runs and the line is written. A main thread that cannot hear, because it waits for
+    another rank or another thread or multiplies matrices, is ended GRACE_SECONDS after the signal, after `clean_up`.
+    what_next: what is kept and how to go on. Code that takes the signals for itself meanwhile takes
+    signal.set_wakeup_fd too. Outside the main thread this does nothing.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    is_over = threading.Event()
+
+    def stop(number: int, _frame: object) -> None:
+        for each in _STOP_SIGNALS:
+            signal.signal(each, signal.SIG_IGN)
+        raise KeyboardInterrupt(number, what_next)
+
+    with ExitStack() as stack:
+        stack.callback(is_over.set)
+        try:
+            read_end, write_end = os.pipe()
+            os.set_blocking(write_end, False)
+            stack.callback(os.close, write_end)
+            watch = threading.Thread(target=_end_by_force, args=(read_end, is_over, what_next, clean_up), daemon=True)
+            watch.start()
+            stack.callback(signal.set_wakeup_fd, signal.set_wakeup_fd(write_end, warn_on_full_buffer=False))
+            for number in _STOP_SIGNALS:
+                stack.callback(signal.signal, number, signal.signal(number, stop))
+            yield
+        except KeyboardInterrupt as error:
+            if error.args:  # of `stop`: the signals stay ignored, and the thread watches the end of the other threads
+                stack.pop_all()
+                clean_up()
+            fail(error)
+
+
+def _end_by_force(read_end: int, is_over: threading.Event, what_next: str, clean_up: Callable[[], None]) -> None:
+    """Wait for the number of a signal, then end the process after GRACE_SECONDS, unless `is_over`."""
+    with open(read_end, "rb", buffering=0) as signals:
+        while (number := signals.read(1)) and number[0] not in _STOP_SIGNALS:
+            pass
+    if not number or is_over.wait(GRACE_SECONDS):
+        return
+    error = KeyboardInterrupt(number[0], what_next)
+    clean_up()
+    os.write(2, _last_line(error).encode("ascii"))  # the main thread may hold the lock of sys.stderr
+    os._exit(_code_of(error))
 
 
 # ---------------------------------------------------------------------------------------------------------------------

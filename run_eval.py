@@ -4,7 +4,7 @@ Greedy predictions, then scores with 95 % intervals per benchmark. Without flags
 tiny benchmarks, into runs/eval/sft. On multi-turn benchmarks (tooleyes, tiny-multi) every call is executed and its
 feedback goes back to the model. `--endpoint URL` asks an OpenAI-compatible server instead of a model folder;
 `--predictions FILE` scores an existing file. A killed run continues with the same command, under any number of ranks.
-Exit codes: 0 everything scored; 2 bad input (one line on stderr); 130 stopped by Ctrl-C.
+Exit codes: 0 everything scored; 2 bad input (one line on stderr); 130 or 143 stopped by SIGINT or SIGTERM.
 """
 
 import sys
@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from command_line import ConfigError, fail, read_config
+from command_line import ConfigError, fail, polite_stop, read_config
 from data.formats.prompt_format import PromptError
 from data.json_records import DataError, write_json_lines, write_text
 from data.trained_format import choose_format
@@ -22,15 +22,17 @@ from eval.predict.run_predictions import BenchmarkRun, open_benchmarks, predict
 from eval.records import ScoreSettings
 from eval.reports.plots import write_plots
 from eval.reports.report import format_report
+from eval.sandbox.run import end_sandboxes
 from model.pretrained_weights import ModelFolderError
 from train.distributed import DeviceError, World, close_world, init_world
 from train.run_control import lock_folder, write_settings
 from train.run_logging import log_line, write_json_atomically
 from train.seeding import seed_everything
 
-USER_ERRORS = (ConfigError, DataError, DeviceError, ModelFolderError, PromptError, OSError, KeyboardInterrupt)
+USER_ERRORS = (ConfigError, DataError, DeviceError, ModelFolderError, PromptError, OSError)
 
 
+@polite_stop("what was answered is kept; the same command continues", end_sandboxes)
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one evaluation; returns the exit code."""
     try:

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from charts import write_run_plot
-from command_line import ConfigError, fail, read_config, run_identity
+from command_line import ConfigError, fail, polite_stop, read_config, run_identity
 from data.formats.prompt_format import PromptError
 from data.json_records import DataError
 from data.trained_format import choose_format, read_trained_format, training_record
@@ -43,10 +43,10 @@ USER_ERRORS = (
     CheckpointError,
     TrainingError,
     OSError,
-    KeyboardInterrupt,  # before or after training, which ends it in its own way
 )
 
 
+@polite_stop("checkpoints are kept; the same command continues")
 def main(arguments: Sequence[str] | None = None) -> int:
     """One PPO run from the command line: prompts, models, training, export. Returns the exit code."""
     try:

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from charts import write_run_plot
-from command_line import ConfigError, fail, read_config, run_identity
+from command_line import ConfigError, fail, polite_stop, read_config, run_identity
 from data.batches import step_batches, steps_per_epoch
 from data.formats.prompt_format import PromptError
 from data.json_records import DataError
@@ -43,10 +43,10 @@ USER_ERRORS = (
     CheckpointError,
     TrainingError,
     OSError,
-    KeyboardInterrupt,  # before or after training, which ends it in its own way
 )
 
 
+@polite_stop("checkpoints are kept; the same command continues")
 def main(arguments: Sequence[str] | None = None) -> int:
     """One SFT run from the command line: data, model, optimizer, training, export. Returns the exit code."""
     try:

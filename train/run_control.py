@@ -55,9 +55,11 @@ class StopSignal:
     def __enter__(self) -> Self:
         for number in (signal.SIGTERM, signal.SIGINT):
             self._previous[number] = signal.signal(number, self._remember)
+        self._wakeup = signal.set_wakeup_fd(-1)  # command_line.polite_stop does not hear the signals meanwhile
         return self
 
     def __exit__(self, *_: object) -> None:
+        signal.set_wakeup_fd(self._wakeup)
         for number, handler in self._previous.items():
             signal.signal(number, handler)
 

@@ -250,23 +250,30 @@ def separate(job: dict, *, ends_with_parent: bool = True, second_user: int | Non
         for _ in range(2):
             child = os.fork()
             if child:
-                os._exit(_wait_for(child))
+                os._exit(wait_for(child, with_orphans=ends_with_parent))
             die_with_parent()
     return {"namespaces": is_separate, "memory_folder": has_memory_folder}
 
 
-def _wait_for(child: int) -> int:
+def wait_for(child: int, *, with_orphans: bool) -> int:
     """Exit code of `child`, as shells count: 137 for one killed by signal 9. SIGTERM to this process kills the child.
 
     So the process that the parent started ends last: the end of a process namespace's number 1 becomes visible only
-    when all others in it are gone.
+    when all others in it are gone. with_orphans: wait for those too that `child` leaves; a program that goes on in
+    another process then runs into its time limit instead of being taken for one that has ended.
     """
     signal.signal(signal.SIGTERM, lambda number, frame: os.kill(child, signal.SIGKILL))
+    code = 0
     while True:
-        ended, status = os.wait()
+        try:
+            ended, status = os.wait()
+        except ChildProcessError:
+            return code
         if ended == child:
             code = os.waitstatus_to_exitcode(status)
-            return code if code >= 0 else 128 - code
+            code = code if code >= 0 else 128 - code
+            if not with_orphans:
+                return code
 
 
 def restrict(job: dict, is_in: dict[str, bool]) -> dict[str, bool]:

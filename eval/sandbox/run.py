@@ -35,10 +35,12 @@ ROOT = Path(__file__).resolve().parents[2]
 START_SECONDS = 30.0  # a child that has not reported its limits by then never will; reached only on a starved machine
 ANSWER_SECONDS = 20.0  # in addition to a call's own time, for the tool server to end it and to answer
 LAUNCHER_SECONDS = 5.0  # for the launcher to kill its namespace and end; then it is killed too
+POLL_SECONDS = 0.005
 READ_BYTES = 65536
 FILE_BYTES = 1 << 20  # each file that a sandboxed program may write
 FOLDER_BYTES = 16 << 20  # all its files; in a tool server those of one dialogue
 REASON_CHARACTERS = 300
+_process_of_folder: dict[str, subprocess.Popen | None] = {}  # of the sandboxes that this process has open
 SYSTEM_FOLDERS = ("/usr", "/lib", "/lib64", "/etc/ld.so.cache", "/etc/localtime")
 
 
@@ -77,15 +79,19 @@ class _Child:
     """A running child: its pipes and what has been read from them so far."""
 
     process: subprocess.Popen
-    control: BinaryIO  # one line when ready, end of file when every process of the child is gone
+    control: BinaryIO  # one line when ready, end of file when every process of the child has ended or closed it
     output_bytes: int
     has_launcher: bool = False  # `process` only waits for the program, which is in a namespace of its own
-    has_ended: bool = False
+    has_ended: bool = False  # `control` is at its end: the program may have closed it
     is_cut: bool = False
     report: dict = field(default_factory=dict)  # what it said when it was ready
     received: dict[str, bytearray] = field(
         default_factory=lambda: {"stdout": bytearray(), "stderr": bytearray(), "control": bytearray()}
     )
+
+    def is_gone(self) -> bool:
+        """Whether its process has ended, which no program can feign; with a launcher that is the last of all."""
+        return self.has_ended and self.process.poll() is not None
 
     def streams(self) -> dict[str, BinaryIO]:
         """The read ends, by the names in `received`."""
@@ -117,7 +123,7 @@ def run_python(
     }
     with _started(job, pipes=()) as child:
         limits = _wait_until_ready([child])
-        timed_out = not _follow([child], time.monotonic() + seconds, lambda: child.has_ended)
+        timed_out = not _follow([child], time.monotonic() + seconds, child.is_gone)
         exit_code = _kill(child)
         # Read what is left in the pipes: their other ends are closed, so this ends as soon as all is read.
         _follow([child], time.monotonic() + 1.0, lambda: all(stream.closed for stream in child.streams().values()))
@@ -174,9 +180,9 @@ def run_check(
             end.close()  # otherwise no process would ever see that another one closed the pipe
         limits = _wait_until_ready([candidate, judge])
         deadline = time.monotonic() + seconds
-        is_judged = _follow([candidate, judge], deadline, lambda: judge.has_ended)
+        is_judged = _follow([candidate, judge], deadline, judge.is_gone)
         reason = read_verdict(verdict_out, judge, token) if is_judged else "timed out"
-        if not reason and not _follow([candidate], deadline, lambda: candidate.has_ended):
+        if not reason and not _follow([candidate], deadline, candidate.is_gone):
             reason = "timed out: after the test, at its end or in threads"
         if reason.startswith("process ended"):
             _follow([candidate], time.monotonic() + 1.0, lambda: candidate.has_ended)
@@ -285,9 +291,11 @@ def _pipe(stack: ExitStack) -> tuple[BinaryIO, BinaryIO]:
 @contextmanager
 def _started(job: dict, pipes: Sequence[BinaryIO], module: str = "eval.sandbox.child") -> Iterator[_Child]:
     """A child that works on `job`, with `pipes` open in it too; afterwards it and its folder are always gone."""
-    folder = tempfile.mkdtemp(prefix="sandbox_")
+    folder = os.path.join(tempfile.gettempdir(), f"sandbox_{os.getpid()}_{secrets.token_hex(8)}")
     with ExitStack() as stack:
-        stack.callback(shutil.rmtree, folder, ignore_errors=True)
+        stack.callback(_remove, folder)
+        _process_of_folder[folder] = None
+        os.mkdir(folder, 0o700)
         control_out, control_in = _pipe(stack)
         job = job | {
             "root": str(ROOT),
@@ -317,6 +325,7 @@ def _started(job: dict, pipes: Sequence[BinaryIO], module: str = "eval.sandbox.c
             start_new_session=True,
             pass_fds=[control_in.fileno(), *(pipe.fileno() for pipe in pipes)],
         )
+        _process_of_folder[folder] = process
         child = _Child(process=process, control=control_out, output_bytes=job["output_bytes"])
         stack.callback(_close, child)
         control_in.close()
@@ -326,6 +335,21 @@ def _started(job: dict, pipes: Sequence[BinaryIO], module: str = "eval.sandbox.c
         except BrokenPipeError:
             pass  # _wait_until_ready reports what is wrong
         yield child
+
+
+def _remove(folder: str) -> None:
+    shutil.rmtree(folder, ignore_errors=True)
+    _process_of_folder.pop(folder, None)
+
+
+def end_sandboxes() -> None:
+    """End the sandboxes of this process and remove their folders, at its own end, from any thread."""
+    while _process_of_folder:
+        folder, process = _process_of_folder.popitem()
+        if process is not None:
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)  # those in its namespace end with it
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _readable() -> list[str]:
@@ -379,6 +403,8 @@ def _follow(children: Sequence[_Child], deadline: float, is_done: Callable[[], b
             seconds_left = deadline - time.monotonic()
             if seconds_left <= 0:
                 return False
+            if any(child.has_ended for child in children):  # the end of a process itself is no event of a pipe
+                seconds_left = min(seconds_left, POLL_SECONDS)
             for key, _ in selector.select(seconds_left):
                 child, name = key.data
                 if not _receive(child, name, key.fd):

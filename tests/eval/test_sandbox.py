@@ -382,6 +382,62 @@ def test_what_remains_where_a_machine_permits_less(layers, tmp_path, listener, s
     assert result.limits_applied["files"] == "none written (seccomp)"
 
 
+LAYER_SETS = [("seccomp",), ("landlock", "seccomp"), ("namespaces", "seccomp"), ("namespaces", "landlock", "seccomp")]
+GO_ON = """import atexit, os, threading, time
+def go_on():
+    time.sleep(0.3)
+    os.closerange({first}, 64)
+    time.sleep(60)
+def f(x):
+    return x * x
+"""
+THREAD, AT_EXIT = "threading.Thread(target=go_on).start()\n", "atexit.register(go_on)\n"
+
+
+@needs_linux
+@pytest.mark.parametrize(
+    ("layers", "first", "starts"),
+    [(layers, 3, THREAD) for layers in LAYER_SETS] + [(("seccomp",), 0, THREAD), (("seccomp",), 3, AT_EXIT)],
+)
+def test_what_goes_on_after_its_pipes_are_closed_has_not_passed(layers, first, starts, sessions):
+    solution = GO_ON.format(first=first) + starts
+    result = judge(solution, seconds=1.0, layers=layers)
+    assert not result.passed and result.reason == "timed out: after the test, at its end or in threads"
+    result = run(solution, seconds=0.8, layers=layers)
+    assert result.timed_out and not result.passed
+    assert not processes_left(sessions)
+
+
+@needs_linux
+@pytest.mark.parametrize("layers", LAYER_SETS, ids="+".join)
+def test_a_daemon_thread_ends_with_its_program(layers):
+    solution = GO_ON.format(first=3) + "threading.Thread(target=go_on, daemon=True).start()\n"
+    assert judge(solution, seconds=5.0, layers=layers).passed
+
+
+ORPHANS = """
+import ctypes, os, sys, time
+from eval.sandbox.child import wait_for
+ctypes.CDLL(None).prctl(36, 1, 0, 0, 0)  # orphans become this process's children, as those of a namespace's number 1
+child = os.fork()
+if child == 0:
+    if os.fork() == 0:
+        time.sleep(1.0)
+        os._exit(4)
+    os._exit(3)
+begun = time.monotonic()
+print(wait_for(child, with_orphans=sys.argv[1] == "True"), time.monotonic() - begun > 0.7)
+"""
+
+
+@needs_linux
+@pytest.mark.parametrize("with_orphans", [True, False])
+def test_a_process_that_a_program_leaves_is_waited_for(with_orphans):
+    command = [sys.executable, "-c", ORPHANS, str(with_orphans)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert done.stdout.split() == ["3", str(with_orphans)], done.stderr
+
+
 @needs_linux
 def test_reading_is_confined_where_landlock_is():
     result = run(f"print(open({str(ROOT / 'README.md')!r}).read())")
