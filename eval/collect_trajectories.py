@@ -24,7 +24,7 @@ from pathlib import Path
 
 import torch
 
-from command_line import parse_arguments, run_command
+from command_line import parse_arguments, polite_stop, run_command
 from data.formats.prompt_format import PromptError
 from data.formats.table import COMPLETION_FORMATS, PROMPT_FORMATS, encode_prompt
 from data.json_records import DataError, open_lock, read_json_lines, read_json_list, write_text
@@ -48,6 +48,7 @@ from eval.predict.endpoint import Endpoint, check_key_variable, check_url, make_
 from eval.predict.generate import LocalModel, answers_sha256, check_settings, folder_sha256
 from eval.records import Record, field_of
 from eval.reports.error_statistics import classify_turns, format_turns, summarize_turns
+from eval.sandbox.run import end_sandboxes
 from model.pretrained_weights import ModelFolderError, load_pretrained
 from model.tokenizer import check_vocabulary_fits, load_tokenizer
 from printable import json_line, terminal_text
@@ -443,6 +444,7 @@ def _checked(text: str, check: Callable[[str], None]) -> str:
     return text
 
 
+@polite_stop("turns so far are kept; the same command continues", end_sandboxes)
 def main(arguments: Sequence[str]) -> int:
     """Command line; exit code 0, or 2 after one line on stderr. The last line of stdout is one JSON object."""
     flags = read_flags(arguments)
