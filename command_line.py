@@ -231,15 +231,15 @@ def polite_stop(what_next: str, clean_up: Callable[[], None] = lambda: None) -> 
 
 def _end_by_force(read_end: int, is_over: threading.Event, what_next: str, clean_up: Callable[[], None]) -> None:
     """Wait for the number of a signal, then end the process after GRACE_SECONDS, unless `is_over`."""
-    with open(read_end, "rb", buffering=0) as signals:
+    with open(read_end, "rb", buffering=0) as signals:  # open to the end: a second signal writes into it too
         while (number := signals.read(1)) and number[0] not in _STOP_SIGNALS:
             pass
-    if not number or is_over.wait(GRACE_SECONDS):
-        return
-    error = KeyboardInterrupt(number[0], what_next)
-    clean_up()
-    os.write(2, _last_line(error).encode("ascii"))  # the main thread may hold the lock of sys.stderr
-    os._exit(_code_of(error))
+        if not number or is_over.wait(GRACE_SECONDS):
+            return
+        error = KeyboardInterrupt(number[0], what_next)
+        clean_up()
+        os.write(2, _last_line(error).encode("ascii"))  # the main thread may hold the lock of sys.stderr
+        os._exit(_code_of(error))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
