@@ -6,6 +6,7 @@ Small programs with a few flags use argparse through `parse_arguments` and `run_
 """
 
 import argparse
+import contextlib
 import json
 import math
 import os
@@ -125,6 +126,7 @@ def fail(error: BaseException) -> NoReturn:
         time.sleep(PATIENCE_SECONDS)
     sys.stderr.write(_last_line(error))
     sys.stderr.flush()
+    tell_torchrun(error_line(error))
     raise SystemExit(_code_of(error) if is_signal else EXIT_BAD_INPUT) from None
 
 
@@ -138,6 +140,15 @@ def _last_line(error: BaseException) -> str:
 
 def _code_of(error: KeyboardInterrupt) -> int:
     return EXIT_BY_SIGNAL + (error.args[0] if error.args else signal.SIGINT)
+
+
+def tell_torchrun(line: str) -> None:
+    """Leave an error line where torchrun looks for the cause of a failure; its report then ends with that line."""
+    path = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if path:
+        content = {"message": line, "extraInfo": {"py_callstack": line, "timestamp": str(int(time.time()))}}
+        with contextlib.suppress(OSError):
+            Path(path).write_text(json.dumps({"message": content}), encoding="utf-8")
 
 
 def error_line(error: BaseException) -> str:

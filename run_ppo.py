@@ -25,11 +25,20 @@ from rl.ppo_loop import train_ppo
 from rl.prompts import PPOPrompt, read_prompts
 from train.checkpoint import CheckpointError
 from train.cuda.launch import LossBackendError, agree_on_loss_backend
-from train.distributed import DeviceError, World, close_world, init_world
+from train.distributed import (
+    DeviceError,
+    World,
+    close_world,
+    end_with_torchrun,
+    init_world,
+    leave_if_a_rank_is_lost,
+    ranks_that_hold_shards_only,
+)
 from train.progress import command, log_on_main, unused_folder
 from train.run_control import TrainingError, lock_folder
 from train.run_history import finished_step, mark_finished, without_overridden
 from train.run_logging import RunFolderError, check_run_folder, file_sha256, log_line, model_fingerprint
+from train.seeding import use_deterministic_algorithms
 from train.tensorboard import check_tensorboard
 
 USER_ERRORS = (
@@ -49,6 +58,7 @@ USER_ERRORS = (
 @polite_stop("checkpoints are kept; the same command continues")
 def main(arguments: Sequence[str] | None = None) -> int:
     """One PPO run from the command line: prompts, models, training, export. Returns the exit code."""
+    end_with_torchrun()
     try:
         config = read_config(PPOConfig, "PPO with the paper's rule-based reward (IRM).", arguments, section="ppo")
         if not Path(config.model).is_dir():
@@ -71,10 +81,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
         prompts, notes = make_prompts(config, config.data, tokenizer)
         prompts, more_notes = drop_unspellable(prompts, tokenizer, config.max_response_tokens)
         held_out = make_prompts(config, config.eval_data, tokenizer)[0] if config.eval_data else []
-        world = init_world(config.device)
+        use_deterministic_algorithms(config.deterministic)
+        world = init_world(config.device, shard_group_size=config.shard_group_size)
         loss_backend, reason = agree_on_loss_backend(config.loss_backend, world)
         if world.is_main:
-            for note in (*filter(None, [format_line]), *notes, *more_notes, f"loss backend: {loss_backend} ({reason})"):
+            idle_line = ranks_that_hold_shards_only(world, config.minibatch_size)
+            for note in (
+                *filter(None, [format_line, idle_line]),
+                *notes,
+                *more_notes,
+                f"loss backend: {loss_backend} ({reason})",
+            ):
                 log_line(note)
         models = load_models(config, tokenizer, world, loss_backend)
         held_out = held_out[: config.eval_limit or None]
@@ -82,13 +99,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         with lock_folder(Path(config.output), world):
             result = train_ppo(config, models, prompts, world, held_out=held_out, sources=sources, notes=notes)
             if result.stopped_by:
+                close_world()
                 return 128 + result.stopped_by
             export(config, models, world, step=result.step)
+        close_world()
         return 0
     except USER_ERRORS as error:
         fail(error)
-    finally:
-        close_world()
+    except RuntimeError as error:
+        leave_if_a_rank_is_lost(error)
+        raise
 
 
 def agree_on_format(config: PPOConfig) -> tuple[str, str]:

@@ -21,13 +21,23 @@ from model.pretrained_weights import check_folder, describe_eos_change, save_pre
 from model.tokenizer import load_tokenizer
 from train.checkpoint import CheckpointError
 from train.cuda.launch import LossBackendError, agree_on_loss_backend
-from train.distributed import DeviceError, World, close_world, init_world, load_sharded_model
+from train.distributed import (
+    DeviceError,
+    World,
+    close_world,
+    end_with_torchrun,
+    init_world,
+    leave_if_a_rank_is_lost,
+    load_sharded_model,
+    ranks_that_hold_shards_only,
+)
 from train.held_out import read_held_out
 from train.optimizer import make_adamw
 from train.progress import command, log_on_main, unused_folder
 from train.run_control import TrainingError, lock_folder
 from train.run_history import finished_step, mark_finished, without_overridden
 from train.run_logging import RunFolderError, check_run_folder, file_sha256, log_line, model_fingerprint
+from train.seeding import use_deterministic_algorithms
 from train.sft_config import SFTConfig
 from train.sft_loop import SFTData, encode_data, train_sft
 from train.tensorboard import check_tensorboard
@@ -49,6 +59,7 @@ USER_ERRORS = (
 @polite_stop("checkpoints are kept; the same command continues")
 def main(arguments: Sequence[str] | None = None) -> int:
     """One SFT run from the command line: data, model, optimizer, training, export. Returns the exit code."""
+    end_with_torchrun()
     try:
         config = read_config(SFTConfig, "Supervised fine-tuning with MAE and PKT.", arguments, section="sft")
         check_tensorboard(config.tensorboard)
@@ -61,10 +72,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return 0
         encoded, report = encode_data(config, tokenizer)
         held_out, held_out_notes = read_held_out(config, tokenizer)
-        world = init_world(config.device)
+        use_deterministic_algorithms(config.deterministic)
+        world = init_world(config.device, shard_group_size=config.shard_group_size)
         loss_backend, reason = agree_on_loss_backend(config.loss_backend, world)
         if world.is_main:
-            for note in (*filter(None, [format_line]), *report["notes"], *held_out_notes):
+            idle_line = ranks_that_hold_shards_only(world, min(config.global_batch_size, len(encoded)))
+            for note in filter(None, [format_line, idle_line, *report["notes"], *held_out_notes]):
                 log_line(note)
             log_line(f"loss backend: {loss_backend} ({reason})")
         model = load_sharded_model(config.model, world, dtype=config.dtype, tokenizer_size=tokenizer.vocab_size)
@@ -94,13 +107,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         with lock_folder(Path(config.output), world):
             result = train_sft(config, data, model, optimizer, world, loss_backend=loss_backend)
             if result.stopped_by:
+                close_world()
                 return 128 + result.stopped_by
             export(config, model, training, world, step=result.step)
+        close_world()
         return 0
     except USER_ERRORS as error:
         fail(error)
-    finally:
-        close_world()
+    except RuntimeError as error:
+        leave_if_a_rank_is_lost(error)
+        raise
 
 
 def is_finished(config: SFTConfig, sources: dict[str, str]) -> bool:

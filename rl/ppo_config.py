@@ -177,6 +177,21 @@ class PPOConfig:
         choices=("auto", "cuda", "torch"),
         free=True,
     )
+    deterministic: str = setting(
+        "off",
+        "on CUDA, use only algorithms that give the same bits in each run: slower, attention most of all (ours)",
+        choices=("on", "off"),
+        free=True,
+    )
+    shard_group_size: int = setting(
+        0,
+        "ranks that shard one copy of the model; the groups sum their gradients (HSDP); 0 = all ranks (ours)",
+        low=0,
+        free=True,
+    )
+    collective_timeout: float = setting(
+        600.0, "seconds that a rank waits for the others in a step before the run ends (ours)", low=1.0, free=True
+    )
     activation_checkpointing: str = setting(
         "off",
         "recompute each block in backward: less memory, a third more time (ours)",

@@ -52,7 +52,15 @@ from rl.rollout import (
 )
 from rl.watch import JOURNALS, Watch, add_times, describe_rollout
 from train.checkpoint import save_checkpoint
-from train.distributed import World, any_rank, clip_gradients, gather_objects, global_sum, set_gradient_sync
+from train.distributed import (
+    World,
+    any_rank,
+    clip_gradients,
+    gather_objects,
+    global_sum,
+    limit_waiting,
+    set_gradient_sync,
+)
 from train.optimizer import schedule_factor, set_learning_rates, warmup_steps_of
 from train.run_control import StopSignal, TrainingError, TrainResult, open_output, report_stop, resume_newest
 from train.run_history import earlier_identities, is_overridden_since, override_settings
@@ -94,6 +102,7 @@ def train_ppo(
     open_output(Path(config.output), config, identity, world, data_report={"prompts": len(prompts), "notes": notes})
     run_hash = fingerprint(identity)
     step, number, kl_coef = resume_state(config, models, world, identity, history)
+    limit_waiting(config.collective_timeout, world)
     saved_step, stopping = step, False
     watch = Watch(config, world, step=step, iteration=number, last_step=last_step)
     if step == 0:

@@ -142,13 +142,13 @@ def _model_tensors(part: str, model: torch.nn.Module) -> dict[str, torch.Tensor]
     return {f"{part}.{name}": parameter.detach() for name, parameter in model.named_parameters()}
 
 
-def _file_numbers(tensors: dict[str, torch.Tensor], world_size: int) -> dict[str, int]:
+def _file_numbers(tensors: dict[str, torch.Tensor], shards: int) -> dict[str, int]:
     """State file number (from 1) of every tensor, so that no rank's file exceeds STATE_FILE_BYTES by more than one."""
     numbers, number, filled = {}, 1, 0
     for name, tensor in tensors.items():
         if filled > STATE_FILE_BYTES:
             number, filled = number + 1, 0
-        filled += tensor.numel() * tensor.element_size() // world_size
+        filled += tensor.numel() * tensor.element_size() // shards
         numbers[name] = number
     return numbers
 
@@ -226,7 +226,7 @@ def _write_state(temporary: Path, state: dict, parts: Parts, world: World) -> No
         optimizer_tensors, layouts[part] = _optimizer_tensors(part, model, optimizer)
         tensors.update(optimizer_tensors)
     writer = HuggingFaceStorageWriter(
-        str(temporary / STATE_FOLDER), fqn_to_index_mapping=_file_numbers(tensors, world.size), save_distributed=True
+        str(temporary / STATE_FOLDER), fqn_to_index_mapping=_file_numbers(tensors, world.shards), save_distributed=True
     )
     dcp.save(tensors, storage_writer=writer)
     write_json_atomically(temporary / f"random_rank{world.rank:05d}.json", random_state())

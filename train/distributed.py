@@ -8,12 +8,17 @@ Gradient reduction is a plain SUM in fp32. FSDP2 would divide by the world size,
 holds the same number of trained tokens; our loss is already divided by the global denominator.
 """
 
+import ctypes
 import os
 import secrets
+import signal
+import sys
 import time
+import traceback
 from collections.abc import Iterable
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -21,10 +26,12 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
+from command_line import tell_torchrun
 from model.config import ModelConfig, ModelFolderError
 from model.pretrained_weights import load_value_weights_into, load_weights_into, sized_config
 from model.transformer import Transformer
 from model.value_model import ValueModel
+from printable import message_line
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -33,8 +40,14 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 LOADING_PATIENCE = timedelta(hours=1)
 
 
+# of the ranks that notice that another is lost, before they say which
+REPORT_SECONDS = 3.0
+EXIT_LOST_RANK = os.EX_TEMPFAIL  # 75: not the fault of the command, which may be given again
+_ROOT = str(Path(__file__).resolve().parents[1])
+
+
 class DeviceError(ValueError):
-    """The device asked for is not there. One line."""
+    """The devices or processes asked for are not there. One line."""
 
 
 class LostRankError(RuntimeError):
@@ -43,12 +56,20 @@ class LostRankError(RuntimeError):
 
 @dataclass(frozen=True, slots=True)
 class World:
-    """This process among its ranks. `mesh` is the one-dimensional device mesh over which parameters are sharded."""
+    """This process among its ranks.
+
+    mesh: devices by (shard,) or, where several groups of ranks hold a whole copy each, by (replica, shard).
+    """
 
     rank: int
     size: int
     device: torch.device
     mesh: DeviceMesh
+
+    @property
+    def shards(self) -> int:
+        """Ranks that hold a whole copy of the parameters together."""
+        return self.mesh.size(-1)
 
     @property
     def is_main(self) -> bool:
@@ -60,11 +81,12 @@ class World:
 # Start-up and shut-down
 
 
-def init_world(device: str, *, patience: timedelta = LOADING_PATIENCE) -> World:
+def init_world(device: str, *, shard_group_size: int = 0, patience: timedelta = LOADING_PATIENCE) -> World:
     """Join the process group that torchrun describes in the environment, or make a group of one rank.
 
-    device: "auto" (CUDA where present), "cpu" or "cuda". patience: longest wait of a collective; limit_waiting changes
-    it. Raises DeviceError when CUDA is asked for and absent.
+    device: "auto" (CUDA where present), "cpu" or "cuda". shard_group_size: neighbouring ranks that shard a copy of the
+    model together; 0 = all. patience: longest wait of a collective, until limit_waiting. Raises DeviceError when CUDA
+    is asked for and absent, and when the ranks do not make whole groups.
     """
     has_cuda = torch.cuda.is_available()
     if device == "cuda" and not has_cuda:
@@ -80,9 +102,35 @@ def init_world(device: str, *, patience: timedelta = LOADING_PATIENCE) -> World:
             store = dist.PrefixStore(agree_on_attempt(store, rank, size, patience), store)
         backend = "cpu:gloo,cuda:nccl" if on_cuda else "gloo"
         dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=patience)
-    mesh = init_device_mesh("cuda" if on_cuda else "cpu", (dist.get_world_size(),))
+    rank, size = dist.get_rank(), dist.get_world_size()
+    shards = shard_group_size or size
+    if size % shards:
+        raise DeviceError(f"--shard_group_size: found {shards}, expected 0 or a divisor of {size}, the number of ranks")
+    # ranks of one node have neighbouring numbers: shards travel within a node, sums of gradients between nodes
+    shape, names = ((size,), ("shard",)) if shards == size else ((size // shards, shards), ("replica", "shard"))
+    mesh = init_device_mesh("cuda" if on_cuda else "cpu", shape, mesh_dim_names=names)
     torch_device = torch.device("cuda", local_rank) if on_cuda else torch.device("cpu")
-    return World(rank=dist.get_rank(), size=dist.get_world_size(), device=torch_device, mesh=mesh)
+    return World(rank=rank, size=size, device=torch_device, mesh=mesh)
+
+
+def end_with_torchrun() -> None:
+    """Have Linux end this process when the torchrun that started it dies; nothing without torchrun or Linux.
+
+    Workers of a torchrun that is killed outright live on: without their peers they would hang, and keep the next start
+    out of the run folder. SIGKILL rather than SIGTERM, because a rank that waits in a collective hears no signal
+    that Python must handle; checkpoints are made for it. Call it first of all, from the main thread.
+    """
+    if "TORCHELASTIC_RUN_ID" in os.environ and sys.platform == "linux":
+        parent = os.getppid()
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # 1: PR_SET_PDEATHSIG
+        if os.getppid() != parent:  # it died before the call
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+def limit_waiting(seconds: float, world: World) -> None:
+    """From now on a collective that waits longer for a rank raises (with CUDA, PyTorch's watchdog ends the process)."""
+    for group in (dist.group.WORLD, *world.mesh.get_all_groups()):
+        group.set_timeout(timedelta(seconds=seconds))
 
 
 def agree_on_attempt(store: dist.Store, rank: int, size: int, patience: timedelta) -> str:
@@ -120,9 +168,65 @@ def _pause_until(end: float, whom: str) -> None:
 
 
 def close_world() -> None:
-    """Leave the process group. Safe to call twice."""
+    """Leave the process group, after success only: it may wait for the other ranks. Safe to call twice."""
     if dist.is_initialized():
         dist.destroy_process_group()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Lost ranks
+
+
+def leave_if_a_rank_is_lost(error: RuntimeError) -> None:
+    """If `error` came from a collective that a rank did not join, end the process with one line and EXIT_LOST_RANK.
+
+    Returns on any other error. The ranks that are left note it in the store; the first of them names those that do not.
+    The process ends without clean-up: that of the process groups would wait for the ranks that are lost.
+    """
+    is_of_a_group = isinstance(error, (dist.DistError, LostRankError)) or "gloo/" in str(error)
+    if not is_of_a_group or not dist.is_initialized() and not isinstance(error, LostRankError):
+        return
+    here, lost = int(os.environ.get("RANK", "0")), []
+    if dist.is_initialized():
+        lost = _ranks_without_a_note(here)
+    is_speaker = all(rank in lost for rank in range(here))
+    waited = "Timed out" in str(error)
+    whom = f"rank{'s' * (len(lost) != 1)} {', '.join(map(str, lost))}" if lost else "another rank"
+    found = f"{whom} did not come in time" if waited else f"{whom} ended or cannot be reached"
+    what = f"found that {found}, expected all ranks; the same command continues from the newest checkpoint"
+    line = message_line(f"{_stage_of(error)}: {what}")
+    if is_speaker:
+        sys.stderr.write(f"rank {here}: " * (here != 0) + line + "\n")
+        tell_torchrun(line)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(EXIT_LOST_RANK)
+
+
+def _ranks_without_a_note(here: int) -> list[int]:
+    """Ranks that do not notice within REPORT_SECONDS that one of them is lost; none where the store is lost too."""
+    size, end = dist.get_world_size(), time.monotonic() + REPORT_SECONDS
+    try:
+        store = dist.group.WORLD.get_group_store()
+        store.set(f"left/{here}", "")
+        while True:
+            missing = [rank for rank in range(size) if not store.check([f"left/{rank}"])]
+            if not missing or time.monotonic() > end:
+                return missing
+            time.sleep(0.1)
+    except RuntimeError:
+        return []
+
+
+def _stage_of(error: BaseException) -> str:
+    """Where in our code a collective failed, e.g. "step 12: train_step > clip_gradients > global_sum"."""
+    names, step = [], None
+    for frame, _ in traceback.walk_tb(error.__traceback__):
+        if frame.f_code.co_filename.startswith(_ROOT) and "site-packages" not in frame.f_code.co_filename:
+            names.append(frame.f_code.co_name)
+            step = frame.f_locals.get("step", step)
+    names = [name for name in names if name != "main" and not name.startswith("<")]
+    return f"step {step}: " * isinstance(step, int) + (" > ".join(names[-3:]) or "start")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -146,6 +250,14 @@ def gather_objects(value: object) -> list:
     gathered = [None] * dist.get_world_size()
     dist.all_gather_object(gathered, value)
     return gathered
+
+
+def ranks_that_hold_shards_only(world: World, n_units: int) -> str:
+    """A line for the log if a step has fewer units of work (trajectories, responses) than ranks; else ""."""
+    idle = world.size - n_units
+    if idle <= 0:
+        return ""
+    return f"{idle} of {world.size} ranks will only hold shards: a step has {n_units}, one for each of the other ranks"
 
 
 def wait_for_all() -> None:
@@ -181,7 +293,7 @@ def apply_fsdp(model: torch.nn.Module, world: World, *, dtype: str) -> None:
         param_dtype=None if compute == torch.float32 else compute, reduce_dtype=torch.float32, cast_forward_inputs=False
     )
     # one rank holds everything anyway: freeing the gathered copy would only mean making it again
-    reshard = world.size > 1
+    reshard = world.shards > 1
     for layer in model.layers:
         fully_shard(layer, mesh=world.mesh, mp_policy=policy, reshard_after_forward=reshard)
     fully_shard(model, mesh=world.mesh, mp_policy=policy, reshard_after_forward=False)
@@ -283,16 +395,26 @@ def local_part(tensor: torch.Tensor) -> torch.Tensor:
 def clip_gradients(parameters: Iterable[torch.nn.Parameter], max_grad_norm: float) -> float:
     """Scale all gradients by min(1, max_grad_norm / norm), where norm is the global L2 norm (E14); returns norm.
 
-    Each gradient entry lives on exactly one rank, so squared norms of the shards add up. Squares are summed in fp64:
-    7e9 fp32 squares would lose digits. max_grad_norm = 0 only measures. A non-finite norm leaves gradients alone.
+    Squared norms of the shards add up over ranks; of a gradient that several ranks hold, each counts its share. Squares
+    are summed in fp64: 7e9 fp32 squares would lose digits. max_grad_norm = 0 only measures. A non-finite norm leaves
+    gradients alone.
     """
-    gradients = [local_part(parameter.grad) for parameter in parameters if parameter.grad is not None]
-    squares = [
-        torch.linalg.vector_norm(gradient, dtype=torch.float64).square() for gradient in gradients if gradient.numel()
-    ]
+    squares, gradients = [], []
+    for parameter in parameters:
+        if parameter.grad is not None:
+            gradient = local_part(parameter.grad)
+            gradients.append(gradient)
+            if gradient.numel():
+                square = torch.linalg.vector_norm(gradient, dtype=torch.float64).square()
+                squares.append(square / replicas_of(parameter.grad))
     local_square = torch.stack(squares).sum().item() if squares else 0.0
     norm = global_sum([local_square])[0] ** 0.5  # E14
     # NaN compares false, inf would multiply everything by 0: the caller refuses to step on both
     if 0 < max_grad_norm < norm < float("inf"):
         torch._foreach_mul_(gradients, max_grad_norm / norm)  # E14
     return norm
+
+
+def replicas_of(tensor: torch.Tensor) -> int:
+    """Ranks that hold the same shard of a DTensor; 1 for an ordinary tensor."""
+    return tensor.device_mesh.size(0) if isinstance(tensor, DTensor) and tensor.device_mesh.ndim == 2 else 1

@@ -6,7 +6,9 @@ SFT and PPO share these, so that a run of either kind is opened, stopped and res
 
 import fcntl
 import os
+import secrets
 import signal
+import time
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -18,7 +20,7 @@ import torch
 from command_line import changed_settings, error_line
 from data.json_records import DataError, check_same_file, open_lock
 from train.checkpoint import CheckpointError, TrainerState, load_checkpoint, newest_good_checkpoint, remove_leftovers
-from train.distributed import World, any_rank, reshard_all
+from train.distributed import World, any_rank, gather_objects, reshard_all, wait_for_all
 from train.run_logging import (
     RunFolderError,
     cut_metrics,
@@ -27,6 +29,8 @@ from train.run_logging import (
     open_run_folder,
     write_json_atomically,
 )
+
+SECONDS_TO_SEE_A_FILE = 5.0  # NFS may show a new file late
 
 
 class TrainingError(RuntimeError):
@@ -84,7 +88,8 @@ def open_output(output: Path, config: Any, identity: dict, world: World, *, data
     def make_folder() -> None:
         open_run_folder(output, identity, resume=config.resume)
         (output / "checkpoints").mkdir(exist_ok=True)
-        remove_leftovers(output / "checkpoints")
+        for name in remove_leftovers(output / "checkpoints"):
+            log_line(f"{output / 'checkpoints' / name}: removed; its saving was cut short, and nothing else is lost")
         write_settings(output, config, world)
         write_json_atomically(output / "data_report.json", data_report)
 
@@ -114,7 +119,7 @@ def write_settings(output: Path, config: Any, world: World) -> None:
 def lock_folder(folder: Path, world: World) -> Iterator[None]:
     """Keep other runs out of `folder`; the system frees it when the process ends, however it ends.
 
-    Each rank holds a shared lock: a torchrun that is killed outright leaves its workers alive, and they keep writing.
+    Each rank holds a shared lock: one that is left alone must not write into the folder of the next start.
     Raises DataError, on all ranks, while any process of another run holds one, and at the end if the folder was deleted
     or replaced meanwhile.
     """
@@ -124,13 +129,35 @@ def lock_folder(folder: Path, world: World) -> Iterator[None]:
         # alone in the folder? The other ranks ask for their lock only after this answer.
         is_taken = world.is_main and not _lock(lock, fcntl.LOCK_EX)
         if any_rank(is_taken):
-            raise DataError(
-                f"{folder}: found another process at work on it, expected none; end it or wait for its end "
-                "(killing torchrun itself leaves its workers running)"
-            )
+            raise DataError(f"{folder}: found another process at work on it, expected none; end it or wait for its end")
         _lock(lock, fcntl.LOCK_SH)  # rank 0 passes from exclusive to shared, which lets the others in
+        check_shared_folder(folder, world)
         yield
         check_same_file(lock.fileno(), path)
+
+
+def check_shared_folder(folder: Path, world: World) -> None:
+    """Raise DataError, on all ranks, unless every rank sees the file that rank 0 writes into `folder`.
+
+    Checkpoints hold the shards of all ranks. On nodes with a folder each, no node would have a whole one.
+    """
+    path = folder / f".shared_{gather_objects(secrets.token_hex(8))[0]}"
+    if world.is_main:
+        for left in folder.glob(".shared_*"):  # by a start that was killed here
+            left.unlink(missing_ok=True)
+        path.touch()
+    wait_for_all()
+    end = time.monotonic() + SECONDS_TO_SEE_A_FILE
+    while not path.exists() and time.monotonic() < end:
+        time.sleep(0.1)
+    blind = [rank for rank, sees in enumerate(gather_objects(path.exists())) if not sees]
+    if world.is_main:
+        path.unlink(missing_ok=True)
+    if blind:
+        raise DataError(
+            f"{folder}: found that rank {blind[0]} does not see what rank 0 writes, expected a folder that all nodes "
+            "share"
+        )
 
 
 def _lock(lock: TextIO, kind: int) -> bool:

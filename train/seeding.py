@@ -1,6 +1,7 @@
 """Seeds, and the state of every random generator as plain JSON (no pickle)."""
 
 import base64
+import os
 import random
 
 import numpy
@@ -22,6 +23,17 @@ def use_deterministic_kernels() -> None:
     """cuDNN without autotuning and without TF32, so that a rerun on the same device gives the same bits."""
     torch.backends.cudnn.benchmark = False
     torch.backends.cudnn.deterministic = True
+
+
+def use_deterministic_algorithms(switch: str) -> None:
+    """With "on", PyTorch's deterministic algorithms on CUDA, the backward of flash attention among them.
+
+    Call it before the first CUDA call: cuBLAS reads its variable then. PyTorch warns of an operator that has no such
+    algorithm; of ours that is the fp64 sum over probabilities in sampling. With "off" nothing changes.
+    """
+    if switch == "on":
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True, warn_only=True)
 
 
 def _to_text(state: torch.Tensor) -> str:

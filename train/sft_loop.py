@@ -22,7 +22,7 @@ from data.loss_weights import EncodedTrajectory, TextEncoder, encode_trajectory
 from data.trajectories import read_trajectories
 from printable import one_line
 from train.checkpoint import save_checkpoint
-from train.distributed import World, any_rank, clip_gradients, global_sum, set_gradient_sync
+from train.distributed import World, any_rank, clip_gradients, global_sum, limit_waiting, set_gradient_sync
 from train.held_out import HeldOut
 from train.optimizer import schedule_factor, set_learning_rates, warmup_steps_of
 from train.run_control import StopSignal, TrainingError, TrainResult, open_output, report_stop, resume_newest
@@ -200,6 +200,7 @@ def train_sft(
     parts = {"model": (model, optimizer)}
     earlier = earlier_identities(identity, history)
     state = resume_newest(output, parts, world, identity=run_hash, earlier=earlier, journals=JOURNALS)
+    limit_waiting(config.collective_timeout, world)
     step = state.step if state else 0
     last_step = min(data.total_steps, config.max_steps or data.total_steps)
     warmup_steps = warmup_steps_of(config.warmup_ratio, data.total_steps)

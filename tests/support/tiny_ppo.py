@@ -23,6 +23,7 @@ from model.tokenizer import load_tokenizer
 from model.transformer import Transformer
 from tests.support.processes import free_port, spawn
 from tests.support.tiny_run import CITIES, ROOT, tiny_files, tiny_model
+from train.distributed import close_world
 from train.weighted_cross_entropy import linear_token_logprobs
 
 TOOLS = [
@@ -206,6 +207,7 @@ def _one_rank(rank: int, ranks: int, ports: list[int], runs: list[list[str]], fo
         )
         dist.init_process_group("gloo", timeout=timedelta(seconds=300))  # a rank left waiting fails instead of hanging
         results.append(call_main(arguments))
+        close_world()  # main leaves the group open after an error
     (Path(folder) / f"rank{rank}.json").write_text(json.dumps(results))
 
 

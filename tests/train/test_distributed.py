@@ -1,17 +1,21 @@
 """Sharding, gradient sums and clipping: one rank against a plain model, and 1, 2, 4 ranks against each other."""
 
 import math
+import os
 
 import pytest
 import torch
 
-from tests.support.processes import run
+from tests.support.processes import free_port, run, spawn
 from tests.support.tiny_run import arguments, command, metrics_of, random_batch, run_here, run_process, tiny_model
 from train.distributed import (
+    DeviceError,
     any_rank,
     apply_fsdp,
     clip_gradients,
+    close_world,
     gather_objects,
+    gathered_model,
     global_sum,
     init_world,
     local_part,
@@ -175,6 +179,54 @@ def test_four_ranks_train_like_one(tmp_path):
     flags = {"global_batch_size": 4, "epochs": 2, "max_steps": 10}
     for name, ranks in {"a": 1, "b": 4}.items():
         code, _, err = run("run_sft", arguments(tmp_path / name, **flags), ranks)
+        assert code == 0, err
+    assert_same_training(tmp_path / "a", tmp_path / "b", 10)
+
+
+def two_by_two(rank: int, port: int, folder: str) -> None:
+    """4 ranks, 2 copies of the model in 2 shards each, one batch per rank: gradients, norm and copies, by an oracle."""
+    torch.set_num_threads(1)
+    os.environ.update(RANK=str(rank), WORLD_SIZE="4", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    with pytest.raises(DeviceError, match="--shard_group_size: found 3, expected 0 or a divisor of 4, the number of r"):
+        init_world("cpu", shard_group_size=3)
+    world = init_world("cpu", shard_group_size=2)
+    assert (world.size, world.shards, tuple(world.mesh.shape)) == (4, 2, (2, 2))
+    batches = [random_batch(number + 1, n_tokens=20 + 7 * number) for number in range(4)]
+    denominator = sum(batch.denominator for batch in batches)
+    expected = plain_gradients(tiny_model(), batches, denominator)
+    norm = torch.cat([gradient.flatten().double() for gradient in expected.values()]).norm().item()
+    model = tiny_model()
+    shard_model(model, world, dtype="float32")
+    (batch_loss(model, batches[rank], world.device) / denominator).backward()
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(parameter.grad.full_tensor(), expected[name], rtol=1e-4, atol=1e-7, msg=name)
+        shards = gather_objects(local_part(parameter.grad).tolist())
+        assert shards[:2] == shards[2:] and sum(map(len, shards)) == 2 * len(expected[name])
+    assert clip_gradients(model.parameters(), norm / 2) == pytest.approx(norm, rel=1e-5)
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(parameter.grad.full_tensor(), expected[name] / 2, rtol=1e-4, atol=1e-7, msg=name)
+    torch.optim.SGD(model.parameters(), lr=1.0).step()
+    plain = gathered_model(model, world, dtype="float32")
+    for name, parameter in tiny_model().named_parameters():
+        moved = parameter.detach() - plain.get_parameter(name)
+        torch.testing.assert_close(moved, expected[name] / 2, rtol=1e-4, atol=3e-7, msg=name)
+    close_world()
+
+
+@pytest.mark.slow
+def test_two_copies_in_two_shards_each(tmp_path):
+    spawn(two_by_two, (free_port(), str(tmp_path)), ranks=4)
+
+
+@pytest.mark.slow
+def test_groups_of_shards_train_like_one_rank_and_resume_as_others(tmp_path):
+    """1 rank; 4 ranks in 2 groups up to step 4, as one group up to step 7, then 1 rank with the rest."""
+    flags = {"global_batch_size": 4, "epochs": 2, "max_steps": 10}
+    code, _, err = run("run_sft", arguments(tmp_path / "a", **flags), 1)
+    assert code == 0, err
+    for steps, ranks, group in ((4, 4, 2), (7, 4, 0), (10, 1, 0)):
+        parts = arguments(tmp_path / "b", **flags | {"max_steps": steps}, shard_group_size=group)
+        code, _, err = run("run_sft", parts, ranks)
         assert code == 0, err
     assert_same_training(tmp_path / "a", tmp_path / "b", 10)
 

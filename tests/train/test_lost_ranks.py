@@ -1,0 +1,139 @@
+"""Ranks that die, hang, fail alone or see another folder: the others end at once, with a line that says which."""
+
+import os
+import signal
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+import run_sft
+from data.json_records import DataError
+from tests.support.processes import free_port, lines_in, spawn, start
+from tests.support.restart_trials import kill_a_rank, start_agents, torchrun, wait_until, workers_of
+from tests.support.tiny_run import arguments, metrics_of
+from train.distributed import EXIT_LOST_RANK, any_rank, init_world, ranks_that_hold_shards_only, wait_for_all
+from train.run_control import check_shared_folder
+
+LONG = {"epochs": 6, "checkpoint_every": 4}
+
+
+def join(rank: int, ranks: int, port: int) -> None:
+    torch.set_num_threads(1)
+    os.environ |= {
+        "RANK": str(rank),
+        "WORLD_SIZE": str(ranks),
+        "LOCAL_RANK": str(rank),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+    }
+
+
+def wait_for_lines(output: Path, number: int) -> bool:
+    return wait_until(lambda: lines_in(output, "metrics.jsonl") >= number, 200)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("number", "said"), [(signal.SIGSTOP, "did not come in time"), (signal.SIGKILL, "ended or cannot be reached")]
+)
+def test_a_rank_that_hangs_or_dies_is_named(tmp_path, number, said):
+    running = start("run_sft", arguments(tmp_path / "run", **LONG, collective_timeout=2), ranks=2)
+    assert wait_for_lines(tmp_path / "run", 3)
+    os.kill(running.pids[1], number)
+    assert wait_until(lambda: running.workers[0].exitcode is not None, 60)
+    assert running.workers[0].exitcode == EXIT_LOST_RANK
+    if number == signal.SIGSTOP:
+        os.kill(running.pids[1], signal.SIGKILL)
+    _, err = running.communicate()
+    assert err.count("\n") == 1 and err.startswith("step ") and " > " in err
+    assert f"found that rank 1 {said}, expected all ranks; the same command continues" in err
+
+
+def fail_alone(rank: int, port: int, folder: str) -> None:
+    """Rank 1 raises in place of training; rank 0 waits for it in a sum over all ranks."""
+    join(rank, 2, port)
+
+    def train(config, data, model, optimizer, world, **_):
+        if world.rank == 1:
+            raise DataError("data.json:7: found a fault of rank 1, expected none")
+        any_rank(False)
+
+    run_sft.train_sft = train
+    with open(Path(folder) / f"{rank}.err", "w") as stream:
+        os.dup2(stream.fileno(), 2)
+    code = None
+    began = time.monotonic()
+    try:
+        run_sft.main(arguments(Path(folder) / "run"))
+    except SystemExit as stop:
+        code = stop.code
+    (Path(folder) / f"{rank}.code").write_text(f"{code} {time.monotonic() - began:.1f}")
+    os._exit(0)
+
+
+@pytest.mark.slow
+def test_an_error_of_one_rank_does_not_wait_for_the_others(tmp_path):
+    with pytest.raises(torch.multiprocessing.ProcessExitedException, match=f"exit code {EXIT_LOST_RANK}"):
+        spawn(fail_alone, (free_port(), str(tmp_path)), ranks=2)
+    assert (tmp_path / "1.code").read_text().startswith("2 ")
+    assert (tmp_path / "1.err").read_text() == "rank 1: data.json:7: found a fault of rank 1, expected none\n"
+    line = (tmp_path / "0.err").read_text()
+    assert line.startswith("train > any_rank > global_sum: found that rank 1 ended") and line.count("\n") == 1
+
+
+def folders_apart(rank: int, port: int, folder: str) -> None:
+    join(rank, 2, port)
+    world = init_world("cpu")
+    shared, own = Path(folder) / "shared", Path(folder) / f"own{rank}"
+    own.mkdir()
+    check_shared_folder(shared, world)
+    wait_for_all()
+    assert not list(shared.iterdir())
+    with pytest.raises(DataError, match="found that rank 1 does not see what rank 0 writes"):
+        check_shared_folder(own, world)
+    wait_for_all()
+    assert not list(own.iterdir())
+
+
+@pytest.mark.slow
+def test_a_folder_that_the_ranks_do_not_share_is_refused(tmp_path):
+    (tmp_path / "shared").mkdir()
+    (tmp_path / "shared" / ".shared_0123").touch()  # left by a start that was killed
+    spawn(folders_apart, (free_port(), str(tmp_path)), ranks=2)
+
+
+def test_ranks_without_work_are_counted():
+    world = init_world("cpu")
+    assert ranks_that_hold_shards_only(world, 1) == ""
+    assert ranks_that_hold_shards_only(world, 0).startswith("1 of 1 ranks will only hold shards: a step has 0")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# torchrun itself
+
+
+@pytest.mark.slow
+def test_torchrun_restarts_after_a_kill(tmp_path):
+    output = tmp_path / "run"
+    lines = torchrun("run_sft", arguments(output, checkpoint_every=2))
+    result = kill_a_rank(lines, output / "metrics.jsonl", tmp_path, seed=1, last_line=6)
+    log = (tmp_path / "agent0.txt").read_text()
+    assert result["killed"] and result["codes"] == [0], log
+    assert [row["step"] for row in metrics_of(output)] == list(range(1, 12))
+    assert "Traceback" not in log
+
+
+@pytest.mark.slow
+def test_workers_end_with_their_torchrun(tmp_path):
+    output = tmp_path / "run"
+    (agent,) = start_agents(torchrun("run_sft", arguments(output, epochs=60)), tmp_path)
+    try:
+        assert wait_for_lines(output, 2)
+        workers = workers_of(agent.pid)
+    finally:
+        agent.kill()
+        agent.wait()
+    assert len(workers) == 2
+    assert wait_until(lambda: not any(Path(f"/proc/{pid}/fd").exists() for pid in workers.values()), 10)
