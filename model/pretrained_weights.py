@@ -487,7 +487,7 @@ def _write_folder(
         tensors = _gathered(parameters, names, dtype, keep=is_writer)
         try:
             if is_writer and failure is None:
-                _write_safetensors(temporary / file_name, {n: parameters[n] for n in names}, dtype, tensors)
+                write_safetensors(temporary / file_name, {n: parameters[n] for n in names}, dtype, tensors)
         except (OSError, ModelFolderError) as error:
             failure = error
         for _ in tensors:  # after a failure the other ranks still take part in the remaining collectives: join them
@@ -530,7 +530,7 @@ def _gathered(
         yield full.to(device="cpu", dtype=dtype or parameter.dtype).contiguous() if keep else full[:0]
 
 
-def _write_safetensors(
+def write_safetensors(
     path: Path, parameters: dict[str, Tensor], dtype: torch.dtype | None, tensors: Iterator[Tensor]
 ) -> None:
     """One safetensors file, written front to back: 8 bytes of header length, JSON header, the tensors' bytes."""

@@ -8,6 +8,7 @@ import contextlib
 import importlib
 import io
 import json
+import struct
 import subprocess
 import sys
 from pathlib import Path
@@ -59,6 +60,7 @@ WALKED = {  # module -> the test that runs it
     "eval.reports.compare": "reports",
     "eval.reports.error_statistics": "reports",
     "eval.reports.plots": "reports",
+    "model.import_gguf": "small programs",
     "rl.check_rewards": "small programs",
     "rl.evaluate_reward": "ppo",
     "toolbox.make": "small programs",
@@ -369,6 +371,14 @@ def test_small_programs(folder, tmp_path):
     _, err = run("eval.fetch_benchmarks", ["--check", "--benchmark_dir", tmp_path / FOLDER_NAME], (2,))
     assert err.count("\n") == 1
     run("toolbox.make", ["--only_tests", tmp_path / FOLDER_NAME / "x", "--tests", 2], (0, 2))
+    for words in (HOSTILE, LONG):  # of a GGUF: one value, whose key and text are hostile
+        content = words.encode()
+        key = struct.pack("<Q", len(content)) + content
+        for name, kind in ((key, 8), (struct.pack("<Q", 20) + b"general.architecture", 8), (key, 77)):
+            head = b"GGUF" + struct.pack("<IQQ", 3, 0, 1) + name + struct.pack("<I", kind) + key
+            (tmp_path / f"{FOLDER_NAME}.gguf").write_bytes(head)
+            _, err = run("model.import_gguf", [tmp_path / f"{FOLDER_NAME}.gguf", tmp_path / "out\u202e"], (2,))
+            assert err.count("\n") == 1
     for case in ({"text": HOSTILE, "label": HOSTILE}, {"feedback": HOSTILE, HOSTILE: LONG}):
         (tmp_path / "cases").write_text(lines_of([case]), encoding="utf-8")
         run("data.error_filter", ["--cases", tmp_path / "cases"], (0, 2))

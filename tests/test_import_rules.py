@@ -49,7 +49,7 @@ FORBIDDEN_PACKAGES = {
 PEERS_ALLOWED = {"benchmarks"}  # these measure against the peers of requirements-peers.txt
 FORBIDDEN_CALLS = {"eval", "exec", "compile", "__import__"}
 # imported inside a function, with a message when absent
-OPTIONAL_PACKAGES = {"tensorboard", "tokenizers", "wandb"}
+OPTIONAL_PACKAGES = {"gguf", "tensorboard", "tokenizers", "wandb"}
 MACHINE_PATH = re.compile(r"(?<![\w.$}/-])/(?:work|opt|root|tmp|home|mnt|Users)/")
 
 
