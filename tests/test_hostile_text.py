@@ -65,6 +65,7 @@ WALKED = {  # module -> the test that runs it
     "rl.evaluate_reward": "ppo",
     "toolbox.make": "small programs",
     "train.audit_loss": "training",
+    "train.export_metrics": "training",
 }
 EXCUSED = {
     "eval.sandbox.child": "talks to its parent over a pipe, never to a person",
@@ -206,6 +207,12 @@ def test_training(folder):
     assert "\\u202e" in out and "dropped 1 of 6" in out
     out, _ = run("train.audit_loss", ["--run", output, "--step", 2])
     assert "trained tokens of step 2" in out
+    run("train.export_metrics", [output, "--csv", folder / "m\u202e.csv"])
+    damaged = folder / "damaged\u202e"
+    damaged.mkdir()
+    (damaged / "metrics.jsonl").write_text(lines_of([{"step": HOSTILE, HOSTILE: LONG}]) + HOSTILE, encoding="utf-8")
+    _, err = run("train.export_metrics", [damaged, "--csv", folder / "m\u202e.csv"], (2,))
+    assert err.count("\n") == 1
     _, err = run("run_sft", arguments(output, **flags, max_steps=2, seed=1), (2,))
     assert err.count("\n") == 1
     (output / "run_identity.json").write_text(json.dumps({HOSTILE: HOSTILE, "seed": LONG}), encoding="utf-8")
