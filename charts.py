@@ -30,7 +30,7 @@ from svg import (
     text,
 )
 
-WIDTH, PANEL_HEIGHT = 400, 150
+WIDTH, PANEL_HEIGHT = 360, 150
 LEFT, RIGHT, MARGIN = 56, 20, 12  # of the panel, and of texts
 LEGEND_ROW, SWATCH = 16, 26
 MAX_POINTS = 250  # of a curve; of more, the least and the largest of each stretch are drawn
@@ -206,7 +206,7 @@ def trend_chart(
         parts += _trend_parts(panel, trend, series)
     for number, (mark, series) in enumerate(zip(marks, SERIES[1:])):
         for step, value, low, high in mark.points:
-            x = panel.x(step) + 8 * (number - 0.5) * (len(marks) > 1)  # next to each other
+            x = panel.x(step) + 8 * number  # next to each other
             parts += _whisker(x, panel.y(low), x, panel.y(high), series)
             parts.append(dot(x, panel.y(value), f"{series} {'hollow' if series == 'c' else 'full'}", 3.5))
     return Chart(title, _describe(unit, trends, marks, critic_only_until), WIDTH, top + PANEL_HEIGHT + 44, parts)
@@ -297,16 +297,14 @@ def share_chart(title: str, steps: Sequence[float], layers: Mapping[str, Sequenc
     return Chart(title, description, WIDTH, round(bottom + math.ceil(len(names) / 2) * (LEGEND_ROW + 2) + 8), parts)
 
 
-def interval_chart(
-    title: str, groups: Mapping[str, Sequence[tuple[str, float, float, float]]], unit: str = "%"
-) -> Chart:
+def interval_chart(title: str, groups: Mapping[str, Sequence[tuple[str, float, float, float]]]) -> Chart:
     """Rates in percent as marks with whiskers, one row each: group -> (name, percent, low, high)."""
     rows = [(group, *bar) for group, bars in groups.items() for bar in bars]
     left = MARGIN + 10 + max((min(22, len(name)) for _, name, *_ in rows), default=0) * SMALL * CHARACTER_WIDTH + 8
     top, parts = 48, []
     height = len(rows) * 18 + len(groups) * 20
     panel = Panel(left, top, WIDTH - left - 52, height, (0.0, 100.0), (0.0, 1.0))
-    parts += axes(panel, {x: f"{x:g}" for x in (0, 25, 50, 75, 100)}, {}, unit, "")
+    parts += axes(panel, {x: f"{x:g}" for x in (0, 25, 50, 75, 100)}, {}, "% and 95 % interval", "")
     parts += [line(panel.x(x), top, panel.x(x), top + height, "rule") for x in (25, 50, 75, 100)]
     y = top
     for group, bars in groups.items():
@@ -321,7 +319,7 @@ def interval_chart(
             parts.append(text(WIDTH - MARGIN, middle + 4, f"{percent:.1f}", "small", "end"))
             y += 18
     listed = "; ".join(f"{group}, {name}: {p:.1f} [{low:.1f}, {high:.1f}]" for group, name, p, low, high in rows)
-    parts.insert(0, text(MARGIN, 18, f"{title}, {unit} [95 % interval]", "bold"))
+    parts.insert(0, text(MARGIN, 18, _cut(title, 46), "bold"))
     return Chart(title, f"{listed}.", WIDTH, round(top + height + 44), parts)
 
 

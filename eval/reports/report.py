@@ -264,12 +264,17 @@ def format_mcnemar(baseline: Mapping[int, dict], other: Mapping[int, dict], metr
     """
     if not baseline or not other or metric in CALL_METRICS:
         return "-"
+    lost, won = paired_counts(baseline, other, metric)
+    return f"p {mcnemar_p_value(lost, won):.2g} ({lost} lost, {won} won)"
+
+
+def paired_counts(baseline: Mapping[int, dict], other: Mapping[int, dict], metric: str) -> tuple[int, int]:
+    """(records lost, records won) of `other` against `baseline`: rows of the same records, index -> row."""
     # (good before, good now) of each record
     pairs = [
         tuple(bool(rows[index][metric]) != is_lower_better(metric) for rows in (baseline, other)) for index in baseline
     ]
-    lost, won = pairs.count((True, False)), pairs.count((False, True))
-    return f"p {mcnemar_p_value(lost, won):.2g} ({lost} lost, {won} won)"
+    return pairs.count((True, False)), pairs.count((False, True))
 
 
 def format_comparison(
