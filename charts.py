@@ -136,6 +136,12 @@ def widened(values: Sequence[float]) -> tuple[float, float]:
     return (0.0 if 0 <= low < 0.5 * high else low - margin), high + margin
 
 
+def step_range(steps: Sequence[float]) -> tuple[float, float]:
+    """The first and the last step; never empty."""
+    low, high = min(steps), max(steps)
+    return (low, high) if low < high else (low - 1, high + 1)
+
+
 def _drawn(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
     """At most about 2 * MAX_POINTS of the points: of longer curves the extremes of each stretch."""
     width = math.ceil(len(points) / MAX_POINTS)
@@ -194,7 +200,7 @@ def trend_chart(
     values += [number for mark in marks for _, *numbers in mark.points for number in numbers]
     legend, legend_height = _legend(_trend_entries(trends, marks, critic_only_until), 34)
     top = 34 + legend_height + 18
-    x_range = (min(steps), max(steps)) if min(steps) < max(steps) else (steps[0] - 1, steps[0] + 1)
+    x_range = step_range(steps)
     panel = Panel(LEFT, top, WIDTH - LEFT - RIGHT, PANEL_HEIGHT, x_range, widened(values))
     parts = [text(MARGIN, 18, f"{title}, {unit}", "bold"), *legend]
     if critic_only_until:
@@ -269,7 +275,7 @@ def _describe(unit: str, trends: Sequence[Trend], marks: Sequence[Marks], critic
 
 def share_chart(title: str, steps: Sequence[float], layers: Mapping[str, Sequence[float]], n_averaged: int) -> Chart:
     """Shares that add up to 1 as stacked areas, the first layer at the bottom; the legend below has the same order."""
-    x_range = (steps[0], steps[-1]) if len(steps) > 1 else (steps[0] - 1, steps[0] + 1)
+    x_range = step_range(steps)
     panel = Panel(LEFT, 44, WIDTH - LEFT - RIGHT, PANEL_HEIGHT, x_range, (0.0, 1.0))
     parts = [text(MARGIN, 18, f"{title}, share", "bold")]
     xs = [panel.x(step) for step in steps] if len(steps) > 1 else [panel.left, panel.left + panel.width]

@@ -172,7 +172,7 @@ def pairs_of(folders: Sequence[RunFolder], name: str, metric: str) -> list[tuple
     for before, after in zip(folders, folders[1:]):
         summaries = [folder.summaries.get(name, {}) for folder in (before, after)]
         rows = [folder.results.get(name, {}) for folder in (before, after)]
-        is_same = len({summary.get("answers_sha256") for summary in summaries}) == 1
+        is_same = summaries[0].get("answers_sha256") == summaries[1].get("answers_sha256")
         if is_same and rows[0] and rows[0].keys() == rows[1].keys() and all(metric in metrics_of(s) for s in summaries):
             pairs.append((before.name, after.name, paired_counts(*rows, metric)))
     return pairs
