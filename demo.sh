@@ -32,3 +32,6 @@ for split in seen unseen; do
     "$python" -m rl.evaluate_reward --model "$runs/sft/final" "$runs/ppo/final" --data "assets/tiny_data/test_$split.jsonl" \
         --temperature 1 --samples_per_prompt 2 --output "$runs/reward_$split.jsonl" | grep -v '^{'
 done
+echo
+echo "curves, sample responses and the same prompts answered by the three, to open in a browser"
+"$python" -m eval.run_page "$runs/sft" "$runs/ppo" "$runs/eval_base" "$runs/eval_sft" "$runs/eval_ppo" --html "$runs/page.html"

@@ -4,7 +4,7 @@
 
 The page fetches nothing and runs no script. It is read from the folders' files alone (of evaluations also the
 benchmark's file, if it is unchanged), so the same folders give the same bytes. What a folder lacks, and what is damaged
-in it, is said on the page. docs/metrics.md explains the quantities.
+in it, is said on the page. docs/metrics.md explains the numbers.
 """
 
 import argparse

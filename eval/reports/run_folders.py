@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from data.json_records import DataError, read_json_object
-from data.run_journals import clean_evaluation, clean_metrics, clean_sample, read_journal
+from data.run_journals import clean_evaluation, clean_metrics, clean_sample, is_number, read_journal
 from eval.benchmarks import BENCHMARKS
 from eval.predict.generate import answers_sha256
 from eval.predict.run_predictions import TINY_DATA
@@ -32,7 +32,8 @@ class RunFolder:
     samples: list[dict] = field(default_factory=list)
     evaluations: list[dict] = field(default_factory=list)
     held_out: list[dict] = field(default_factory=list)  # held_out.jsonl of SFT, numbers only
-    is_finished: bool = False  # the final model is there
+    history: list[dict] = field(default_factory=list)  # settings changed on the way, history.jsonl
+    is_finished: bool = False  # the final model is there, and is that of the last logged step
     # evaluation
     summaries: dict[str, dict] = field(default_factory=dict)  # benchmark -> its part of summary.json
     results: dict[str, dict[int, dict]] = field(default_factory=dict)  # benchmark -> index -> row
@@ -90,7 +91,10 @@ def _read_training(folder: RunFolder) -> None:
     path, problems = folder.path, folder.problems
     folder.identity = _object(path / "run_identity.json", problems)
     folder.report = _object(path / "data_report.json", problems)
-    folder.is_finished = (path / "final" / "config.json").exists()
+    folder.history = _journal(path / "history.jsonl", _clean_change, problems)
+    finished = _object(path / "finished.json", problems) if (path / "finished.json").exists() else {}
+    last_logged = folder.metrics[-1]["step"] if folder.metrics else None
+    folder.is_finished = (path / "final" / "config.json").exists() and finished.get("step", last_logged) == last_logged
     if not (path / "metrics.jsonl").exists():
         problems.append("metrics.jsonl: found no such file; the run made no step")
     elif not folder.metrics:
@@ -102,6 +106,10 @@ def _read_training(folder: RunFolder) -> None:
             problems.append("samples.jsonl: found no sample response")
     else:
         folder.held_out = _journal(path / "held_out.jsonl", clean_metrics, problems)
+
+
+def _clean_change(row: dict) -> dict | None:
+    return row if is_number(row.get("step")) and isinstance(row.get("setting"), str) else None
 
 
 def last_step_of(folder: RunFolder) -> int | None:

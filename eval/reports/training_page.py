@@ -134,6 +134,9 @@ def settings_part(folder: RunFolder) -> str:
     else:
         title, changed = "Settings", paragraph("environment.json does not say which settings are the defaults.")
     every = table(f"All {len(config)} settings", head, [[name, value_text(value)] for name, value in config.items()])
+    if folder.history:
+        rows = [[row["setting"], *_texts(row, "step", "old", "new")] for row in folder.history]
+        changed += table("Settings changed on the way (--override)", ["setting", "after step", "old", "new"], rows)
     machine = {name: value for name, value in folder.environment.items() if name != "changed_from"}
     parts = [folded(title, changed + folded("All settings", every))]
     if machine:

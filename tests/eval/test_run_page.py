@@ -106,6 +106,7 @@ def test_settings_and_data_report(folders):
         ["data", "x", "train.json"],
     ]
     assert ["learning_rate", "0.0004"] in tables["All 4 settings"]
+    assert tables["Settings changed on the way (--override)"][1:] == [["learning_rate", "20", "0.001", "x"]]
     assert tables["What the run read"][1:] == [["trajectories", "1,217"]]
     assert tables["Assistant turns masked because their call failed (MAE)"][1:] == [["x", "x", "12"]]
     assert tables["First masked turns of each rule"][1:] == [["x", "3", "x", "x", "x", "x"]]
@@ -173,6 +174,18 @@ def test_marks_by_hand():
     assert marked_differences("f(a=1)", "f(b=1)") == "f(<mark>a</mark>=1)"
     assert marked_differences("same <b>", "same <b>") == "same &lt;b&gt;"
     assert marked_differences("one two", "one") == "one<mark> two</mark>"
+
+
+def test_a_run_that_went_on_after_its_end_is_not_finished(folders):
+    with open(folders[0] / "metrics.jsonl", "a") as file:
+        file.write('{"step": 41, "sft/loss": 1.0}\n')
+    assert page_of(folders[0]).texts("h2")[1] == "sft: SFT run, not finished, 41 of 40 optimizer steps"
+
+
+def test_held_out_evaluations_of_sft_are_curves(folders):
+    rows = [{"step": step, "held_out/loss": 3.0 - step, "held_out/right_calls": step} for step in (0, 1)]
+    (folders[0] / "held_out.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert page_of(folders[0]).texts("title")[-2:] == ["Loss on held-out data", "Right greedy calls on held-out data"]
 
 
 # ---------------------------------------------------------------------------------------------------------------------

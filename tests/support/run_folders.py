@@ -41,7 +41,9 @@ def write_sft(folder: Path, *, word: str = "x", n_steps: int = N_STEPS) -> Path:
         for step in range(1, n_steps + 1)
     ]
     write_json_lines(folder / "metrics.jsonl", rows)
+    write_json_lines(folder / "history.jsonl", [{"step": 20, "setting": "learning_rate", "old": 1e-3, "new": word}])
     write_object(folder / "final" / "config.json", {})
+    write_object(folder / "finished.json", {"step": n_steps})
     return folder
 
 
