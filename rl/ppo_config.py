@@ -206,6 +206,12 @@ class PPOConfig:
         free=True,
     )
     keep_checkpoints: int = setting(2, "newest checkpoints kept; 0 = all (ours)", low=0, free=True)
+    async_checkpoint: str = setting(
+        "off",
+        "write checkpoints in a thread while training goes on, from a copy in host memory (ours)",
+        choices=("on", "off"),
+        free=True,
+    )
     save_critic: str = setting(
         "off", "write the trained critic to output/critic at the end (ours)", choices=("on", "off"), free=True
     )

@@ -32,6 +32,7 @@ from torch import Tensor
 
 from command_line import run_identity
 from data.batches import epoch_order
+from printable import shown
 from rl.advantages import next_kl_coef
 from rl.models import Models
 from rl.ppo_config import PPOConfig
@@ -51,7 +52,7 @@ from rl.rollout import (
     sample_responses,
 )
 from rl.watch import JOURNALS, Watch, add_times, describe_rollout
-from train.checkpoint import save_checkpoint
+from train.checkpoint import CheckpointError
 from train.distributed import (
     World,
     any_rank,
@@ -62,7 +63,16 @@ from train.distributed import (
     set_gradient_sync,
 )
 from train.optimizer import schedule_factor, set_learning_rates, warmup_steps_of
-from train.run_control import StopSignal, TrainingError, TrainResult, open_output, report_stop, resume_newest
+from train.run_control import (
+    StopSignal,
+    TrainingError,
+    TrainResult,
+    make_saver,
+    must_stop,
+    open_output,
+    report_stop,
+    resume_newest,
+)
 from train.run_history import earlier_identities, is_overridden_since, override_settings
 from train.run_logging import fingerprint
 from train.seeding import seed_everything, use_deterministic_kernels
@@ -107,7 +117,7 @@ def train_ppo(
     watch = Watch(config, world, step=step, iteration=number, last_step=last_step)
     if step == 0:
         watch.evaluate(models, held_out, step=0)
-    with StopSignal() as stop, watch:
+    with StopSignal() as stop, watch, make_saver(config, world, run_hash) as saver:
         while step < last_step and not stopping:
             chosen = prompts_of_iteration(prompts, number, config.seed, config.rollout_batch_size)
             iteration = Iteration(number, step, total_steps, kl_coef, chosen)
@@ -119,19 +129,11 @@ def train_ppo(
                 watch.record(credited, lines, models.tokenizer)
                 if step >= last_step or config.eval_every and number % config.eval_every == 0:
                     watch.evaluate(models, held_out, step=step)
-            stopping = any_rank(stop.number != 0)
+            stopping = must_stop(stop, saver)
             is_due = config.checkpoint_every and step // config.checkpoint_every > saved_step // config.checkpoint_every
             if step > saved_step and (step >= last_step or stopping or is_due):
                 watch.sync()
-                save_checkpoint(
-                    Path(config.output) / "checkpoints",
-                    step,
-                    models.trained(),
-                    world,
-                    identity=run_hash,
-                    keep=config.keep_checkpoints,
-                    extra={"iteration": number, "kl_coef": kl_coef},
-                )
+                saver.save(step, models.trained(), extra={"iteration": number, "kl_coef": kl_coef})
                 saved_step = step
     if stopping and step < last_step:
         return report_stop(stop.number, step, last_step, Path(config.output), world)
@@ -153,8 +155,14 @@ def resume_state(
     )
     if state is None:
         return 0, 0, config.kl_coef
+    number, kl_coef = state.extra.get("iteration"), state.extra.get("kl_coef")
+    if type(number) is not int or type(kl_coef) not in (int, float):
+        raise CheckpointError(
+            f"{config.output}: found iteration {shown(number)} and kl_coef {shown(kl_coef)} in the state of step "
+            f"{state.step}, expected numbers"
+        )
     is_new = is_overridden_since(history, "kl_coef", state.step)
-    return state.step, state.extra["iteration"], config.kl_coef if is_new else state.extra["kl_coef"]
+    return state.step, number, config.kl_coef if is_new else kl_coef
 
 
 def count_steps(n_prompts: int, config: PPOConfig) -> list[int]:

@@ -9,23 +9,35 @@ OUTPUT/checkpoints/step_00000010/
     random_rank00000.json  generators of each rank
     manifest.json          sha256 and size of every file above; written last
 
-Save, in numbered steps: 1 write everything into .saving_step_N; 2 hash the files, write manifest.json; 3 rename the
-folder; 4 remove older checkpoints. A kill at any moment leaves the older checkpoints whole and at most one .saving_
-folder, removed by the next start. Load: a checkpoint counts only if every file has the size and sha256 of its manifest.
+Save, in numbered steps: 1 write everything into .saving_step_N, each rank hashing what it writes; 2 write
+manifest.json; 3 rename the folder; 4 remove older checkpoints. A kill at any moment leaves the older checkpoints whole
+and at most one .saving_ folder, removed by the next start. CheckpointSaver can do all of it in a thread, from a copy of
+the state. Load: a checkpoint counts only if every file has the size and sha256 of its manifest.
 """
 
+import hashlib
+import io
 import json
 import os
+import re
 import shutil
-from collections.abc import Callable, Collection
-from dataclasses import dataclass
+import stat
+import threading
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Self
 
 import torch
+import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
+from torch.distributed.checkpoint.filesystem import FileSystem
 
-from train.distributed import World, gather_objects, reshard_all
+from data.json_records import DataError, read_json_object
+from printable import shown
+from train.distributed import World, gather_objects, host_group, reshard_all
 from train.run_logging import file_sha256, write_json_atomically
 from train.seeding import random_state, restore_random_state
 
@@ -33,6 +45,10 @@ FORMAT = 2  # 1 held one model without a part's name
 STATE_FOLDER = "state"
 # bytes of tensors per state file: torch holds one file twice in host memory while writing it
 STATE_FILE_BYTES = 512 * 2**20
+HASHED_BYTES = 4 * 2**20  # written and hashed at a time: what was just written is still in the processor's cache
+OTHER_BYTES = 2**16  # that a rank writes in addition to its tensors: headers, generators
+SECONDS_AFTER_AN_ERROR = 30  # for a save under way to be finished before the run ends
+_STATE_KINDS = {"step": int, "identity": str, "world_size": int, "tensors": list, "optimizers": dict, "extra": dict}
 
 
 # what is trained together, by part name: each model (sharded) with its optimizer
@@ -63,10 +79,8 @@ def checkpoint_step(path: Path) -> int:
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
-    """Checkpoint folders, newest first; complete or not."""
-    if not folder.is_dir():
-        return []
-    found = [path for path in folder.glob("step_*") if path.is_dir() and path.name[5:].isdigit()]
+    """Whatever has the name of a checkpoint, newest first; complete or not."""
+    found = [path for path in folder.glob("step_*") if re.fullmatch("step_[0-9]{8,18}", path.name)]
     return sorted(found, key=checkpoint_step, reverse=True)
 
 
@@ -157,20 +171,61 @@ def _file_numbers(tensors: dict[str, torch.Tensor], shards: int) -> dict[str, in
 # Save
 
 
-def _run_on_all(action: Callable[[], None], what: str) -> None:
-    """Run `action` on this rank; if it failed on any rank, raise one CheckpointError on all of them."""
+def _run_on_all(action: Callable[[], object], what: str, group: dist.ProcessGroup | None = None) -> None:
+    """Run `action` on this rank; if it failed on any rank of the group, raise one CheckpointError on all of them."""
+    problem = ""
     try:
         action()
-        problem = ""
-    except (OSError, RuntimeError, ValueError) as error:
-        problem = " ".join(str(error).split()) or type(error).__name__
+    except CheckpointError as error:
+        problem = str(error)
+    except (OSError, RuntimeError, ValueError, DataError) as error:
+        problem = f"{what}: {' '.join(str(error).split()) or type(error).__name__}"
+    except (KeyError, TypeError, AttributeError, IndexError, OverflowError) as error:  # values of another shape
+        problem = f"{what}: found {error!r}, expected a state as this code saves it"
     except dcp.api.CheckpointException as error:
         # its own text is one traceback per rank; the failures inside carry the reason
         failures = [failure[0] if isinstance(failure, tuple) else failure for failure in error.failures.values()]
-        problem = "; ".join(" ".join(str(failure).split()) for failure in failures)
-    problems = [text for text in gather_objects(problem) if text]
+        problem = f"{what}: {'; '.join(' '.join(str(failure).split()) for failure in failures)}"
+    problems = [text for text in gather_objects(problem, group) if text]
     if problems:
-        raise CheckpointError(f"{what}: {problems[0][:500]}")
+        raise CheckpointError(problems[0][:500])
+
+
+@dataclass(frozen=True, slots=True)
+class _Snapshot:
+    """All that a checkpoint holds of this rank, after `step` optimizer steps."""
+
+    step: int
+    tensors: dict[str, torch.Tensor]
+    trainer_state: dict  # trainer_state.json; rank 0's is written
+    random: dict  # random_rankRRRRR.json
+
+    def total_bytes(self) -> int:
+        """Bytes of the tensors of all ranks; those of a sharded one count whole."""
+        return sum(tensor.numel() * tensor.element_size() for tensor in self.tensors.values())
+
+
+def _take_snapshot(step: int, parts: Parts, world: World, identity: str, extra: dict) -> _Snapshot:
+    """The state as it is now; the tensors are those that train, not copies."""
+    tensors, layouts = {}, {}
+    for part, (model, optimizer) in parts.items():
+        tensors.update(_model_tensors(part, model))
+        optimizer_tensors, layouts[part] = _optimizer_tensors(part, model, optimizer)
+        tensors.update(optimizer_tensors)
+    state = {
+        "format": FORMAT,
+        "step": step,
+        "identity": identity,
+        "extra": extra,
+        "world_size": world.size,
+        "torch": torch.__version__,
+        "tensors": sorted(tensors),
+        "learning_rates": {
+            part: [group["lr"] for group in optimizer.param_groups] for part, (_, optimizer) in parts.items()
+        },
+        "optimizers": layouts,
+    }
+    return _Snapshot(step, tensors, state, random_state())
 
 
 def save_checkpoint(
@@ -182,66 +237,158 @@ def save_checkpoint(
     load_checkpoint gives back (rank 0's are written). Raises CheckpointError on every rank when any rank fails (full
     disk ...): the half-written folder is gone and older checkpoints are untouched.
     """
-    target = folder / checkpoint_name(step)
-    temporary = folder / f".saving_{target.name}"
+    return _write_snapshot(folder, _take_snapshot(step, parts, world, identity, extra), world, keep, None)
+
+
+class CheckpointSaver:
+    """Saves the checkpoints of one run: the loop waits, or, with `in_background`, it goes on while a thread writes.
+
+    State: the thread that writes and what it failed with. The thread has a process group of its own, since collectives
+    of two threads in one group would meet in any order. Leaving the context waits for it. All methods but has_failed
+    are collectives.
+    """
+
+    def __init__(self, folder: Path, world: World, *, identity: str, keep: int, in_background: bool) -> None:
+        self.folder, self.world, self.identity, self.keep = folder, world, identity, keep
+        self.group = host_group() if in_background else None
+        self.thread: threading.Thread | None = None
+        self.failure: BaseException | None = None
+
+    def save(self, step: int, parts: Parts, extra: dict) -> None:
+        """save_checkpoint, or its beginning: the state is copied to the host, and the loop may change it.
+
+        Waits for the save before. Raises CheckpointError.
+        """
+        self.wait()
+        snapshot = _take_snapshot(step, parts, self.world, self.identity, extra)
+        if self.group is None:
+            _write_snapshot(self.folder, snapshot, self.world, self.keep, None)
+            return
+        copies = {name: tensor.to("cpu", copy=True) for name, tensor in snapshot.tensors.items()}
+        self.thread = threading.Thread(target=self._write, args=(replace(snapshot, tensors=copies),), daemon=True)
+        self.thread.start()
+
+    def _write(self, snapshot: _Snapshot) -> None:
+        try:
+            if self.world.device.type == "cuda":
+                torch.cuda.set_device(self.world.device)  # a thread begins on device 0
+            _write_snapshot(self.folder, snapshot, self.world, self.keep, self.group)
+        except BaseException as error:  # noqa: BLE001, raised again by wait()
+            self.failure = error
+
+    def has_failed(self) -> bool:
+        """Whether the thread has failed, on this rank."""
+        return self.failure is not None
+
+    def wait(self) -> None:
+        """Until the save under way is complete. Raises what the thread failed with: CheckpointError, or a lost rank."""
+        if self.thread is not None:
+            self.thread.join()
+            self.thread = None
+        if self.failure is not None:
+            failure, self.failure = self.failure, None
+            raise failure
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is None:
+            self.wait()
+        elif self.thread is not None and issubclass(kind, Exception):  # a checkpoint more, unless peers are dead
+            self.thread.join(SECONDS_AFTER_AN_ERROR)
+
+
+def _write_snapshot(
+    folder: Path, snapshot: _Snapshot, world: World, keep: int, group: dist.ProcessGroup | None
+) -> Path:
+    """Steps 1 to 4 of a save; a collective of `group`."""
+    target = folder / checkpoint_name(snapshot.step)
+    temporary, what, files = folder / f".saving_{target.name}", f"cannot save {target}", _HashingFileSystem()
     try:
-        state = {"step": step, "identity": identity, "extra": extra}
-        _run_on_all(lambda: _write_state(temporary, state, parts, world), f"cannot save {target}")
-        files = sorted(path for path in temporary.rglob("*") if path.is_file())
-        hashes: dict[str, dict] = {}
-
-        def hash_share() -> None:
-            for path in files[world.rank :: world.size]:
-                entry = {"bytes": path.stat().st_size, "sha256": file_sha256(path)}
-                hashes[path.relative_to(temporary).as_posix()] = entry
-
-        _run_on_all(hash_share, f"cannot save {target}")
-        manifest = {"format": FORMAT, "step": step, "files": {}}
-        for part in gather_objects(hashes):
-            manifest["files"].update(part)
-        _run_on_all(lambda: _publish(temporary, target, manifest) if world.is_main else None, f"cannot save {target}")
+        # 1.
+        _run_on_all(lambda: world.is_main and _make_folder(temporary, snapshot, world), what, group)
+        _run_on_all(lambda: _write_state(temporary, snapshot, world, group, files), what, group)
+        # 2. and 3.
+        entries = {name: entry for part in gather_objects(files.entries, group) for name, entry in part.items()}
+        manifest = {"format": FORMAT, "step": snapshot.step, "files": entries}
+        _run_on_all(lambda: world.is_main and _publish(temporary, target, manifest), what, group)
     except CheckpointError:
         if world.is_main:
-            shutil.rmtree(temporary, ignore_errors=True)
+            _remove(temporary)
         raise
+    # 4.
     if world.is_main and keep > 0:
-        older = [path for path in list_checkpoints(folder) if checkpoint_step(path) <= step]
+        older = [path for path in list_checkpoints(folder) if checkpoint_step(path) <= snapshot.step and path.is_dir()]
         for path in older[keep:]:
-            shutil.rmtree(path, ignore_errors=True)
+            _remove(path)
     return target
 
 
-def _write_state(temporary: Path, state: dict, parts: Parts, world: World) -> None:
-    """Step 1 of a save, on every rank. `state` becomes trainer_state.json with what the parts add."""
+def _make_folder(temporary: Path, snapshot: _Snapshot, world: World) -> None:
+    """Make the folder, on rank 0, if the disk has room for what goes into it; nothing is made in a deleted folder."""
+    _remove(temporary)
+    needed, disk = snapshot.total_bytes() + OTHER_BYTES * world.size, shutil.disk_usage(temporary.parent)
+    if disk.free < needed and disk.total:  # some network file systems say nothing: 0 of 0
+        raise OSError(f"found {disk.free / 1e6:,.1f} MB free, expected {needed / 1e6:,.1f} MB for the checkpoint")
+    temporary.mkdir()
+    (temporary / STATE_FOLDER).mkdir()
 
-    def make_folder() -> None:
-        if world.is_main:
-            shutil.rmtree(temporary, ignore_errors=True)
-            (temporary / STATE_FOLDER).mkdir(parents=True)
 
-    _run_on_all(make_folder, "cannot make the folder")
-    tensors, layouts = {}, {}
-    for part, (model, optimizer) in parts.items():
-        tensors.update(_model_tensors(part, model))
-        optimizer_tensors, layouts[part] = _optimizer_tensors(part, model, optimizer)
-        tensors.update(optimizer_tensors)
+def _write_state(
+    temporary: Path, snapshot: _Snapshot, world: World, group: dist.ProcessGroup | None, files: "_HashingFileSystem"
+) -> None:
+    """Step 1 of a save, on every rank; `files` then has the manifest's entries of the files of this rank."""
     writer = HuggingFaceStorageWriter(
-        str(temporary / STATE_FOLDER), fqn_to_index_mapping=_file_numbers(tensors, world.shards), save_distributed=True
+        str(temporary / STATE_FOLDER),
+        fqn_to_index_mapping=_file_numbers(snapshot.tensors, world.shards),
+        save_distributed=True,
     )
-    dcp.save(tensors, storage_writer=writer)
-    write_json_atomically(temporary / f"random_rank{world.rank:05d}.json", random_state())
+    writer.fs = files
+    dcp.save(snapshot.tensors, storage_writer=writer, process_group=group)
+    own = {f"random_rank{world.rank:05d}.json": snapshot.random}
     if world.is_main:
-        rates = {part: [group["lr"] for group in optimizer.param_groups] for part, (_, optimizer) in parts.items()}
-        state = {
-            "format": FORMAT,
-            **state,
-            "world_size": world.size,
-            "torch": torch.__version__,
-            "tensors": sorted(tensors),
-            "learning_rates": rates,
-            "optimizers": layouts,
-        }
-        write_json_atomically(temporary / "trainer_state.json", state)
+        own["trainer_state.json"] = snapshot.trainer_state
+    for name, content in own.items():
+        with files.create_stream(temporary / name, "wb") as file:
+            file.write((json.dumps(content, indent=2) + "\n").encode("ascii"))
+            os.fsync(file.fileno())
+
+
+class _HashedFile(io.FileIO):
+    """A new file that hashes what it writes. Unbuffered: DCP calls fsync before it closes a file."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(path, "x")  # never through a link
+        self.sha256, self.bytes = hashlib.sha256(), 0
+
+    def write(self, content: bytes) -> int:
+        """Write and hash all of `content`. Raises OSError if the disk takes only a part of it."""
+        rest = memoryview(content)
+        while rest:
+            count = super().write(rest[:HASHED_BYTES])
+            self.sha256.update(rest[:count])
+            self.bytes, rest = self.bytes + count, rest[count:]
+        return len(content)
+
+
+class _HashingFileSystem(FileSystem):
+    """DCP's file system with the manifest's entry of every file that was written through it, by name.
+
+    The hash is of what was to be written: a fault on the way to the disk shows when the checkpoint is read.
+    """
+
+    def __init__(self) -> None:
+        self.entries: dict[str, dict] = {}
+
+    @contextmanager
+    def create_stream(self, path: str | os.PathLike, mode: str) -> Iterator[io.FileIO]:
+        """A file to be written from its beginning to its end; DCP asks for no other."""
+        assert mode == "wb", mode
+        with _HashedFile(Path(path)) as file:
+            yield file
+        name = "/".join(Path(path).parts[-2:]) if Path(path).parent.name == STATE_FOLDER else Path(path).name
+        self.entries[name] = {"bytes": file.bytes, "sha256": file.sha256.hexdigest()}
 
 
 def _publish(temporary: Path, target: Path, manifest: dict) -> None:
@@ -249,13 +396,13 @@ def _publish(temporary: Path, target: Path, manifest: dict) -> None:
     write_json_atomically(temporary / "manifest.json", manifest)
     for path in (temporary / STATE_FOLDER, temporary):
         _sync_folder(path)
-    if target.exists():
+    if os.path.lexists(target):
         # only a checkpoint that was refused on resume can be here; it goes when its successor is complete
         refused = target.with_name(f".refused_{target.name}")
-        shutil.rmtree(refused, ignore_errors=True)
+        _remove(refused)
         os.rename(target, refused)
         os.rename(temporary, target)
-        shutil.rmtree(refused, ignore_errors=True)
+        _remove(refused)
     else:
         os.rename(temporary, target)
     _sync_folder(target.parent)
@@ -270,14 +417,20 @@ def _sync_folder(path: Path) -> None:
         os.close(descriptor)
 
 
+def _remove(path: Path) -> None:
+    """Remove a folder, a file or a link, if it is there. What cannot be removed stays."""
+    if path.is_symlink() or path.is_file():
+        path.unlink(missing_ok=True)
+    else:
+        shutil.rmtree(path, ignore_errors=True)
+
+
 def remove_leftovers(folder: Path) -> list[str]:
     """Remove folders of saves that were killed; returns their names. Rank 0 only."""
-    removed = []
-    if folder.is_dir():
-        for path in sorted([*folder.glob(".saving_*"), *folder.glob(".refused_*")]):
-            shutil.rmtree(path, ignore_errors=True)
-            removed.append(path.name)
-    return removed
+    leftovers = sorted([*folder.glob(".saving_*"), *folder.glob(".refused_*")])
+    for path in leftovers:
+        _remove(path)
+    return [path.name for path in leftovers]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -286,14 +439,9 @@ def remove_leftovers(folder: Path) -> list[str]:
 
 def _read_json(path: Path) -> dict:
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise CheckpointError(f"{path.name}: found no such file") from None
-    except (json.JSONDecodeError, UnicodeDecodeError, OSError) as error:
-        raise CheckpointError(f"{path.name}: found unreadable text ({error}), expected JSON") from None
-    if not isinstance(content, dict):
-        raise CheckpointError(f"{path.name}: found {type(content).__name__}, expected a JSON object")
-    return content
+        return read_json_object(path)
+    except DataError as error:
+        raise CheckpointError(str(error).removeprefix(f"{path.parent}/")) from None
 
 
 def check_files(path: Path, share: int = 0, shares: int = 1) -> str:
@@ -302,23 +450,48 @@ def check_files(path: Path, share: int = 0, shares: int = 1) -> str:
     share, shares: this rank hashes every `shares`-th file, beginning with number `share`.
     """
     try:
+        if path.is_symlink() or not path.is_dir():
+            return "found a file or a link, expected a folder"
         manifest = _read_json(path / "manifest.json")
         if manifest.get("format") != FORMAT:
-            found = f"manifest.json: found format {manifest.get('format')!r}, expected {FORMAT}"
+            found = f"manifest.json: found format {shown(manifest.get('format'))}, expected {FORMAT}"
             return f"{found}; it was saved by another version of this code"
         listed = sorted(manifest["files"].items())
         if not {"trainer_state.json", "random_rank00000.json"} <= set(manifest["files"]):
             return "manifest.json: found no entry for trainer_state.json or random_rank00000.json"
+        # by no link, and of no other folder whatever the manifest says
+        here = {f.relative_to(path).as_posix() for f in path.rglob("*") if stat.S_ISREG(f.lstat().st_mode)}
+        for name in sorted(here - set(manifest["files"])):
+            if name.endswith(".safetensors"):  # DCP would read it
+                return f"{shown(name)}: found a file of tensors that manifest.json does not list"
         for name, entry in listed[share::shares]:
             file = path / name
-            if not file.is_file():
-                return f"{name}: found no such file"
+            if name not in here:
+                return f"{shown(name)}: found no such file"
             if file.stat().st_size != entry["bytes"]:
-                return f"{name}: found {file.stat().st_size} bytes, expected {entry['bytes']}"
+                return f"{name}: found {file.stat().st_size} bytes, expected {shown(entry['bytes'])}"
             if file_sha256(file) != entry["sha256"]:
                 return f"{name}: found another sha256 than the manifest's"
-    except (CheckpointError, OSError, KeyError, TypeError, AttributeError) as error:
-        return str(error) if isinstance(error, CheckpointError) else f"manifest.json: {error!r}"
+    except CheckpointError as error:
+        return str(error)
+    except (OSError, KeyError, TypeError, AttributeError, ValueError) as error:
+        return f"manifest.json: {error!r}"
+    return ""
+
+
+def _check_state(path: Path, identities: tuple[str, ...]) -> str:
+    """Compare a checkpoint's trainer_state.json with the run; returns "" if all is well, else the first fault."""
+    try:
+        state = _read_json(path / "trainer_state.json")
+    except CheckpointError as error:
+        return str(error)
+    for name, kind in _STATE_KINDS.items():
+        if type(state.get(name)) is not kind:
+            return f"trainer_state.json: found {name} = {shown(state.get(name))}, expected {kind.__name__}"
+    if state["step"] != checkpoint_step(path):
+        return f"trainer_state.json: found step {state['step']}, expected that of the folder's name"
+    if state["identity"] not in identities:
+        return "trainer_state.json: found the identity of another run"
     return ""
 
 
@@ -332,9 +505,8 @@ def newest_good_checkpoint(
     """
     refused = []
     for path in gather_objects(list_checkpoints(folder))[0]:
-        faults = [fault for fault in gather_objects(check_files(path, world.rank, world.size)) if fault]
-        if not faults and _read_json(path / "trainer_state.json").get("identity") not in (identity, *earlier):
-            faults = ["trainer_state.json: found the identity of another run"]
+        fault = check_files(path, world.rank, world.size) or _check_state(path, (identity, *earlier))
+        faults = [fault for fault in gather_objects(fault) if fault]
         if not faults:
             return path, refused
         refused.append(f"{path}: refused: {faults[0]}")
@@ -360,19 +532,25 @@ def load_checkpoint(path: Path, parts: Parts, world: World) -> TrainerState:
     The number of ranks may differ from the saving run's: shards are cut again; a rank without saved generators keeps
     its own seed. Raises CheckpointError when parts, names or shapes do not fit.
     """
-    state = _read_json(path / "trainer_state.json")
-    if set(state["optimizers"]) != set(parts):
-        raise CheckpointError(f"{path}: found the parts {sorted(state['optimizers'])}, expected {sorted(parts)}")
-    tensors = {}
-    for part, (model, optimizer) in parts.items():
-        tensors.update(_model_tensors(part, model))
-        tensors.update(_make_optimizer_state(part, model, optimizer, state["optimizers"][part]))
-    _compare_names(path, tensors, state["tensors"])
+    state, tensors, what = _read_json(path / "trainer_state.json"), {}, f"cannot read {path}"
+
+    def make_tensors() -> None:
+        if set(state["optimizers"]) != set(parts):
+            raise CheckpointError(f"{path}: found the parts {sorted(state['optimizers'])}, expected {sorted(parts)}")
+        for part, (model, optimizer) in parts.items():
+            tensors.update(_model_tensors(part, model))
+            tensors.update(_make_optimizer_state(part, model, optimizer, state["optimizers"][part]))
+        _compare_names(path, tensors, state["tensors"])
+
+    def restore_generators() -> None:
+        random_file = path / f"random_rank{world.rank:05d}.json"
+        if random_file.exists():
+            restore_random_state(_read_json(random_file))
+
+    _run_on_all(make_tensors, what)
     reader = HuggingFaceStorageReader(str(path / STATE_FOLDER))
-    _run_on_all(lambda: dcp.load(tensors, storage_reader=reader), f"cannot read {path}")
-    random_file = path / f"random_rank{world.rank:05d}.json"
-    if random_file.exists():
-        restore_random_state(_read_json(random_file))
+    _run_on_all(lambda: dcp.load(tensors, storage_reader=reader), what)
+    _run_on_all(restore_generators, what)
     return TrainerState(step=state["step"], saved_world_size=state["world_size"], extra=state["extra"])
 
 

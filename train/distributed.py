@@ -245,11 +245,16 @@ def any_rank(flag: bool) -> bool:
     return global_sum([float(flag)])[0] > 0
 
 
-def gather_objects(value: object) -> list:
-    """The JSON-like `value` of every rank, in rank order, on every rank."""
+def gather_objects(value: object, group: dist.ProcessGroup | None = None) -> list:
+    """The JSON-like `value` of every rank, in rank order, on every rank. group: of all ranks, for another thread."""
     gathered = [None] * dist.get_world_size()
-    dist.all_gather_object(gathered, value)
+    dist.all_gather_object(gathered, value, group=group)
     return gathered
+
+
+def host_group() -> dist.ProcessGroup:
+    """A second group of all ranks, for collectives of another thread than the training loop's; a collective."""
+    return dist.new_group(backend="gloo")
 
 
 def ranks_that_hold_shards_only(world: World, n_units: int) -> str:

@@ -19,8 +19,15 @@ import torch
 
 from command_line import changed_settings, error_line
 from data.json_records import DataError, check_same_file, open_lock
-from train.checkpoint import CheckpointError, TrainerState, load_checkpoint, newest_good_checkpoint, remove_leftovers
-from train.distributed import World, any_rank, gather_objects, reshard_all, wait_for_all
+from train.checkpoint import (
+    CheckpointError,
+    CheckpointSaver,
+    TrainerState,
+    load_checkpoint,
+    newest_good_checkpoint,
+    remove_leftovers,
+)
+from train.distributed import World, any_rank, gather_objects, global_sum, reshard_all, wait_for_all
 from train.run_logging import (
     RunFolderError,
     cut_metrics,
@@ -76,6 +83,29 @@ class StopSignal:
         if os.environ.get("RANK", "0") == "0":  # sys.stderr may be in the middle of a write
             name = signal.Signals(number).name
             os.write(2, f"a second {name}: still saving a checkpoint; a third ends the run at once\n".encode())
+
+
+def make_saver(config: Any, world: World, run_hash: str) -> CheckpointSaver:
+    """What saves the checkpoints of a run, as its settings say; a collective."""
+    return CheckpointSaver(
+        Path(config.output) / "checkpoints",
+        world,
+        identity=run_hash,
+        keep=config.keep_checkpoints,
+        in_background=config.async_checkpoint == "on",
+    )
+
+
+def must_stop(stop: StopSignal, saver: CheckpointSaver) -> bool:
+    """Whether a signal has reached any rank; a collective, asked after every step.
+
+    Raises CheckpointError, on every rank, once a save in the background has failed on any.
+    """
+    signals, failures = global_sum([float(stop.number != 0), float(saver.has_failed())])
+    if failures:
+        saver.wait()
+        raise CheckpointError(f"{saver.folder}: a checkpoint could not be saved on another rank")
+    return signals > 0
 
 
 def open_output(output: Path, config: Any, identity: dict, world: World, *, data_report: dict) -> None:

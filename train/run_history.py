@@ -59,7 +59,11 @@ def override_settings(output: Path, override: str, identity: dict, world: World)
 
 def _override_settings(output: Path, names: Sequence[str], identity: dict) -> list[dict]:
     path = output / HISTORY_FILE
-    history = [row for _, row in read_json_lines(path, drop_partial_last_line=True)[0]] if path.exists() else []
+    rows = read_json_lines(path, drop_partial_last_line=True)[0] if path.exists() else []
+    for line, row in rows:
+        if type(row.get("step")) is not int or type(row.get("setting")) is not str or not {"old", "new"} <= set(row):
+            raise DataError(f"{path}:{line}: found {shown(row)}, expected step, setting, old and new")
+    history = [row for _, row in rows]
     found = read_json_object(output / IDENTITY_FILE) if names and (output / IDENTITY_FILE).exists() else identity
     differing = {name for name in {*found, *identity} if found.get(name) != identity.get(name)}
     if not differing or not differing <= {*names}:

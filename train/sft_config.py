@@ -140,6 +140,12 @@ class SFTConfig:
         100, "optimizer steps between checkpoints; 0 = only at the end (ours)", low=0, free=True
     )
     keep_checkpoints: int = setting(2, "newest checkpoints kept; 0 = all (ours)", low=0, free=True)
+    async_checkpoint: str = setting(
+        "off",
+        "write checkpoints in a thread while training goes on, from a copy in host memory (ours)",
+        choices=("on", "off"),
+        free=True,
+    )
     # watching
     log_every: int = setting(
         20, "optimizer steps between lines of figures on stdout; 0 = none (ours)", low=0, free=True

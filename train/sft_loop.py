@@ -21,11 +21,19 @@ from data.data_report import data_report, describe_data
 from data.loss_weights import EncodedTrajectory, TextEncoder, encode_trajectory
 from data.trajectories import read_trajectories
 from printable import one_line
-from train.checkpoint import save_checkpoint
-from train.distributed import World, any_rank, clip_gradients, global_sum, limit_waiting, set_gradient_sync
+from train.distributed import World, clip_gradients, global_sum, limit_waiting, set_gradient_sync
 from train.held_out import HeldOut
 from train.optimizer import schedule_factor, set_learning_rates, warmup_steps_of
-from train.run_control import StopSignal, TrainingError, TrainResult, open_output, report_stop, resume_newest
+from train.run_control import (
+    StopSignal,
+    TrainingError,
+    TrainResult,
+    make_saver,
+    must_stop,
+    open_output,
+    report_stop,
+    resume_newest,
+)
 from train.run_history import earlier_identities, override_settings
 from train.run_logging import fingerprint
 from train.seeding import seed_everything, use_deterministic_kernels
@@ -206,7 +214,7 @@ def train_sft(
     warmup_steps = warmup_steps_of(config.warmup_ratio, data.total_steps)
     watch = SFTWatch(config, world, data.held_out, step=step, last_step=last_step)
     stopping = False
-    with StopSignal() as stop, watch:
+    with StopSignal() as stop, watch, make_saver(config, world, run_hash) as saver:
         if step == 0:
             watch.evaluate(model, step=0)
         while step < last_step and not stopping:
@@ -218,11 +226,10 @@ def train_sft(
             result = train_step(config, model, optimizer, batches, world, step=step, loss_backend=loss_backend)
             watch.record(step_metrics(step, result, learning_rate, time.perf_counter() - began))
             watch.evaluate(model, step)
-            stopping = any_rank(stop.number != 0)
+            stopping = must_stop(stop, saver)
             if step == last_step or stopping or (config.checkpoint_every and step % config.checkpoint_every == 0):
                 watch.sync()
-                keep = config.keep_checkpoints
-                save_checkpoint(output / "checkpoints", step, parts, world, identity=run_hash, keep=keep, extra={})
+                saver.save(step, parts, extra={})
     if stopping and step < last_step:
         return report_stop(stop.number, step, last_step, output, world)
     return TrainResult(step=step, last_step=last_step, stopped_by=0)

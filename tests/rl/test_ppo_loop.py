@@ -27,6 +27,7 @@ from tests.support.tiny_ppo import (
     save_with_tokenizer,
 )
 from tests.support.tiny_run import digest_of_final
+from train.checkpoint import CheckpointSaver
 from train.distributed import local_part, reshard_all
 from train.optimizer import schedule_factor, warmup_steps_of
 
@@ -340,7 +341,8 @@ def test_weights_that_are_not_finite_stop_the_run_in_one_line(tmp_path):
 
 def send_sigterm_in(monkeypatch, name, call):
     """SIGTERM at the beginning of the call number `call` (from 1) of a function of the loop."""
-    original, calls = getattr(ppo_loop, name), []
+    owner = CheckpointSaver if name == "save" else ppo_loop
+    original, calls = getattr(owner, name), []
 
     def function(*arguments, **settings):
         calls.append(None)
@@ -348,7 +350,7 @@ def send_sigterm_in(monkeypatch, name, call):
             os.kill(os.getpid(), signal.SIGTERM)
         return original(*arguments, **settings)
 
-    monkeypatch.setattr(ppo_loop, name, function)
+    monkeypatch.setattr(owner, name, function)
 
 
 @pytest.mark.parametrize(
@@ -358,7 +360,7 @@ def send_sigterm_in(monkeypatch, name, call):
         ("sample_responses", 4, 3),
         ("measure_responses", 2, 2),
         ("update_minibatch", 3, 3),
-        ("save_checkpoint", 2, 2),
+        ("save", 2, 2),
     ],
 )
 def test_sigterm_in_any_phase_saves_and_the_run_goes_on(straight, tmp_path, monkeypatch, name, call, done):

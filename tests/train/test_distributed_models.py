@@ -208,6 +208,7 @@ def test_a_critic_with_too_few_rows_is_refused(world, tmp_path):
 
 
 def save_parts(folder: Path, step: int, parts: dict, world: World) -> Path:
+    folder.mkdir(exist_ok=True)
     return save_checkpoint(folder, step, parts, world, identity="run", keep=0, extra={"kl_coef": 0.125, "seen": step})
 
 
