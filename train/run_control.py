@@ -252,4 +252,6 @@ def report_stop(stopped_by: int, step: int, last_step: int, output: Path, world:
             f"stopped by {signal.Signals(stopped_by).name} after step {step} of {last_step}; {saved}; the same command "
             "with --resume auto continues"
         )
+        if "TORCHELASTIC_RUN_ID" in os.environ:
+            log_line("torchrun may print a traceback of its own now: it says no more than that")
     return TrainResult(step=step, last_step=last_step, stopped_by=int(stopped_by))

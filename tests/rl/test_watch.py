@@ -1,4 +1,4 @@
-"""The index ledger of rl/watch.py: one response worked by hand, ended and truncated, and rewards that do not fit.
+"""rl/watch.py: the index ledger (one response worked by hand, rewards that do not fit), and the lines on stdout.
 
 pytest tests/rl/test_watch.py
 """
@@ -9,10 +9,11 @@ import torch
 from data.tool_calls import ToolCall
 from rl.advantages import compute_gae, kl_shaped_rewards
 from rl.prompts import PPOPrompt
-from rl.reward import tool_call_reward
+from rl.reward import CATEGORIES, tool_call_reward
 from rl.rollout import Credited, Measured, Sampled
-from rl.watch import format_ledger
+from rl.watch import format_ledger, format_sample, ppo_line
 from tests.support.piece_tokenizer import PieceTokenizer
+from tests.support.tiny_ppo import run_ppo_here
 
 GOLD = (ToolCall("get", {}),)
 
@@ -151,3 +152,65 @@ def test_any_piece_fits_its_column_in_ascii():
     lines = text.splitlines()
     assert text.isascii() and text.isprintable() is False and len(lines) == 10  # only line breaks are not printable
     assert len({len(line) for line in lines[:8]}) == 1
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Lines on stdout
+
+
+def metrics_row(step, iteration, score, kl, clipped, **shares):
+    return {
+        "step": step,
+        "iteration": iteration,
+        "ppo/score": score,
+        "ppo/kl_sequence": kl,
+        "ppo/clip_fraction": clipped,
+        "time/step_seconds": 2.0,
+        **{f"ppo/share_{name}": shares.get(name, 0.0) for name in CATEGORIES},
+    }
+
+
+def test_the_ppo_line_counts_a_rollout_once_and_an_update_each_time():
+    """Iteration 0 has two steps: reward (-1 + 0.5) / 2, KL (0.2 + 0.4) / 2, clipped (0 + 0.3 + 0) / 3 = 10 %."""
+    rows = [
+        metrics_row(1, 0, -1.0, 0.2, 0.0, unparsable=1.0),
+        metrics_row(2, 0, -1.0, 0.2, 0.3, unparsable=1.0),
+        metrics_row(3, 1, 0.5, 0.4, 0.0, correct=0.5, wrong_value=0.5),
+    ]
+    assert ppo_line(rows, 33) == (
+        "step 3/33  reward -0.250 (mean of 3 steps)  KL 0.300  clipped 10.0%  correct 25%, wrong value 25%, "
+        "unparsable 50%  1 min 0 s left"
+    )
+
+
+def test_a_sample_is_printable_and_cut():
+    row = {
+        "id": "a\x1b[31m",
+        "turn": 1,
+        "request": "line\nbreak " + "x" * 500,
+        "gold": "f(a=1)",
+        "response": " f(a=\u202e2)",
+        "explanation": "-0.25 wrong_value: ...",
+    }
+    lines = format_sample(50, row).split("\n")
+    assert lines[0] == "iteration 50, a\\x1b[31m turn 1:"
+    assert lines[1].startswith("    user    line\\nbreak xxx") and lines[1].endswith("xxx... (512 characters)")
+    assert len(lines[1]) < 140
+    assert lines[2:] == ["    gold    f(a=1)", "    model   f(a=\\u202e2)", "    reward  -0.25 wrong_value: ..."]
+
+
+def lines_of_run(tmp_path, **flags):
+    code, out, err = run_ppo_here(tmp_path / "run", **flags)
+    assert (code, err) == (0, "")
+    kinds = ("step ", "iteration ", "iterations ")
+    return [" ".join(line.split()[:2]) for line in out.splitlines() if line.startswith(kinds)]
+
+
+@pytest.mark.slow
+def test_a_run_says_when_the_critic_is_alone_and_shows_responses(tmp_path):
+    flags = {"log_every": 2, "sample_every": 2, "critic_only_iterations": 2}
+    assert lines_of_run(tmp_path, **flags, max_steps=1) == ["iterations 0", "step 1/1", "iteration 0,"]
+    # resumed within the stretch: said again, for what is left of it
+    assert lines_of_run(tmp_path, **flags, max_steps=2) == ["iterations 1", "step 2/2", "iteration 1"]
+    assert lines_of_run(tmp_path, **flags, max_steps=3) == ["step 3/3", "iteration 2,"]
+    assert lines_of_run(tmp_path / "silent", log_every=0, sample_every=0, max_steps=1) == []
