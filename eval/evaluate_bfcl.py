@@ -21,6 +21,7 @@ from pathlib import Path
 from data.formats.call_text import check_count
 from data.formats.nexusraven import split_calls
 from data.formats.table import FORMATS, parse_output
+from data.import_bfcl import with_json_types
 from data.json_records import DataError
 from data.tool_calls import ToolCall, ToolCallError
 from data.tool_documents import normalize_tools
@@ -38,7 +39,6 @@ from eval.sandbox.run import SandboxError, run_python
 from printable import shown
 
 CATEGORIES = ("simple", "multiple", "parallel", "parallel_multiple")  # the files, in the order of the records' indices
-JSON_TYPES = {"dict": "object", "float": "number", "tuple": "array"}  # other type names are those of JSON Schema
 
 # Variant -> what is compared with what.
 VARIANTS = {
@@ -138,18 +138,6 @@ def _messages(row: dict, where: str) -> list[Message]:
     if role != "user":
         raise DataError(f"{where}: found a message of role {role!a}, expected user")
     return [Message(role="user", content=field_of(turns[0][0], "content", str, where))]
-
-
-def with_json_types(schema: object) -> object:
-    """A copy of a schema in which `"type": "dict"`, `"float"` and `"tuple"` are JSON Schema's names."""
-    if isinstance(schema, list):
-        return [with_json_types(item) for item in schema]
-    if not isinstance(schema, dict):
-        return schema
-    return {
-        key: JSON_TYPES.get(value, value) if key == "type" and isinstance(value, str) else with_json_types(value)
-        for key, value in schema.items()
-    }
 
 
 def _gold_call(source: object, documents: dict[str, dict], where: str) -> ToolCall:

@@ -11,6 +11,7 @@ import json
 import struct
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -45,6 +46,7 @@ WALKED = {  # module -> the test that runs it
     "run_ppo": "ppo",
     "run_eval": "evaluation",
     "data.error_filter": "small programs",
+    "data.import_bfcl": "small programs",
     "data.inspect_loss_weights": "inspect",
     "eval.collect_trajectories": "collect",
     "eval.evaluate_bfcl": "evaluators",
@@ -377,6 +379,11 @@ def test_small_programs(folder, tmp_path):
     _, err = run("eval.fetch_benchmarks", ["--check", "--benchmark_dir", tmp_path / FOLDER_NAME], (2,))
     assert err.count("\n") == 1
     run("toolbox.make", ["--only_tests", tmp_path / FOLDER_NAME / "x", "--tests", 2], (0, 2))
+    wheel = tmp_path / f"{FOLDER_NAME}.whl"
+    with zipfile.ZipFile(wheel, "w") as file:
+        file.writestr("bfcl_eval-2026.3.23.dist-info/METADATA", f"Name: {HOSTILE}\nVersion: {LONG}\n")
+    _, err = run("data.import_bfcl", [wheel, tmp_path / "out\u202e"], (2,))
+    assert err.count("\n") == 1
     for words in (HOSTILE, LONG):  # of a GGUF: one value, whose key and text are hostile
         content = words.encode()
         key = struct.pack("<Q", len(content)) + content
