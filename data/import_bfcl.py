@@ -196,9 +196,12 @@ def read_records(source: Path) -> tuple[list[BfclRecord], int, int]:
         if len(rows) != len(answers):
             raise DataError(f"{source}: found {len(answers)} answers of {category}, expected {len(rows)}")
         for (where, row), (_, answer) in zip(rows, answers, strict=True):
-            record = read_record(row, answer, where)
+            try:
+                record = read_record(row, answer, where)
+            except RecursionError:
+                raise DataError(f"{where}: found objects nested too deeply, expected fewer levels") from None
             functions = [tool["function"] for tool in record.tools]
-            if any({each["name"], each.get("description")} & test_tools for each in functions):
+            if any({each["name"], str(each.get("description"))} & test_tools for each in functions):
                 n_tools += 1
             elif record.messages[-1]["content"] in test_queries:
                 n_queries += 1

@@ -71,7 +71,7 @@ def run(source, output, capsys):
 
 
 def test_records_by_hand(tmp_path, capsys, monkeypatch):
-    """d shares a tool with the test set and e a query; b has a system message, so of a, b, c only a or c is held out."""
+    """d shares a tool with the test set and e a query; b has a system message, so a and c are held out."""
     monkeypatch.setattr("data.import_bfcl.HELD_OUT_RECORDS", 2)
     wheel = write_wheel(tmp_path / "w.whl", wheel_files(RECORDS, TESTS))
     code, said = run(wheel, tmp_path / "out", capsys)
@@ -153,6 +153,14 @@ def test_other_wheels_are_one_line_and_nothing_is_written(tmp_path, capsys, name
         words = "found 5 answers of simple_python, expected 1"
     assert code == 2 and said.count("\n") == 1 and words in said, said
     assert not (tmp_path / "out").exists()
+
+
+def test_nesting_without_end(tmp_path, capsys):
+    files = wheel_files([(RECORDS[2][0], {"deep": {"o": ["DEEP"]}})])
+    name = f"{FOLDER}/possible_answer/BFCL_v4_simple_python.json"
+    files[name] = files[name].replace('"DEEP"', '{"a": X)
+    code, said = run(write_wheel(tmp_path / "w.whl", files), tmp_path / "out", capsys)
+    assert code == 2 and said.count("\n") == 1 and "nested too deeply" in said, said[:300]
 
 
 def test_what_is_no_wheel(tmp_path, capsys):
