@@ -59,6 +59,7 @@ WALKED = {  # module -> the test that runs it
     "eval.evaluate_toolalpaca": "evaluators",
     "eval.evaluate_tooleyes": "evaluators",
     "eval.fetch_benchmarks": "small programs",
+    "eval.run_page": "training",
     "eval.reports.compare": "reports",
     "eval.reports.error_statistics": "reports",
     "eval.reports.plots": "reports",
@@ -209,6 +210,8 @@ def test_training(folder):
     assert "\\u202e" in out and "dropped 1 of 6" in out
     out, _ = run("train.audit_loss", ["--run", output, "--step", 2])
     assert "trained tokens of step 2" in out
+    run("eval.run_page", [output, "--html", folder / "run\u202e.html"])
+    assert faults_of_text((folder / "run\u202e.html").read_text(encoding="utf-8")) == []
     run("train.export_metrics", [output, "--csv", folder / "m\u202e.csv"])
     damaged = folder / "damaged\u202e"
     damaged.mkdir()

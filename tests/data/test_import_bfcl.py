@@ -158,7 +158,7 @@ def test_other_wheels_are_one_line_and_nothing_is_written(tmp_path, capsys, name
 def test_nesting_without_end(tmp_path, capsys):
     files = wheel_files([(RECORDS[2][0], {"deep": {"o": ["DEEP"]}})])
     name = f"{FOLDER}/possible_answer/BFCL_v4_simple_python.json"
-    files[name] = files[name].replace('"DEEP"', '{"a": X)
+    files[name] = files[name].replace('"DEEP"', '{"a": [' * 3000 + "1" + "]}" * 3000)
     code, said = run(write_wheel(tmp_path / "w.whl", files), tmp_path / "out", capsys)
     assert code == 2 and said.count("\n") == 1 and "nested too deeply" in said, said[:300]
 
