@@ -28,7 +28,7 @@ body { margin: 0 auto; padding: 12px 16px 4rem; max-width: 80rem; background: va
   font: 16px/1.5 system-ui, sans-serif; overflow-wrap: anywhere; }
 h1 { font-size: 1.5rem; } h2 { font-size: 1.3rem; border-top: 2px solid var(--ink); padding-top: .8rem;
   margin-top: 2.4rem; } h3 { font-size: 1.1rem; margin-top: 1.6rem; } h4, h5 { font-size: 1rem; margin: .2rem 0; }
-h4 { margin-top: 1.2rem; }
+h4 { margin-top: 1.2rem; } article h4 { margin-top: .2rem; }
 p { max-width: 46rem; margin: .5rem 0; } .note { color: var(--faint); font-size: .92rem; }
 a { color: var(--a); } nav ul { display: flex; flex-wrap: wrap; gap: .2rem 1.2rem; padding: 0; list-style: none; }
 .skip { position: absolute; left: -99rem; } .skip:focus { position: static; }
@@ -49,7 +49,7 @@ article { border: 1px solid var(--rule); border-radius: 6px; padding: .5rem .8re
   margin: .5rem 0; } .answers dt { font-weight: 700; font-size: .92rem; } .answers dd { margin: 0; }
 pre { margin: .2rem 0; white-space: pre-wrap; font: 14px/1.5 ui-monospace, Menlo, Consolas, monospace; }
 mark { background: var(--mark); color: var(--ink); text-decoration: underline 2px; }
-.defs { position: absolute; }
+svg.defs { position: absolute; width: 0; height: 0; }
 @media print { nav, .skip { display: none; } figure, article, tr { break-inside: avoid; }
   .scroll { overflow: visible; } }
 """
