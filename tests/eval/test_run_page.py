@@ -13,8 +13,12 @@ from eval.reports.page_parts import marked_differences
 from eval.reports.run_folders import read_run_folders
 from eval.run_page import main, render_page
 from svg import DARK, DARK_AREAS, LIGHT, LIGHT_AREAS
+from tests.support.eval_runs import flags_of
+from tests.support.eval_runs import run_here as run_eval_here
 from tests.support.pictures import contrast
 from tests.support.run_folders import write_evaluation, write_ppo, write_sft
+from tests.support.tiny_ppo import run_ppo_here
+from tests.support.tiny_run import run_here as run_sft_here
 
 VOID = {"meta", "rect", "line", "path", "polyline", "polygon", "circle"}
 
@@ -186,6 +190,20 @@ def test_held_out_evaluations_of_sft_are_curves(folders):
     rows = [{"step": step, "held_out/loss": 3.0 - step, "held_out/right_calls": step} for step in (0, 1)]
     (folders[0] / "held_out.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     assert page_of(folders[0]).texts("title")[-2:] == ["Loss on held-out data", "Right greedy calls on held-out data"]
+
+
+@pytest.mark.slow
+def test_folders_of_real_runs_lack_nothing(tmp_path):
+    """The folders of the other tests are written by hand; these are not."""
+    assert run_sft_here(tmp_path / "sft", max_steps=2)[0] == 0
+    assert run_ppo_here(tmp_path / "ppo", max_steps=2)[0] == 0
+    assert run_eval_here(flags_of("assets/tiny_data", tmp_path / "eval", limit=2))[0] == 0
+    page = page_of(tmp_path / "sft", tmp_path / "ppo", tmp_path / "eval")
+    assert problems_of(page) == []
+    sft, ppo, evaluations = page.texts("h2")[1:]
+    assert sft.startswith("sft: SFT run, finished, 2 of ") and ppo.startswith("ppo: PPO run, finished, ")
+    assert evaluations == "Evaluations" and len(page.all("figure")) == 4 + 12 + 3
+    assert len(page.texts("h5")) == 2 and any(words.startswith("Asked: ") for words in page.texts("p"))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
