@@ -33,6 +33,7 @@ from train.distributed import (
 )
 from train.held_out import read_held_out
 from train.optimizer import make_adamw
+from train.plan import check_plan, must_plan, plan_sft, report_plan
 from train.progress import command, log_on_main, unused_folder
 from train.run_control import TrainingError, lock_folder
 from train.run_history import finished_step, mark_finished, without_overridden
@@ -64,6 +65,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         config = read_config(SFTConfig, "Supervised fine-tuning with MAE and PKT.", arguments, section="sft")
         check_tensorboard(config.tensorboard)
         tokenizer = load_tokenizer(config.model)
+        if config.plan == "on":  # before anything asks for weights
+            return report_plan(plan_sft(config, encode_data(config, tokenizer)[0]))
         check_folder(config.model, tokenizer)
         _, format_line = choose_format(config.prompt_format, config.model)
         training = training_record(tokenizer, config.prompt_format)
@@ -74,6 +77,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         held_out, held_out_notes = read_held_out(config, tokenizer)
         use_deterministic_algorithms(config.deterministic)
         world = init_world(config.device, shard_group_size=config.shard_group_size)
+        if must_plan(config.gpu_memory_gib, config.device):
+            check_plan(plan_sft(config, encoded))
+        world = init_world(config.device)
         loss_backend, reason = agree_on_loss_backend(config.loss_backend, world)
         if world.is_main:
             idle_line = ranks_that_hold_shards_only(world, min(config.global_batch_size, len(encoded)))

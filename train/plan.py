@@ -1,0 +1,288 @@
+"""Memory of a run before it starts: no weight is read and no GPU is needed.
+
+What is resident is counted: parameters, optimizer state, key/value cache. What forward and backward need at their peak
+is traced: the model's own forward and the run's own loss run on fake tensors, sharded by FSDP2 over a fake process
+group, while PyTorch's memory tracker adds up what is alive (torch.distributed._tools). The optimizer step needs nothing
+beyond its state: fused AdamW writes in place.
+
+Not seen: the allocator's fragmentation, and the buffers of NCCL and cuBLAS. RESERVED_BYTES stands for them on CUDA.
+"""
+
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+import torch.distributed as dist
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.distributed._tools.fsdp2_mem_tracker import FSDPMemTracker
+from torch.distributed._tools.mem_tracker import MemTracker
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule
+
+from command_line import EXIT_BAD_INPUT, ConfigError
+from data.batches import PackedBatch, pack, steps_per_epoch
+from data.loss_weights import EncodedTrajectory
+from model.config import ModelConfig, count_parameters
+from model.pretrained_weights import read_config
+from model.transformer import Transformer
+from train.distributed import DTYPES, World, set_gradient_sync, shard_model
+from train.sft_config import SFTConfig
+from train.sft_loop import weighted_loss_sum
+from train.weighted_cross_entropy import MAX_LOGITS_BYTES
+
+GIB = 2**30
+RESERVED_BYTES = {"cuda": 2 * GIB, "cpu": 0}
+FP32_BYTES = 4
+ADAM_BYTES = 2 * FP32_BYTES  # both means of a parameter
+
+# The tracker's categories in the words of the table, for FSDP and for a model of one rank.
+PARTS = {
+    "Sharded Param": "parameters",
+    "Parameter": "parameters",
+    "Unsharded Param": "gathered parameters",
+    "All Gather": "gathered parameters",
+    "Sharded Grad": "gradients",
+    "Unsharded Grad": "gradients",
+    "Gradient": "gradients",
+    "Reduce Scatter": "gradients",
+}
+OTHER_PART = "activations and loss"
+
+
+@dataclass(frozen=True, slots=True)
+class Phase:
+    """One stretch of a run: what lies in the memory of one rank at its peak, bytes by part."""
+
+    name: str
+    bytes_by_part: dict[str, int]
+
+    @property
+    def total(self) -> int:
+        """Bytes of all parts."""
+        return sum(self.bytes_by_part.values())
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What a run will need, per rank."""
+
+    facts: list[str]  # lines on steps, tokens, disk
+    phases: list[Phase]
+    reserved: int  # bytes that nothing below sees: RESERVED_BYTES
+    limit: int  # bytes that one rank may use
+
+    @property
+    def peak(self) -> int:
+        """Bytes of the largest phase, with what is reserved."""
+        return max(phase.total for phase in self.phases) + self.reserved
+
+    @property
+    def fits(self) -> bool:
+        """Whether the peak is within the limit."""
+        return self.peak <= self.limit
+
+
+def planned_ranks(plan_ranks: int) -> int:
+    """The number of ranks to plan for: that of the setting, else torchrun's, else 1."""
+    return plan_ranks or int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def device_type_of(device: str) -> str:
+    """Where the run would compute: "cuda" or "cpu"."""
+    return "cuda" if device == "cuda" or device == "auto" and torch.cuda.is_available() else "cpu"
+
+
+def must_plan(gpu_memory_gib: float, device: str) -> bool:
+    """Whether a run is planned before it starts: where a limit is given, and on CUDA, where memory is what runs out."""
+    return gpu_memory_gib > 0 or device_type_of(device) == "cuda"
+
+
+def memory_limit(gpu_memory_gib: float, device_type: str, n_ranks: int) -> int:
+    """Bytes that one rank may use: the setting; else the device's memory; on a CPU each rank's share of the machine's.
+
+    Without a CUDA device to ask, a run planned for CUDA has 80 GiB.
+    """
+    if gpu_memory_gib:
+        return int(gpu_memory_gib * GIB)
+    if device_type == "cpu":
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // n_ranks
+    return torch.cuda.get_device_properties(0).total_memory if torch.cuda.is_available() else 80 * GIB
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Tracing
+
+
+def trace_peak(
+    build: Callable[[ModelConfig], torch.nn.Module],
+    config: ModelConfig,
+    run: Callable[[torch.nn.Module, FakeTensorMode], None],
+    n_calls: int,
+    *,
+    n_ranks: int,
+    dtype: str,
+    checkpointing: bool,
+) -> dict[str, int]:
+    """Bytes by part at the peak of n_calls of run(model) on rank 0 of n_ranks.
+
+    build: makes the model, Transformer or ValueModel. run: one forward of a micro-batch, with its backward where the
+    model has to learn; the last call reduces the gradients. Joins and leaves a fake process group: no other may exist.
+    """
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=n_ranks)
+    try:
+        mesh = init_device_mesh("cpu", (n_ranks,))
+        world = World(rank=0, size=n_ranks, device=torch.device("cpu"), mesh=mesh)
+        with FakeTensorMode() as mode:
+            model = _fake_model(build, config, world, dtype)
+            model.activation_checkpointing = checkpointing
+            tracker = FSDPMemTracker(model) if isinstance(model, FSDPModule) else MemTracker()
+            if not isinstance(model, FSDPModule):
+                tracker.track_external(model)
+            with tracker:
+                for number in range(1, n_calls + 1):
+                    is_last = number == n_calls
+                    set_gradient_sync(model, synchronize=is_last, is_last=is_last)
+                    run(model, mode)
+                    tracker.reset_mod_stats()
+            snapshot = tracker.get_tracker_snapshot("peak")
+    finally:
+        dist.destroy_process_group()
+    bytes_by_part: dict[str, int] = {}
+    for category, n_bytes in snapshot[torch.device("cpu")].items():
+        if category != "Total":
+            part = PARTS.get(category, OTHER_PART)
+            bytes_by_part[part] = bytes_by_part.get(part, 0) + n_bytes
+    return bytes_by_part
+
+
+def _fake_model(
+    build: Callable[[ModelConfig], torch.nn.Module], config: ModelConfig, world: World, dtype: str
+) -> torch.nn.Module:
+    """A model whose parameters take no memory, sharded where the run shards it."""
+    if world.size == 1 and dtype == "float32":
+        return build(config)
+    with torch.device("meta"):
+        model = build(config)
+    shard_model(model, world, dtype=dtype)
+    model.to_empty(device="cpu")
+    for module in model.modules():
+        if isinstance(module, Transformer):
+            module.inverse_frequencies = torch.empty_like(module.inverse_frequencies, device="cpu")
+    return model
+
+
+def loss_rows(n_rows: int, vocab_size: int, device_type: str) -> int:
+    """Rows whose logits exist at once on that device, as train.weighted_cross_entropy chooses them."""
+    return max(1, min(n_rows, MAX_LOGITS_BYTES[device_type] // (vocab_size * FP32_BYTES)))
+
+
+def logits_bytes(n_rows: int, vocab_size: int, dtype: str) -> int:
+    """Bytes of the logits of n_rows and of their fp32 copy: they live inside an operator, where no tracker looks."""
+    itemsize = DTYPES[dtype].itemsize
+    return n_rows * vocab_size * (itemsize + FP32_BYTES * (itemsize < FP32_BYTES))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# SFT
+
+
+def plan_sft(config: SFTConfig, encoded: Sequence[EncodedTrajectory]) -> Plan:
+    """The plan of `python run_sft.py` with these settings on these trajectories.
+
+    The largest micro-batch is taken to be the micro_batch_size longest trajectories together; which ones meet is up to
+    the seed. Reads config.json of the model folder only. Raises ModelFolderError.
+    """
+    n_ranks, device_type = planned_ranks(config.plan_ranks), device_type_of(config.device)
+    shape = read_config(config.model)
+    n_mine = -(-min(config.global_batch_size, len(encoded)) // n_ranks)  # trajectories of rank 0 in one step
+    n_packed = min(config.micro_batch_size, n_mine)
+    batch = pack(sorted(encoded, key=len, reverse=True)[:n_packed])
+    batch = replace(batch, ids=[])
+    n_rows = loss_rows(batch.trained_tokens, shape.vocab_size, device_type)
+
+    def run(model: torch.nn.Module, mode: FakeTensorMode) -> None:
+        weighted_loss_sum(model, _fake_batch(batch, mode), "torch", chunk_rows=n_rows).backward()
+
+    traced = trace_peak(
+        Transformer,
+        shape,
+        run,
+        min(2, -(-n_mine // config.micro_batch_size)),  # without and with a reduction: more repeat the first
+        n_ranks=n_ranks,
+        dtype=config.dtype,
+        checkpointing=config.activation_checkpointing == "on",
+    )
+    traced[OTHER_PART] += logits_bytes(n_rows, shape.vocab_size, config.dtype)
+    n_parameters = count_parameters(shape)
+    shard = -(-n_parameters // n_ranks)
+    optimizer = {"optimizer state": shard * ADAM_BYTES}
+    steps = steps_per_epoch(len(encoded), config.global_batch_size)
+    facts = [
+        f"{n_parameters:,} parameters, {n_ranks} rank{'s' * (n_ranks > 1)}, {config.dtype} on {device_type}",
+        f"{config.epochs} x {steps} = {config.epochs * steps} steps, {config.epochs * sum(map(len, encoded)):,} tokens; "
+        f"largest micro-batch {len(batch.input_ids_T):,} tokens, {batch.trained_tokens:,} of them trained",
+        *disk_facts(n_parameters * (FP32_BYTES + ADAM_BYTES), n_parameters * FP32_BYTES, config.keep_checkpoints),
+    ]
+    if n_ranks > config.global_batch_size:
+        facts.append(f"{n_ranks - config.global_batch_size} ranks hold shards only: no trajectory is left for them")
+    step = {"parameters": shard * FP32_BYTES, "gradients": shard * FP32_BYTES} | optimizer
+    return Plan(
+        facts=facts,
+        phases=[Phase("forward and backward", traced | optimizer), Phase("optimizer step", step)],
+        reserved=RESERVED_BYTES[device_type],
+        limit=memory_limit(config.gpu_memory_gib, device_type, n_ranks),
+    )
+
+
+def _fake_batch(batch: PackedBatch, mode: FakeTensorMode) -> PackedBatch:
+    """The batch's shapes without its numbers."""
+    tensors = {name: getattr(batch, name) for name in batch.__slots__ if name.endswith(("_T", "_K"))}
+    return replace(batch, **{name: mode.from_tensor(tensor) for name, tensor in tensors.items()})
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The table
+
+
+def disk_facts(checkpoint_bytes: int, final_bytes: int, keep_checkpoints: int) -> list[str]:
+    """Lines on the disk that a run needs: kept checkpoints, the one being written, and final/."""
+    line = f"checkpoint {checkpoint_bytes / GIB:.3f} GiB, final model {final_bytes / GIB:.3f} GiB; disk needed: "
+    if not keep_checkpoints:
+        return [line + "every checkpoint is kept, so that it grows with the run"]
+    needed = (keep_checkpoints + 1) * checkpoint_bytes + final_bytes
+    return [line + f"{needed / GIB:.3f} GiB ({keep_checkpoints} kept and one being written)"]
+
+
+def plan_lines(plan: Plan) -> list[str]:
+    """The plan as text: facts, GiB per rank by part and phase, and the verdict."""
+    parts = list(dict.fromkeys(part for phase in plan.phases for part in phase.bytes_by_part))
+    width = max(map(len, [*parts, "total"])) + 2
+    widths = [max(len(phase.name), 8) + 2 for phase in plan.phases]
+    names = [phase.name for phase in plan.phases]
+    lines = [*plan.facts, "GiB per rank".ljust(width) + "".join(map(str.rjust, names, widths))]
+    rows = {part: [phase.bytes_by_part.get(part, 0) for phase in plan.phases] for part in parts}
+    for name, cells in (rows | {"total": [phase.total for phase in plan.phases]}).items():
+        lines.append(name.ljust(width) + "".join(f"{n / GIB:{w}.3f}" for n, w in zip(cells, widths, strict=True)))
+    reserve = f", {plan.reserved / GIB:.0f} GiB of it reserved for CUDA and NCCL" if plan.reserved else ""
+    verdict = "fits" if plan.fits else "does not fit"
+    return [*lines, f"peak {plan.peak / GIB:.3f} GiB per rank{reserve}; limit {plan.limit / GIB:.2f} GiB: {verdict}"]
+
+
+def report_plan(plan: Plan) -> int:
+    """Prints the plan on rank 0; returns the exit code: 0 if the run fits, 2 if not."""
+    if os.environ.get("RANK", "0") == "0":
+        print("\n".join(plan_lines(plan)))
+    return 0 if plan.fits else EXIT_BAD_INPUT
+
+
+def check_plan(plan: Plan) -> None:
+    """Raises ConfigError when the run does not fit: better now than out of memory in an hour."""
+    if not plan.fits:
+        raise ConfigError(
+            f"--gpu_memory_gib: found a plan of {plan.peak / GIB:.2f} GiB per rank, expected at most "
+            f"{plan.limit / GIB:.2f}; --plan prints it by part"
+        )
+
