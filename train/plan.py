@@ -198,27 +198,17 @@ def plan_sft(config: SFTConfig, encoded: Sequence[EncodedTrajectory]) -> Plan:
     n_ranks, device_type = planned_ranks(config.plan_ranks), device_type_of(config.device)
     shape = read_config(config.model)
     n_mine = -(-min(config.global_batch_size, len(encoded)) // n_ranks)  # trajectories of rank 0 in one step
-    n_packed = min(config.micro_batch_size, n_mine)
-    batch = pack(sorted(encoded, key=len, reverse=True)[:n_packed])
-    batch = replace(batch, ids=[])
-    n_rows = loss_rows(batch.trained_tokens, shape.vocab_size, device_type)
-
-    def run(model: torch.nn.Module, mode: FakeTensorMode) -> None:
-        weighted_loss_sum(model, _fake_batch(batch, mode), "torch", chunk_rows=n_rows).backward()
-
-    traced = trace_peak(
-        Transformer,
+    batch = pack(sorted(encoded, key=len, reverse=True)[: min(config.micro_batch_size, n_mine)])
+    phases = plan_step(
         shape,
-        run,
-        min(2, -(-n_mine // config.micro_batch_size)),  # without and with a reduction: more repeat the first
+        batch,
+        -(-n_mine // config.micro_batch_size),
         n_ranks=n_ranks,
         dtype=config.dtype,
+        device_type=device_type,
         checkpointing=config.activation_checkpointing == "on",
     )
-    traced[OTHER_PART] += logits_bytes(n_rows, shape.vocab_size, config.dtype)
     n_parameters = count_parameters(shape)
-    shard = -(-n_parameters // n_ranks)
-    optimizer = {"optimizer state": shard * ADAM_BYTES}
     steps = steps_per_epoch(len(encoded), config.global_batch_size)
     facts = [
         f"{n_parameters:,} parameters, {n_ranks} rank{'s' * (n_ranks > 1)}, {config.dtype} on {device_type}",
@@ -228,13 +218,36 @@ def plan_sft(config: SFTConfig, encoded: Sequence[EncodedTrajectory]) -> Plan:
     ]
     if n_ranks > config.global_batch_size:
         facts.append(f"{n_ranks - config.global_batch_size} ranks hold shards only: no trajectory is left for them")
-    step = {"parameters": shard * FP32_BYTES, "gradients": shard * FP32_BYTES} | optimizer
-    return Plan(
-        facts=facts,
-        phases=[Phase("forward and backward", traced | optimizer), Phase("optimizer step", step)],
-        reserved=RESERVED_BYTES[device_type],
-        limit=memory_limit(config.gpu_memory_gib, device_type, n_ranks),
+    limit = memory_limit(config.gpu_memory_gib, device_type, n_ranks)
+    return Plan(facts, phases, reserved=RESERVED_BYTES[device_type], limit=limit)
+
+
+def plan_step(
+    shape: ModelConfig,
+    batch: PackedBatch,
+    n_micro_batches: int,
+    *,
+    n_ranks: int,
+    dtype: str = "float32",
+    device_type: str = "cpu",
+    checkpointing: bool = False,
+) -> list[Phase]:
+    """The two phases of an optimizer step over n_micro_batches like `batch`."""
+    n_rows = loss_rows(batch.trained_tokens, shape.vocab_size, device_type)
+    traced = trace_peak(
+        Transformer,
+        shape,
+        lambda model, mode: weighted_loss_sum(model, _fake_batch(batch, mode), "torch", chunk_rows=n_rows).backward(),
+        min(2, n_micro_batches),  # without and with a reduction: more repeat the first
+        n_ranks=n_ranks,
+        dtype=dtype,
+        checkpointing=checkpointing,
     )
+    traced[OTHER_PART] += logits_bytes(n_rows, shape.vocab_size, dtype)
+    shard = -(-count_parameters(shape) // n_ranks)
+    optimizer = {"optimizer state": shard * ADAM_BYTES}
+    step = {"parameters": shard * FP32_BYTES, "gradients": shard * FP32_BYTES}
+    return [Phase("forward and backward", traced | optimizer), Phase("optimizer step", step | optimizer)]
 
 
 def _fake_batch(batch: PackedBatch, mode: FakeTensorMode) -> PackedBatch:
