@@ -20,6 +20,7 @@ from model.pretrained_weights import read_config as read_model_config
 from model.tokenizer import Tokenizer, load_tokenizer
 from rl.check_rewards import check_rewards, drop_unspellable
 from rl.models import Models, load_models
+from rl.plan import plan_ppo
 from rl.ppo_config import PPOConfig
 from rl.ppo_loop import train_ppo
 from rl.prompts import PPOPrompt, read_prompts
@@ -34,6 +35,7 @@ from train.distributed import (
     leave_if_a_rank_is_lost,
     ranks_that_hold_shards_only,
 )
+from train.plan import check_plan, must_plan, report_plan
 from train.progress import command, log_on_main, unused_folder
 from train.run_control import TrainingError, lock_folder
 from train.run_history import finished_step, mark_finished, without_overridden
@@ -69,6 +71,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         check_tensorboard(config.tensorboard)
         config.prompt_format, format_line = agree_on_format(config)
         tokenizer = load_tokenizer(config.model)
+        if config.plan == "on":  # before anything asks for weights
+            return report_plan(plan_ppo(config, make_prompts(config, config.data, tokenizer)[0]))
         check_folder(config.model, tokenizer)
         sources = {
             "data_sha256": file_sha256(Path(config.data)),
@@ -83,6 +87,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         held_out = make_prompts(config, config.eval_data, tokenizer)[0] if config.eval_data else []
         use_deterministic_algorithms(config.deterministic)
         world = init_world(config.device, shard_group_size=config.shard_group_size)
+        if must_plan(config.gpu_memory_gib, config.device):
+            check_plan(plan_ppo(config, prompts))
+        world = init_world(config.device)
         loss_backend, reason = agree_on_loss_backend(config.loss_backend, world)
         if world.is_main:
             idle_line = ranks_that_hold_shards_only(world, config.minibatch_size)

@@ -24,7 +24,7 @@ from model.config import PRESETS, ModelConfig, count_parameters
 from model.transformer import Transformer
 from train.distributed import close_world, init_world, shard_model
 from train.optimizer import make_adamw
-from train.plan import plan_step
+from train.plan import Setup, plan_step
 from train.sft_config import SFTConfig
 from train.sft_loop import train_step
 
@@ -124,7 +124,7 @@ def main() -> None:
     for size in flags.sizes.split(","):
         shape = shape_of(size)
         for n_ranks in map(int, flags.ranks.split(",")):
-            phases = plan_step(shape, make_batch(flags.tokens), flags.micro_batches, n_ranks=n_ranks)
+            phases = plan_step(shape, make_batch(flags.tokens), flags.micro_batches, Setup(n_ranks))
             planned = max(phase.total for phase in phases) / MB
             measured = measured_mb(size, n_ranks, flags.tokens, flags.micro_batches)
             print(

@@ -54,7 +54,7 @@ def generate(
     """
     decoder = RowDecoder(
         model,
-        n_rows=ROWS_PER_FORWARD,
+        n_rows=min(ROWS_PER_FORWARD, max(1, len(prompts))),
         max_tokens=max(map(len, prompts), default=0) + max_new_tokens,
         max_new_tokens=max_new_tokens,
         temperature=temperature,

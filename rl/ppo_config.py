@@ -198,6 +198,19 @@ class PPOConfig:
         choices=("on", "off"),
         free=True,
     )
+    plan: str = setting(
+        "off",
+        "print the run's steps, memory and disk, and end: 0 if it fits, 2 if not; reads no weights (ours)",
+        choices=("on", "off"),
+        free=True,
+    )
+    plan_ranks: int = setting(0, "ranks to plan for; 0 = those of torchrun, or 1 (ours)", low=0, free=True)
+    gpu_memory_gib: float = setting(
+        0.0,
+        "memory of one rank in GiB: a run whose plan needs more ends before step 1; 0 = the device's (ours)",
+        low=0.0,
+        free=True,
+    )
     # run folder and watching
     checkpoint_every: int = setting(
         50,

@@ -36,6 +36,8 @@ RESERVED_BYTES = {"cuda": 2 * GIB, "cpu": 0}
 FP32_BYTES = 4
 ADAM_BYTES = 2 * FP32_BYTES  # both means of a parameter
 
+FEW_LAYERS = 4  # enough for FSDP's prefetching to be as in a deep model
+
 # The tracker's categories in the words of the table, for FSDP and for a model of one rank.
 PARTS = {
     "Sharded Param": "parameters",
@@ -48,6 +50,16 @@ PARTS = {
     "Reduce Scatter": "gradients",
 }
 OTHER_PART = "activations and loss"
+
+
+@dataclass(frozen=True, slots=True)
+class Setup:
+    """How a model will run."""
+
+    n_ranks: int
+    dtype: str = "float32"  # compute type
+    device_type: str = "cpu"
+    checkpointing: bool = False  # of activations
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,28 +128,42 @@ def memory_limit(gpu_memory_gib: float, device_type: str, n_ranks: int) -> int:
 
 def trace_peak(
     build: Callable[[ModelConfig], torch.nn.Module],
-    config: ModelConfig,
+    shape: ModelConfig,
     run: Callable[[torch.nn.Module, FakeTensorMode], None],
     n_calls: int,
-    *,
-    n_ranks: int,
-    dtype: str,
-    checkpointing: bool,
+    setup: Setup,
 ) -> dict[str, int]:
-    """Bytes by part at the peak of n_calls of run(model) on rank 0 of n_ranks.
+    """Bytes by part at the peak of n_calls of run(model) on rank 0.
 
     build: makes the model, Transformer or ValueModel. run: one forward of a micro-batch, with its backward where the
-    model has to learn; the last call reduces the gradients. Joins and leaves a fake process group: no other may exist.
+    model has to learn; the last call reduces the gradients. Layers are alike, so a deep model is traced with
+    FEW_LAYERS and twice as many, and the difference goes on to its depth. Joins and leaves a fake process group: no
+    other may exist.
     """
+    if shape.n_layers <= 2 * FEW_LAYERS:
+        return _trace(build, shape, run, n_calls, setup)
+    few = _trace(build, replace(shape, n_layers=FEW_LAYERS), run, n_calls, setup)
+    more = _trace(build, replace(shape, n_layers=2 * FEW_LAYERS), run, n_calls, setup)
+    steps = (shape.n_layers - 2 * FEW_LAYERS) / FEW_LAYERS
+    return {part: int(more[part] + (more[part] - few[part]) * steps) for part in more}
+
+
+def _trace(
+    build: Callable[[ModelConfig], torch.nn.Module],
+    shape: ModelConfig,
+    run: Callable[[torch.nn.Module, FakeTensorMode], None],
+    n_calls: int,
+    setup: Setup,
+) -> dict[str, int]:
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
-    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=n_ranks)
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=setup.n_ranks)
     try:
-        mesh = init_device_mesh("cpu", (n_ranks,))
-        world = World(rank=0, size=n_ranks, device=torch.device("cpu"), mesh=mesh)
+        mesh = init_device_mesh("cpu", (setup.n_ranks,))
+        world = World(rank=0, size=setup.n_ranks, device=torch.device("cpu"), mesh=mesh)
         with FakeTensorMode() as mode:
-            model = _fake_model(build, config, world, dtype)
-            model.activation_checkpointing = checkpointing
+            model = _fake_model(build, shape, world, setup.dtype)
+            model.activation_checkpointing = setup.checkpointing
             tracker = FSDPMemTracker(model) if isinstance(model, FSDPModule) else MemTracker()
             if not isinstance(model, FSDPModule):
                 tracker.track_external(model)
@@ -199,20 +225,13 @@ def plan_sft(config: SFTConfig, encoded: Sequence[EncodedTrajectory]) -> Plan:
     shape = read_config(config.model)
     n_mine = -(-min(config.global_batch_size, len(encoded)) // n_ranks)  # trajectories of rank 0 in one step
     batch = pack(sorted(encoded, key=len, reverse=True)[: min(config.micro_batch_size, n_mine)])
-    phases = plan_step(
-        shape,
-        batch,
-        -(-n_mine // config.micro_batch_size),
-        n_ranks=n_ranks,
-        dtype=config.dtype,
-        device_type=device_type,
-        checkpointing=config.activation_checkpointing == "on",
-    )
+    setup = Setup(n_ranks, config.dtype, device_type, config.activation_checkpointing == "on")
+    phases = plan_step(shape, batch, -(-n_mine // config.micro_batch_size), setup)
     n_parameters = count_parameters(shape)
     steps = steps_per_epoch(len(encoded), config.global_batch_size)
     facts = [
         f"{n_parameters:,} parameters, {n_ranks} rank{'s' * (n_ranks > 1)}, {config.dtype} on {device_type}",
-        f"{config.epochs} x {steps} = {config.epochs * steps} steps, {config.epochs * sum(map(len, encoded)):,} tokens; "
+        f"{config.epochs} x {steps} = {config.epochs * steps} steps of {sum(map(len, encoded)):,} tokens per epoch; "
         f"largest micro-batch {len(batch.input_ids_T):,} tokens, {batch.trained_tokens:,} of them trained",
         *disk_facts(n_parameters * (FP32_BYTES + ADAM_BYTES), n_parameters * FP32_BYTES, config.keep_checkpoints),
     ]
@@ -222,29 +241,18 @@ def plan_sft(config: SFTConfig, encoded: Sequence[EncodedTrajectory]) -> Plan:
     return Plan(facts, phases, reserved=RESERVED_BYTES[device_type], limit=limit)
 
 
-def plan_step(
-    shape: ModelConfig,
-    batch: PackedBatch,
-    n_micro_batches: int,
-    *,
-    n_ranks: int,
-    dtype: str = "float32",
-    device_type: str = "cpu",
-    checkpointing: bool = False,
-) -> list[Phase]:
+def plan_step(shape: ModelConfig, batch: PackedBatch, n_micro_batches: int, setup: Setup) -> list[Phase]:
     """The two phases of an optimizer step over n_micro_batches like `batch`."""
-    n_rows = loss_rows(batch.trained_tokens, shape.vocab_size, device_type)
+    n_rows = loss_rows(batch.trained_tokens, shape.vocab_size, setup.device_type)
     traced = trace_peak(
         Transformer,
         shape,
         lambda model, mode: weighted_loss_sum(model, _fake_batch(batch, mode), "torch", chunk_rows=n_rows).backward(),
         min(2, n_micro_batches),  # without and with a reduction: more repeat the first
-        n_ranks=n_ranks,
-        dtype=dtype,
-        checkpointing=checkpointing,
+        setup,
     )
-    traced[OTHER_PART] += logits_bytes(n_rows, shape.vocab_size, dtype)
-    shard = -(-count_parameters(shape) // n_ranks)
+    traced[OTHER_PART] += logits_bytes(n_rows, shape.vocab_size, setup.dtype)
+    shard = -(-count_parameters(shape) // setup.n_ranks)
     optimizer = {"optimizer state": shard * ADAM_BYTES}
     step = {"parameters": shard * FP32_BYTES, "gradients": shard * FP32_BYTES}
     return [Phase("forward and backward", traced | optimizer), Phase("optimizer step", step | optimizer)]
@@ -281,7 +289,7 @@ def plan_lines(plan: Plan) -> list[str]:
         lines.append(name.ljust(width) + "".join(f"{n / GIB:{w}.3f}" for n, w in zip(cells, widths, strict=True)))
     reserve = f", {plan.reserved / GIB:.0f} GiB of it reserved for CUDA and NCCL" if plan.reserved else ""
     verdict = "fits" if plan.fits else "does not fit"
-    return [*lines, f"peak {plan.peak / GIB:.3f} GiB per rank{reserve}; limit {plan.limit / GIB:.2f} GiB: {verdict}"]
+    return [*lines, f"peak {plan.peak / GIB:.3f} GiB per rank{reserve}; limit {plan.limit / GIB:.3f} GiB: {verdict}"]
 
 
 def report_plan(plan: Plan) -> int:
@@ -295,7 +303,6 @@ def check_plan(plan: Plan) -> None:
     """Raises ConfigError when the run does not fit: better now than out of memory in an hour."""
     if not plan.fits:
         raise ConfigError(
-            f"--gpu_memory_gib: found a plan of {plan.peak / GIB:.2f} GiB per rank, expected at most "
-            f"{plan.limit / GIB:.2f}; --plan prints it by part"
+            f"--gpu_memory_gib: found a plan of {plan.peak / GIB:.3f} GiB per rank, expected at most "
+            f"{plan.limit / GIB:.3f}; --plan prints it by part"
         )
-

@@ -1,0 +1,150 @@
+"""Memory of a PPO run before it starts; what is counted and what is traced: train/plan.py."""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from model.config import ModelConfig, count_parameters
+from model.decode import SLOTS_PER_STEP
+from model.pretrained_weights import read_config
+from model.sampling import ROWS_PER_FORWARD
+from model.transformer import Transformer
+from model.value_model import ValueModel
+from rl.ppo_config import PPOConfig
+from rl.ppo_loop import count_steps
+from rl.prompts import PPOPrompt
+from rl.rollout import ResponseBatch, response_logprobs, response_states, response_values
+from train.distributed import DTYPES
+from train.plan import (
+    ADAM_BYTES,
+    FP32_BYTES,
+    OTHER_PART,
+    RESERVED_BYTES,
+    Phase,
+    Plan,
+    Setup,
+    device_type_of,
+    disk_facts,
+    logits_bytes,
+    loss_rows,
+    memory_limit,
+    planned_ranks,
+    trace_peak,
+)
+
+
+def plan_ppo(config: PPOConfig, prompts: Sequence[PPOPrompt]) -> Plan:
+    """The plan of `python run_ppo.py` with these settings on these prompts.
+
+    The largest micro-batch is taken to be micro_batch_size times the longest prompt with a response of full length.
+    Reads config.json of the model folder only. Raises ModelFolderError.
+    """
+    n_ranks, device_type = planned_ranks(config.plan_ranks), device_type_of(config.device)
+    shape = read_config(config.model)
+    longest = max(len(prompt.prompt_ids) for prompt in prompts)
+    n_steps = config.epochs * sum(count_steps(len(prompts), config))
+    n_parameters, n_critic = parameter_counts(shape)
+    facts = [
+        f"policy and reference {n_parameters:,} parameters each, critic {n_critic:,}; {n_ranks} "
+        f"rank{'s' * (n_ranks > 1)}, {config.dtype} on {device_type}",
+        f"{config.epochs} x {len(prompts):,} prompts, {n_steps} optimizer steps; longest prompt {longest:,} tokens, "
+        f"responses of at most {config.max_response_tokens:,}",
+        *disk_facts(
+            (n_parameters + n_critic) * (FP32_BYTES + ADAM_BYTES),
+            (n_parameters + n_critic * (config.save_critic == "on")) * FP32_BYTES,
+            config.keep_checkpoints,
+        ),
+    ]
+    if n_ranks > config.rollout_batch_size:
+        facts.append(f"{n_ranks - config.rollout_batch_size} ranks hold shards only: no response is left for them")
+    resident = {
+        "parameters": 2 * _shard(n_parameters, n_ranks) * FP32_BYTES + _shard(n_critic, n_ranks) * FP32_BYTES,
+        "optimizer state": (_shard(n_parameters, n_ranks) + _shard(n_critic, n_ranks)) * ADAM_BYTES,
+    }
+    setup = Setup(n_ranks, config.dtype, device_type, config.activation_checkpointing == "on")
+    phases = [
+        Phase("rollout", resident | rollout_bytes(config, shape, longest, n_ranks)),
+        *update_phases(config, shape, longest, resident, setup),
+    ]
+    limit = memory_limit(config.gpu_memory_gib, device_type, n_ranks)
+    return Plan(facts, phases, reserved=RESERVED_BYTES[device_type], limit=limit)
+
+
+def _shard(n_parameters: int, n_ranks: int) -> int:
+    """Parameters of one rank."""
+    return -(-n_parameters // n_ranks)
+
+
+def rollout_bytes(config: PPOConfig, shape: ModelConfig, longest: int, n_ranks: int) -> dict[str, int]:
+    """What sampling needs beyond the models: a whole policy, unless it is one already, and the key/value cache."""
+    itemsize = DTYPES[config.dtype].itemsize
+    is_whole = n_ranks == 1 and config.dtype == "float32"
+    n_rows = min(ROWS_PER_FORWARD, -(-config.rollout_batch_size // n_ranks))
+    n_slots = -(-(longest + config.max_response_tokens) // SLOTS_PER_STEP) * SLOTS_PER_STEP
+    slot_bytes = 2 * shape.n_layers * shape.n_kv_heads * shape.head_dim * itemsize
+    return {
+        "gathered parameters": 0 if is_whole else count_parameters(shape) * itemsize,
+        "key/value cache": n_rows * n_slots * slot_bytes,
+        OTHER_PART: logits_bytes(ROWS_PER_FORWARD, shape.vocab_size, "float32") * 4,  # log-softmax, fp64 sums
+    }
+
+
+def update_phases(
+    config: PPOConfig, shape: ModelConfig, longest: int, resident: dict[str, int], setup: Setup
+) -> list[Phase]:
+    """Measuring and the update of policy and critic, traced on at most two micro-batches."""
+    n_mine = -(-config.minibatch_size // setup.n_ranks)  # responses of rank 0 in one minibatch
+    n_rows, n_calls = min(config.micro_batch_size, n_mine), min(2, -(-n_mine // config.micro_batch_size))
+    n_logits = loss_rows(n_rows * config.max_response_tokens, shape.vocab_size, setup.device_type)
+
+    def traced(build: Callable[[ModelConfig], torch.nn.Module], score: Callable, needs_grad: bool) -> dict[str, int]:
+        def run(model: torch.nn.Module, mode: FakeTensorMode) -> None:
+            with torch.set_grad_enabled(needs_grad):
+                total = score(model, full_batch(n_rows, longest, config.max_response_tokens)).sum()
+            if needs_grad:
+                total.backward()
+
+        parts = trace_peak(build, shape, run, n_calls if needs_grad else 1, setup)
+        del parts["parameters"]  # all models' are in `resident`
+        if build is Transformer:
+            parts[OTHER_PART] += logits_bytes(n_logits, shape.vocab_size, config.dtype)
+        return parts
+
+    # a micro-batch goes through the policy, then through the critic; before the last one gradients are kept unreduced
+    n_policy, n_critic = parameter_counts(shape)
+    kept = {
+        name: n if n_calls > 1 else _shard(n, setup.n_ranks) for name, n in (("policy", n_policy), ("critic", n_critic))
+    }
+    beside_policy = {"other model's gradients": kept["critic"] * FP32_BYTES if n_calls > 1 else 0}
+    beside_critic = {"other model's gradients": kept["policy"] * FP32_BYTES}
+    return [
+        Phase("measure", resident | traced(Transformer, logprobs_of, False)),
+        Phase("policy update", resident | traced(Transformer, logprobs_of, True) | beside_policy),
+        Phase("critic update", resident | traced(ValueModel, values_of, True) | beside_critic),
+    ]
+
+
+def parameter_counts(shape: ModelConfig) -> tuple[int, int]:
+    """Parameters of the policy and of the critic, which has a value head instead of an output head."""
+    n_policy = count_parameters(shape)
+    n_head = 0 if shape.tie_embeddings else shape.vocab_size * shape.dim
+    return n_policy, n_policy - n_head + shape.dim + 1
+
+
+def logprobs_of(policy: torch.nn.Module, batch: ResponseBatch) -> Tensor:
+    """Log-probabilities of the responses, (K,), as the update computes them."""
+    return response_logprobs(response_states(policy, batch), policy, batch, temperature=1.0)
+
+
+def values_of(critic: torch.nn.Module, batch: ResponseBatch) -> Tensor:
+    """Values of the responses' states, (K,)."""
+    return response_values(critic, batch)
+
+
+def full_batch(n_rows: int, n_prompt: int, n_response: int) -> ResponseBatch:
+    """A packed micro-batch of n_rows prompts and responses of those lengths, in tokens; its numbers mean nothing."""
+    n_tokens, n_scored = n_rows * (n_prompt + n_response - 1), n_rows * n_response
+    ids_T, index_K = torch.zeros(n_tokens, dtype=torch.int64), torch.zeros(n_scored, dtype=torch.int64)
+    return ResponseBatch(ids_T, ids_T, [n_prompt + n_response - 1] * n_rows, index_K, index_K, index_K, index_K)

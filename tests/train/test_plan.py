@@ -1,0 +1,149 @@
+"""`--plan`: counted bytes by hand, traced bytes against deeper traces and against a process's own memory."""
+
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+import run_ppo
+import run_sft
+from benchmarks.benchmark_plan import make_batch, measured_mb, shape_of
+from model.sampling import RowDecoder, generate
+from train import plan as train_plan
+from train.plan import GIB, OTHER_PART, Setup, memory_limit, plan_step, planned_ranks
+
+MB = 2**20
+TINY_MODEL = Path("assets/tiny_model")
+
+
+@pytest.fixture
+def folder_without_weights(tmp_path: Path) -> Path:
+    """The bundled model's config and tokenizer only."""
+    folder = tmp_path / "model"
+    folder.mkdir()
+    for name in ("config.json", "tokenizer.model"):
+        shutil.copy(TINY_MODEL / name, folder)
+    return folder
+
+
+def table_of(printed: str) -> dict[str, list[float]]:
+    """The rows of numbers below "GiB per rank", by name."""
+    lines = printed[printed.index("GiB per rank") :].splitlines()[1:-1]
+    return {line[:24].strip(): [float(cell) for cell in line[24:].split()] for line in lines}
+
+
+class TestCommand:
+    def test_sft_prints_steps_memory_and_disk_without_weights(self, folder_without_weights, tmp_path, capsys):
+        output = tmp_path / "run"
+        code = run_sft.main(["--plan", "--model", str(folder_without_weights), "--output", str(output)])
+        printed = capsys.readouterr().out
+        assert code == 0 and not output.exists()
+        assert "1 x 305 = 305 steps" in printed  # 1,217 trajectories by 4
+        # 1,948,224 parameters of 4 bytes and two means of 4: 23,378,688 bytes = 0.022 GiB; final/ a third of that
+        assert "1,948,224 parameters" in printed and "checkpoint 0.022 GiB, final model 0.007 GiB" in printed
+        assert "disk needed: 0.073 GiB" in printed  # 3 x 23,378,688 + 7,792,896 = 77,928,960
+        table = table_of(printed)
+        assert table["optimizer state"] == [0.015, 0.015] and table["parameters"] == [0.007, 0.007]
+
+    def test_ppo_prints_its_phases_without_weights(self, folder_without_weights, tmp_path, capsys):
+        arguments = ["--plan", "--model", str(folder_without_weights), "--output", str(tmp_path / "run")]
+        assert run_ppo.main([*arguments, "--plan_ranks", "2"]) == 0
+        printed = capsys.readouterr().out
+        # three models of 0.00726 GiB on two ranks; two of them with two means each
+        table = table_of(printed)
+        assert table["parameters"] == [0.011] * 4 and table["optimizer state"] == [0.015] * 4
+        # a whole policy for sampling: 7,792,896 bytes
+        assert table["gathered parameters"][0] == 0.007
+        assert not (tmp_path / "run").exists()
+
+    @pytest.mark.parametrize("program", [run_sft, run_ppo])
+    def test_a_plan_that_does_not_fit_ends_with_code_2(self, program, folder_without_weights, capsys):
+        arguments = ["--plan", "--model", str(folder_without_weights), "--gpu_memory_gib", "0.01"]
+        assert program.main(arguments) == 2
+        assert capsys.readouterr().out.rstrip().endswith("limit 0.010 GiB: does not fit")
+
+    def test_a_run_that_does_not_fit_is_refused_before_it_begins(self, tmp_path, capsys):
+        with pytest.raises(SystemExit) as ended:
+            run_sft.main(["--gpu_memory_gib", "0.01", "--output", str(tmp_path / "run")])
+        error = capsys.readouterr().err
+        assert ended.value.code == 2 and error.count("\n") == 1 and not (tmp_path / "run").exists()
+        assert error.startswith("--gpu_memory_gib: found a plan of 0.1") and "expected at most 0.010" in error
+
+    def test_a_run_that_fits_goes_on(self, tmp_path):
+        arguments = ["--gpu_memory_gib", "4", "--max_steps", "1", "--output", str(tmp_path / "run")]
+        assert run_sft.main(arguments) == 0
+        assert len((tmp_path / "run/metrics.jsonl").read_text().splitlines()) == 1
+
+    def test_ranks_without_work_are_counted(self, folder_without_weights, capsys):
+        run_sft.main(["--plan", "--model", str(folder_without_weights), "--plan_ranks", "6"])
+        assert "2 ranks hold shards only" in capsys.readouterr().out  # 4 trajectories per step
+
+    def test_a_damaged_config_is_one_line(self, folder_without_weights, capsys):
+        hostile = json.loads((TINY_MODEL / "config.json").read_text()) | {"num_hidden_layers": 10**9}
+        (folder_without_weights / "config.json").write_text(json.dumps(hostile))
+        with pytest.raises(SystemExit) as ended:
+            run_sft.main(["--plan", "--model", str(folder_without_weights)])
+        assert ended.value.code == 2 and capsys.readouterr().err.count("\n") == 1
+
+
+class TestTrace:
+    @pytest.mark.slow
+    @pytest.mark.parametrize(("n_ranks", "n_micro_batches"), [(1, 1), (2, 2)])
+    def test_few_layers_tell_what_all_layers_need(self, monkeypatch, n_ranks, n_micro_batches):
+        shape = replace(shape_of("small"), n_layers=11, vocab_size=500)
+        arguments = shape, make_batch(96), n_micro_batches, Setup(n_ranks)
+        from_few = plan_step(*arguments)
+        monkeypatch.setattr(train_plan, "FEW_LAYERS", 11)  # traces all of them
+        whole = plan_step(*arguments)
+        assert [phase.total for phase in from_few] == pytest.approx([phase.total for phase in whole], rel=0.01)
+
+    @pytest.mark.slow
+    def test_checkpointing_keeps_fewer_activations(self):
+        shape = shape_of("small")
+        plain, checkpointed = (
+            plan_step(shape, make_batch(512), 1, Setup(2, checkpointing=active))[0].bytes_by_part[OTHER_PART]
+            for active in (False, True)
+        )
+        # one block's inner activations instead of eight
+        assert 0.1 < checkpointed / plain < 0.5
+
+    @pytest.mark.slow
+    def test_unreduced_gradients_of_several_micro_batches_are_whole(self):
+        shape = shape_of("small")
+        one, two = (plan_step(shape, make_batch(64), n, Setup(4))[0].bytes_by_part["gradients"] for n in (1, 2))
+        n_bytes = 4 * 33_300_000  # about: all parameters in fp32
+        assert one < 0.7 * n_bytes < two
+
+    @pytest.mark.slow
+    @pytest.mark.parametrize("n_ranks", [1, 2])
+    def test_plan_is_within_15_percent_of_a_process(self, n_ranks):
+        planned = max(phase.total for phase in plan_step(shape_of("small"), make_batch(256), 1, Setup(n_ranks))) / MB
+        assert planned == pytest.approx(measured_mb("small", n_ranks, 256, 1), rel=0.15)
+
+
+class TestLimit:
+    def test_setting_then_device_then_share_of_the_machine(self, monkeypatch):
+        assert memory_limit(2.5, "cuda", 8) == 2.5 * GIB
+        assert memory_limit(0.0, "cuda", 8) >= 8 * GIB  # this machine's, or 80 GiB where there is none
+        assert memory_limit(0.0, "cpu", 4) == pytest.approx(memory_limit(0.0, "cpu", 1) / 4, abs=1)
+
+    def test_ranks_are_the_settings_then_torchruns(self, monkeypatch):
+        monkeypatch.setenv("WORLD_SIZE", "4")
+        assert planned_ranks(8) == 8 and planned_ranks(0) == 4
+        monkeypatch.delenv("WORLD_SIZE")
+        assert planned_ranks(0) == 1
+
+
+def test_the_cache_of_one_prompt_has_one_row(monkeypatch):
+    from model.pretrained_weights import load_pretrained
+
+    caches = []
+    begin = RowDecoder.begin
+    monkeypatch.setattr(RowDecoder, "begin", lambda self, *rest: caches.append(self.cache) or begin(self, *rest))
+    model = load_pretrained(TINY_MODEL)
+    generate(model, [[1, 5, 9]], max_new_tokens=4, eos_id=None)
+    generate(model, [[1, 5, 9]] * 20, max_new_tokens=4, eos_id=None)
+    rows = [len(cache.lengths) for cache in caches]
+    assert rows[0] == 1 and set(rows[1:]) == {16}
