@@ -85,7 +85,7 @@ def measure(size: str, n_tokens: int, n_micro_batches: int) -> None:
 
     run(replace(shape_of("small"), n_layers=1), 64)
     before = resident_mb("VmRSS")
-    Path("/proc/self/clear_refs").write_text("5")  # the high-water mark begins anew
+    Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts again from here
     run(shape_of(size), n_tokens)
     sys.stdout.write(json.dumps({"above_start_mb": resident_mb("VmHWM") - before}) + "\n")
     close_world()

@@ -1,7 +1,7 @@
 """Memory of a run before it starts: no weight is read and no GPU is needed.
 
 What is resident is counted: parameters, optimizer state, key/value cache. What forward and backward need at their peak
-is traced: the model's own forward and the run's own loss run on fake tensors, sharded by FSDP2 over a fake process
+is traced: the model's own forward and the training loss run on fake tensors, sharded by FSDP2 over a fake process
 group, while PyTorch's memory tracker adds up what is alive (torch.distributed._tools). The optimizer step needs nothing
 beyond its state: fused AdamW writes in place.
 
@@ -28,8 +28,7 @@ from model.pretrained_weights import read_config
 from model.transformer import Transformer
 from train.distributed import DTYPES, World, set_gradient_sync, shard_model
 from train.sft_config import SFTConfig
-from train.sft_loop import weighted_loss_sum
-from train.weighted_cross_entropy import MAX_LOGITS_BYTES
+from train.weighted_cross_entropy import MAX_LOGITS_BYTES, linear_weighted_cross_entropy
 
 GIB = 2**30
 RESERVED_BYTES = {"cuda": 2 * GIB, "cpu": 0}
@@ -247,7 +246,7 @@ def plan_step(shape: ModelConfig, batch: PackedBatch, n_micro_batches: int, setu
     traced = trace_peak(
         Transformer,
         shape,
-        lambda model, mode: weighted_loss_sum(model, _fake_batch(batch, mode), "torch", chunk_rows=n_rows).backward(),
+        lambda model, mode: _loss_sum(model, _fake_batch(batch, mode), n_rows).backward(),
         min(2, n_micro_batches),  # without and with a reduction: more repeat the first
         setup,
     )
@@ -256,6 +255,24 @@ def plan_step(shape: ModelConfig, batch: PackedBatch, n_micro_batches: int, setu
     optimizer = {"optimizer state": shard * ADAM_BYTES}
     step = {"parameters": shard * FP32_BYTES, "gradients": shard * FP32_BYTES}
     return [Phase("forward and backward", traced | optimizer), Phase("optimizer step", step | optimizer)]
+
+
+def _loss_sum(model: torch.nn.Module, batch: PackedBatch, chunk_rows: int) -> torch.Tensor:
+    """A micro-batch's weighted loss, as train_step of train/sft_loop.py computes it."""
+    hidden_BTD = model(
+        batch.input_ids_T[None],
+        position_ids_BT=batch.position_ids_T[None],
+        segment_lengths=batch.segment_lengths,
+        return_hidden=True,
+    )
+    return linear_weighted_cross_entropy(
+        hidden_BTD[0],
+        model.head_weight(),
+        batch.target_ids_T,
+        batch.loss_weights_T,
+        chunk_rows=chunk_rows,
+        trained_index_K=batch.trained_index_K,
+    )
 
 
 def _fake_batch(batch: PackedBatch, mode: FakeTensorMode) -> PackedBatch:

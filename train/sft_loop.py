@@ -109,7 +109,22 @@ def train_step(
     for number, batch in enumerate(batches, start=1):
         is_last = number == len(batches)
         set_gradient_sync(model, synchronize=is_last, is_last=is_last)
-        weighted_sum = weighted_loss_sum(model, batch.to(world.device), loss_backend)
+        batch = batch.to(world.device)
+        hidden_BTD = model(
+            batch.input_ids_T[None],
+            position_ids_BT=batch.position_ids_T[None],
+            segment_lengths=batch.segment_lengths,
+            return_hidden=True,
+        )
+        # after forward: the root's FSDP group is gathered now and stays so until its backward
+        weighted_sum = linear_weighted_cross_entropy(
+            hidden_BTD[0],
+            model.head_weight(),
+            batch.target_ids_T,
+            batch.loss_weights_T,
+            trained_index_K=batch.trained_index_K,
+            backend=loss_backend,
+        )
         (weighted_sum / denominator).backward()
         loss_sum += weighted_sum.detach()
     # 3. - 4.
@@ -126,28 +141,6 @@ def train_step(
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     return StepResult(loss, grad_norm, denominator, trained_tokens, trained_turns, input_tokens)
-
-
-def weighted_loss_sum(
-    model: torch.nn.Module, batch: PackedBatch, loss_backend: str, chunk_rows: int | None = None
-) -> torch.Tensor:
-    """sum_i w_i * ce_i over one micro-batch (E1), a scalar before any division; under FSDP a collective."""
-    hidden_BTD = model(
-        batch.input_ids_T[None],
-        position_ids_BT=batch.position_ids_T[None],
-        segment_lengths=batch.segment_lengths,
-        return_hidden=True,
-    )
-    # after forward: the root's FSDP group is gathered now and stays so until its backward
-    return linear_weighted_cross_entropy(
-        hidden_BTD[0],
-        model.head_weight(),
-        batch.target_ids_T,
-        batch.loss_weights_T,
-        chunk_rows=chunk_rows,
-        trained_index_K=batch.trained_index_K,
-        backend=loss_backend,
-    )
 
 
 def _global_counts(config: SFTConfig, batches: list[PackedBatch], step: int) -> tuple[float, int, int, int]:
