@@ -35,7 +35,7 @@ from train.distributed import (
     leave_if_a_rank_is_lost,
     ranks_that_hold_shards_only,
 )
-from train.plan import check_plan, must_plan, report_plan
+from train.plan import refuse_too_large, report_plan
 from train.progress import command, log_on_main, unused_folder
 from train.run_control import TrainingError, lock_folder
 from train.run_history import finished_step, mark_finished, without_overridden
@@ -86,13 +86,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         prompts, more_notes = drop_unspellable(prompts, tokenizer, config.max_response_tokens)
         held_out = make_prompts(config, config.eval_data, tokenizer)[0] if config.eval_data else []
         use_deterministic_algorithms(config.deterministic)
+        refuse_too_large(config.gpu_memory_gib, config.device, lambda: plan_ppo(config, prompts))
         world = init_world(config.device, shard_group_size=config.shard_group_size)
-        if must_plan(config.gpu_memory_gib, config.device):
-            check_plan(plan_ppo(config, prompts))
-        world = init_world(config.device)
         loss_backend, reason = agree_on_loss_backend(config.loss_backend, world)
         if world.is_main:
-            idle_line = ranks_that_hold_shards_only(world, config.minibatch_size)
+            idle_line = ranks_that_hold_shards_only(world.size, config.minibatch_size)
             for note in (
                 *filter(None, [format_line, idle_line]),
                 *notes,

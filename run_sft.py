@@ -33,7 +33,7 @@ from train.distributed import (
 )
 from train.held_out import read_held_out
 from train.optimizer import make_adamw
-from train.plan import check_plan, must_plan, plan_sft, report_plan
+from train.plan import plan_sft, refuse_too_large, report_plan
 from train.progress import command, log_on_main, unused_folder
 from train.run_control import TrainingError, lock_folder
 from train.run_history import finished_step, mark_finished, without_overridden
@@ -76,25 +76,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         encoded, report = encode_data(config, tokenizer)
         held_out, held_out_notes = read_held_out(config, tokenizer)
         use_deterministic_algorithms(config.deterministic)
+        refuse_too_large(config.gpu_memory_gib, config.device, lambda: plan_sft(config, encoded))
         world = init_world(config.device, shard_group_size=config.shard_group_size)
-        if must_plan(config.gpu_memory_gib, config.device):
-            check_plan(plan_sft(config, encoded))
-        world = init_world(config.device)
         loss_backend, reason = agree_on_loss_backend(config.loss_backend, world)
         if world.is_main:
-            idle_line = ranks_that_hold_shards_only(world, min(config.global_batch_size, len(encoded)))
+            idle_line = ranks_that_hold_shards_only(world.size, min(config.global_batch_size, len(encoded)))
             for note in filter(None, [format_line, idle_line, *report["notes"], *held_out_notes]):
                 log_line(note)
             log_line(f"loss backend: {loss_backend} ({reason})")
         model = load_sharded_model(config.model, world, dtype=config.dtype, tokenizer_size=tokenizer.vocab_size)
-        optimizer = make_adamw(
-            model,
-            learning_rate=config.learning_rate,
-            beta1=config.adam_beta1,
-            beta2=config.adam_beta2,
-            epsilon=config.adam_epsilon,
-            weight_decay=config.weight_decay,
-        )
+        optimizer = make_optimizer(config, model)
         data = SFTData(
             step_batches=lambda step: step_batches(
                 encoded,
@@ -123,6 +114,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except RuntimeError as error:
         leave_if_a_rank_is_lost(error)
         raise
+
+
+def make_optimizer(config: SFTConfig, model: torch.nn.Module) -> torch.optim.Optimizer:
+    """AdamW over a model that is sharded already."""
+    return make_adamw(
+        model,
+        learning_rate=config.learning_rate,
+        beta1=config.adam_beta1,
+        beta2=config.adam_beta2,
+        epsilon=config.adam_epsilon,
+        weight_decay=config.weight_decay,
+    )
 
 
 def is_finished(config: SFTConfig, sources: dict[str, str]) -> bool:

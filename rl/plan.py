@@ -1,4 +1,7 @@
-"""Memory of a PPO run before it starts; what is counted and what is traced: train/plan.py."""
+"""Memory of a PPO run before it starts; what is counted and what is traced: train/plan.py.
+
+Shape suffixes: T tokens of a packed micro-batch, K response tokens.
+"""
 
 from collections.abc import Callable, Sequence
 
@@ -16,7 +19,7 @@ from rl.ppo_config import PPOConfig
 from rl.ppo_loop import count_steps
 from rl.prompts import PPOPrompt
 from rl.rollout import ResponseBatch, response_logprobs, response_states, response_values
-from train.distributed import DTYPES
+from train.distributed import DTYPES, ranks_that_hold_shards_only
 from train.plan import (
     ADAM_BYTES,
     FP32_BYTES,
@@ -57,24 +60,19 @@ def plan_ppo(config: PPOConfig, prompts: Sequence[PPOPrompt]) -> Plan:
             config.keep_checkpoints,
         ),
     ]
-    if n_ranks > config.rollout_batch_size:
-        facts.append(f"{n_ranks - config.rollout_batch_size} ranks hold shards only: no response is left for them")
+    if line := ranks_that_hold_shards_only(n_ranks, config.minibatch_size):
+        facts.append(line)
+    setup = Setup(n_ranks, config.dtype, device_type, config.activation_checkpointing == "on", config.shard_group_size)
     resident = {
-        "parameters": 2 * _shard(n_parameters, n_ranks) * FP32_BYTES + _shard(n_critic, n_ranks) * FP32_BYTES,
-        "optimizer state": (_shard(n_parameters, n_ranks) + _shard(n_critic, n_ranks)) * ADAM_BYTES,
+        "parameters": (2 * setup.shard(n_parameters) + setup.shard(n_critic)) * FP32_BYTES,
+        "optimizer state": (setup.shard(n_parameters) + setup.shard(n_critic)) * ADAM_BYTES,
     }
-    setup = Setup(n_ranks, config.dtype, device_type, config.activation_checkpointing == "on")
     phases = [
         Phase("rollout", resident | rollout_bytes(config, shape, longest, n_ranks)),
         *update_phases(config, shape, longest, resident, setup),
     ]
     limit = memory_limit(config.gpu_memory_gib, device_type, n_ranks)
     return Plan(facts, phases, reserved=RESERVED_BYTES[device_type], limit=limit)
-
-
-def _shard(n_parameters: int, n_ranks: int) -> int:
-    """Parameters of one rank."""
-    return -(-n_parameters // n_ranks)
 
 
 def rollout_bytes(config: PPOConfig, shape: ModelConfig, longest: int, n_ranks: int) -> dict[str, int]:
@@ -114,9 +112,7 @@ def update_phases(
 
     # a micro-batch goes through the policy, then through the critic; before the last one gradients are kept unreduced
     n_policy, n_critic = parameter_counts(shape)
-    kept = {
-        name: n if n_calls > 1 else _shard(n, setup.n_ranks) for name, n in (("policy", n_policy), ("critic", n_critic))
-    }
+    kept = {name: n if n_calls > 1 else setup.shard(n) for name, n in (("policy", n_policy), ("critic", n_critic))}
     beside_policy = {"other model's gradients": kept["critic"] * FP32_BYTES if n_calls > 1 else 0}
     beside_critic = {"other model's gradients": kept["policy"] * FP32_BYTES}
     return [

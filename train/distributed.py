@@ -103,14 +103,19 @@ def init_world(device: str, *, shard_group_size: int = 0, patience: timedelta = 
         backend = "cpu:gloo,cuda:nccl" if on_cuda else "gloo"
         dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=patience)
     rank, size = dist.get_rank(), dist.get_world_size()
+    mesh = make_mesh(size, shard_group_size, "cuda" if on_cuda else "cpu")
+    torch_device = torch.device("cuda", local_rank) if on_cuda else torch.device("cpu")
+    return World(rank=rank, size=size, device=torch_device, mesh=mesh)
+
+
+def make_mesh(size: int, shard_group_size: int, device_type: str) -> DeviceMesh:
+    """The mesh of World for `size` ranks of a process group that exists. Raises DeviceError as init_world."""
     shards = shard_group_size or size
     if size % shards:
         raise DeviceError(f"--shard_group_size: found {shards}, expected 0 or a divisor of {size}, the number of ranks")
     # ranks of one node have neighbouring numbers: shards travel within a node, sums of gradients between nodes
     shape, names = ((size,), ("shard",)) if shards == size else ((size // shards, shards), ("replica", "shard"))
-    mesh = init_device_mesh("cuda" if on_cuda else "cpu", shape, mesh_dim_names=names)
-    torch_device = torch.device("cuda", local_rank) if on_cuda else torch.device("cpu")
-    return World(rank=rank, size=size, device=torch_device, mesh=mesh)
+    return init_device_mesh(device_type, shape, mesh_dim_names=names)
 
 
 def end_with_torchrun() -> None:
@@ -257,12 +262,12 @@ def host_group() -> dist.ProcessGroup:
     return dist.new_group(backend="gloo")
 
 
-def ranks_that_hold_shards_only(world: World, n_units: int) -> str:
+def ranks_that_hold_shards_only(n_ranks: int, n_units: int) -> str:
     """A line for the log if a step has fewer units of work (trajectories, responses) than ranks; else ""."""
-    idle = world.size - n_units
+    idle = n_ranks - n_units
     if idle <= 0:
         return ""
-    return f"{idle} of {world.size} ranks will only hold shards: a step has {n_units}, one for each of the other ranks"
+    return f"{idle} of {n_ranks} ranks will only hold shards: a step has {n_units}, one for each of the other ranks"
 
 
 def wait_for_all() -> None:

@@ -5,6 +5,8 @@ is traced: the model's own forward and the training loss run on fake tensors, sh
 group, while PyTorch's memory tracker adds up what is alive (torch.distributed._tools). The optimizer step needs nothing
 beyond its state: fused AdamW writes in place.
 
+Shape suffixes: B batch, T tokens, D model dim, K trained tokens.
+
 Not seen: the allocator's fragmentation, and the buffers of NCCL and cuBLAS. RESERVED_BYTES stands for them on CUDA.
 """
 
@@ -17,7 +19,6 @@ import torch.distributed as dist
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed._tools.fsdp2_mem_tracker import FSDPMemTracker
 from torch.distributed._tools.mem_tracker import MemTracker
-from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule
 
 from command_line import EXIT_BAD_INPUT, ConfigError
@@ -26,7 +27,8 @@ from data.loss_weights import EncodedTrajectory
 from model.config import ModelConfig, count_parameters
 from model.pretrained_weights import read_config
 from model.transformer import Transformer
-from train.distributed import DTYPES, World, set_gradient_sync, shard_model
+from train.distributed import DTYPES, World, make_mesh, ranks_that_hold_shards_only, set_gradient_sync, shard_model
+from train.run_logging import log_line
 from train.sft_config import SFTConfig
 from train.weighted_cross_entropy import MAX_LOGITS_BYTES, linear_weighted_cross_entropy
 
@@ -59,6 +61,11 @@ class Setup:
     dtype: str = "float32"  # compute type
     device_type: str = "cpu"
     checkpointing: bool = False  # of activations
+    shard_group_size: int = 0  # ranks that share a copy of the parameters; 0 = all
+
+    def shard(self, n_parameters: int) -> int:
+        """Parameters of one rank."""
+        return -(-n_parameters // (self.shard_group_size or self.n_ranks))
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,11 +109,6 @@ def planned_ranks(plan_ranks: int) -> int:
 def device_type_of(device: str) -> str:
     """Where the run would compute: "cuda" or "cpu"."""
     return "cuda" if device == "cuda" or device == "auto" and torch.cuda.is_available() else "cpu"
-
-
-def must_plan(gpu_memory_gib: float, device: str) -> bool:
-    """Whether a run is planned before it starts: where a limit is given, and on CUDA, where memory is what runs out."""
-    return gpu_memory_gib > 0 or device_type_of(device) == "cuda"
 
 
 def memory_limit(gpu_memory_gib: float, device_type: str, n_ranks: int) -> int:
@@ -158,7 +160,7 @@ def _trace(
 
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=setup.n_ranks)
     try:
-        mesh = init_device_mesh("cpu", (setup.n_ranks,))
+        mesh = make_mesh(setup.n_ranks, setup.shard_group_size, "cpu")
         world = World(rank=0, size=setup.n_ranks, device=torch.device("cpu"), mesh=mesh)
         with FakeTensorMode() as mode:
             model = _fake_model(build, shape, world, setup.dtype)
@@ -224,7 +226,7 @@ def plan_sft(config: SFTConfig, encoded: Sequence[EncodedTrajectory]) -> Plan:
     shape = read_config(config.model)
     n_mine = -(-min(config.global_batch_size, len(encoded)) // n_ranks)  # trajectories of rank 0 in one step
     batch = pack(sorted(encoded, key=len, reverse=True)[: min(config.micro_batch_size, n_mine)])
-    setup = Setup(n_ranks, config.dtype, device_type, config.activation_checkpointing == "on")
+    setup = Setup(n_ranks, config.dtype, device_type, config.activation_checkpointing == "on", config.shard_group_size)
     phases = plan_step(shape, batch, -(-n_mine // config.micro_batch_size), setup)
     n_parameters = count_parameters(shape)
     steps = steps_per_epoch(len(encoded), config.global_batch_size)
@@ -234,8 +236,8 @@ def plan_sft(config: SFTConfig, encoded: Sequence[EncodedTrajectory]) -> Plan:
         f"largest micro-batch {len(batch.input_ids_T):,} tokens, {batch.trained_tokens:,} of them trained",
         *disk_facts(n_parameters * (FP32_BYTES + ADAM_BYTES), n_parameters * FP32_BYTES, config.keep_checkpoints),
     ]
-    if n_ranks > config.global_batch_size:
-        facts.append(f"{n_ranks - config.global_batch_size} ranks hold shards only: no trajectory is left for them")
+    if line := ranks_that_hold_shards_only(n_ranks, min(config.global_batch_size, len(encoded))):
+        facts.append(line)
     limit = memory_limit(config.gpu_memory_gib, device_type, n_ranks)
     return Plan(facts, phases, reserved=RESERVED_BYTES[device_type], limit=limit)
 
@@ -251,7 +253,7 @@ def plan_step(shape: ModelConfig, batch: PackedBatch, n_micro_batches: int, setu
         setup,
     )
     traced[OTHER_PART] += logits_bytes(n_rows, shape.vocab_size, setup.dtype)
-    shard = -(-count_parameters(shape) // setup.n_ranks)
+    shard = setup.shard(count_parameters(shape))
     optimizer = {"optimizer state": shard * ADAM_BYTES}
     step = {"parameters": shard * FP32_BYTES, "gradients": shard * FP32_BYTES}
     return [Phase("forward and backward", traced | optimizer), Phase("optimizer step", step | optimizer)]
@@ -310,16 +312,22 @@ def plan_lines(plan: Plan) -> list[str]:
 
 
 def report_plan(plan: Plan) -> int:
-    """Prints the plan on rank 0; returns the exit code: 0 if the run fits, 2 if not."""
+    """Writes the plan to the log of rank 0; returns the exit code: 0 if the run fits, 2 if not."""
     if os.environ.get("RANK", "0") == "0":
-        print("\n".join(plan_lines(plan)))
+        for line in plan_lines(plan):
+            log_line(line)
     return 0 if plan.fits else EXIT_BAD_INPUT
 
 
-def check_plan(plan: Plan) -> None:
-    """Raises ConfigError when the run does not fit: better now than out of memory in an hour."""
-    if not plan.fits:
-        raise ConfigError(
-            f"--gpu_memory_gib: found a plan of {plan.peak / GIB:.3f} GiB per rank, expected at most "
-            f"{plan.limit / GIB:.3f}; --plan prints it by part"
-        )
+def refuse_too_large(gpu_memory_gib: float, device: str, make_plan: Callable[[], Plan]) -> None:
+    """Raises ConfigError for a run that does not fit: better now than out of memory in an hour.
+
+    Asked where a limit is given, and on CUDA, where memory is what runs out.
+    """
+    if gpu_memory_gib > 0 or device_type_of(device) == "cuda":
+        plan = make_plan()
+        if not plan.fits:
+            raise ConfigError(
+                f"--gpu_memory_gib: found a plan of {plan.peak / GIB:.3f} GiB per rank, expected at most "
+                f"{plan.limit / GIB:.3f}; --plan prints it by part"
+            )

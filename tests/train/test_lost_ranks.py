@@ -106,8 +106,8 @@ def test_a_folder_that_the_ranks_do_not_share_is_refused(tmp_path):
 
 def test_ranks_without_work_are_counted():
     world = init_world("cpu")
-    assert ranks_that_hold_shards_only(world, 1) == ""
-    assert ranks_that_hold_shards_only(world, 0).startswith("1 of 1 ranks will only hold shards: a step has 0")
+    assert ranks_that_hold_shards_only(world.size, 1) == ""
+    assert ranks_that_hold_shards_only(world.size, 0).startswith("1 of 1 ranks will only hold shards: a step has 0")
 
 
 # ---------------------------------------------------------------------------------------------------------------------

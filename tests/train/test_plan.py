@@ -78,7 +78,7 @@ class TestCommand:
 
     def test_ranks_without_work_are_counted(self, folder_without_weights, capsys):
         run_sft.main(["--plan", "--model", str(folder_without_weights), "--plan_ranks", "6"])
-        assert "2 ranks hold shards only" in capsys.readouterr().out  # 4 trajectories per step
+        assert "2 of 6 ranks will only hold shards" in capsys.readouterr().out  # 4 trajectories per step
 
     def test_a_damaged_config_is_one_line(self, folder_without_weights, capsys):
         hostile = json.loads((TINY_MODEL / "config.json").read_text()) | {"num_hidden_layers": 10**9}
