@@ -6,7 +6,7 @@ Each rank is a process on the CPU that computes in fp32. Measured is the kernel'
 (VmHWM) during two optimizer steps, minus the resident size before the model was made; one step of a tiny model comes
 first, so that what libraries allocate on first use is not counted. Printed per case: planned, measured, their ratio.
 
-Shape suffix: T tokens.
+Shape suffixes: T tokens, K trained ones.
 """
 
 import argparse
