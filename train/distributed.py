@@ -191,6 +191,8 @@ def leave_if_a_rank_is_lost(error: RuntimeError) -> None:
     is_of_a_group = isinstance(error, (dist.DistError, LostRankError)) or "gloo/" in str(error)
     if not is_of_a_group or not dist.is_initialized() and not isinstance(error, LostRankError):
         return
+    for number in (signal.SIGTERM, signal.SIGINT):  # torchrun sends one as soon as it notices the dead rank
+        signal.signal(number, signal.SIG_IGN)
     here, lost = int(os.environ.get("RANK", "0")), []
     if dist.is_initialized():
         lost = _ranks_without_a_note(here)

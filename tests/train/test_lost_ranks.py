@@ -12,7 +12,7 @@ import run_sft
 from data.json_records import DataError
 from tests.support.processes import free_port, lines_in, spawn, start
 from tests.support.restart_trials import kill_a_rank, start_agents, torchrun, wait_until, workers_of
-from tests.support.tiny_run import arguments, metrics_of
+from tests.support.tiny_run import arguments, metrics_of, run_here
 from train.distributed import EXIT_LOST_RANK, any_rank, init_world, ranks_that_hold_shards_only, wait_for_all
 from train.run_control import check_shared_folder
 
@@ -108,6 +108,14 @@ def test_ranks_without_work_are_counted():
     world = init_world("cpu")
     assert ranks_that_hold_shards_only(world.size, 1) == ""
     assert ranks_that_hold_shards_only(world.size, 0).startswith("1 of 1 ranks will only hold shards: a step has 0")
+
+
+def test_a_checkpoint_whose_saving_was_cut_short_is_reported(tmp_path):
+    run_here(tmp_path / "run", max_steps=1)
+    (tmp_path / "run" / "checkpoints" / ".saving_step_00000002").mkdir()
+    code, out, err = run_here(tmp_path / "run", max_steps=2)
+    assert code == 0, err
+    assert ".saving_step_00000002: removed; its saving was cut short, and nothing else is lost" in out
 
 
 # ---------------------------------------------------------------------------------------------------------------------
