@@ -51,7 +51,7 @@ class DeviceError(ValueError):
 
 
 class LostRankError(RuntimeError):
-    """A rank has ended, hangs or cannot be reached. One line; the same command continues the run."""
+    """A rank did not join at the start. What was found."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -168,7 +168,7 @@ def agree_on_attempt(store: dist.Store, rank: int, size: int, patience: timedelt
 def _pause_until(end: float, whom: str) -> None:
     """A short sleep, in which signals arrive; raises LostRankError after the time `end`."""
     if time.monotonic() > end:
-        raise LostRankError(f"start: found no sign of {whom}, expected all ranks to join")
+        raise LostRankError(f"no sign of {whom}")
     time.sleep(0.02)
 
 
@@ -188,21 +188,20 @@ def leave_if_a_rank_is_lost(error: RuntimeError) -> None:
     Returns on any other error. The ranks that are left note it in the store; the first of them names those that do not.
     The process ends without clean-up: that of the process groups would wait for the ranks that are lost.
     """
-    is_of_a_group = isinstance(error, (dist.DistError, LostRankError)) or "gloo/" in str(error)
-    if not is_of_a_group or not dist.is_initialized() and not isinstance(error, LostRankError):
+    if not isinstance(error, (dist.DistError, LostRankError)) and "gloo/" not in str(error):
         return
     for number in (signal.SIGTERM, signal.SIGINT):  # torchrun sends one as soon as it notices the dead rank
         signal.signal(number, signal.SIG_IGN)
-    here, lost = int(os.environ.get("RANK", "0")), []
+    here, lost = int(os.environ.get("RANK", "0")), None
     if dist.is_initialized():
         lost = _ranks_without_a_note(here)
-    is_speaker = all(rank in lost for rank in range(here))
-    waited = "Timed out" in str(error)
-    whom = f"rank{'s' * (len(lost) != 1)} {', '.join(map(str, lost))}" if lost else "another rank"
-    found = f"{whom} did not come in time" if waited else f"{whom} ended or cannot be reached"
-    what = f"found that {found}, expected all ranks; the same command continues from the newest checkpoint"
-    line = message_line(f"{_stage_of(error)}: {what}")
-    if is_speaker:
+        whom = f"rank{'s' * (len(lost) != 1)} {', '.join(map(str, lost))}" if lost else "another rank"
+        what = "did not come in time" if "Timed out" in str(error) else "ended or does not answer"
+        found = f"found that {whom} {what}, expected all ranks; the same command continues from the newest checkpoint"
+    else:
+        found = f"found {error}, expected all ranks to join"
+    line = message_line(f"{_stage_of(error)}: {found}")
+    if lost is None or all(rank in lost for rank in range(here)):
         sys.stderr.write(f"rank {here}: " * (here != 0) + line + "\n")
         tell_torchrun(line)
     sys.stdout.flush()
@@ -210,8 +209,8 @@ def leave_if_a_rank_is_lost(error: RuntimeError) -> None:
     os._exit(EXIT_LOST_RANK)
 
 
-def _ranks_without_a_note(here: int) -> list[int]:
-    """Ranks that do not notice within REPORT_SECONDS that one of them is lost; none where the store is lost too."""
+def _ranks_without_a_note(here: int) -> list[int] | None:
+    """Ranks that do not notice within REPORT_SECONDS that one of them is lost; None where the store is lost too."""
     size, end = dist.get_world_size(), time.monotonic() + REPORT_SECONDS
     try:
         store = dist.group.WORLD.get_group_store()
@@ -222,7 +221,7 @@ def _ranks_without_a_note(here: int) -> list[int]:
                 return missing
             time.sleep(0.1)
     except RuntimeError:
-        return []
+        return None
 
 
 def _stage_of(error: BaseException) -> str:

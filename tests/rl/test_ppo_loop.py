@@ -159,6 +159,20 @@ def test_two_ranks_make_the_same_updates(tmp_path):
             torch.testing.assert_close(tensor, others[key], rtol=0, atol=1e-4, msg=key)
 
 
+@pytest.mark.very_slow
+def test_groups_of_shards_make_the_same_updates(tmp_path):
+    """4 ranks in 2 groups; minibatches of 4 and, in the last iteration, of 3: then one rank only holds shards."""
+    settings = {"ppo_epochs": 2, "save_critic": "on", "checkpoint_every": 0}
+    single = run(tmp_path / "single", **settings)
+    results = run_on_ranks(tmp_path, 4, [ppo_arguments(tmp_path / "groups", **settings, shard_group_size=2)])
+    assert all(code == 0 for rank in results for code, _, _ in rank), results
+    assert_close(journal_of(tmp_path / "groups", "metrics.jsonl"), single, rel=1e-4, abs_=1e-4)
+    for load, name in ((load_pretrained, "final"), (load_value_model, "critic")):
+        ours, others = (dict(load(tmp_path / run / name).named_parameters()) for run in ("groups", "single"))
+        for key, tensor in ours.items():
+            torch.testing.assert_close(tensor, others[key], rtol=0, atol=1e-4, msg=key)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Steps, schedule, coefficients
 

@@ -173,16 +173,6 @@ def test_two_ranks_train_like_one(tmp_path, normalization):
     assert_same_training(tmp_path / "a", tmp_path / "b", 10)
 
 
-@pytest.mark.slow
-def test_four_ranks_train_like_one(tmp_path):
-    """4 ranks x 1 micro-batch; the epoch's last step has 2 trajectories, so two ranks are idle in it."""
-    flags = {"global_batch_size": 4, "epochs": 2, "max_steps": 10}
-    for name, ranks in {"a": 1, "b": 4}.items():
-        code, _, err = run("run_sft", arguments(tmp_path / name, **flags), ranks)
-        assert code == 0, err
-    assert_same_training(tmp_path / "a", tmp_path / "b", 10)
-
-
 def two_by_two(rank: int, port: int, folder: str) -> None:
     """4 ranks, 2 copies of the model in 2 shards each, one batch per rank: gradients, norm and copies, by an oracle."""
     torch.set_num_threads(1)
@@ -220,7 +210,10 @@ def test_two_copies_in_two_shards_each(tmp_path):
 
 @pytest.mark.slow
 def test_groups_of_shards_train_like_one_rank_and_resume_as_others(tmp_path):
-    """1 rank; 4 ranks in 2 groups up to step 4, as one group up to step 7, then 1 rank with the rest."""
+    """1 rank; 4 ranks in 2 groups up to step 4, as one group up to step 7, then 1 rank with the rest.
+
+    Step 6 is the last of an epoch and has 2 trajectories: two of its 4 ranks are idle.
+    """
     flags = {"global_batch_size": 4, "epochs": 2, "max_steps": 10}
     code, _, err = run("run_sft", arguments(tmp_path / "a", **flags), 1)
     assert code == 0, err
