@@ -333,7 +333,9 @@ def _read_file(path: Path, by_name: dict[str, Field], section: str) -> tuple[dic
         if wanted is float and type(value) is int and abs(value) < 10**300:
             values[name] = float(value)
         elif type(value) is not wanted:  # exact: True is an int to isinstance
-            raise ConfigError(f"{places[name]}: {_found(by_name[name], value)}, expected {_TYPE_NAMES[wanted]}")
+            raise ConfigError(
+                f"{places[name]}: {_found(by_name[name], value, places[name])}, expected {_TYPE_NAMES[wanted]}"
+            )
     return values, places
 
 
@@ -363,7 +365,7 @@ def _line_of(text: str, name: str, first_line: int) -> int:
 def _check(each: Field, value: object, place: str) -> None:
     """Choices and bounds of one field, and what holds for every value."""
     choices, low, high = each.metadata["choices"], each.metadata["low"], each.metadata["high"]
-    found = f"{place}: {_found(each, value)}"
+    found = f"{place}: {_found(each, value, place)}"
     if choices and value not in choices:
         raise ConfigError(f"{found}, expected one of {', '.join(choices)}")
     if expected := _fault_of(value):
@@ -374,12 +376,11 @@ def _check(each: Field, value: object, place: str) -> None:
         raise ConfigError(f"{found}, expected at most {high}")
 
 
-def _found(each: Field, value: object) -> str:
-    return (
-        f"found a value of {each.name} that is not shown"
-        if each.metadata["hidden"]
-        else f"found {each.name} = {shown(value)}"
-    )
+def _found(each: Field, value: object, place: str) -> str:
+    """The value found at `place`; a flag that the place names already is not named again."""
+    if each.metadata["hidden"]:
+        return f"found a value of {each.name} that is not shown"
+    return f"found {shown(value)}" if place == f"--{each.name}" else f"found {each.name} = {shown(value)}"
 
 
 def _fault_of(value: object) -> str:

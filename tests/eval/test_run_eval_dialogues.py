@@ -410,7 +410,7 @@ def test_bad_lines_are_one_line_and_code_2(folder, tmp_path, spoil, expected):
 @pytest.mark.parametrize(
     "change, expected",
     [
-        ({"max_turns": 10}, "--max_turns: found max_turns = 10, expected at most 9"),
+        ({"max_turns": 10}, "--max_turns: found 10, expected at most 9"),
         ({"max_turns": 0}, "expected at least 1"),
         ({"tool_executor": "recorded"}, "expected one of auto, local, simulated"),
         ({"recorded_calls": "x"}, "--recorded_calls: found an unknown flag"),
