@@ -173,7 +173,7 @@ def test_a_refused_start_leaves_an_earlier_run_as_it_was(tmp_path):
     wide = save_with_tokenizer(tiny_model(ffn_dim=96), tmp_path / "wide")
     short = write_records(tmp_path / "short.jsonl", [make_record("p0", QUERY, ARMS[:1], TOOLS)])
     for flags, pattern in (
-        ({"critic_model": wide}, "another shape"),
+        ({"critic_model": wide}, "critic_sha256"),
         ({"kl_coef": 0.1}, "kl_coef = 0.05"),
         ({"data": short}, "data_sha256"),
         ({"resume": "never"}, "expected a folder without"),
