@@ -31,7 +31,8 @@ PAGES = sorted(
 OTHERS = ("pytest", "json", "venv", "pip")  # modules that are not ours
 STAGES = {"run_sft.py": (SFTConfig, "sft"), "run_ppo.py": (PPOConfig, "ppo"), "run_eval.py": (EvalConfig, "")}
 PROGRAM = re.compile(r"(?:^|[;|(&]|\bdo) *(?:torchrun .*?|python)(?= (?:-m [a-z_]+[.\w]*|[\w/]+\.py))(.*?)(?=[;|>&]|$)")
-VARIABLES = {"URL": "http://127.0.0.1:8000/v1", "$seed": "0", "${filter}": "none", "$filter": "none"}  # what a reader or a loop fills in
+# what a reader or a loop fills in
+VARIABLES = {"URL": "http://127.0.0.1:8000/v1", "$seed": "0", "${filter}": "none", "$filter": "none"}
 NO_FLAGS = ("examples/tl_training_on_one_page.py", "examples/gae_by_hand.py")  # these parse nothing
 
 
