@@ -19,6 +19,7 @@ from data.json_records import DataError, write_json_lines, write_text
 from data.trained_format import choose_format
 from eval.benchmarks import count_notice
 from eval.eval_config import EvalConfig, default_output
+from eval.predict.prediction_files import read_dtype
 from eval.predict.run_predictions import BenchmarkRun, open_benchmarks, predict
 from eval.records import ScoreSettings
 from eval.reports.plots import write_plots
@@ -84,6 +85,7 @@ def score(config: EvalConfig, runs: Sequence[BenchmarkRun]) -> str:
         "model": None if config.predictions else config.model,
         "predictions": config.predictions or None,
         "prompt_format": None if config.predictions else config.prompt_format,
+        "dtype": read_dtype(runs[0].predictions),
         "benchmarks": {},
     }
     for each in runs:
@@ -94,6 +96,9 @@ def score(config: EvalConfig, runs: Sequence[BenchmarkRun]) -> str:
             max_turns=config.max_turns,
         )
         rows, summary, notices = each.benchmark.score(each.records, each.predictions, settings)
+        if len(rows) < (n_records := len(each.records)):
+            notices.append(f"{each.benchmark.name}: {len(rows)} of {n_records} records, evenly spread (--limit)")
+            summary["of_records"] = n_records
         for notice in [*notices, *count_notice(each.benchmark, each.answers, each.records)]:
             log_line(notice)
         write_json_lines(output / "results" / f"{each.benchmark.name}.jsonl", rows)

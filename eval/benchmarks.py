@@ -15,6 +15,7 @@ from eval.records import Record, Scores, ScoreSettings
 
 # How a record is asked (eval/records.py) -> the setting of run_eval.py that bounds the output, "" for one token.
 LONGEST_OUTPUT = {"call": "max_new_tokens", "dialogue": "max_turn_tokens", "text": "max_answer_tokens", "choice": ""}
+OWN = "own"  # the benchmark whose file is that of --data
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,7 +23,7 @@ class Benchmark:
     """One line of the table."""
 
     name: str  # as in --benchmarks
-    path: str  # its answer file, or folder of files, below --benchmark_dir
+    path: str  # its answer file, or folder of files, below --benchmark_dir; "" = the file of --data
     asked: str  # how a record is asked: a key of LONGEST_OUTPUT
     evaluator: str  # eval/evaluate_<evaluator>.py has load_<evaluator>, score_<evaluator>, STOP_TEXTS if asked by text
     published: int = 0  # records of the published set, the n of every rate; 0 = bundled here, or of your own
@@ -89,6 +90,7 @@ _TABLE = (
         figure=5,
         metric="pass_at_1",
     ),
+    Benchmark(OWN, "", "call", "own"),
 )
 BENCHMARKS = {benchmark.name: benchmark for benchmark in _TABLE}
 

@@ -7,10 +7,12 @@ from pathlib import Path
 from command_line import setting
 from data.formats.table import COMPLETION_FORMATS, DEFAULT_FORMAT, PROMPT_FORMATS
 from data.trained_format import AUTO_FORMAT
-from eval.benchmarks import BENCHMARKS
+from eval.benchmarks import BENCHMARKS, OWN
 from eval.dialogues.metrics import MAX_TURNS
 from eval.dialogues.tools import EXECUTOR_KINDS
 from eval.predict.endpoint import check_key_variable, check_url
+
+DEFAULT_BENCHMARKS = "tiny-seen,tiny-unseen"
 
 
 def default_output(config: "EvalConfig") -> str:
@@ -30,7 +32,12 @@ class EvalConfig:
     """All settings of one evaluation."""
 
     model: str = setting("runs/sft/final", "folder of the model, Hugging Face layout; with --endpoint its name there")
-    benchmarks: str = setting("tiny-seen,tiny-unseen", f"comma-separated, of {', '.join(BENCHMARKS)}")
+    benchmarks: str = setting(DEFAULT_BENCHMARKS, f"comma-separated, of {', '.join(BENCHMARKS)}; own is that of --data")
+    data: str = setting(
+        "",
+        "file of your own dialogues, in any form that training reads: each of its calls is a question of the benchmark "
+        "own, which is then the only one unless --benchmarks names others",
+    )
     benchmark_dir: str = setting("assets/tiny_data", "folder of the benchmark files (docs/evaluation.md)")
     check_files: str = setting(
         "on", "compare published benchmark files with their sha256; off for files of your own", choices=("on", "off")
@@ -81,7 +88,7 @@ class EvalConfig:
         "dialogue ends. The key/value cache holds batch_size times as many",
         low=2,
     )
-    limit: int = setting(0, "only the first N records of each benchmark; 0 = all", low=0)
+    limit: int = setting(0, "only N records of each benchmark, evenly spread; 0 = all", low=0)
     max_new_tokens: int = setting(
         128, "longest output of a call, tokens; longer ones are cut and scored as they are", low=1
     )
@@ -110,12 +117,17 @@ class EvalConfig:
 
     def validate(self) -> None:
         """Checks that need more than one field's bounds; raises ValueError naming the field."""
+        if self.data and self.benchmarks == DEFAULT_BENCHMARKS:
+            self.benchmarks = OWN
         names = self.benchmarks.split(",")
         for name in names:
             if name not in BENCHMARKS:
                 raise ValueError(f"benchmarks: found {name!a}, expected some of {', '.join(BENCHMARKS)}")
         if len(set(names)) != len(names):
             raise ValueError(f"benchmarks: found {self.benchmarks}, expected each benchmark once")
+        if (OWN in names) != bool(self.data):
+            found = "--data" if self.data else OWN
+            raise ValueError(f"benchmarks: found {found} alone, expected {OWN} together with --data FILE")
         if self.predictions and len(names) != 1:
             raise ValueError(f"benchmarks: found {len(names)} benchmarks, expected one, that of --predictions")
         if self.predictions and self.prompt_format not in (AUTO_FORMAT, DEFAULT_FORMAT):

@@ -34,7 +34,7 @@ from eval.metrics import CallScore, GoldAnswer, GoldCall, can_pair, is_same_tool
 from eval.predict.prediction_files import Prediction
 from eval.predict.react_output import REACT, read_call, read_call_predictions
 from eval.rates import rate_summary, rates, summarize_results
-from eval.records import Record, Scores, ScoreSettings, field_of, read_lines
+from eval.records import Record, Scores, ScoreSettings, field_of, limited, read_lines
 from eval.sandbox.run import SandboxError, run_python
 from printable import shown
 
@@ -512,7 +512,9 @@ def summarize_bfcl(
 def score_bfcl(records: Sequence[Record], predictions: Path, settings: ScoreSettings) -> Scores:
     """Rows, summary and notices for a prediction file. Raises DataError, `file:line`, and SandboxError."""
     matched, notices = read_call_predictions(predictions, len(records), settings.limit)
-    found = summarize_bfcl(records[: settings.limit], matched, settings.rules, execute_code=settings.execute_code)
+    found = summarize_bfcl(
+        limited(records, settings.limit), matched, settings.rules, execute_code=settings.execute_code
+    )
     return Scores(*found, notices)
 
 

@@ -18,7 +18,7 @@ from eval.benchmarks import BENCHMARKS
 from eval.evaluator_command_line import evaluator_parser, read_flags, run_evaluator
 from eval.predict.prediction_files import Prediction, read_matched
 from eval.rates import summarize_results
-from eval.records import Record, Scores, ScoreSettings, field_of, read_lines
+from eval.records import Record, Scores, ScoreSettings, field_of, limited, read_lines
 
 SHOWN_CHARACTERS = 40  # longest quotation of a number in a reason
 MARKED_NUMBER = re.compile(r"#### (\-?[0-9\.\,]+)")  # the benchmark's own rule
@@ -171,7 +171,7 @@ def summarize_gsm8k(rows: Sequence[dict]) -> dict:
 def score_gsm8k(records: Sequence[Record], predictions: Path, settings: ScoreSettings) -> Scores:
     """Rows, summary and notices for a prediction file. Raises DataError, `file:line`."""
     matched, notices = read_matched(predictions, len(records), settings.limit)
-    rows = evaluate_gsm8k(records[: settings.limit], matched)
+    rows = evaluate_gsm8k(limited(records, settings.limit), matched)
     return Scores(rows, summarize_gsm8k(rows), notices)
 
 

@@ -24,7 +24,7 @@ from eval.evaluator_command_line import evaluator_parser, read_flags, run_evalua
 from eval.predict.cut_output import cut_at
 from eval.predict.prediction_files import Prediction, dropped_notice, match_predictions, read_matched
 from eval.rates import count_errors, rate_summary
-from eval.records import Record, Scores, ScoreSettings, field_of, read_lines
+from eval.records import Record, Scores, ScoreSettings, field_of, limited, read_lines
 from eval.sandbox.run import CheckResult, run_check, run_python
 
 SECONDS, MEMORY_MIB = 3.0, 512  # the benchmark's time limit; it sets no limit of memory by default
@@ -173,7 +173,7 @@ def score_humaneval(
             "--execute_code: found off, expected on for humaneval, whose scoring runs code that a model wrote"
         )
     matched, notices = read_completions(predictions, records, settings.limit)
-    rows, applied = evaluate_humaneval(records[: settings.limit], matched, limits or CheckLimits())
+    rows, applied = evaluate_humaneval(limited(records, settings.limit), matched, limits or CheckLimits())
     open_ends = [name for name, text in applied.items() if text.startswith("NOT CONFINED")]
     if open_ends:
         notices.append(f"sandbox: on this machine nothing confines {', '.join(open_ends)} of the code that ran")

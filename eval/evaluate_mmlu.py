@@ -20,7 +20,7 @@ from eval.evaluator_command_line import evaluator_parser, read_flags, run_evalua
 from eval.predict.choices import choose_letter
 from eval.predict.prediction_files import Prediction, dropped_notice, match_predictions
 from eval.rates import rates, summarize_results
-from eval.records import Record, Scores, ScoreSettings, field_of
+from eval.records import Record, Scores, ScoreSettings, field_of, limited
 
 SHOTS, LETTERS = 5, "ABCD"
 METRICS = ("accuracy",)
@@ -170,7 +170,7 @@ def summarize_mmlu(rows: Sequence[dict]) -> dict:
 def score_mmlu(records: Sequence[Record], predictions: Path, settings: ScoreSettings) -> Scores:
     """Rows, summary and notices for a prediction file. Raises DataError, `file:line`."""
     matched, notices = read_choices(predictions, len(records), settings.limit)
-    rows = evaluate_mmlu(records[: settings.limit], matched)
+    rows = evaluate_mmlu(limited(records, settings.limit), matched)
     return Scores(rows, summarize_mmlu(rows), notices)
 
 

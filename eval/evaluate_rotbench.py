@@ -25,7 +25,7 @@ from eval.metrics import CallScore, GoldAnswer, GoldCall, equal_python, score_ca
 from eval.predict.prediction_files import Prediction
 from eval.predict.react_output import PredictedCall, parse_react, read_call, read_call_predictions
 from eval.rates import rates, summarize_results
-from eval.records import Record, Scores, ScoreSettings, field_of, read_list
+from eval.records import Record, Scores, ScoreSettings, field_of, limited, read_list
 
 RULES = ("official", "fair")
 EQUALITY = dict.fromkeys(RULES, equal_python)  # of values, for eval/reports/error_statistics.py
@@ -237,7 +237,7 @@ def summarize_rotbench(
 def score_rotbench(records: Sequence[Record], predictions: Path, settings: ScoreSettings) -> Scores:
     """Rows, summary and notices for a prediction file, official form or JSONL. Raises DataError, `file:line`."""
     matched, notices = read_call_predictions(predictions, len(records), settings.limit)
-    return Scores(*summarize_rotbench(records[: settings.limit], matched, settings.rules), notices)
+    return Scores(*summarize_rotbench(limited(records, settings.limit), matched, settings.rules), notices)
 
 
 def main(arguments: Sequence[str]) -> int:

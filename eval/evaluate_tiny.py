@@ -20,7 +20,7 @@ from eval.evaluator_command_line import evaluator_parser, read_flags, run_evalua
 from eval.metrics import GoldAnswer, GoldCall, equal_strict, score_calls
 from eval.predict.prediction_files import Prediction, read_matched
 from eval.rates import summarize_results
-from eval.records import Record, Scores, ScoreSettings, field_of, read_lines
+from eval.records import Record, Scores, ScoreSettings, field_of, limited, read_lines
 
 EQUALITY = {"": equal_strict}  # of values, for eval/reports/error_statistics.py
 
@@ -113,7 +113,7 @@ def _score(example: Record, prediction: Prediction) -> dict:
 def score_tiny(records: Sequence[Record], predictions: Path, settings: ScoreSettings) -> Scores:
     """Rows, summary and notices for a prediction file. Raises DataError, `file:line`."""
     matched, notices = read_matched(predictions, len(records), settings.limit)
-    rows = evaluate_tiny(records[: settings.limit], matched)
+    rows = evaluate_tiny(limited(records, settings.limit), matched)
     return Scores(rows, summarize_results(rows), notices)
 
 

@@ -19,7 +19,7 @@ from eval.dialogues.metrics import score_dialogues
 from eval.evaluate_tiny import user_messages
 from eval.evaluator_command_line import evaluator_parser, read_flags, run_evaluator
 from eval.rates import rate_summary
-from eval.records import Record, Scores, ScoreSettings, field_of, read_lines
+from eval.records import Record, Scores, ScoreSettings, field_of, limited, read_lines
 
 
 def load_tiny_multi(path: Path) -> list[Record]:
@@ -83,7 +83,7 @@ def score_tiny_multi(records: Sequence[Record], predictions: Path, settings: Sco
     """Rows, summary and notices for a file of dialogues. Raises DataError, `file:line`."""
     found, dropped = read_dialogues(predictions)
     dialogues = match_dialogues(found, len(records), settings.limit, path=predictions)
-    records = records[: settings.limit]
+    records = limited(records, settings.limit)
     rows, summary = add_right_answers(*score_dialogues(dialogues, records, settings.max_turns), dialogues, records)
     return Scores(rows, summary, [f"{predictions}: dropped a partial last line"] if dropped else [])
 

@@ -25,7 +25,7 @@ from eval.metrics import CallScore, GoldAnswer, GoldCall, equal_json, equal_leni
 from eval.predict.prediction_files import Prediction
 from eval.predict.react_output import PredictedCall, read_call, read_call_predictions
 from eval.rates import rates, summarize_results
-from eval.records import Record, Scores, ScoreSettings, field_of, read_list
+from eval.records import Record, Scores, ScoreSettings, field_of, limited, read_list
 
 MASKED_API_KEY = "MASKED_API_KEY"  # in place of the keys that the gold answers were published with
 
@@ -234,7 +234,7 @@ def summarize_toolalpaca(
 def score_toolalpaca(records: Sequence[Record], predictions: Path, settings: ScoreSettings) -> Scores:
     """Rows, summary and notices for a prediction file. Raises DataError, `file:line`."""
     matched, notices = read_call_predictions(predictions, len(records), settings.limit)
-    return Scores(*summarize_toolalpaca(records[: settings.limit], matched, settings.rules), notices)
+    return Scores(*summarize_toolalpaca(limited(records, settings.limit), matched, settings.rules), notices)
 
 
 def main(arguments: Sequence[str]) -> int:

@@ -22,7 +22,7 @@ from eval.benchmarks import BENCHMARKS
 from eval.dialogues.journal import RecordedDialogue, match_dialogues, read_dialogues
 from eval.dialogues.metrics import score_dialogues
 from eval.evaluator_command_line import evaluator_parser, read_flags, run_evaluator
-from eval.records import Record, Scores, ScoreSettings, field_of, read_list
+from eval.records import Record, Scores, ScoreSettings, field_of, limited, read_list
 
 LIBRARY = "ToolEyes/Tool_Library/"  # before the name of a tool set in a record's path
 SCENARIOS = {
@@ -172,7 +172,7 @@ def score_tooleyes(records: Sequence[Record], predictions: Path, settings: Score
     found, dropped = read_official_dialogues(predictions, records) if is_official else read_dialogues(predictions)
     dialogues = match_dialogues(found, len(records), settings.limit, path=predictions)
     notices = [f"{predictions}: dropped a partial last line"] if dropped else []
-    return Scores(*score_dialogues(dialogues, records[: settings.limit], settings.max_turns), notices)
+    return Scores(*score_dialogues(dialogues, limited(records, settings.limit), settings.max_turns), notices)
 
 
 def main(arguments: Sequence[str]) -> int:

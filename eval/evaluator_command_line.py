@@ -24,7 +24,9 @@ def evaluator_parser(prog: str, description: str, *, answers: str, predictions: 
     parser.add_argument("--answers", type=Path, required=True, help=answers)
     parser.add_argument("--predictions", type=Path, required=True, help=predictions)
     parser.add_argument("--output", type=Path, help="folder for results/<benchmark>.jsonl (default: none written)")
-    parser.add_argument("--limit", type=int, help="score only the first N records (default: all, none may be missing)")
+    parser.add_argument(
+        "--limit", type=int, help="score only N records, evenly spread (default: all, none may be missing)"
+    )
     return parser
 
 

@@ -1,12 +1,15 @@
 """What every evaluator takes and gives: the record, the settings of a scoring, the scores (eval/benchmarks.py)."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 from data.json_records import DataError, read_json_lines, read_json_list
 from data.trajectories import Message
 from eval.metrics import GoldAnswer
+
+Each = TypeVar("Each")
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,7 +42,7 @@ class Record:
 class ScoreSettings:
     """How predictions are scored. A benchmark reads what concerns it."""
 
-    limit: int | None  # only the first `limit` records; None = all
+    limit: int | None  # only so many records, as limited() picks them; None = all
     rules: str  # "official" or "fair"; "" where the benchmark has one rule only
     execute_code: bool  # whether code that a model wrote may run, in the sandbox
     max_turns: int  # outputs that a model had for one dialogue
@@ -51,6 +54,20 @@ class Scores(NamedTuple):
     rows: list[dict]  # one per record, for results/<benchmark>.jsonl
     summary: dict  # n, each metric with percentage and interval, errors by category
     notices: list[str]  # for the user, one line each
+
+
+def limited_indices(count: int, limit: int | None) -> list[int]:
+    """The positions of `limit` (None: all) of `count` records, evenly spread: benchmarks keep their categories apart.
+
+    3 of 10 are 0, 3 and 6.
+    """
+    n = count if limit is None else min(limit, count)
+    return [place * count // n for place in range(n)]
+
+
+def limited(records: Sequence[Each], limit: int | None) -> list[Each]:
+    """Those of `records` that limited_indices names."""
+    return [records[index] for index in limited_indices(len(records), limit)]
 
 
 # ---------------------------------------------------------------------------------------------------------------------

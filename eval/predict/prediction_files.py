@@ -5,11 +5,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from data.formats.table import DEFAULT_FORMAT, PROMPT_FORMATS
-from data.json_records import DataError, read_json_lines
+from data.json_records import DataError, parse_json, read_json_lines
 from eval.predict.journals import read_index
+from eval.records import limited_indices
 
 # Why generation ended, written as "stop" by generate_predictions; files of other origin need not have it.
 # "refused": an endpoint answered this request, and only such, with an error; the output is empty.
+DTYPE_NAMES = {"float32": "fp32", "bfloat16": "bf16"}  # in tables
 STOP_REASONS = ("end", "max_new_tokens", "prompt_too_long", "refused")
 
 
@@ -46,13 +48,23 @@ def prediction_of(row: dict, where: str) -> Prediction:
     return Prediction(index=index, output=output, format=output_format, stop=stop, line=int(where.rpartition(":")[2]))
 
 
+def read_dtype(path: Path) -> str:
+    """The type in which the predictions of a file were computed, from the settings file next to it; "" = unknown."""
+    try:
+        settings = parse_json(path.with_suffix(".settings.json").read_text(encoding="utf-8"), str(path))
+    except (OSError, ValueError):
+        return ""
+    dtype = settings.get("dtype") if isinstance(settings, dict) else None
+    return dtype if dtype in DTYPE_NAMES else ""
+
+
 def match_predictions(
     predictions: Sequence[Prediction], count: int, limit: int | None, *, path: Path
 ) -> list[Prediction]:
     """The predictions of records 0, 1, ... in order: exactly one for each of the benchmark's `count` records.
 
-    With a `limit`, one for each of the first `limit` records; those of later records are left aside. Raises DataError
-    for a record twice, an index outside the benchmark, or records without prediction.
+    With a `limit`, one for each of the records that limited_indices names; those of others are left aside. Raises
+    DataError for a record twice, an index outside the benchmark, or records without prediction.
     """
     by_index: dict[int, Prediction] = {}
     for prediction in predictions:
@@ -65,14 +77,14 @@ def match_predictions(
                 f"(first in line {first})"
             )
         by_index[prediction.index] = prediction
-    needed = count if limit is None else min(limit, count)
-    missing = [index for index in range(needed) if index not in by_index]
+    needed = limited_indices(count, limit)
+    missing = [index for index in needed if index not in by_index]
     if missing:
         raise DataError(
-            f"{path}: found {needed - len(missing)} of {needed} predictions, expected all "
+            f"{path}: found {len(needed) - len(missing)} of {len(needed)} predictions, expected all "
             f"(first missing index {missing[0]})"
         )
-    return [by_index[index] for index in range(needed)]
+    return [by_index[index] for index in needed]
 
 
 def read_matched(path: Path, count: int, limit: int | None) -> tuple[list[Prediction], list[str]]:

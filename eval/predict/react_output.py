@@ -16,6 +16,7 @@ from data.formats.table import parse_output
 from data.json_records import DataError, read_json_list
 from data.tool_calls import ToolCallError
 from eval.predict.prediction_files import Prediction, match_predictions, read_matched
+from eval.records import limited_indices
 
 REACT = "react"  # format of the predictions of an official file; JSONL files have the formats of output_formats
 NAME_OFFSET, ARGUMENTS_OFFSET = len("Action: "), len("Action Input: ")
@@ -75,13 +76,13 @@ def read_call(prediction: Prediction) -> PredictedCall:
 
 
 def read_call_predictions(path: Path, count: int, limit: int | None) -> tuple[list[Prediction], list[str]]:
-    """The predictions of a benchmark's first `limit` (None: all) of `count` records, in order, and notices to show.
+    """The predictions of `limit` (None: all) of a benchmark's `count` records, in order, and notices to show.
 
     `path` is JSONL as in prediction_files, or the official file of a ReAct benchmark. Raises DataError, `file:line`.
     """
     if _is_json_list(path):
         predictions = read_react_predictions(path)
-        if not (count if limit is None else min(limit, count)) <= len(predictions) <= count:
+        if not limited_indices(count, limit)[-1] < len(predictions) <= count:
             raise DataError(f"{path}: found {len(predictions)} predictions, expected {count}, one per record")
         return match_predictions(predictions, count, limit, path=path), []
     return read_matched(path, count, limit)

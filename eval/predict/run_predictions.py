@@ -32,7 +32,7 @@ from eval.predict.generate import (
     generated_rows,
 )
 from eval.predict.letter_logprobs import letter_rows
-from eval.records import Record
+from eval.records import Record, limited
 from model.pretrained_weights import ModelFolderError, check_folder, load_pretrained
 from model.tokenizer import Tokenizer, load_tokenizer
 from model.transformer import Transformer
@@ -65,6 +65,8 @@ def open_benchmarks(config: EvalConfig) -> list[BenchmarkRun]:
 
 def find_answers(benchmark: Benchmark, config: EvalConfig) -> Path:
     """The benchmark's file or folder. Raises DataError if a published one is not as it was published."""
+    if not benchmark.path:
+        return Path(config.data)
     folder = Path(config.benchmark_dir)
     path = folder / benchmark.path
     if not benchmark.published:
@@ -151,7 +153,7 @@ def predict(
         check_settings(run.predictions, settings, resume=config.resume, is_writer=rank == 0)
     for run in runs:
         start = time.perf_counter()
-        asked = run.records[: config.limit or None]
+        asked = limited(run.records, config.limit or None)
         if run.benchmark.asked == "dialogue":
             notices: list[str] = []
             play = partial(play_dialogues, config, source, notices)

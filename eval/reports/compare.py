@@ -17,6 +17,7 @@ from command_line import parse_arguments, run_command
 from data.json_records import DataError, read_json_lines
 from eval.benchmarks import benchmark_of
 from eval.dialogues.metrics import MAX_TURNS
+from eval.predict.prediction_files import read_dtype
 from eval.rates import CALL_METRICS
 from eval.records import ScoreSettings
 from eval.reports.report import format_comparison, metrics_of, unattainable_rates
@@ -88,7 +89,7 @@ def score_files(answers: Path, predictions: Sequence[Path], rules: str) -> tuple
     runs, results, notices = [], [], []
     for path in predictions:
         rows, summary, found = benchmark.score(records, path, settings)
-        runs.append({"benchmarks": {name: {**summary, "answers_sha256": ""}}})
+        runs.append({"dtype": read_dtype(path), "benchmarks": {name: {**summary, "answers_sha256": ""}}})
         results.append({name: {row["index"]: row for row in rows}})
         notices += found
     return runs, results, notices

@@ -25,7 +25,7 @@ from eval.confidence import Z_95, wilson_interval
 from eval.dialogues.metrics import MAX_TURNS
 from eval.metrics import GoldCall
 from eval.predict.react_output import PredictedCall, read_call, read_call_predictions
-from eval.records import Record, ScoreSettings
+from eval.records import Record, ScoreSettings, limited
 from eval.reports.paper_tables import read_published
 from eval.reports.report import format_table
 from eval.reports.synonyms import is_synonym
@@ -256,7 +256,7 @@ def classify_predictions(
     matched, notices = read_call_predictions(predictions, len(records), limit)
     calls = [read_call(prediction) for prediction in matched]
     rows = []
-    for example, call, row in zip(records[:limit], calls, scored.rows, strict=True):
+    for example, call, row in zip(limited(records, limit), calls, scored.rows, strict=True):
         case = classify_error(call, example, row["TS"] + row["PI"] + row["CF"], split, values_equal)
         rows.append(
             {
@@ -337,7 +337,7 @@ def read_flags(arguments: Sequence[str]) -> argparse.Namespace:
         type=Path,
         help="model folder or tokenizer file: First/Prefix by its tokens (default: by the words of the names)",
     )
-    parser.add_argument("--limit", type=int, help="only the first N records (default: all)")
+    parser.add_argument("--limit", type=int, help="only N records, evenly spread (default: all)")
     parser.add_argument("--output", type=Path, help="folder for error_statistics.jsonl (default: none written)")
     flags = parse_arguments(parser, arguments)
     if (flags.data is None) == (flags.answers is None) or (flags.answers is None) != (flags.predictions is None):
@@ -351,7 +351,7 @@ def report_errors(flags: argparse.Namespace) -> None:
     """Do what the flags ask: table and JSON to stdout, notices to stderr, rows to --output. Raises DataError."""
     notices: list[str] = []
     if flags.data is not None:
-        trajectories = read_trajectories(flags.data, unparsable_calls="mask")[: flags.limit]
+        trajectories = limited(read_trajectories(flags.data, unparsable_calls="mask"), flags.limit)
         rows = classify_turns(trajectories)
         if not rows:
             raise DataError(f"{flags.data}: found no call, expected at least one")

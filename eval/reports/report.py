@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 
 from data.json_records import DataError
 from eval.confidence import are_disjoint, attainable_count, mcnemar_p_value
+from eval.predict.prediction_files import DTYPE_NAMES
 from eval.rates import CALL_METRICS, METRICS, denominator_of
 from eval.reports.paper_tables import paper_tables
 from printable import markdown_text
@@ -28,6 +29,11 @@ def format_rate(summary: Mapping, metric: str) -> str:
         return "-"
     low, high = summary[f"{metric}_interval_95"]
     return f"{summary[f'{metric}_percent']:.1f} [{low:.1f}, {high:.1f}]"
+
+
+def with_dtype(name: str, run: Mapping) -> str:
+    """`name` and the type in which the predictions of a summary.json were computed, fp32 or bf16, where it is known."""
+    return f"{name}, {DTYPE_NAMES[run['dtype']]}" if run.get("dtype") in DTYPE_NAMES else name
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -74,10 +80,15 @@ def format_report(run: Mapping) -> str:
         if run["predictions"]
         else f"greedy output of {markdown_text(run['model'])}, prompt format {run['prompt_format']}"
     )
-    benchmarks = run["benchmarks"]
+    benchmarks = {with_dtype(name, run): summary for name, summary in run["benchmarks"].items()}
     calls = {name: summary for name, summary in benchmarks.items() if all(key in summary for key in METRICS)}
     dialogues = {name: summary for name, summary in benchmarks.items() if "n_calls" in summary}
-    parts = ["# Evaluation", f"Scored: {source}."]
+    parts = ["# Evaluation", f"Scored: {with_dtype(source, run)}."]
+    parts += [
+        f"{name}: {summary['n']} of {summary['of_records']} records, evenly spread (--limit)."
+        for name, summary in run["benchmarks"].items()
+        if "of_records" in summary
+    ]
     if calls:
         parts += [
             format_table(
@@ -115,7 +126,7 @@ def format_report(run: Mapping) -> str:
     if errors:
         unit = "records" if not dialogues else "calls" if len(dialogues) == len(benchmarks) else "records or calls"
         parts += ["## Errors", format_table([["benchmark", "error", unit, "%"], *errors])]
-    for title, table, notes in paper_tables(benchmarks, "this run"):
+    for title, table, notes in paper_tables(run["benchmarks"], with_dtype("this run", run)):
         parts += [f"## {title}", format_table(table), " ".join(notes)]
     odd = [f"{name} {line}" for name, summary in benchmarks.items() for line in unattainable_rates(summary)]
     if odd:
@@ -285,7 +296,8 @@ def format_comparison(
     Only benchmarks that all runs have. `results`, one per run, benchmark -> index -> results row, adds McNemar's test
     on the paired records. Raises DataError if no benchmark is shared, or if runs scored different records.
     """
-    baseline, shown_names = runs[0]["benchmarks"], [markdown_text(name) for name in names]
+    baseline = runs[0]["benchmarks"]
+    shown_names = [with_dtype(markdown_text(name), run) for name, run in zip(names, runs)]
     shared = [benchmark for benchmark in baseline if all(benchmark in run["benchmarks"] for run in runs)]
     if not shared:
         raise DataError(f"{', '.join(names)}: found no benchmark that all runs have, expected at least one")

@@ -90,7 +90,7 @@ def test_nothing_runs_without_the_flag(files, monkeypatch, capsys):
 
 def test_samples_of_the_benchmarks_own_form_are_not_cut(files, tmp_path, capsys):
     body = "    return both(x)\n\ndef both(x):\n    return sorted(x + x)\n"
-    rows = [{"task_id": "HumanEval/1", "completion": body}, {"task_id": "HumanEval/0", "completion": body}]
+    rows = [{"task_id": "HumanEval/2", "completion": body}, {"task_id": "HumanEval/0", "completion": body}]
     _, out, _ = evaluate(capsys, files[0], write(tmp_path / "samples.jsonl", rows), "--limit", "2", "--seconds", "10")
     assert json.loads(out)["pass_at_1"] == 2
     rows = [{"index": 0, "output": body}]  # in our form the second function is cut away

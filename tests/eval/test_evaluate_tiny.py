@@ -170,11 +170,12 @@ def test_partial_last_line_is_dropped_with_a_notice(files, tmp_path, capsys):
     assert code == 2 and "found 9 of 10 predictions" in err
 
 
-def test_limit_scores_the_first_records_only(files, tmp_path, capsys):
+def test_limit_scores_evenly_spread_records_only(files, tmp_path, capsys):
     short = tmp_path / "short.jsonl"
-    short.write_text("".join(Path(files[1]).read_text().splitlines(keepends=True)[:4]))
+    lines = Path(files[1]).read_text().splitlines(keepends=True)
+    short.write_text("".join(lines[index] for index in (0, 3, 5, 6)))  # 3 of 10 are 0, 3 and 6; 5 is left aside
     code, out, _ = evaluate(capsys, files[0], short, "--limit", "3")
-    assert code == 0 and json.loads(out)["n"] == 3 and json.loads(out)["CF"] == 2
+    assert code == 0 and json.loads(out)["n"] == 3 and json.loads(out)["CF"] == 1
     assert evaluate(capsys, files[0], short, "--limit", "5")[0] == 2
     assert json.loads(evaluate(capsys, *files, "--limit", "500")[1])["n"] == 10
 

@@ -116,7 +116,7 @@ def test_run_leaves_predictions_results_summary_report(reference, benchmark_dir)
         assert {row["stop"] for row in predictions} <= {"end", "max_new_tokens"}
         assert not list((output / "predictions").glob("*.rank*"))
     report = (output / "report.md").read_text()
-    assert report in out and "| tiny-seen   | 23 |" in report and "CF % [95 %]" in report
+    assert report in out and "| tiny-seen, fp32   | 23 |" in report and "CF % [95 %]" in report
     assert json.loads((output / "config.json").read_text())["max_new_tokens"] == 12
     assert str(ROOT) not in (output / "environment.json").read_text()
 
@@ -135,10 +135,20 @@ def test_batch_size_does_not_matter(reference, benchmark_dir, tmp_path, batch_si
     assert predictions_of(tmp_path) == predictions_of(reference[0])
 
 
-def test_limit_is_a_prefix_and_can_be_extended(reference, benchmark_dir, tmp_path):
-    assert run_here(flags_of(benchmark_dir, tmp_path, limit=7))[0] == 0
-    assert predictions_of(tmp_path).splitlines() == predictions_of(reference[0]).splitlines()[:7]
-    assert json.loads((tmp_path / "summary.json").read_text())["benchmarks"]["tiny-seen"]["n"] == 7
+def test_limit_is_evenly_spread_and_can_be_extended(reference, benchmark_dir, tmp_path):
+    """An earlier run of the first records, as older versions made them, gives those that both want, and no others."""
+    whole = predictions_of(reference[0]).splitlines(keepends=True)
+    assert run_here(flags_of(benchmark_dir, tmp_path, limit=1))[0] == 0
+    (tmp_path / "predictions/tiny-seen.jsonl").write_bytes(b"".join(whole[:4]))
+    code, out, _ = run_here(flags_of(benchmark_dir, tmp_path, limit=7))
+    picked = [0, 3, 6, 9, 13, 16, 19]  # 23 / 7 = 3.29 times 0 to 6
+    assert code == 0 and "tiny-seen: 7 of 23 records, evenly spread (--limit)" in out
+    assert predictions_of(tmp_path) == b"".join(whole[index] for index in sorted({0, 1, 2, 3, *picked}))
+    rows = (tmp_path / "results/tiny-seen.jsonl").read_text().splitlines()
+    assert [json.loads(row)["index"] for row in rows] == picked
+    scores = json.loads((tmp_path / "summary.json").read_text())["benchmarks"]["tiny-seen"]
+    assert (scores["n"], scores["of_records"]) == (7, 23)
+    assert "tiny-seen: 7 of 23 records, evenly spread (--limit)." in (tmp_path / "report.md").read_text()
     assert run_here(flags_of(benchmark_dir, tmp_path))[0] == 0
     assert predictions_of(tmp_path) == predictions_of(reference[0])
 
@@ -336,7 +346,7 @@ def test_compare_prints_the_verdicts(reference, benchmark_dir, tmp_path, capsys)
     assert run_here(flags_of(benchmark_dir, tmp_path / "gold", predictions=predictions))[0] == 0
     assert compare_main([str(reference[0]), str(tmp_path / "gold"), "--names", "base,SFT"]) == 0
     out = capsys.readouterr().out
-    assert "base % [95 %]" in out and "SFT vs base" in out and "tiny-unseen" not in out
+    assert "base, fp32 % [95 %]" in out and "SFT vs base, fp32" in out and "tiny-unseen" not in out
     assert len(out.splitlines()) == 5 and out.count("higher, intervals disjoint") == 3
     assert "| tiny-seen | 23 | CF     |" in out and "100.0 [85.7, 100.0]" in out  # 1 / (1 + 1.96^2 / 23) = 0.857
     assert compare_main([str(reference[0]), str(tmp_path / "none")]) == 2
