@@ -42,6 +42,8 @@ class PackedBatch:
 # ---------------------------------------------------------------------------------------------------------------------
 # What can be trained
 
+TOO_LONG, UNTRAINED = "too long", "without a trained turn"
+
 
 def drop_unusable(encoded: Sequence[EncodedTrajectory], max_tokens: int) -> tuple[list[EncodedTrajectory], list[str]]:
     """Trajectories that fit into `max_tokens` and train something, and one line per reason for those that do not.
@@ -49,9 +51,10 @@ def drop_unusable(encoded: Sequence[EncodedTrajectory], max_tokens: int) -> tupl
     A row that is too long is dropped whole: a cut one would lose its tools or its calls and still look trained. Length
     is the number of input positions, BOS included. Raises DataError with the reasons when nothing is left.
     """
-    too_long = [row for row in encoded if len(row) > max_tokens]
-    untrained = [row for row in encoded if len(row) <= max_tokens and row.trained_tokens == 0]
-    kept = [row for row in encoded if len(row) <= max_tokens and row.trained_tokens > 0]
+    reasons = [why_dropped(row, max_tokens) for row in encoded]
+    too_long = [row for row, reason in zip(encoded, reasons) if reason == TOO_LONG]
+    untrained = [row for row, reason in zip(encoded, reasons) if reason == UNTRAINED]
+    kept = [row for row, reason in zip(encoded, reasons) if not reason]
     notes = []
     if too_long:
         listing = _first_few([f"{one_line(row.id)} ({len(row)})" for row in too_long])
@@ -69,9 +72,14 @@ def drop_unusable(encoded: Sequence[EncodedTrajectory], max_tokens: int) -> tupl
     return kept, notes
 
 
+def why_dropped(row: EncodedTrajectory, max_tokens: int) -> str:
+    """TOO_LONG, UNTRAINED, or "" for a trajectory that is kept."""
+    return TOO_LONG if len(row) > max_tokens else UNTRAINED if row.trained_tokens == 0 else ""
+
+
 def _first_few(names: list[str]) -> str:
     """The first five: a log line of thousands of ids is no help."""
-    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+    return ", ".join(names[:5]) + (f" and {len(names) - 5} more, all in data_report.json" if len(names) > 5 else "")
 
 
 def _reasons(rows: Sequence[EncodedTrajectory]) -> str:

@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
+from data.batches import why_dropped
 from data.error_filter import TurnDecision
 from data.loss_weights import EncodedTrajectory
 from data.tool_calls import render_tool_call
@@ -22,10 +23,13 @@ def data_report(
     encoded: Sequence[EncodedTrajectory],
     kept: Sequence[EncodedTrajectory],
     notes: Sequence[str],
+    *,
+    max_tokens: int,
 ) -> dict:
-    """What data_report.json of a run holds (docs/metrics.md): counts, masked turns by rule with examples, `notes`.
+    """What data_report.json of a run holds (docs/metrics.md): counts, masked turns by rule with examples, `notes`, and
+    each dropped trajectory.
 
-    Arguments as describe_data; notes: the lines of the log.
+    Arguments as describe_data; notes: the lines of the log; max_tokens: as in drop_unusable.
     """
     return {
         "trajectories": len(trajectories),
@@ -44,6 +48,11 @@ def data_report(
             for turns in _masked_by_rule(trajectories, encoded)
         ],
         "notes": list(notes),
+        "dropped": [
+            {"id": row.id, "reason": reason, "tokens": len(row)}
+            for row in encoded
+            if (reason := why_dropped(row, max_tokens))
+        ],
     }
 
 

@@ -14,7 +14,7 @@ were seen to give the same bits (interchangeable_row_counts).
 """
 
 from collections import deque
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, field
 from functools import lru_cache
 
@@ -52,7 +52,29 @@ def generate(
     returned as they are. Raises ValueError for an empty prompt, a setting out of range, a list of generators of another
     length than prompts, or a sharded model.
     """
-    decoder = RowDecoder(
+    decoder = _decoder_for(model, prompts, max_new_tokens=max_new_tokens, temperature=temperature, eos_id=eos_id)
+    return continue_prompts(decoder, prompts, generator, should_continue)
+
+
+def generate_as_ended(
+    model: Transformer, prompts: list[list[int]], *, max_new_tokens: int, eos_id: int | Collection[int] | None
+) -> Iterator[tuple[int, list[int]]]:
+    """The greedy responses of generate(), each as soon as it ends: (position of its prompt, response_ids)."""
+    decoder = _decoder_for(model, prompts, max_new_tokens=max_new_tokens, temperature=0.0, eos_id=eos_id)
+    responses = [Response() for _ in prompts]
+    for prompt in _ended_prompts(decoder, prompts, responses, lambda finished_B: True):
+        yield prompt, responses[prompt].ids
+
+
+def _decoder_for(
+    model: Transformer,
+    prompts: list[list[int]],
+    *,
+    max_new_tokens: int,
+    temperature: float,
+    eos_id: int | Collection[int] | None,
+) -> "RowDecoder":
+    return RowDecoder(
         model,
         n_rows=min(ROWS_PER_FORWARD, max(1, len(prompts))),
         max_tokens=max(map(len, prompts), default=0) + max_new_tokens,
@@ -61,7 +83,6 @@ def generate(
         rows_per_forward=ROWS_PER_FORWARD,
         stop_ids=() if eos_id is None else (eos_id,) if isinstance(eos_id, int) else eos_id,
     )
-    return continue_prompts(decoder, prompts, generator, should_continue)
 
 
 def continue_prompts(
@@ -75,12 +96,24 @@ def continue_prompts(
     Output is the same, bit for bit, for every batching at one value of the decoder's rows_per_forward; across values
     it may differ where two tokens nearly tie. 1 suits a single long answer.
     """
-    empty = [index for index, prompt in enumerate(prompts) if not len(prompt)]
-    if empty:
-        raise ValueError(f"prompts {empty} are empty, expected at least one token (BOS) each")
     if isinstance(generator, list) and len(generator) != len(prompts):
         raise ValueError(f"{len(generator)} generators for {len(prompts)} prompts, expected one each")
     responses = [Response(each) for each in (generator if isinstance(generator, list) else [generator] * len(prompts))]
+    for _ in _ended_prompts(decoder, prompts, responses, should_continue):
+        pass
+    return [(response.ids, response.logprobs) for response in responses]
+
+
+def _ended_prompts(
+    decoder: "RowDecoder",
+    prompts: list[list[int]],
+    responses: list["Response"],
+    should_continue: Callable[[Tensor], bool],
+) -> Iterator[int]:
+    """Fill `responses`, one per prompt; gives the position of each prompt when its response has ended."""
+    empty = [index for index, prompt in enumerate(prompts) if not len(prompt)]
+    if empty:
+        raise ValueError(f"prompts {empty} are empty, expected at least one token (BOS) each")
     finished_B = torch.zeros(len(prompts), dtype=torch.bool)
     prompt_of_row: list[int | None] = [None] * len(decoder.cache.lengths)
     # Longest first: neighbours of like length attend in one call.
@@ -92,8 +125,8 @@ def continue_prompts(
             decoder.begin(row, 0, prompts[prompt_of_row[row]], responses[prompt_of_row[row]])
         for row in decoder.forward():
             finished_B[prompt_of_row[row]] = True
+            yield prompt_of_row[row]
             prompt_of_row[row] = None
-    return [(response.ids, response.logprobs) for response in responses]
 
 
 # ---------------------------------------------------------------------------------------------------------------------

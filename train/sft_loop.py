@@ -67,7 +67,7 @@ def encode_data(config: SFTConfig, tokenizer: TextEncoder) -> tuple[list[Encoded
     ]
     kept, notes = drop_unusable(encoded, config.max_tokens)
     notes += describe_data(trajectories, encoded, kept, config.error_filter)
-    return kept, data_report(trajectories, encoded, kept, notes)
+    return kept, data_report(trajectories, encoded, kept, notes, max_tokens=config.max_tokens)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -21,7 +21,7 @@ from eval.predict.cut_output import cut_at
 from eval.predict.journals import Journal, describe_resume, journal_file, journal_files, read_rows
 from eval.predict.prediction_files import prediction_of
 from eval.records import Record
-from model.sampling import generate
+from model.sampling import generate_as_ended
 from model.tokenizer import Tokenizer
 from model.transformer import Transformer
 
@@ -235,7 +235,7 @@ def generated_rows(
     max_new_tokens: int,
     batch_size: int,
 ) -> Iterator[dict]:
-    """The greedy output for this rank's share of the queries, batch by batch, longest prompts first.
+    """The greedy output for this rank's share of the queries, batch by batch, longest prompts first, as each ends.
 
     An output ends with EOS, before the first of `stop_texts`, or after `max_new_tokens`. Generation itself stops at EOS
     and at those stop texts that are control tokens, by their id; at other texts the output is cut afterwards. A prompt
@@ -250,15 +250,14 @@ def generated_rows(
 
     def rows_of(batch: list[int]) -> Iterator[dict]:
         fitting = [index for index in batch if len(prompts[index]) <= room]
-        responses = (
-            generate(model, [prompts[index] for index in fitting], max_new_tokens=max_new_tokens, eos_id=stop_ids)
-            if fitting
-            else []
-        )
         for index in batch:
             if len(prompts[index]) > room:
                 yield {"index": index, "output": "", "stop": "prompt_too_long"}
-        for index, (response_ids, _) in zip(fitting, responses, strict=True):
+        if not fitting:
+            return
+        ids = [prompts[index] for index in fitting]
+        for position, response_ids in generate_as_ended(model, ids, max_new_tokens=max_new_tokens, eos_id=stop_ids):
+            index = fitting[position]
             output, stop = read_response(
                 response_ids,
                 tokenizer,

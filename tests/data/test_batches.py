@@ -154,7 +154,7 @@ def test_drop_unusable_shows_the_first_few_and_nothing_that_acts_on_a_terminal()
     rows = [row(f"t{i}", [1] * 5, [2] * 5, [1.0] * 5) for i in range(10_000)]
     rows.append(row("a\x1b[2J\u202e\n" + "b" * 500, [1, 5], [5, 2], [0.0, 0.0]))
     _, (long, empty) = drop_unusable([row("fits", [1, 5], [5, 2], [0.0, 1.0]), *rows], 3)
-    assert long.endswith("tokens: t0 (5), t1 (5), t2 (5), t3 (5), t4 (5) and 9995 more")
+    assert long.endswith("tokens: t0 (5), t1 (5), t2 (5), t3 (5), t4 (5) and 9995 more, all in data_report.json")
     assert (
         r"without a trained turn: a\x1b[2J\u202e\nbbb" in empty
         and empty.endswith("b... (516 characters)")

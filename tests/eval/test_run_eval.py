@@ -208,9 +208,9 @@ def test_generation_is_told_the_control_tokens_that_end_it(benchmark_dir, monkey
 
     def scripted(model, prompts, *, eos_id, max_new_tokens):
         calls.append((eos_id, max_new_tokens))
-        return [([*ids, bos], [0.0] * (len(ids) + 1)) for _ in prompts]
+        return ((position, [*ids, bos]) for position in range(len(prompts)))
 
-    monkeypatch.setattr(generate_predictions, "generate", scripted)
+    monkeypatch.setattr(generate_predictions, "generate_as_ended", scripted)
     queries = BENCHMARKS["tiny-seen"].load(benchmark_dir / "test_seen.jsonl")[:3]
     rows = list(
         generated_rows(

@@ -260,6 +260,9 @@ def test_trajectories_that_are_dropped_are_named(tmp_path):
     code, out, _ = run_here(tmp_path / "run", max_steps=1, max_tokens=230)
     assert code == 0
     assert re.search(r"^dropped \d+ of 22 trajectories, longer than 230 tokens: t\d+ \(\d+\)", out, re.MULTILINE)
+    dropped = json.loads((tmp_path / "run/data_report.json").read_text())["dropped"]
+    assert len(dropped) == int(re.search(r"^dropped (\d+) of 22", out, re.MULTILINE)[1])
+    assert all(row["reason"] == "too long" and row["tokens"] > 230 and row["id"][0] == "t" for row in dropped)
 
 
 def test_metrics_are_cut_to_the_checkpoint(tmp_path):
