@@ -46,7 +46,7 @@ from eval.evaluate_rotbench import load_rotbench
 from eval.evaluate_tooleyes import load_tooleyes
 from eval.predict.endpoint import Endpoint, check_key_variable, check_url, make_endpoint
 from eval.predict.generate import LocalModel, answers_sha256, check_settings, folder_sha256
-from eval.records import Record, field_of, limited
+from eval.records import Record, field_of
 from eval.reports.error_statistics import classify_turns, format_turns, summarize_turns
 from eval.sandbox.run import end_sandboxes
 from model.pretrained_weights import ModelFolderError, load_pretrained
@@ -233,13 +233,15 @@ def collect(flags: argparse.Namespace) -> str:
             raise DataError(f"{flags.output}: found another process at work on it, expected none") from None
         check_settings(path, settings, resume="auto", is_writer=True)
         notices = complete_dialogues(
-            path, limited(tasks, flags.limit), player_of(flags, teacher), prompt_format=flags.prompt_format, rank=0
+            path, tasks[: flags.limit], player_of(flags, teacher), prompt_format=flags.prompt_format, rank=0
         )
     for notice in notices:
         print(terminal_text(notice), file=sys.stderr)
-    dialogues = match_dialogues(read_dialogues(path)[0], len(tasks), flags.limit, path=path)
+    asked = tasks[: flags.limit]
+    found = [dialogue for dialogue in read_dialogues(path)[0] if dialogue.index < len(asked)]
+    dialogues = match_dialogues(found, len(asked), None, path=path)
     written = authors_records(
-        limited(tasks, flags.limit),
+        tasks[: flags.limit],
         dialogues,
         keeps_unfinished=flags.unfinished == "keep",
         keeps_unparsable=flags.unparsable == "keep",
@@ -385,7 +387,7 @@ def read_flags(arguments: Sequence[str]) -> argparse.Namespace:
     add("--temperature", type=float, default=0.0, help="0 = greedy; above, one draw per turn (%(default)s)")
     add("--seed", type=int, default=0, help="seed of the draws and of the tools (%(default)s)")
     add("--batch_size", type=int, default=32, help="dialogues side by side; memory and speed only (%(default)s)")
-    add("--limit", type=int, help="only N queries, evenly spread (default: all)")
+    add("--limit", type=int, help="only the first N queries (default: all)")
     add("--unfinished", choices=("drop", "keep"), default="drop", help="dialogues without finish (%(default)s)")
     add(
         "--unparsable",
