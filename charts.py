@@ -254,10 +254,10 @@ def _describe(unit: str, trends: Sequence[Trend], marks: Sequence[Marks], critic
     sentences = []
     for trend in trends:
         (first_step, first), (last_step, last) = trend.means[0], trend.means[-1]
-        name = f"{trend.name}: m" if trend.name else "M"
         values = [value for _, value in trend.points]
+        averaged = f"Means of {trend.n_averaged} {trend.unit_averaged}" if trend.n_averaged > 1 else "Values"
         sentences.append(
-            f"{name}ean of {trend.n_averaged} {trend.unit_averaged} in {unit}: {format_number(first)} up to step "
+            f"{trend.name + ': ' if trend.name else ''}{averaged}, {unit}: {format_number(first)} up to step "
             f"{first_step:g}, {format_number(last)} up to step {last_step:g}; {len(values)} values from "
             f"{format_number(min(values))} to {format_number(max(values))}."
         )

@@ -92,10 +92,10 @@ def _describe_reward(folder: RunFolder) -> list[str]:
     is_apart = first_interval[1] < last_interval[0] or last_interval[1] < first_interval[0]
     verdict = "the intervals do not overlap" if is_apart else "the intervals overlap, so this shows no change"
     sentences.append(
-        f"The mean reward of a sampled response was {_with_interval(first, first_interval)} in the first {n} "
-        f"iterations (n = {len(stretches[0])} responses) and {_with_interval(last, last_interval)} in the last {n} "
-        f"(n = {len(stretches[1])}). Brackets are 95 % intervals; {verdict}. Rewards are between -2 and 1; higher is "
-        "better."
+        f"The mean reward of a sampled response was {_with_interval(first, first_interval)} in the first {n} of "
+        f"{len(numbers):,} iterations (n = {len(stretches[0])} responses) and {_with_interval(last, last_interval)} in "
+        f"the last {n} (n = {len(stretches[1])}). Brackets are 95 % intervals; {verdict}. Rewards are between -2 and "
+        "1; higher is better."
     )
     return sentences
 
@@ -209,8 +209,10 @@ def _curve_parts(folder: RunFolder, identifier: str) -> list[str]:
 
 
 def _held_out_charts(rows: Sequence[Mapping]) -> list[Chart]:
+    asked = {row["held_out/calls"] for row in rows if "held_out/calls" in row}
+    units = {"count": f"of {max(asked):g}" if asked else "count"}
     return [
-        trend_chart(quantity.title, quantity.unit, [trend_of("", points, 1, "evaluations")])
+        trend_chart(quantity.title, units.get(quantity.unit, quantity.unit), [trend_of("", points, 1, "evaluations")])
         for quantity in HELD_OUT_QUANTITIES
         if (points := points_of(rows, quantity)[quantity.keys[0]])
     ]

@@ -137,7 +137,9 @@ def test_summary_says_what_happened_in_words(folders):
     )
     [ppo] = [each for each in words if each.startswith("ppo is a PPO run, not finished, 40 of 459 optimizer steps.")]
     assert "Up to step 10 it trains the critic alone" in ppo and "the intervals overlap, so this shows no change" in ppo
-    assert "was -0.50 [-2.20, 1.20] in the first 2 iterations (n = 4 responses)" in ppo  # sd 3 / sqrt 3, over sqrt 4
+    assert (
+        "was -0.50 [-2.20, 1.20] in the first 2 of 40 iterations (n = 4 responses)" in ppo
+    )  # sd 3 / sqrt 3, over sqrt 4
     [scores] = [each for each in words if each.startswith("tiny-seen, right calls (CF): ")]
     assert scores == (
         "tiny-seen, right calls (CF): base 3 of 10 (30.0 %), tuned 9 of 10 (90.0 %). Between tuned and base there is "
@@ -152,7 +154,7 @@ def test_charts_of_ppo(folders):
     reward, categories, kl = page.texts("desc")[:3]
     assert "Up to step 10 only the critic is trained." in reward and "held-out, greedy: 0.5 at step 0." in reward
     assert categories.endswith("unparsable 0.25 then 0.25, wrong tool 0.25 then 0.25, correct 0.50 then 0.50.")
-    assert kl.startswith("Mean of 2 iterations in nats per response: 0.05 up to step 2, 3.85 up to step 40;")
+    assert kl.startswith("Means of 2 iterations, nats per response: 0.05 up to step 2, 3.85 up to step 40;")
     assert page.texts("h4")[0] == "Step 1: unparsable, reward -2.00, KL 0.50 nats"
 
 
@@ -169,9 +171,10 @@ def test_prompts_are_side_by_side_with_the_differing_words_marked(folders):
 def test_records_on_which_evaluations_differ_come_first(folders):
     evaluations = read_run_folders(folders[2:])
     assert choose_records(evaluations, "tiny-seen", range(10)) == [0, 1, 2, 3, 4]
-    evaluations[0].results["tiny-seen"] = {i: {"CF": int(i != 8)} for i in range(10)}
-    evaluations[1].results["tiny-seen"] = {i: {"CF": 1} for i in range(10)}
-    assert choose_records(evaluations, "tiny-seen", range(10)) == [0, 1, 2, 3, 8]
+    for folder, right in zip(evaluations, ((1, 0, 1, 0, 1, 0, 0, 0, 0, 0), (1, 0, 1, 0, 0, 1, 1, 1, 1, 1))):
+        folder.results["tiny-seen"] = {i: {"CF": value} for i, value in enumerate(right)}
+    # both right 0 2, both wrong 1 3, lost 4, won 5 to 9: one of each, then a second one of a change
+    assert choose_records(evaluations, "tiny-seen", range(10)) == [0, 1, 4, 5, 6]
 
 
 def test_marks_by_hand():
@@ -187,9 +190,15 @@ def test_a_run_that_went_on_after_its_end_is_not_finished(folders):
 
 
 def test_held_out_evaluations_of_sft_are_curves(folders):
-    rows = [{"step": step, "held_out/loss": 3.0 - step, "held_out/right_calls": step} for step in (0, 1)]
+    rows = [
+        {"step": step, "held_out/loss": 3.0 - step, "held_out/right_calls": step, "held_out/calls": 20}
+        for step in (0, 1)
+    ]
     (folders[0] / "held_out.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    assert page_of(folders[0]).texts("title")[-2:] == ["Loss on held-out data", "Right greedy calls on held-out data"]
+    page = page_of(folders[0])
+    assert page.texts("title")[-2:] == ["Loss on held-out data", "Right greedy calls on held-out data"]
+    assert page.texts("desc")[-1].startswith("Values, of 20: 0 up to step 0, 1 up to step 1;")
+    assert "Right greedy calls on held-out data, of 20" in page.texts("text")
 
 
 @pytest.mark.slow
@@ -297,10 +306,14 @@ def test_damaged_evaluation_folders_are_described(tmp_path, name, content, words
 
 
 def test_runs_of_other_records_are_not_paired(tmp_path):
+    words = "No two evaluations scored the same records, so there are no paired differences."
     folders = [write_evaluation(tmp_path / "a", [1, 0]), write_evaluation(tmp_path / "b", [1, 0, 1])]
-    assert "No two evaluations scored the same records, so there are no paired differences." in page_of(*folders).texts(
-        "p"
-    )
+    assert words in page_of(*folders).texts("p")
+    folders[1] = write_evaluation(tmp_path / "c", [0, 1])
+    assert words not in page_of(*folders).texts("p")
+    summary = (folders[1] / "summary.json").read_text()
+    (folders[1] / "summary.json").write_text(re.sub(r'("answers_sha256": ")', r"\g<1>0", summary))
+    assert words in page_of(*folders).texts("p")
 
 
 def test_a_changed_benchmark_file_is_not_shown(tmp_path):
