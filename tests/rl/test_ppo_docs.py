@@ -15,6 +15,7 @@ import pytest
 from charts import PPO_QUANTITIES, SHARE, write_run_plot
 from rl.ppo_config import PPOConfig
 from rl.reward import CATEGORIES
+from svg import TEXTURES
 from tests.support.tiny_run import tiny_files
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -104,6 +105,7 @@ def test_ledger_of_a_real_response_passes_its_own_checks(output):
 def test_charts_need_documented_metrics_only():
     assert {key for quantity in PPO_QUANTITIES for key in quantity.keys} <= keys_of(LINES)
     assert {f"{SHARE}{category}" for category in CATEGORIES} <= keys_of(LINES)
+    assert len(CATEGORIES) == len(TEXTURES), "each category has its own area in the chart"
 
 
 def test_plot_of_a_run(output, tmp_path):
