@@ -8,6 +8,7 @@ import os
 import re
 import signal
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ import run_ppo
 from model.pretrained_weights import load_pretrained, load_value_model
 from rl import models as rl_models
 from rl import ppo_loop, rollout
+from rl.ppo_config import PPOConfig
 from rl.rollout import response_logprobs
 from tests.support.tiny_ppo import (
     journal_of,
@@ -27,7 +29,7 @@ from tests.support.tiny_ppo import (
     save_with_tokenizer,
 )
 from tests.support.tiny_run import digest_of_final
-from train.checkpoint import CheckpointSaver
+from train.checkpoint import CheckpointError, CheckpointSaver, TrainerState
 from train.distributed import local_part, reshard_all
 from train.optimizer import schedule_factor, warmup_steps_of
 
@@ -347,6 +349,14 @@ def test_weights_that_are_not_finite_stop_the_run_in_one_line(tmp_path):
         "iteration 0: found 1 tensors of the policy with nan or inf (norm.weight",
         model=save_with_tokenizer(model, tmp_path / "model"),
     )
+
+
+@pytest.mark.parametrize("extra", [{}, {"iteration": "1", "kl_coef": 0.1}, {"iteration": 1, "kl_coef": [0.1]}])
+def test_a_state_without_its_scalars_is_one_line(monkeypatch, extra):
+    state = TrainerState(step=2, saved_world_size=1, extra=extra)
+    monkeypatch.setattr(ppo_loop, "resume_newest", lambda *_, **__: state)
+    with pytest.raises(CheckpointError, match="found iteration .* in the state of step 2, expected numbers"):
+        ppo_loop.resume_state(PPOConfig(), SimpleNamespace(trained=dict), None, {}, [])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
