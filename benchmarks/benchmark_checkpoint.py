@@ -5,7 +5,7 @@
 
 A stretch is one save and then some training steps, enough of them to write a checkpoint meanwhile. Each round has one
 stretch per side, in an order that changes. Two figures, medians over rounds, with their ratio to the first side:
-    stopped   seconds that the loop stands still: in the save, and at the end of the stretch until it is complete
+    stopped   seconds that the loop waits: in the save, and at the end of the stretch until the save is complete
     lost      seconds of the stretch less those of the same steps without a save in the same round; a thread that takes
               a core from the steps shows here, and so does every other load of the machine
 Sides:
@@ -81,7 +81,7 @@ def save_as_before(folder: Path, model: Transformer, optimizer: torch.optim.Opti
 
 
 def measure(args: argparse.Namespace, folder: Path) -> dict[str, list[tuple[float, float]]]:
-    """(seconds, seconds that the loop stood still) of each side's stretches, by round; "none" has steps alone."""
+    """(seconds, seconds that the loop waited) of each side's stretches, by round; "none" has steps alone."""
     world, model = init_world("cpu"), make_model(args.size)
     optimizer = make_adamw(model, **ADAMW)
     batch, config = make_batch(args, 100), SFTConfig(loss_normalization="token_mean")
