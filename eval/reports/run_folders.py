@@ -138,8 +138,9 @@ def _read_evaluation(folder: RunFolder) -> None:
         if ".rank" not in path.name:  # the journal of a rank that was killed
             rows = _journal(path, _clean_output, folder.problems)
             folder.outputs[path.stem] = {row["index"]: row["text"] for row in rows}
-    for name in folder.summaries.keys() - folder.outputs.keys():
-        folder.problems.append(f"predictions/{name}.jsonl: found no such file; its answers are not shown")
+    for name in folder.summaries:  # in their order: that of a set differs from start to start
+        if name not in folder.outputs:
+            folder.problems.append(f"predictions/{name}.jsonl: found no such file; its answers are not shown")
 
 
 def _clean_output(row: dict) -> dict | None:
