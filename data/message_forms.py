@@ -54,9 +54,14 @@ _WEIGHT_WORDS = re.compile(r"(?:^|_)(?:weights?|train|trainable|training|loss|ma
 
 def is_blank(value: object) -> bool:
     """Null, empty, or an object or list of nothing but such: what columnar storage leaves of an absent value."""
-    if isinstance(value, dict):
-        return all(map(is_blank, value.values()))
-    return all(map(is_blank, value)) if isinstance(value, list) else value in (None, "")
+    pending = [value]  # not recursive: a value may be nested as deeply as the reader of JSON lets it
+    while pending:
+        each = pending.pop()
+        if isinstance(each, (dict, list)):
+            pending.extend(each.values() if isinstance(each, dict) else each)
+        elif each not in (None, ""):
+            return False
+    return True
 
 
 def is_empty_text(text: str) -> bool:

@@ -278,7 +278,7 @@ def run_dialogues_with_model(
         total=len(waiting),
         desc=terminal_text(journal.path.stem),
         unit="dialogue",
-        disable=local.rank != 0 or not waiting,
+        disable=True if local.rank != 0 or not waiting else None,  # None: no bar where stderr is no terminal
     ) as bar:
         while live or waiting:
             while waiting and len(live) < settings.batch_size:
@@ -359,7 +359,12 @@ def run_dialogues_with_endpoint(
 
     with (
         ThreadPoolExecutor(max_workers=endpoint.concurrency) as pool,
-        tqdm(total=len(tasks), desc=terminal_text(journal.path.stem), unit="dialogue", disable=not tasks) as bar,
+        tqdm(
+            total=len(tasks),
+            desc=terminal_text(journal.path.stem),
+            unit="dialogue",
+            disable=True if not tasks else None,
+        ) as bar,
     ):
         try:
             while running or waiting and failure is None:

@@ -10,6 +10,7 @@ import argparse
 import importlib
 import json
 import math
+import os
 import random
 import sys
 import tempfile
@@ -98,6 +99,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--output", type=Path, metavar="FILE", help="journal of rows; one that exists is continued")
     flags = parse_arguments(parser, arguments)
     torch.set_num_threads(1)
+    os.environ["OMP_NUM_THREADS"] = "1"  # of the processes that it starts: sums keep their order
     for name in PRELOADED:  # else every forked child pays for them
         importlib.import_module(name)
     with tempfile.TemporaryDirectory(prefix="faults_journal_") as folder:
