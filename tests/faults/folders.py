@@ -1,6 +1,5 @@
 """Faults of folders: a full disk, no right to write, a folder that vanishes, two runs in one."""
 
-import contextlib
 import ctypes
 import importlib
 import os
@@ -52,12 +51,14 @@ def run_here(program: str, arguments: list[str], folder: Path) -> tuple[int, str
 
 def mount_in_namespace(target: Path, size: str) -> str:
     """A tmpfs at `target`, seen by this process alone, in a user namespace of its own; "" or why it is not allowed."""
-    library, user = ctypes.CDLL(None, use_errno=True), os.getuid()
+    library, user, group = ctypes.CDLL(None, use_errno=True), os.getuid(), os.getgid()
     if library.unshare(CLONE_NEWUSER | CLONE_NEWNS):
         return f"no namespace of users and mounts: {os.strerror(ctypes.get_errno())}"
-    with contextlib.suppress(OSError):
-        Path("/proc/self/setgroups").write_text("deny")
-        Path("/proc/self/uid_map").write_text(f"0 {user} 1")
+    try:
+        for name, text in (("setgroups", "deny"), ("uid_map", f"0 {user} 1"), ("gid_map", f"0 {group} 1")):
+            Path(f"/proc/self/{name}").write_text(text)
+    except OSError as error:
+        return f"no map of users: {error}"
     if library.mount(b"tmpfs", os.fsencode(target), b"tmpfs", 0, f"size={size}".encode()):
         return f"no tmpfs: {os.strerror(ctypes.get_errno())}"
     return ""
