@@ -31,6 +31,7 @@ from eval.eval_config import EvalConfig
 from eval.evaluate_humaneval import load_humaneval, read_completions
 from eval.reports.compare import main as compare
 from model.config import ModelFolderError
+from model.import_gguf import main as import_gguf
 from model.pretrained_weights import check_folder, load_pretrained, load_value_model, save_pretrained, save_value_model
 from model.tokenizer import load_tokenizer
 from model.value_model import ValueModel
@@ -48,15 +49,15 @@ from tests.eval import test_evaluate_humaneval as humaneval
 from tests.eval import test_evaluate_mmlu as mmlu
 from tests.eval import test_evaluate_tiny as tiny
 from tests.eval import test_evaluate_tooleyes as tooleyes
+from tests.model import test_import_gguf as gguf
 from tests.support.rotbench_records import react, rotbench_record, toolalpaca_record
-from tests.support.tiny_run import ROOT, make_records, make_tokenizer, random_batch, tiny_model
+from tests.support.small_training import train_small
+from tests.support.tiny_run import ROOT, make_records, make_tokenizer, tiny_model
 from train.checkpoint import CheckpointError
-from train.distributed import close_world, init_world, shard_model
-from train.optimizer import make_adamw
 from train.run_control import TrainingError
 from train.run_logging import RunFolderError, read_metrics
 from train.sft_config import SFTConfig
-from train.sft_loop import SFTData, encode_data, train_sft
+from train.sft_loop import encode_data
 
 FEEDBACK = ROOT / "tests/data/feedback_cases.jsonl"
 STEPS = 2  # of the training runs whose folders are damaged
@@ -280,6 +281,19 @@ def read_model(folder: Path, rng: random.Random, damaged: str) -> None:
         raise Wrong(f"logits of shape {tuple(logits_BTV.shape)}")
 
 
+def make_gguf(folder: Path) -> None:
+    model = tiny_model(n_layers=2, vocab_size=len(gguf.TOKENS), max_positions=256)
+    for kind in (0, 1):
+        path = folder / f"{kind}/model.gguf"
+        path.parent.mkdir(parents=True)
+        path.write_bytes(gguf.gguf_bytes(gguf.METADATA, gguf.tensors_of(model), kind))
+
+
+def read_gguf(folder: Path, rng: random.Random, damaged: str) -> None:
+    end_of(import_gguf, [folder / damaged, folder / "out"])
+    load_pretrained(folder / "out")
+
+
 def make_tokenizers(folder: Path) -> None:
     (folder / "pieces").mkdir(parents=True)
     make_tokenizer(folder / "pieces")
@@ -405,25 +419,8 @@ def read_eval_run(folder: Path, rng: random.Random, damaged: str) -> None:
         end_of(run_eval.main, eval_flags(folder))
 
 
-def _train(output: Path, max_steps: int) -> dict[str, torch.Tensor]:
-    world = init_world("cpu")
-    model = tiny_model(n_layers=1)
-    shard_model(model, world, dtype="float32")
-    optimizer = make_adamw(model, learning_rate=1e-2, beta1=0.9, beta2=0.95, epsilon=1e-8, weight_decay=0.01)
-    data = SFTData(lambda step: [random_batch(step)], total_steps=STEPS, sources={"data_sha256": "0"})
-    config = SFTConfig(output=str(output), max_steps=max_steps, checkpoint_every=1, keep_checkpoints=0)
-    try:
-        with contextlib.redirect_stdout(io.StringIO()):
-            result = train_sft(config, data, model, optimizer, world)
-    finally:
-        close_world()
-    if result.step != max_steps:
-        raise Wrong(f"ended at step {result.step}, expected {max_steps}")
-    return {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
-
-
 def make_training_run(folder: Path) -> None:
-    weights = _train(folder / "run", STEPS)
+    weights = train_small(folder / "run", STEPS, total_steps=STEPS)
     save_file(weights, folder / "run" / UNDAMAGED)
     (folder / "run/environment.json").unlink()  # it has the time, and no run reads it
     rows = read_metrics(folder / "run/metrics.jsonl")
@@ -432,7 +429,7 @@ def make_training_run(folder: Path) -> None:
 
 def read_training_run(folder: Path, rng: random.Random, damaged: str) -> None:
     """Resume: from a whole checkpoint, or not at all. The weights at the end must be those of the undisturbed run."""
-    weights = _train(folder, STEPS)
+    weights = train_small(folder, STEPS, total_steps=STEPS)
     expected = load_file(folder / UNDAMAGED)
     if not all(torch.equal(weights[name], expected[name]) for name in expected):
         raise Wrong("resumed to other weights")
@@ -451,6 +448,7 @@ TARGETS = (
     Target("feedback", make_feedback, read_feedback),
     Target("outputs", make_outputs, read_output, share=6),
     Target("configs", make_configs, read_settings),
+    Target("GGUF files", make_gguf, read_gguf, share=3),
     Target("tokenizers", make_tokenizers, read_tokenizer),
     Target("predictions", make_predictions, score_predictions, share=12),
     Target("evaluation folders", make_eval_run, read_eval_run, share=2),
