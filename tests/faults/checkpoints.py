@@ -56,14 +56,15 @@ def look_and_finish(output: Path) -> dict:
     identity = fingerprint(json.loads((output / "run_identity.json").read_text()))
     world = init_world("cpu")
     model, optimizer = make_parts(world)
-    path, refused = newest_good_checkpoint(output / "checkpoints", world, identity=identity)
-    step = load_checkpoint(path, {"model": (model, optimizer)}, world).step if path else 0
-    loaded = digest_of_weights({name: each.detach() for name, each in model.named_parameters()})
-    close_world()
+    step, loaded, end, problem, refused = 0, "", "", "", []
     try:
-        end, problem = digest_of_weights(train_small(output, STEPS, total_steps=STEPS)), ""
+        path, refused = newest_good_checkpoint(output / "checkpoints", world, identity=identity)
+        step = load_checkpoint(path, {"model": (model, optimizer)}, world).step if path else 0
+        loaded = digest_of_weights({name: each.detach() for name, each in model.named_parameters()})
+        close_world()
+        end = digest_of_weights(train_small(output, STEPS, total_steps=STEPS))
     except CheckpointError as error:  # no good one among those that are there: it must not begin anew
-        end, problem = "", str(error)
+        problem = str(error)
     steps = [row["step"] for row in read_metrics(output / "metrics.jsonl")]
     left = sorted(path.name for path in (output / "checkpoints").glob(".*"))
     return {
