@@ -7,6 +7,7 @@ import pytest
 
 from data.error_filter import decide_masked_turns
 from data.json_records import DataError
+from data.message_forms import is_blank
 from data.tool_calls import ToolCall
 from data.trajectories import LEFT_OUT_NULLS, Message, read_trajectories
 
@@ -572,3 +573,12 @@ def test_the_authors_form_loses_nothing_in_silence(tmp_path):
     }
     (decision,) = decide_masked_turns(trajectory, "structured")
     assert (decision.masked, decision.rule) == (True, "the data says is_error")
+
+
+def test_a_value_of_any_depth_is_blank_or_not():
+    """The reader of JSON takes about 990 levels; half as many overflowed a recursive check."""
+    for leaf, blank in (("", True), (None, True), (0, False), (False, False), ("x", False)):
+        value: object = leaf
+        for level in range(990):
+            value = [value] if level % 2 else {"a": value, "b": None}
+        assert is_blank(value) is blank

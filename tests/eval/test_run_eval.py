@@ -140,7 +140,8 @@ def test_limit_is_evenly_spread_and_can_be_extended(reference, benchmark_dir, tm
     whole = predictions_of(reference[0]).splitlines(keepends=True)
     assert run_here(flags_of(benchmark_dir, tmp_path, limit=1))[0] == 0
     (tmp_path / "predictions/tiny-seen.jsonl").write_bytes(b"".join(whole[:4]))
-    code, out, _ = run_here(flags_of(benchmark_dir, tmp_path, limit=7))
+    code, out, err = run_here(flags_of(benchmark_dir, tmp_path, limit=7))
+    assert err == ""  # no bar where stderr is no terminal, so that an error is one line
     picked = [0, 3, 6, 9, 13, 16, 19]  # 23 / 7 = 3.29 times 0 to 6
     assert code == 0 and "tiny-seen: 7 of 23 records, evenly spread (--limit)" in out
     assert predictions_of(tmp_path) == b"".join(whole[index] for index in sorted({0, 1, 2, 3, *picked}))

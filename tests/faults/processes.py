@@ -217,7 +217,10 @@ def rank_that_hangs(number: int, rng: random.Random, folder: Path) -> Trial:
         wait_until(lambda: _have_ended(agents), 60)
     finally:
         _end(agents)
-    said = [each for each in (folder / "log/agent0.txt").read_text().splitlines() if f"that rank {stopped} " in each]
+    lines = (folder / "log/agent0.txt").read_text().splitlines()
+    said = [
+        each for each in lines if f"that rank {stopped} " in each and not each.startswith("  traceback")
+    ]  # torchrun's
     if not has_ended or len(said) != 1:
         return Trial(f"{seconds:.0f} s after rank {stopped} was stopped: {said or _last_words(folder)}")
     return finish_on_two("run_sft", output, before)
