@@ -278,7 +278,7 @@ def run_dialogues_with_model(
         total=len(waiting),
         desc=terminal_text(journal.path.stem),
         unit="dialogue",
-        disable=True if local.rank != 0 or not waiting else None,  # None: no bar where stderr is no terminal
+        disable=local.rank != 0 or not waiting or None,  # None: no bar where stderr is no terminal
     ) as bar:
         while live or waiting:
             while waiting and len(live) < settings.batch_size:
@@ -360,10 +360,7 @@ def run_dialogues_with_endpoint(
     with (
         ThreadPoolExecutor(max_workers=endpoint.concurrency) as pool,
         tqdm(
-            total=len(tasks),
-            desc=terminal_text(journal.path.stem),
-            unit="dialogue",
-            disable=True if not tasks else None,
+            total=len(tasks), desc=terminal_text(journal.path.stem), unit="dialogue", disable=not tasks or None
         ) as bar,
     ):
         try:

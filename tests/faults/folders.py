@@ -114,7 +114,8 @@ def read_only_folder(number: int, rng: random.Random, folder: Path) -> Trial:
         if problem := mount_in_namespace(disk, "64m"):
             return [problem]
         if number % 2:
-            run_here(program, arguments, folder)
+            part = {"limit": 4} if program == "run_eval" else {"max_steps": 4}
+            run_here(program, arguments_of(program, disk / "run", **part), folder)
         remount(disk, MS_RDONLY, "")
         return ["", *run_here(program, arguments, folder)]
 
