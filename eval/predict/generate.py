@@ -121,9 +121,7 @@ def complete_predictions(
     predicted = predict(missing)  # settings that do not fit show before the bar
     with (
         Journal(path if rank == 0 else journal_file(path, rank)) as journal,
-        tqdm(
-            total=len(missing), desc=path.stem, unit="item", disable=True if rank != 0 or not missing else None
-        ) as bar,
+        tqdm(total=len(missing), desc=path.stem, unit="item", disable=rank != 0 or not missing or None) as bar,
     ):
         for row in predicted:
             journal.append({**row, **label})
