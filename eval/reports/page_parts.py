@@ -22,11 +22,6 @@ def items(lines: Iterable[str], classes: str = "") -> str:
     return f"<ul{_class(classes)}>{''.join(f'<li>{html_text(line)}</li>' for line in lines)}</ul>"
 
 
-def preformatted(text: str) -> str:
-    """A text of a run as it is, long ones cut with a count."""
-    return f"<pre>{html_text(cut(text, MAX_TEXT))}</pre>"
-
-
 def folded(summary: str, body: str) -> str:
     """Something that is shown on demand."""
     return f"<details><summary>{html_text(summary)}</summary>{body}</details>"
