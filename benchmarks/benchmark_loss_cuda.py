@@ -28,8 +28,13 @@ from functools import partial
 
 import torch
 from torch import Tensor
-from torch.nn import LinearCrossEntropyOptions
-from torch.nn.functional import cross_entropy, linear, linear_cross_entropy
+from torch.nn.functional import cross_entropy, linear
+
+try:
+    from torch.nn import LinearCrossEntropyOptions
+    from torch.nn.functional import linear_cross_entropy
+except ImportError:  # an older torch: the sides `fused` are left out
+    linear_cross_entropy = None
 
 from train.cuda.launch import DTYPES, STREAM_THREADS, choose_kernel, choose_loss_backend, cuda_row_cross_entropy
 from train.cuda.runtime import nvrtc_version
@@ -81,18 +86,16 @@ def extra_mib(call: Callable[[], object], args) -> float:
 # Part 1: the roof
 
 
-def print_roof(args, dtype: torch.dtype) -> None:
+def roof_rates(args, dtype: torch.dtype) -> dict[str, tuple[float, float]]:
+    """Name -> (seconds, bytes per second) of the copy of the logits, which is first, and of each kernel."""
     logits_CV = torch.randn(args.tokens, args.vocab_size, device=args.device).to(dtype)
     target_ids_C = torch.randint(0, args.vocab_size, (args.tokens,), device=args.device)
     loss_weights_C = torch.ones(args.tokens, device=args.device)
     copy_CV = torch.empty_like(logits_CV)
-    logit_bytes = logits_CV.numel() * logits_CV.element_size()
-    roof = median_seconds(lambda: copy_CV.copy_(logits_CV), args)
-    print(f"\n{DTYPES[dtype]}, {args.tokens} x {args.vocab_size} logits, {logit_bytes / 2**20:.0f} MiB")
-    print("kernel                    seconds      GB/s  of the copy's rate")
-    print(f"{'copy, device to device':24}  {roof:.6f}  {2e-9 * logit_bytes / roof:8.0f}  1.00")
+    seconds = median_seconds(lambda: copy_CV.copy_(logits_CV), args)
+    rates = {"copy, device to device": (seconds, 2 * logits_CV.nbytes / seconds)}
     if args.device != "cuda":
-        return
+        return rates
     for name, threads in (
         choose_kernel(dtype, args.vocab_size, logits_CV),
         (f"wce_stream_{DTYPES[dtype]}", STREAM_THREADS),
@@ -102,8 +105,18 @@ def print_roof(args, dtype: torch.dtype) -> None:
             cuda_row_cross_entropy(logits_CV, target_ids_C, loss_weights_C, logits_CV, kernel=kernel)
 
         seconds = median_seconds(call, args)
-        rate = (3 if "stream" in name else 2) * logit_bytes / seconds
-        print(f"{name:24}  {seconds:.6f}  {rate * 1e-9:8.0f}  {rate / (2 * logit_bytes / roof):.2f}")
+        rates[name] = seconds, (3 if "stream" in name else 2) * logits_CV.nbytes / seconds
+    return rates
+
+
+def print_roof(args, dtype: torch.dtype) -> None:
+    rates = roof_rates(args, dtype)
+    logit_bytes = args.tokens * args.vocab_size * dtype.itemsize
+    print(f"\n{DTYPES[dtype]}, {args.tokens} x {args.vocab_size} logits, {logit_bytes / 2**20:.0f} MiB")
+    print("kernel                    seconds      GB/s  of the copy's rate")
+    _, roof = next(iter(rates.values()))
+    for name, (seconds, rate) in rates.items():
+        print(f"{name:24}  {seconds:.6f}  {rate * 1e-9:8.0f}  {rate / roof:.2f}")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -140,13 +153,14 @@ def fused(hidden_MD, head_weight_VD, target_ids_M, loss_weights_M, options):
 
 def make_sides(args, dtype: torch.dtype, backend: str) -> dict[str, Callable]:
     """Name -> (hidden, head, targets, weights, index) -> loss."""
-    fixed = LinearCrossEntropyOptions(batch_chunk_size=args.peer_chunk, chunking_method=None)
     plain = {
         "eager": lambda *rows: eager(*rows, dtype),
         "eager, fp32 logits": lambda *rows: eager(*rows, torch.float32),
-        "fused, default": lambda *rows: fused(*rows, LinearCrossEntropyOptions()),
-        "fused, fixed": lambda *rows: fused(*rows, fixed),
     }
+    if linear_cross_entropy is not None:
+        fixed = LinearCrossEntropyOptions(batch_chunk_size=args.peer_chunk, chunking_method=None)
+        plain["fused, default"] = lambda *rows: fused(*rows, LinearCrossEntropyOptions())
+        plain["fused, fixed"] = lambda *rows: fused(*rows, fixed)
     sides = {name: lambda *inputs, side=side: side(*inputs[:4]) for name, side in plain.items()}
     sides |= {
         f"{name}, drop": lambda hidden, head, targets, weights, index, side=side: side(

@@ -1,0 +1,708 @@
+"""The stages of benchmarks/gpu_check.py, which starts each in a process of its own. NOT YET RUN on a GPU.
+
+A stage yields items as it goes: {name: figure}, {"fault": what is wrong}, {"not_run": what and why}, {"skipped": why}.
+An item may hold a figure and its fault. Each stage runs on the CPU too, on shapes of `small`; figures that only a CUDA
+device has are then named under not_run.
+
+Shape suffixes: B rows, T tokens, L keys, N query heads, K key/value heads, H head dim.
+"""
+
+import importlib.metadata
+import json
+import os
+import platform
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+import warnings
+import xml.etree.ElementTree as xml
+from argparse import Namespace
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from math import inf
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from benchmarks.benchmark_loss_cuda import make_inputs, make_sides, median_seconds, roof_rates, run_step
+from benchmarks.benchmark_plan import make_batch
+from benchmarks.benchmark_train_step import ADAMW, HF_NAMES
+from data.batches import PackedBatch
+from model.config import PRESETS, ModelConfig, RopeScaling, config_to_hf, count_parameters
+from model.decode import KVCache, decode_step, prefill
+from model.sampling import generate
+from model.tokenizer import load_tokenizer
+from model.transformer import Transformer, attend
+from model.value_model import ValueModel
+from rl.models import Models
+from rl.ppo_config import PPOConfig
+from rl.ppo_loop import FIRST_UPDATE_TOLERANCE, update_models
+from rl.prompts import PPOPrompt, read_prompts
+from rl.rollout import (
+    Iteration,
+    credit_responses,
+    judge_responses,
+    measure_responses,
+    pack_minibatches,
+    sample_responses,
+)
+from rl.watch import describe_rollout
+from train.checkpoint import load_checkpoint, save_checkpoint
+from train.cuda.launch import choose_loss_backend
+from train.cuda.runtime import CudaKernelError, nvrtc_version
+from train.distributed import World, init_world, local_part, shard_model
+from train.optimizer import make_adamw
+from train.plan import GIB, Setup, plan_step
+from train.sft_config import SFTConfig
+from train.sft_loop import train_step
+
+ROOT = Path(__file__).resolve().parents[1]
+TINY_MODEL, TINY_DATA = ROOT / "assets" / "tiny_model", ROOT / "assets" / "tiny_data" / "train.json"
+# dense bf16 operations per second, from NVIDIA's data sheets
+PEAK_FLOPS = {"H100 PCIe": 756e12, "H100": 989e12, "H200": 989e12, "A100": 312e12}
+NO_COMPILE = "compile on: the product has no such switch yet"
+
+Items = Iterator[dict]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Items, models, clocks
+
+
+def run(name: str, device: str, small: bool) -> Items:
+    """The items of a stage."""
+    if device == "cpu":
+        torch.set_num_threads(1)  # decoding promises equal bits in whole batches only then
+    elif not torch.cuda.is_available():
+        yield {"fault": "found no CUDA device, expected one"}
+        if name != "versions":
+            return
+    yield from RUN[name](device, small)
+
+
+def at_most(name: str, found: float, limit: float) -> dict:
+    """A figure that must not exceed the limit; nan does."""
+    fault = {} if found <= limit else {"fault": f"{name}: found {found:.3g}, expected at most {limit:.3g}"}
+    return {name: found} | fault
+
+
+def must_be(name: str, is_true: bool) -> dict:
+    """A promise and whether it holds."""
+    return {name: bool(is_true)} | ({} if is_true else {"fault": f"{name}: found no, expected yes"})
+
+
+def needs_cuda(device: str, *what: str) -> Items:
+    """On the CPU: what it cannot show."""
+    if device == "cpu":
+        yield from ({"not_run": f"{each}: needs a CUDA device"} for each in what)
+
+
+def compute_dtype(device: str) -> torch.dtype:
+    """What a device is best at."""
+    return torch.bfloat16 if device == "cuda" else torch.float32
+
+
+def random_model(
+    build: type, shape: ModelConfig, device: str, dtype: torch.dtype = torch.float32
+) -> Transformer | ValueModel:
+    """A model with the same random weights in every call, those of norms and biases not trivial."""
+    with torch.device("meta"):
+        model = build(shape)
+    model = model.to(dtype).to_empty(device=device)
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_(0.0, 0.02) if parameter.ndim == 2 else parameter.normal_(1.0, 0.1)
+    return model
+
+
+def llama_shape(small: bool, n_layers: int, dim: int = 4096, **changes: object) -> ModelConfig:
+    """CodeLLaMA with n_layers layers of width dim; in miniature 64 wide."""
+    full = PRESETS["codellama_7b"]
+    dim = 64 if small else dim
+    head_dim = 16 if small else full.head_dim
+    heads = dim // head_dim
+    ffn_dim = dim * full.ffn_dim // full.dim
+    small_changes = {"vocab_size": 500} if small else {}
+    shape = replace(full, n_layers=n_layers, dim=dim, n_heads=heads, n_kv_heads=heads, head_dim=head_dim)
+    return replace(shape, ffn_dim=ffn_dim, **(small_changes | changes))
+
+
+def seconds_of(call: Callable[[], object], device: str) -> float:
+    """Of one call, the device's work included."""
+    wait(device)
+    began = time.perf_counter()
+    call()
+    wait(device)
+    return time.perf_counter() - began
+
+
+def wait(device: str) -> None:
+    if device == "cuda":
+        torch.cuda.synchronize()
+
+
+def count_calls(call: Callable[[], object], device: str) -> dict:
+    """Kernels that a call launches and times that it waits for the device; on the CPU its operators."""
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    if device == "cuda":
+        activities.append(torch.profiler.ProfilerActivity.CUDA)
+    with torch.profiler.profile(activities=activities) as profile:
+        call()
+    counts = {event.key: event.count for event in profile.key_averages()}
+    if device == "cpu":
+        return {"operators": sum(n for name, n in counts.items() if name.startswith("aten::"))}
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        torch.cuda.set_sync_debug_mode("warn")
+        try:
+            call()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    launches = ("cudaLaunchKernel", "cuLaunchKernel")
+    return {
+        "kernels": sum(n for name, n in counts.items() if name.startswith(launches)),
+        "synchronizations": sum("synchroniz" in str(each.message) for each in caught),
+    }
+
+
+def relative(found: Tensor, exact: Tensor) -> float:
+    """Norm of the difference over the norm of what is exact."""
+    return ((found.double() - exact).norm() / exact.norm()).item()
+
+
+def peak_gib(device: str) -> float | None:
+    """Highest allocation since the last call; None on the CPU, which does not count."""
+    if device == "cpu":
+        return None
+    torch.cuda.synchronize()
+    peak = torch.cuda.max_memory_allocated() / GIB
+    torch.cuda.reset_peak_memory_stats()
+    return peak
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# a, b
+
+
+def versions(device: str, small: bool) -> Items:
+    """What this machine has, and what the product chooses on it."""
+    yield {"python": platform.python_version(), "torch": torch.__version__, "torch_cuda": torch.version.cuda}
+    yield {"cpus": os.cpu_count(), "cudnn": torch.backends.cudnn.version()}
+    packages = {}
+    for package in ("transformers", "liger-kernel", "triton", "cuda-bindings"):
+        try:
+            packages[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            packages[package] = "not installed"
+    yield {"packages": packages}
+    kinds = ("flash", "mem_efficient", "cudnn", "math")
+    yield {"sdpa_enabled": {kind: getattr(torch.backends.cuda, f"{kind}_sdp_enabled")() for kind in kinds}}
+    order = getattr(torch._C, "_get_sdp_priority_order", None)  # no public name
+    if order is None:
+        yield {"not_run": "sdpa_order: this torch does not tell it"}
+    else:
+        yield {"sdpa_order": [backend_name(each) for each in order()]}
+    try:
+        yield {"nvrtc": ".".join(map(str, nvrtc_version()))}
+    except CudaKernelError as error:
+        yield {"fault" if device == "cuda" else "not_run": str(error)}
+    yield from needs_cuda(device, "name, memory and driver of the device")
+    if device == "cuda" and torch.cuda.is_available():
+        card = torch.cuda.get_device_properties(0)
+        yield {"device": card.name, "capability": f"{card.major}.{card.minor}", "memory_gib": card.total_memory / GIB}
+        if shutil.which("nvidia-smi"):
+            command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+            yield {"driver": subprocess.run(command, capture_output=True, text=True, timeout=10).stdout.strip()}
+    backend, reason = choose_loss_backend("auto", torch.device(device))
+    yield {"loss_backend": f"{backend}: {reason}"}
+    if device == "cuda" and backend != "cuda":
+        yield {"fault": f"loss backend: found {backend}, expected cuda: {reason}"}
+
+
+def backend_name(number: int) -> str:
+    """The name of an SDPA backend."""
+    names = {int(value): name for name, value in SDPBackend.__members__.items()}
+    return names.get(int(number), str(number))
+
+
+def gpu_tests(device: str, small: bool) -> Items:
+    """The tests marked gpu, but for compute-sanitizer's, which take minutes. Without a device they only show that they
+    can be collected."""
+    import pytest
+
+    os.chdir(ROOT)
+    files = [str(path) for path in sorted(Path("tests").rglob("test_*.py")) if "pytest.mark.gpu" in path.read_text()]
+    report = Path(tempfile.mkdtemp()) / "report.xml"
+    flags = ["-m", "gpu", "-k", "not compute_sanitizer", "-p", "no:cacheprovider", f"--junitxml={report}"]
+    code = pytest.main([*flags, *files])
+    suite = xml.parse(report).getroot().find("testsuite")
+    counts = {name: int(suite.get(name)) for name in ("tests", "failures", "errors", "skipped")}
+    yield counts
+    for case in suite.iter("testcase"):
+        for problem in (*case.iter("failure"), *case.iter("error")):
+            yield {"fault": f"{case.get('name')}: {problem.get('message')}"}
+    if code not in (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED) or not counts["tests"]:
+        yield {"fault": f"found exit code {int(code)} of pytest and {counts['tests']} tests, expected 0 and some"}
+    yield {"not_run": "tests under compute-sanitizer: they take minutes"}
+    yield from needs_cuda(device, "the tests themselves")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# c attention
+
+
+def attention(device: str, small: bool) -> Items:
+    """model.transformer.attend on lengths that are new to it, by backend, against fp64, and decoding's rows."""
+    n_heads, head_dim = (4, 16) if small else (32, 128)
+    lengths = (5, 17, 33, 65, 129) if small else (509, 1021, 2039, 4093, 8191)
+    for kind, n_kv_heads in (("mha", n_heads), ("gqa", n_heads // 4)):
+
+        def inputs(n_tokens: int, dtype: torch.dtype, n_kv_heads: int = n_kv_heads) -> list[Tensor]:
+            torch.manual_seed(n_tokens)
+            heads = (n_heads, n_kv_heads, n_kv_heads)
+            return [torch.randn(1, n_tokens, n, head_dim, device=device).to(dtype).requires_grad_() for n in heads]
+
+        yield {f"{kind}_chosen": chosen_backend(*inputs(lengths[0], compute_dtype(device)))}
+        yield {f"{kind}_first_second_ms": {n: first_second_ms(inputs(n, compute_dtype(device))) for n in lengths}}
+        by_backend = {}
+        for name, backend in SDPBackend.__members__.items():
+            if name in ("FLASH_ATTENTION", "EFFICIENT_ATTENTION", "CUDNN_ATTENTION", "MATH"):
+                try:
+                    with sdpa_kernel(backend):
+                        by_backend[name] = first_second_ms(inputs(lengths[2] + 2, compute_dtype(device)))
+                except RuntimeError as error:
+                    by_backend[name] = f"refused: {str(error)[:80]}"
+        yield {f"{kind}_by_backend_ms": by_backend}
+        for dtype, limit in {torch.float32: 1e-4, compute_dtype(device): 2e-2 if device == "cuda" else 1e-4}.items():
+            yield at_most(f"{kind}_{str(dtype)[6:]}_error", error_of_attend(inputs(lengths[1], dtype)), limit)
+        yield from decode_attention(device, n_heads, n_kv_heads, head_dim, 64 if small else 1024)
+    yield {"not_run": "varlen_attn: the product calls SDPA once per segment"}
+    yield from needs_cuda(device, "bf16", "the backends of CUDA")
+
+
+def chosen_backend(q_BTNH: Tensor, k_BTKH: Tensor, v_BTKH: Tensor) -> str:
+    """SDPA's choice for these."""
+    ask = getattr(torch, "_fused_sdp_choice", None)  # no public name
+    grouped = q_BTNH.shape[2] != k_BTKH.shape[2]
+    try:
+        return backend_name(
+            ask(*(each.transpose(1, 2) for each in (q_BTNH, k_BTKH, v_BTKH)), is_causal=True, enable_gqa=grouped)
+        )
+    except (TypeError, RuntimeError) as error:
+        return f"unknown: {str(error)[:80]}"
+
+
+def first_second_ms(inputs: Sequence[Tensor]) -> list[float]:
+    """Forward and backward, twice: the first call may build a plan for its shape."""
+    device = inputs[0].device.type
+    return [1000 * seconds_of(lambda: attend(*inputs).sum().backward(), device) for _ in range(2)]
+
+
+def error_of_attend(inputs: Sequence[Tensor]) -> float:
+    """Largest relative error of output and gradients against the formula, step by step in fp64."""
+    exact_inputs = [each.detach().double().requires_grad_() for each in inputs]
+    q_TNH, k_LNH, v_LNH = (each[0].repeat_interleave(inputs[0].shape[2] // each.shape[2], 1) for each in exact_inputs)
+    scores_NTL = torch.einsum("tnh,lnh->ntl", q_TNH, k_LNH) / q_TNH.shape[-1] ** 0.5
+    unseen_TL = torch.ones_like(scores_NTL[0], dtype=torch.bool).triu(1)
+    exact_TNH = torch.einsum("ntl,lnh->tnh", scores_NTL.masked_fill(unseen_TL, -inf).softmax(-1), v_LNH)
+    out_TNH = attend(*inputs)[0]
+    incoming_TNH = torch.randn_like(out_TNH)
+    gradients = torch.autograd.grad(out_TNH, inputs, incoming_TNH)
+    exact_gradients = torch.autograd.grad(exact_TNH, exact_inputs, incoming_TNH.double())
+    pairs = [(out_TNH, exact_TNH), *zip(gradients, exact_gradients, strict=True)]
+    return max(relative(found, exact) for found, exact in pairs)
+
+
+@torch.no_grad()
+def decode_attention(device: str, n_heads: int, n_kv_heads: int, head_dim: int, n_slots: int) -> Items:
+    """One query per row, masked at the row's length, as decode_step asks: 16 rows at once against each alone."""
+    torch.manual_seed(1)
+    q_B1NH = torch.randn(16, 1, n_heads, head_dim, device=device).to(compute_dtype(device))
+    k_BLKH, v_BLKH = torch.randn(2, 16, n_slots, n_kv_heads, head_dim, device=device).to(q_B1NH.dtype)
+    unseen_BL = torch.arange(n_slots, device=device) >= torch.randint(1, n_slots, (16, 1), device=device)
+    mask_B11L = torch.zeros_like(unseen_BL, dtype=q_B1NH.dtype).masked_fill_(unseen_BL, -inf)[:, None, None]
+    rows = q_B1NH, k_BLKH, v_BLKH, mask_B11L
+    together_B1NH = attend(*rows)
+    alone_B1NH = torch.cat([attend(*(each[row : row + 1] for each in rows)) for row in range(16)])
+    name = "decode_mha" if n_heads == n_kv_heads else "decode_gqa"
+    yield must_be(f"{name}_bits_of_1_row_and_16", torch.equal(together_B1NH, alone_B1NH))
+    yield {f"{name}_ms": [1000 * seconds_of(lambda: attend(*rows), device) for _ in range(2)]}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# d logits
+
+
+def transformers_logits(device: str, small: bool) -> Items:
+    """Two layers of each family, random weights, ours against transformers'."""
+    try:
+        from transformers import AutoConfig, AutoModelForCausalLM
+    except ImportError:
+        yield {"skipped": "transformers is not installed"}
+        return
+    llama = llama_shape(small, n_layers=2)
+    kv, ffn = (2, {}) if small else (8, {"vocab_size": 128256, "ffn_dim": 14336})
+    qwen = {} if small else {"vocab_size": 152064, "dim": 3584, "n_heads": 28, "n_kv_heads": 4, "ffn_dim": 18944}
+    shapes = {
+        "codellama": llama,
+        "llama31": replace(llama, n_kv_heads=kv, rope_theta=5e5, rope_scaling=RopeScaling(8.0, 1.0, 4.0, 8192), **ffn),
+        "qwen25": replace(llama, qkv_bias=True, norm_eps=1e-6, **({"n_kv_heads": 2} | qwen)),
+    }
+    for family, shape in shapes.items():
+        for dtype, limit in ((torch.float32, 1e-4), (torch.bfloat16, 5e-2)):
+            ours = random_model(Transformer, shape, device, dtype)
+            hf = config_to_hf(shape)
+            with torch.device("meta" if device == "meta" else device):
+                config = AutoConfig.for_model(**hf)
+                peer = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa")
+            peer.load_state_dict(transformers_state(ours), strict=True, assign=True)
+            ids = torch.randint(0, shape.vocab_size, (2, 32 if small else 512), device=device)
+            with torch.no_grad():
+                found, expected = ours(ids).float(), peer.eval()(ids).logits.float()
+            name = f"{family}_{str(dtype)[6:]}"
+            yield at_most(name, ((found - expected).abs().max() / expected.abs().max()).item(), limit)
+            yield {f"{name}_same_argmax": (found.argmax(-1) == expected.argmax(-1)).double().mean().item()}
+            del ours, peer
+
+
+def transformers_state(model: Transformer) -> dict[str, Tensor]:
+    """The weights under transformers' names."""
+    state = {}
+    for name, tensor in model.state_dict().items():
+        for ours, theirs in HF_NAMES:
+            name = name.replace(ours, theirs)
+        prefix = "" if name.startswith("model.") else "lm_head" if name.startswith("output") else "model."
+        state["lm_head.weight" if prefix == "lm_head" else prefix + name] = tensor
+    return state
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# e SFT
+
+
+def bundled_sft(device: str, small: bool) -> Items:
+    """The bundled run: CUDA against CPU, and with deterministic algorithms resumed against undisturbed."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read by cuBLAS when it starts
+    from run_sft import main
+
+    half, folder = 2 if small else 10, Path(tempfile.mkdtemp())
+    data = first_records(folder, 8 * half)
+
+    def trained(name: str, steps: int, **flags: object) -> list[dict]:
+        values = {"model": TINY_MODEL, "data": data, "output": folder / name, "max_steps": steps, "device": device}
+        values |= {"plot": "off", "checkpoint_every": 0} | flags
+        if code := main([part for flag, value in values.items() for part in (f"--{flag}", str(value))]):
+            raise RuntimeError(f"run_sft.py ended with code {code}")
+        return [json.loads(line) for line in (folder / name / "metrics.jsonl").read_text().splitlines()]
+
+    default = trained("default", 2 * half)
+    yield {"losses": [row["sft/loss"] for row in default]}
+    if device == "cuda":
+        on_cpu = trained("cpu", half, device="cpu", loss_backend="torch")
+        pairs = [(a["sft/loss"], b["sft/loss"]) for a, b in zip(default, on_cpu, strict=False)]
+        yield at_most("loss_difference_to_cpu", max(abs(a - b) / b for a, b in pairs), 1e-3)
+    yield from needs_cuda(device, "losses on CUDA against those on the CPU")
+    # last, because PyTorch keeps the switch
+    whole = trained("whole", 2 * half, deterministic="on")
+    trained("resumed", half, deterministic="on")
+    resumed = trained("resumed", 2 * half, deterministic="on")
+    weights = [(folder / name / "final" / "model.safetensors").read_bytes() for name in ("whole", "resumed")]
+    yield must_be("resumed_losses_equal", [row["sft/loss"] for row in whole] == [row["sft/loss"] for row in resumed])
+    yield must_be("resumed_weights_equal", weights[0] == weights[1])
+    times = [statistics.median(row["time/step_seconds"] for row in rows[1:]) for rows in (default, whole)]
+    yield {"step_seconds": times[0], "deterministic_over_default": times[1] / times[0]}
+
+
+def first_records(folder: Path, n_records: int) -> Path:
+    """A file of the first bundled trajectories."""
+    path = folder / "data.json"
+    path.write_text(json.dumps(json.loads(TINY_DATA.read_text(encoding="utf-8"))[:n_records]), encoding="utf-8")
+    return path
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# f training step
+
+
+def train_step_at_width(device: str, small: bool) -> Items:
+    """Eight layers of 7B width, one sequence, through train_step: time, share of the peak, memory against the plan."""
+    shape, batch = llama_shape(small, n_layers=8), make_batch(64 if small else 8192)
+    dtype = "bfloat16"
+    planned = {}
+    for checkpointing in ("off", "on"):  # before a process group exists: tracing makes its own
+        setup = Setup(1, dtype, device, checkpointing == "on")
+        planned[checkpointing] = max(phase.total for phase in plan_step(shape, batch, 1, setup)) / GIB
+    yield {"parameters": count_parameters(shape), "tokens": len(batch.input_ids_T), "planned_gib": planned}
+    world = init_world(device)
+    model = random_model(Transformer, shape, device)
+    shard_model(model, world, dtype=dtype)
+    optimizer = make_adamw(model, **ADAMW)
+    rate = matmul_rate(device, 256 if small else 8192)
+    backends = {"torch", choose_loss_backend("auto", world.device)[0]}
+    yield {"matmul_tflops": rate / 1e12}
+    for checkpointing in ("off", "on"):
+        room = torch.cuda.get_device_properties(0).total_memory / GIB if device == "cuda" else inf
+        if planned[checkpointing] > room:
+            yield {
+                "not_run": f"checkpointing {checkpointing}: {planned[checkpointing]:.1f} GiB planned, {room:.1f} here"
+            }
+            continue
+        model.activation_checkpointing = checkpointing == "on"
+        for backend in sorted(backends):
+            yield from one_variant(
+                f"checkpointing_{checkpointing}_loss_{backend}",
+                lambda backend=backend: train_step(
+                    SFTConfig(), model, optimizer, [batch], world, step=1, loss_backend=backend
+                ),
+                useful_flops(shape, batch) / rate,
+                planned[checkpointing],
+                device,
+            )
+    yield {"not_run": NO_COMPILE}
+    yield from needs_cuda(device, "loss backend cuda", "peak memory against the plan", "kernels and synchronizations")
+
+
+def one_variant(name: str, step: Callable[[], object], matmul_seconds: float, planned_gib: float, device: str) -> Items:
+    """Times, calls and memory of a step; matmul_seconds: what its useful work takes at the rate of a large matmul."""
+    step()
+    peak_gib(device)
+    seconds = statistics.median(seconds_of(step, device) for _ in range(3 if device == "cuda" else 1))
+    peak = peak_gib(device)
+    figures = {"ms": 1000 * seconds, "share_of_matmul_rate": matmul_seconds / seconds, **count_calls(step, device)}
+    if device == "cuda":
+        card = torch.cuda.get_device_name()
+        if known := [flops for part, flops in PEAK_FLOPS.items() if part in card]:
+            figures["model_flop_utilisation"] = figures["share_of_matmul_rate"] * matmul_rate(device, 8192) / known[0]
+    yield {name: figures | {"peak_gib": peak}}
+    if peak is not None:
+        yield at_most(f"{name}_plan_off_by", abs(planned_gib / peak - 1), 0.15)
+
+
+def useful_flops(shape: ModelConfig, batch: PackedBatch) -> float:
+    """Floating-point operations of forward and backward: matrices of the blocks, causal attention, head."""
+    width = shape.n_heads * shape.head_dim
+    kv_width = shape.n_kv_heads * shape.head_dim
+    matrices = shape.n_layers * shape.dim * (2 * width + 2 * kv_width + 3 * shape.ffn_dim)
+    attention_flops = 6 * shape.n_layers * width * sum(length**2 for length in batch.segment_lengths)
+    head = 6.0 * shape.vocab_size * shape.dim * batch.trained_tokens
+    return 6.0 * matrices * len(batch.input_ids_T) + attention_flops + head
+
+
+def matmul_rate(device: str, size: int) -> float:
+    """Floating-point operations per second of a square bf16 product, best of 5."""
+    left, right = torch.randn(2, size, size, device=device).to(torch.bfloat16)
+    return 2 * size**3 / min(seconds_of(lambda: left @ right, device) for _ in range(5))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# g decode
+
+
+def decode(device: str, small: bool) -> Items:
+    """decode_step of a random 7B model: ms, tokens/s, share of the rate at which the device copies."""
+    shape, dtype = llama_shape(small, n_layers=2 if small else 32), compute_dtype(device)
+    model = random_model(Transformer, shape, device, dtype).requires_grad_(False).eval()
+    copy_rate = next(iter(roof_rates(loss_arguments(device, small), dtype).values()))[1]
+    weight_bytes = sum(each.nbytes for each in model.parameters()) - model.tok_embeddings.weight.nbytes
+    yield {"copy_gb_per_s": copy_rate / 1e9, "weight_gb": weight_bytes / 1e9}
+    for n_rows in (1, 8) if small else (1, 8, 16, 64):
+        cache, rows, ids = KVCache(shape, n_rows, 256), list(range(n_rows)), [7] * n_rows
+        for row in rows:
+            prefill(model, cache, row, list(range(3, 35)))
+
+        def step(cache: KVCache = cache, rows: list[int] = rows, ids: list[int] = ids) -> None:
+            decode_step(model, cache, rows, ids, len(rows))
+
+        for _ in range(2 if small else 4):
+            step()
+        seconds = statistics.median(seconds_of(step, device) for _ in range(2 if small else 16))
+        yield {
+            f"rows_{n_rows}": {
+                "ms": 1000 * seconds,
+                "tokens_per_s": n_rows / seconds,
+                "weights_share_of_copy_rate": weight_bytes / seconds / copy_rate,
+                **count_calls(step, device),
+            }
+        }
+        del cache
+    torch.manual_seed(3)
+    prompts = [torch.randint(3, shape.vocab_size, (20 + 3 * n,)).tolist() for n in range(16)]
+    batched, alone = (generate(model, each, max_new_tokens=8, eos_id=None) for each in (prompts, prompts[:1]))
+    yield must_be("greedy_output_independent_of_batching", batched[0] == alone[0])
+    yield {"not_run": "CUDA graph: decoding has none yet"}
+    yield from needs_cuda(device, "kernels and synchronizations", "bf16")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# h PPO
+
+
+def ppo_and_checkpoint(device: str, small: bool) -> Items:
+    """One PPO iteration of random models of 4 layers, in the order of run_iteration; then a checkpoint and its load."""
+    tokenizer = load_tokenizer(TINY_MODEL)
+    config = PPOConfig(
+        prompt_format="tl",
+        dtype="bfloat16" if device == "cuda" else "float32",
+        device=device,
+        rollout_batch_size=4 if small else 16,
+        minibatch_size=4 if small else 16,
+        max_response_tokens=8 if small else 64,
+        critic_only_iterations=0,
+    )
+    prompts = some_prompts(tokenizer, config.rollout_batch_size)
+    shape = llama_shape(small, n_layers=4, dim=2048, vocab_size=tokenizer.vocab_size)
+    world = init_world(device)
+    backend = choose_loss_backend("auto", world.device)[0]
+    models = random_models(shape, config, world, tokenizer, backend)
+    iteration = Iteration(0, 0, total_steps=10, kl_coef=config.kl_coef, prompts=prompts)
+    seconds, peaks, began = {}, {}, time.perf_counter()
+
+    def mark(phase: str) -> None:
+        nonlocal began
+        peaks[phase] = peak_gib(device)
+        seconds[phase] = time.perf_counter() - began
+        began = time.perf_counter()
+
+    mark("models")
+    responses = sample_responses(config, models, world, iteration, must_stop=lambda: False)
+    mark("rollout")
+    sampled = judge_responses(prompts, responses, tokenizer, world.device)
+    minibatches = pack_minibatches(config, world, sampled, range(len(prompts)))
+    measured = measure_responses(config, models, sampled, [batch for each in minibatches for batch in each])
+    credited = credit_responses(config, measured, config.kl_coef)
+    yield at_most("kl_k3", describe_rollout(credited)["ppo/kl_k3"], FIRST_UPDATE_TOLERANCE)
+    mark("measure")
+    figures = update_models(config, models, world, iteration, credited, minibatches)[0]
+    mark("update")
+    yield {name: {phase: n for phase, n in each.items() if n} for name, each in (("seconds", seconds), ("gib", peaks))}
+    yield at_most("max_ratio_deviation", figures["ppo/max_ratio_deviation"], FIRST_UPDATE_TOLERANCE)
+    yield {name: figures[f"ppo/{name}"] for name in ("policy_loss", "value_loss", "policy_grad_norm")}
+    yield from save_and_load(models, world, device)
+    yield from needs_cuda(device, "peak memory of each phase", "bf16")
+
+
+def some_prompts(tokenizer: object, n_prompts: int) -> list[PPOPrompt]:
+    """The first bundled ones."""
+    path = first_records(Path(tempfile.mkdtemp()), 2 * n_prompts)
+    settings = {"error_filter": "structured", "prompt_turns": "first", "unparsable_calls": "error"}
+    return read_prompts(path, tokenizer, max_prompt_tokens=900, **settings)[0][:n_prompts]
+
+
+def random_models(shape: ModelConfig, config: PPOConfig, world: World, tokenizer: object, backend: str) -> Models:
+    """Policy, the reference that equals it, and a critic, as load_models makes them from folders."""
+    built = [random_model(build, shape, world.device.type) for build in (Transformer, Transformer, ValueModel)]
+    for model in built:
+        shard_model(model, world, dtype=config.dtype)
+    policy, reference, critic = built
+    reference.requires_grad_(False).eval()
+    optimizers = [make_adamw(model, **ADAMW) for model in (policy, critic)]
+    return Models(*built, *optimizers, tokenizer, starts_at_reference=True, loss_backend=backend)
+
+
+def save_and_load(models: Models, world: World, device: str) -> Items:
+    """A checkpoint of policy, critic and their optimizers: GB/s, and every bit after a load."""
+    folder, parts = Path(tempfile.mkdtemp()), models.trained()
+    tensors = [
+        local_part(tensor)
+        for model, optimizer in parts.values()
+        for parameter in model.parameters()
+        for tensor in (parameter.detach(), *(optimizer.state[parameter][key] for key in ("exp_avg", "exp_avg_sq")))
+    ]
+    n_bytes = sum(tensor.nbytes for tensor in tensors)
+    if shutil.disk_usage(folder).free < 2 * n_bytes:
+        yield {"not_run": f"checkpoint: found no room for {n_bytes / 1e9:.1f} GB in {folder.parent.name}"}
+        return
+    saved = [tensor.to("cpu", copy=True) for tensor in tensors]
+    path = None
+
+    def save() -> None:
+        nonlocal path
+        path = save_checkpoint(folder, 1, parts, world, identity="gpu_check", keep=1, extra={})
+
+    save_seconds = seconds_of(save, device)
+    with torch.no_grad():
+        for model, _ in parts.values():
+            for parameter in model.parameters():
+                local_part(parameter).zero_()
+    load_seconds = seconds_of(lambda: load_checkpoint(path, parts, world), device)
+    loaded = [
+        local_part(tensor).cpu()
+        for model, optimizer in parts.values()
+        for parameter in model.parameters()
+        for tensor in (parameter.detach(), *(optimizer.state[parameter][key] for key in ("exp_avg", "exp_avg_sq")))
+    ]
+    rates = {"save_gb_per_s": n_bytes / save_seconds / 1e9, "load_gb_per_s": n_bytes / load_seconds / 1e9}
+    yield {"checkpoint": {"gb": n_bytes / 1e9} | rates}
+    yield must_be("checkpoint_equal_after_load", all(map(torch.equal, saved, loaded)))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# i loss kernels
+
+
+def loss_arguments(device: str, small: bool) -> Namespace:
+    """The flags of benchmarks/benchmark_loss_cuda.py."""
+    sizes = {"tokens": 64, "vocab_size": 500, "dim": 32, "warmup": 1, "repeats": 1}
+    if not small:
+        sizes = {"tokens": 16384, "vocab_size": 32016, "dim": 4096, "warmup": 3, "repeats": 10}
+    return Namespace(device=device, peer_chunk=1024, seed=0, **sizes)
+
+
+def loss_kernels(device: str, small: bool) -> Items:
+    """The kernels over the device's copy rate; the loss against its peers."""
+    args, dtype = loss_arguments(device, small), torch.bfloat16
+    rates = {name: rate for name, (_, rate) in roof_rates(args, dtype).items()}
+    copy_rate = next(iter(rates.values()))
+    yield {"gb_per_s": {name: rate / 1e9 for name, rate in rates.items()}}
+    yield {"share_of_copy_rate": {name: rate / copy_rate for name, rate in rates.items()}}
+    backend = choose_loss_backend("auto", torch.device(device))[0]
+    sides = make_sides(args, dtype, backend) | liger_side()
+    for percent in (20, 100):
+        inputs, milliseconds, losses = make_inputs(args, dtype, percent), {}, {}
+        for name, side in sides.items():
+            try:
+                milliseconds[name] = 1000 * median_seconds(lambda side=side: run_step(side, inputs), args)
+                losses[name] = run_step(side, inputs).item()
+            except (torch.OutOfMemoryError, TypeError, RuntimeError) as error:
+                if name.startswith("ours"):
+                    raise
+                milliseconds[name] = f"{type(error).__name__}: {str(error)[:80]}"
+        yield {f"percent_{percent}_ms": milliseconds}
+        exact = losses["eager, fp32 logits"]
+        for name in losses:
+            if name.startswith("ours"):
+                yield at_most(f"percent_{percent}_{name}_off_by", abs(losses[name] / exact - 1), 5e-3)
+    if "fused, fixed" not in sides:
+        yield {"not_run": "F.linear_cross_entropy: this torch has none"}
+    if "Liger, unweighted" not in sides:
+        yield {"not_run": "Liger: not importable here"}
+    yield from needs_cuda(device, "our kernels")
+
+
+def liger_side() -> dict[str, Callable]:
+    """Liger's fused loss of the trained rows; it takes no weight per token."""
+    try:
+        from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
+    except Exception:  # noqa: BLE001, without a GPU its import may fail in many ways
+        return {}
+    loss = LigerFusedLinearCrossEntropyLoss(reduction="sum")
+    return {"Liger, unweighted": lambda hidden, head, targets, _, index: loss(head, hidden[index], targets[index])}
+
+
+RUN = {
+    "versions": versions,
+    "gpu_tests": gpu_tests,
+    "attention": attention,
+    "transformers_logits": transformers_logits,
+    "bundled_sft": bundled_sft,
+    "train_step": train_step_at_width,
+    "decode": decode,
+    "ppo_and_checkpoint": ppo_and_checkpoint,
+    "loss_kernels": loss_kernels,
+}
