@@ -104,14 +104,19 @@ def transformers_copy(model: Transformer) -> torch.nn.Module:
         ),
         attn_implementation="sdpa",
     )
+    peer.load_state_dict({name: tensor.clone() for name, tensor in transformers_state(model).items()}, strict=True)
+    return peer
+
+
+def transformers_state(model: Transformer) -> dict[str, torch.Tensor]:
+    """The weights of a model that is not tied, under transformers' names."""
     state = {}
     for name, tensor in model.state_dict().items():
         for ours, theirs in HF_NAMES:
             name = name.replace(ours, theirs)
         prefix = "" if name.startswith("model.") else "lm_head" if name.startswith("output") else "model."
-        state["lm_head.weight" if prefix == "lm_head" else prefix + name] = tensor.clone()
-    peer.load_state_dict(state, strict=True)
-    return peer
+        state["lm_head.weight" if prefix == "lm_head" else prefix + name] = tensor
+    return state
 
 
 def make_batch(args, percent: int) -> PackedBatch:

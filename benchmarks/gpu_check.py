@@ -166,6 +166,8 @@ def main() -> int:
     parser.add_argument("--stages", type=chosen_stages, default=list(STAGES), help=f"with commas, of {names} [all]")
     parser.add_argument("--output", help="a file that the lines are appended to")
     flags = parser.parse_args()
+    if flags.device == "cpu" and not flags.small:
+        parser.error("--device: found cpu without --small, expected both: full shapes are for a GPU")
     outputs = []
     if flags.output:
         try:
