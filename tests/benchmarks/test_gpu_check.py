@@ -162,7 +162,7 @@ def test_checks_of_figures():
 
 
 def test_useful_operations_by_hand():
-    """4 * (2 * 4 + 2 * 2 + 3 * 8) = 144 weights of blocks per token, segments of 3 and 5, 2 rows of a head of 10 x 4."""
+    """The block has 4 * (2 * 4 + 2 * 2 + 3 * 8) = 144 weights; segments of 3 and 5; 2 rows through a head of 10 x 4."""
     from benchmarks.benchmark_plan import make_batch
     from benchmarks.gpu_stages import useful_flops
     from tests.support.tiny_run import tiny_config
