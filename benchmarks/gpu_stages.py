@@ -80,7 +80,9 @@ def run(name: str, device: str, small: bool) -> Items:
         yield {"fault": "found no CUDA device, expected one"}
         if name != "versions":
             return
-    yield from RUN[name](device, small)
+    stages = (versions, gpu_tests, attention, transformers_logits, bundled_sft, training_step, decode)
+    stages += (ppo_and_checkpoint, loss_kernels)
+    yield from {stage.__name__: stage for stage in stages}[name](device, small)
 
 
 def at_most(name: str, found: float, limit: float) -> dict:
@@ -105,9 +107,7 @@ def compute_dtype(device: str) -> torch.dtype:
     return torch.bfloat16 if device == "cuda" else torch.float32
 
 
-def random_model(
-    build: type, shape: ModelConfig, device: str, dtype: torch.dtype = torch.float32
-) -> Transformer | ValueModel:
+def random_model(build: type, shape: ModelConfig, device: str, dtype: torch.dtype = torch.float32) -> torch.nn.Module:
     """A model with the same random weights in every call, those of norms and biases not trivial."""
     with torch.device("meta"):
         model = build(shape)
@@ -122,27 +122,21 @@ def random_model(
 def llama_shape(small: bool, n_layers: int, dim: int = 4096, **changes: object) -> ModelConfig:
     """CodeLLaMA with n_layers layers of width dim; in miniature 64 wide."""
     full = PRESETS["codellama_7b"]
-    dim = 64 if small else dim
-    head_dim = 16 if small else full.head_dim
-    heads = dim // head_dim
-    ffn_dim = dim * full.ffn_dim // full.dim
-    small_changes = {"vocab_size": 500} if small else {}
-    shape = replace(full, n_layers=n_layers, dim=dim, n_heads=heads, n_kv_heads=heads, head_dim=head_dim)
-    return replace(shape, ffn_dim=ffn_dim, **(small_changes | changes))
+    dim, head_dim = (64, 16) if small else (dim, full.head_dim)
+    heads = {"n_heads": dim // head_dim, "n_kv_heads": dim // head_dim, "head_dim": head_dim}
+    sizes = {"dim": dim, "n_layers": n_layers, "ffn_dim": dim * full.ffn_dim // full.dim}
+    vocabulary = {"vocab_size": 500} if small else {}
+    return replace(full, **(heads | sizes | vocabulary | changes))
 
 
 def seconds_of(call: Callable[[], object], device: str) -> float:
     """Of one call, the device's work included."""
-    wait(device)
+    wait = torch.cuda.synchronize if device == "cuda" else int
+    wait()
     began = time.perf_counter()
     call()
-    wait(device)
+    wait()
     return time.perf_counter() - began
-
-
-def wait(device: str) -> None:
-    if device == "cuda":
-        torch.cuda.synchronize()
 
 
 def count_calls(call: Callable[[], object], device: str) -> dict:
@@ -169,11 +163,6 @@ def count_calls(call: Callable[[], object], device: str) -> dict:
     }
 
 
-def relative(found: Tensor, exact: Tensor) -> float:
-    """Norm of the difference over the norm of what is exact."""
-    return ((found.double() - exact).norm() / exact.norm()).item()
-
-
 def peak_gib(device: str) -> float | None:
     """Highest allocation since the last call; None on the CPU, which does not count."""
     if device == "cpu":
@@ -192,7 +181,7 @@ def versions(device: str, small: bool) -> Items:
     """What this machine has, and what the product chooses on it."""
     yield {"python": platform.python_version(), "cpus": os.cpu_count(), "torch": torch.__version__}
     yield {"torch_cuda": torch.version.cuda, "cudnn": torch.backends.cudnn.version()}
-    peers = ("transformers", "liger-kernel", "triton", "cuda-bindings")
+    peers = ("transformers", "liger_kernel", "liger-kernel", "triton", "cuda-bindings")
     yield {"packages": {each.metadata["Name"]: each.version for each in distributions() if each.name in peers}}
     kinds = ("flash", "mem_efficient", "cudnn", "math")
     yield {"sdpa_enabled": [kind for kind in kinds if getattr(torch.backends.cuda, f"{kind}_sdp_enabled")()]}
@@ -227,7 +216,7 @@ def gpu_tests(device: str, small: bool) -> Items:
     import pytest
 
     os.chdir(ROOT)
-    files = [str(path) for path in sorted(Path("tests").rglob("test_*.py")) if "pytest.mark.gpu" in path.read_text()]
+    files = [str(path) for path in sorted(Path("tests").rglob("test_*.py")) if "mark.gpu" in path.read_text("utf-8")]
     report = Path(tempfile.mkdtemp()) / "report.xml"
     flags = ["-m", "gpu", "-k", "not compute_sanitizer", "-p", "no:cacheprovider", f"--junitxml={report}"]
     code = pytest.main([*flags, *files])
@@ -279,13 +268,10 @@ def attention(device: str, small: bool) -> Items:
 
 def chosen_backend(q_BTNH: Tensor, k_BTKH: Tensor, v_BTKH: Tensor) -> str:
     """SDPA's choice for these."""
-    ask = getattr(torch, "_fused_sdp_choice", None)  # no public name
-    grouped = q_BTNH.shape[2] != k_BTKH.shape[2]
-    try:
-        return backend_name(
-            ask(*(each.transpose(1, 2) for each in (q_BTNH, k_BTKH, v_BTKH)), is_causal=True, enable_gqa=grouped)
-        )
-    except (TypeError, RuntimeError) as error:
+    inputs, is_grouped = (each.transpose(1, 2) for each in (q_BTNH, k_BTKH, v_BTKH)), q_BTNH.shape != k_BTKH.shape
+    try:  # it has no public name
+        return backend_name(torch._fused_sdp_choice(*inputs, is_causal=True, enable_gqa=is_grouped))
+    except (AttributeError, TypeError, RuntimeError) as error:
         return f"unknown: {str(error)[:80]}"
 
 
@@ -307,7 +293,7 @@ def error_of_attend(inputs: Sequence[Tensor]) -> float:
     gradients = torch.autograd.grad(out_TNH, inputs, incoming_TNH)
     exact_gradients = torch.autograd.grad(exact_TNH, exact_inputs, incoming_TNH.double())
     pairs = [(out_TNH, exact_TNH), *zip(gradients, exact_gradients, strict=True)]
-    return max(relative(found, exact) for found, exact in pairs)
+    return max(((found.double() - exact).norm() / exact.norm()).item() for found, exact in pairs)
 
 
 @torch.no_grad()
@@ -354,9 +340,8 @@ def transformers_logits(device: str, small: bool) -> Items:
             ids = torch.randint(0, shape.vocab_size, (2, 32 if small else 512), device=device)
             with torch.no_grad():
                 found, expected = ours(ids).float(), peer.eval()(ids).logits.float()
-            yield at_most(
-                f"{family}_{str(dtype)[6:]}", ((found - expected).abs().max() / expected.abs().max()).item(), limit
-            )
+            difference = ((found - expected).abs().max() / expected.abs().max()).item()
+            yield at_most(f"{family}_{str(dtype)[6:]}", difference, limit)
             del ours, peer
 
 
@@ -408,11 +393,11 @@ def first_records(folder: Path, n_records: int) -> Path:
 # f training step
 
 
-def train_step_at_width(device: str, small: bool) -> Items:
+def training_step(device: str, small: bool) -> Items:
     """Eight layers of 7B width, one sequence, through train_step: time, share of the peak, memory against the plan."""
     shape, batch = llama_shape(small, n_layers=2 if small else 8), make_batch(64 if small else 8192)
     planned = {}
-    for checkpointing in ("off", "on"):  # before a process group exists: tracing makes its own
+    for checkpointing in ("on", "off"):  # before a process group exists: tracing makes its own
         setup = Setup(1, "bfloat16", device, checkpointing == "on")
         planned[checkpointing] = max(phase.total for phase in plan_step(shape, batch, 1, setup)) / GIB
     yield {"parameters": count_parameters(shape), "tokens": len(batch.input_ids_T), "planned_gib": planned}
@@ -436,7 +421,10 @@ def train_step_at_width(device: str, small: bool) -> Items:
                 train_step(SFTConfig(), model, optimizer, [batch], world, step=1, loss_backend=backend)
 
             name = f"checkpointing_{checkpointing}_loss_{backend}"
-            seconds, peak = median_and_peak(step, device)
+            step()
+            peak_gib(device)
+            seconds = statistics.median(seconds_of(step, device) for _ in range(1 if small else 3))
+            peak = peak_gib(device)
             figures = {"ms": 1000 * seconds, "share_of_matmul_rate": flops / seconds / rate, "peak_gib": peak}
             if peak_flops:
                 figures["model_flop_utilisation"] = flops / seconds / peak_flops
@@ -445,13 +433,6 @@ def train_step_at_width(device: str, small: bool) -> Items:
                 yield at_most(f"{name}_plan_off_by", abs(planned_gib / peak - 1), 0.15)
     yield {"not_run": "compile on: the product has no such switch yet"}
     yield from needs_cuda(device, "loss backend cuda", "peak memory against the plan", "kernels and synchronizations")
-
-
-def median_and_peak(step: Callable[[], object], device: str) -> tuple[float, float | None]:
-    """Seconds, and GiB allocated at the peak, of a step after a first one."""
-    step()
-    peak_gib(device)
-    return statistics.median(seconds_of(step, device) for _ in range(3 if device == "cuda" else 1)), peak_gib(device)
 
 
 def useful_flops(shape: ModelConfig, batch: PackedBatch) -> float:
@@ -478,6 +459,10 @@ def decode(device: str, small: bool) -> Items:
     """decode_step of a random 7B model: ms, tokens/s, share of the rate at which the device copies."""
     shape, dtype = llama_shape(small, n_layers=2 if small else 32), compute_dtype(device)
     model = random_model(Transformer, shape, device, dtype).requires_grad_(False).eval()
+    torch.manual_seed(3)
+    prompts = [torch.randint(3, shape.vocab_size, (20 + 3 * n,)).tolist() for n in range(16)]
+    batched, alone = (generate(model, each, max_new_tokens=8, eos_id=None) for each in (prompts, prompts[:1]))
+    yield must_be("greedy_output_independent_of_batching", batched[0] == alone[0])
     source, target = torch.zeros(2, 2**20 if small else 2**30, dtype=torch.int8, device=device)
     copy_rate = 2 * source.nbytes / min(seconds_of(lambda: target.copy_(source), device) for _ in range(5))
     weight_bytes = sum(each.nbytes for each in model.parameters()) - model.tok_embeddings.weight.nbytes
@@ -501,11 +486,6 @@ def decode(device: str, small: bool) -> Items:
                 **count_calls(step, device),
             }
         }
-        del cache
-    torch.manual_seed(3)
-    prompts = [torch.randint(3, shape.vocab_size, (20 + 3 * n,)).tolist() for n in range(16)]
-    batched, alone = (generate(model, each, max_new_tokens=8, eos_id=None) for each in (prompts, prompts[:1]))
-    yield must_be("greedy_output_independent_of_batching", batched[0] == alone[0])
     yield {"not_run": "CUDA graph: decoding has none yet"}
     yield from needs_cuda(device, "kernels and synchronizations", "bf16")
 
@@ -532,8 +512,6 @@ def ppo_and_checkpoint(device: str, small: bool) -> Items:
     shape = llama_shape(small, n_layers=4, dim=2048, vocab_size=tokenizer.vocab_size)
     world = init_world(device)
     backend = choose_loss_backend("auto", world.device)[0]
-    models = random_models(shape, config, world, tokenizer, backend)
-    iteration = Iteration(0, 0, total_steps=10, kl_coef=config.kl_coef, prompts=prompts)
     seconds, peaks, began = {}, {}, time.perf_counter()
 
     def mark(phase: str) -> None:
@@ -542,6 +520,13 @@ def ppo_and_checkpoint(device: str, small: bool) -> Items:
         seconds[phase] = time.perf_counter() - began
         began = time.perf_counter()
 
+    built = [random_model(build, shape, device) for build in (Transformer, Transformer, ValueModel)]
+    for model in built:
+        shard_model(model, world, dtype=config.dtype)
+    built[1].requires_grad_(False).eval()  # the reference, which equals the policy
+    optimizers = [make_adamw(model, **ADAMW) for model in built[::2]]
+    models = Models(*built, *optimizers, tokenizer, starts_at_reference=True, loss_backend=backend)
+    iteration = Iteration(0, 0, total_steps=10, kl_coef=config.kl_coef, prompts=prompts)
     mark("models")
     responses = sample_responses(config, models, world, iteration, must_stop=lambda: False)
     mark("rollout")
@@ -553,22 +538,11 @@ def ppo_and_checkpoint(device: str, small: bool) -> Items:
     mark("measure")
     figures = update_models(config, models, world, iteration, credited, minibatches)[0]
     mark("update")
-    yield {name: {phase: n for phase, n in each.items() if n} for name, each in (("seconds", seconds), ("gib", peaks))}
+    yield {"seconds": seconds, "peak_gib": peaks}
     yield at_most("max_ratio_deviation", figures["ppo/max_ratio_deviation"], FIRST_UPDATE_TOLERANCE)
     yield {name: figures[f"ppo/{name}"] for name in ("policy_loss", "value_loss", "policy_grad_norm")}
     yield from save_and_load(models, world, device)
     yield from needs_cuda(device, "peak memory of each phase", "bf16")
-
-
-def random_models(shape: ModelConfig, config: PPOConfig, world: World, tokenizer: object, backend: str) -> Models:
-    """Policy, the reference that equals it, and a critic, as load_models makes them from folders."""
-    built = [random_model(build, shape, world.device.type) for build in (Transformer, Transformer, ValueModel)]
-    for model in built:
-        shard_model(model, world, dtype=config.dtype)
-    policy, reference, critic = built
-    reference.requires_grad_(False).eval()
-    optimizers = [make_adamw(model, **ADAMW) for model in (policy, critic)]
-    return Models(*built, *optimizers, tokenizer, starts_at_reference=True, loss_backend=backend)
 
 
 def state_tensors(models: Models) -> list[Tensor]:
@@ -605,17 +579,12 @@ def save_and_load(models: Models, world: World, device: str) -> Items:
 # i loss kernels
 
 
-def loss_arguments(device: str, small: bool) -> Namespace:
-    """The flags of benchmarks/benchmark_loss_cuda.py."""
-    sizes = {"tokens": 64, "vocab_size": 500, "dim": 32, "warmup": 1, "repeats": 1}
-    if not small:
-        sizes = {"tokens": 16384, "vocab_size": 32016, "dim": 4096, "warmup": 3, "repeats": 10}
-    return Namespace(device=device, peer_chunk=1024, seed=0, **sizes)
-
-
 def loss_kernels(device: str, small: bool) -> Items:
     """The kernels over the device's copy rate; the loss against its peers."""
-    args, dtype = loss_arguments(device, small), torch.bfloat16
+    sizes = {"tokens": 16384, "vocab_size": 32016, "dim": 4096, "warmup": 3, "repeats": 10}
+    if small:
+        sizes = {"tokens": 64, "vocab_size": 500, "dim": 32, "warmup": 1, "repeats": 1}
+    args, dtype = Namespace(device=device, peer_chunk=1024, seed=0, **sizes), torch.bfloat16
     rates = {name: rate for name, (_, rate) in roof_rates(args, dtype).items()}
     copy_rate = next(iter(rates.values()))
     yield {"gb_per_s": {name: rate / 1e9 for name, rate in rates.items()}}
@@ -628,7 +597,7 @@ def loss_kernels(device: str, small: bool) -> Items:
             try:
                 milliseconds[name] = 1000 * median_seconds(lambda side=side: run_step(side, inputs), args)
                 losses[name] = run_step(side, inputs).item()
-            except (torch.OutOfMemoryError, TypeError, RuntimeError) as error:
+            except (TypeError, RuntimeError) as error:
                 if name.startswith("ours"):
                     raise
                 milliseconds[name] = f"{type(error).__name__}: {str(error)[:80]}"
@@ -652,16 +621,3 @@ def liger_side() -> dict[str, Callable]:
         return {}
     loss = LigerFusedLinearCrossEntropyLoss(reduction="sum")
     return {"Liger, unweighted": lambda hidden, head, targets, _, index: loss(head, hidden[index], targets[index])}
-
-
-RUN = {
-    "versions": versions,
-    "gpu_tests": gpu_tests,
-    "attention": attention,
-    "transformers_logits": transformers_logits,
-    "bundled_sft": bundled_sft,
-    "train_step": train_step_at_width,
-    "decode": decode,
-    "ppo_and_checkpoint": ppo_and_checkpoint,
-    "loss_kernels": loss_kernels,
-}
