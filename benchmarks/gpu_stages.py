@@ -192,7 +192,9 @@ def versions(device: str, small: bool) -> Items:
     except CudaKernelError as error:
         yield {"fault" if device == "cuda" else "not_run": str(error)}
     yield from needs_cuda(device, "name, memory and driver of the device")
-    if device == "cuda" and torch.cuda.is_available():
+    if device == "cuda":
+        if not torch.cuda.is_available():
+            return
         card = torch.cuda.get_device_properties(0)
         yield {"device": card.name, "capability": f"{card.major}.{card.minor}", "memory_gib": card.total_memory / GIB}
         if shutil.which("nvidia-smi"):
