@@ -1,12 +1,19 @@
-"""Confidence interval of a share k/n (E20, docs/evaluation.md), test of paired runs, which percentages k/n can be.
+"""Confidence interval of a share k/n (E20, docs/evaluation.md), tests of paired runs, which percentages k/n can be.
 
 Wilson's score interval instead of p +- z * sqrt(p (1 - p) / n): the latter has zero width at k = 0 and k = n, where
 evaluations of small sets often end, and reaches outside [0, 1].
 """
 
 import math
+from collections import Counter
+from collections.abc import Sequence
 
 Z_95 = 1.959963984540054  # 97.5 % quantile of the standard normal distribution: two-sided 95 %
+# 97.5 % quantiles of Student's t distribution with 1, 2, ... degrees of freedom.
+T_95 = (
+    *(12.7062, 4.3027, 3.1824, 2.7764, 2.5706, 2.4469, 2.3646, 2.3060, 2.2622, 2.2281),
+    *(2.2010, 2.1788, 2.1604, 2.1448, 2.1314, 2.1199, 2.1098, 2.1009, 2.0930),
+)
 
 
 def wilson_interval(successes: int, n: int, z: float) -> tuple[float, float]:
@@ -52,6 +59,41 @@ def mcnemar_p_value(only_first: int, only_second: int) -> float:
         tail += term
         term = term * (differing - i) // (i + 1)
     return min(1.0, 2 * tail / (1 << differing))
+
+
+def t_interval(values: Sequence[float]) -> tuple[float, float]:
+    """Two-sided 95 % interval (low, high) of the mean of a few independent values, such as one per training seed.
+
+        mean +- t * s / sqrt(n),   s with n - 1 in its denominator, t of T_95 with n - 1 degrees of freedom
+
+    Assumes normal values. Source: Student 1908. Raises ValueError unless there are 2 to 20 values.
+    """
+    n = len(values)
+    if not 2 <= n <= len(T_95) + 1:
+        raise ValueError(f"found {n} values, expected 2 to {len(T_95) + 1}")
+    mean = math.fsum(values) / n
+    deviation = math.sqrt(math.fsum((value - mean) ** 2 for value in values) / (n - 1))
+    half_width = T_95[n - 2] * deviation / math.sqrt(n)
+    return mean - half_width, mean + half_width
+
+
+def sign_flip_p_value(differences: Sequence[int]) -> float:
+    """Two-sided p of the exact sign-flip test (Fisher's randomization test) of paired differences, one per seed.
+
+        p = share of the 2^n choices of signs with |sum of +- d_i| >= |sum of d_i|
+
+    Were both methods equal, each difference would be as likely with the other sign. No p is below 2 / 2^n. The
+    differences are integers, here counts of records, so that equal sums are equal. Source: Fisher 1935. 1 for none.
+    """
+    n_choices = Counter({0: 1})  # sum -> choices of signs that give it
+    for difference in differences:
+        longer = Counter()
+        for total, count in n_choices.items():
+            longer[total + difference] += count
+            longer[total - difference] += count
+        n_choices = longer
+    extreme = sum(count for total, count in n_choices.items() if abs(total) >= abs(sum(differences)))
+    return extreme / 2 ** len(differences)
 
 
 def attainable_count(percent: float, n: int, decimals: int) -> int | None:
