@@ -164,10 +164,10 @@ def format_tables(settings: Mapping, dtype: str, rates: Sequence[Mapping], diffe
     """ablation.md."""
     parts = [
         "# Ablation",
-        f"SFT on {settings['trajectories']} trajectories: `run_sft.py {' '.join(settings['sft_flags'])}`; without MAE "
+        f"SFT on {settings['trajectories']} trajectories: `run_sft.py {settings['sft_flags']}`; without MAE "
         "`--error_filter none`, without PKT `--key_tokens off`. IRM is PPO from that SFT model, prompts of all bundled "
-        f"trajectories: `run_ppo.py {' '.join(settings['ppo_flags'])}`. Greedy predictions in "
-        f"{DTYPE_NAMES.get(dtype, 'an unknown type')}: `run_eval.py {' '.join(settings['eval_flags'])}`.",
+        f"trajectories: `run_ppo.py {settings['ppo_flags']}`. Greedy predictions in "
+        f"{DTYPE_NAMES.get(dtype, 'an unknown type')}: `run_eval.py {settings['eval_flags']}`.",
         "Rates: mean over seeds [95 % t interval of the mean]. Differences are to the row `none` with the same seeds. "
         "*p, seeds*: exact sign-flip test of the seeds' differences, at least 2 / 2^seeds; it asks whether another "
         "training would show it. *p, prompts*: McNemar's exact test, the prompts of all seeds pooled; it speaks of "
