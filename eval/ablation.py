@@ -142,7 +142,7 @@ def read_finished(path: Path, cells: Sequence[Cell]) -> dict[Cell, float]:
         return {}
     rows, by_name = read_json_lines(path, drop_partial_last_line=True)[0], {str(cell): cell for cell in cells}
     for line, row in rows:
-        if row.get("cell") not in by_name or type(row.get("seconds")) is not float:
+        if str(row.get("cell")) not in by_name or type(row.get("seconds")) is not float:
             raise DataError(f"{path}:{line}: found {shown(row)}, expected a cell of this ablation and its seconds")
     write_json_lines(path, [row for _, row in rows])
     return {by_name[row["cell"]]: row["seconds"] for _, row in rows}

@@ -48,6 +48,7 @@ WALKED = {  # module -> the test that runs it
     "data.error_filter": "small programs",
     "data.import_bfcl": "small programs",
     "data.inspect_loss_weights": "inspect",
+    "eval.ablation": "small programs",
     "eval.collect_trajectories": "collect",
     "eval.evaluate_bfcl": "evaluators",
     "eval.evaluate_gsm8k": "evaluators",
@@ -382,6 +383,12 @@ def test_small_programs(folder, tmp_path):
     _, err = run("eval.fetch_benchmarks", ["--check", "--benchmark_dir", tmp_path / FOLDER_NAME], (2,))
     assert err.count("\n") == 1
     run("toolbox.make", ["--only_tests", tmp_path / FOLDER_NAME / "x", "--tests", 2], (0, 2))
+    ablation = tmp_path / f"{FOLDER_NAME}2"
+    ablation.mkdir()
+    for content in (HOSTILE, json.dumps({"seeds": LONG, HOSTILE: HOSTILE})):
+        (ablation / "settings.json").write_text(content, encoding="utf-8")
+        _, err = run("eval.ablation", ["--quick", "--output", ablation], (2,))
+        assert err.count("\n") == 1
     wheel = tmp_path / f"{FOLDER_NAME}.whl"
     with zipfile.ZipFile(wheel, "w") as file:
         file.writestr("bfcl_eval-2026.3.23.dist-info/METADATA", f"Name: {HOSTILE}\nVersion: {LONG}\n")

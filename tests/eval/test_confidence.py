@@ -1,11 +1,21 @@
-"""Wilson interval against worked numbers, the equation it solves, and exact coverage; McNemar; attainable shares."""
+"""Wilson interval against worked numbers, the equation it solves, and exact coverage; McNemar, t, sign flips;
+attainable shares."""
 
 import itertools
 import math
 
 import pytest
 
-from eval.confidence import Z_95, are_disjoint, attainable_count, mcnemar_p_value, wilson_interval
+from eval.confidence import (
+    T_95,
+    Z_95,
+    are_disjoint,
+    attainable_count,
+    mcnemar_p_value,
+    sign_flip_p_value,
+    t_interval,
+    wilson_interval,
+)
 
 
 def test_worked_numbers():
@@ -135,3 +145,44 @@ def test_attainable_are_exactly_the_printed_shares(n, decimals):
 def test_attainable_needs_records():
     with pytest.raises(ValueError, match="found n 0"):
         attainable_count(50.0, 0, 2)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# A few values, one per seed
+
+
+def test_t_interval_by_hand():
+    # 1, 2, 6: mean 3, s^2 = (4 + 1 + 9) / 2 = 7, t of 2 degrees of freedom = 4.3027
+    assert t_interval([1, 2, 6]) == pytest.approx((3 - 4.3027 * math.sqrt(7 / 3), 3 + 4.3027 * math.sqrt(7 / 3)))
+    assert t_interval([5, 5]) == (5, 5)
+    assert t_interval([0, 2]) == pytest.approx((1 - 12.7062, 1 + 12.7062))  # s / sqrt(2) = 1
+    for values in ([], [1.0], [1.0] * 21):
+        with pytest.raises(ValueError, match="expected 2 to 20"):
+            t_interval(values)
+
+
+@pytest.mark.parametrize("freedom", range(1, 20))
+def test_quantiles_of_t_leave_two_and_a_half_percent(freedom):
+    """The density integrated by the midpoint rule, with x = sqrt(freedom) tan(angle), which makes the range finite."""
+    n_slices, end = 2000, math.atan(T_95[freedom - 1] / math.sqrt(freedom))
+    middles = [(i + 0.5) * end / n_slices for i in range(n_slices)]
+    area = math.fsum(math.cos(angle) ** (freedom - 1) for angle in middles) * end / n_slices
+    scale = math.gamma((freedom + 1) / 2) / (math.sqrt(math.pi) * math.gamma(freedom / 2))
+    assert 0.5 + scale * area == pytest.approx(0.975, abs=3e-6)  # of a quantile rounded to 4 digits
+
+
+def test_sign_flips_by_hand():
+    assert sign_flip_p_value([1, 1, 1]) == 2 / 8
+    assert sign_flip_p_value([3, 1, -1]) == 6 / 8  # sums of the 8: 5 3 3 1 and their negatives; |sum| >= 3
+    assert sign_flip_p_value([2, -2]) == 1 and sign_flip_p_value([0, 0, 4]) == 1 and sign_flip_p_value([]) == 1
+    assert sign_flip_p_value([7] * 10) == 2 / 1024
+
+
+def test_sign_flips_against_all_choices():
+    for differences in ([5, -3, 8, 0, 2], [-9, -4, -4, 1], [12, 7, -1, -1, 3, 30]):
+        sums = [
+            sum(sign * each for sign, each in zip(signs, differences))
+            for signs in itertools.product((1, -1), repeat=len(differences))
+        ]
+        extreme = [each for each in sums if abs(each) >= abs(sum(differences))]
+        assert sign_flip_p_value(differences) == len(extreme) / len(sums)
