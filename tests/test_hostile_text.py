@@ -54,6 +54,7 @@ WALKED = {  # module -> the test that runs it
     "eval.evaluate_gsm8k": "evaluators",
     "eval.evaluate_humaneval": "evaluators",
     "eval.evaluate_mmlu": "evaluators",
+    "eval.evaluate_own": "evaluators",
     "eval.evaluate_rotbench": "evaluators",
     "eval.evaluate_tiny": "evaluators",
     "eval.evaluate_tiny_multi": "evaluators",
