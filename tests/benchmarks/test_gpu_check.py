@@ -49,7 +49,7 @@ def test_a_stage_that_passes():
         (raises, {"before": 1}, "found ValueError: two lines"),
         (fails_a_check, {"difference": 2.0, "after": 1}, "difference: found 2, expected at most 1"),
         (exits, {"before": 1}, "found exit code 3, expected 0; last line: no memory left"),
-        (is_killed, {"before": 1}, "found signal 9, expected 0; last line: it wrote nothing"),
+        (is_killed, {"before": 1}, "found signal 9, expected 0; last line: nearly done"),
     ],
 )
 def test_a_stage_that_fails_keeps_what_it_found(stage, figures, error):
@@ -185,11 +185,10 @@ def test_error_of_attention_sees_a_wrong_formula(n_kv_heads, monkeypatch):
     for broken in (
         lambda q, k, v: attend(1.01 * q, k, v),  # another scale
         lambda q, k, v: attend(q, k, v, torch.ones(9, 9, dtype=torch.bool)),  # not causal
-        lambda q, k, v: attend(q, k, v.detach()),  # no gradient
+        lambda q, k, v: attend(q, k, v) + 0.1 * (q - q.detach()),  # another gradient
     ):
         monkeypatch.setattr(gpu_stages, "attend", broken)
-        with pytest.raises((RuntimeError, AssertionError)):
-            assert gpu_stages.error_of_attend(inputs) < 1e-4
+        assert gpu_stages.error_of_attend(inputs) > 1e-3
 
 
 @pytest.mark.slow
