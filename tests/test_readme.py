@@ -72,7 +72,7 @@ def test_flags_that_pages_name_exist():
         for path in (ROOT / folder).rglob("*.py")
     ]
     parsed = set(re.findall(r"\"--(\w+)\"", "".join(sources)))
-    others = {"check", "fresh", "config", "help", "durations", "fix"}
+    others = {"check", "fresh", "config", "help", "durations", "fix", "case"}
     others |= {"nproc_per_node", "standalone", "nnodes", "rdzv_id", "max_restarts", "shutdown_timeout"}  # of torchrun
     for page in PAGES:
         named = set(re.findall(r"`--(\w+)", page.read_text(encoding="ascii")))
