@@ -73,14 +73,14 @@ def test_flags_of_sft(tmp_path, method, filter_and_key_tokens):
 
 
 def test_data_are_held_out_and_all_different(tmp_path):
-    write_data(tmp_path, 40, 5)
+    write_data(tmp_path, 400, 5)
     first = [(tmp_path / "data" / name).read_bytes() for name in ("test_seen.jsonl", "test_unseen.jsonl", "train.json")]
     assert len(json.loads(first[2])) == 5
     trained = {turn["content"] for record in json.loads(TRAIN.read_text()) for turn in record["conversations"]}
     queries = [json.loads(line)["messages"][0]["content"] for lines in first[:2] for line in lines.splitlines()]
-    assert len(queries) == len(set(queries)) == 80 and not trained & set(queries)
+    assert len(queries) == len(set(queries)) == 800 and not trained & set(queries)
     (tmp_path / "data/train.json").unlink()
-    write_data(tmp_path, 40, 5)  # what is missing is made again, alike
+    write_data(tmp_path, 400, 5)  # what is missing is made again, alike
     assert (tmp_path / "data/train.json").read_bytes() == first[2]
 
 
@@ -122,16 +122,14 @@ def test_as_many_cells_at_a_time_as_jobs(tmp_path):
         assert max(seen) <= n_jobs
 
 
-def test_a_program_that_fails_is_named_and_ends_the_others(tmp_path):
-    on, partly = str(tmp_path / "on"), str(tmp_path / "partly")
-    long = (
-        f"import os, time; open({partly!r}, 'w').write(str(os.getpid())); os.rename({partly!r}, {on!r}); time.sleep(60)"
-    )
+def test_a_program_that_fails_is_named_and_the_others_are_told_to_end(tmp_path):
+    on, heard = str(tmp_path / "on"), str(tmp_path / "heard")
+    long = f"import signal, time; signal.signal(15, lambda *_: open({heard!r}, 'w') and exit()); open({on!r}, 'w')"
     fails = f"import os, time\nwhile not os.path.exists({on!r}): time.sleep(0.01)\nprint('a: found b\x1b'); exit(2)"
     with pytest.raises(DataError) as error:
-        list(run_cells(tmp_path, {NONE: [python(long)], MAE: [python(fails)]}, 2))
+        list(run_cells(tmp_path, {NONE: [python(f"{long}; time.sleep(60)")], MAE: [python(fails)]}, 2))
     assert "found exit code 2 of -c for MAE, seed 0" in str(error.value) and r"'a: found b\x1b'" in str(error.value)
-    assert not is_alive(int((tmp_path / "on").read_text()))
+    assert (tmp_path / "heard").exists()
 
 
 ABLATION = """
