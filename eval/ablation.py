@@ -75,17 +75,10 @@ def commands_of(output: Path, cell: Cell, ppo_flags: str) -> list[list[str]]:
         train = ["run_sft.py", "--data", f"{output / 'data' / 'train.json'}", *SFT_FLAGS.split()]
         train += ["--error_filter", "structured" if "MAE" in cell.method else "none"]
         train += ["--key_tokens", "on" if "PKT" in cell.method else "off"]
-    score = [
-        "run_eval.py",
-        "--model",
-        f"{run / 'final'}",
-        "--output",
-        f"{cell.folder(output) / 'eval'}",
-        *EVAL_FLAGS.split(),
-    ]
+    score = ["run_eval.py", "--model", f"{run / 'final'}", "--benchmarks", ",".join(SPLITS), *EVAL_FLAGS.split()]
     return [
         [*train, "--output", f"{run}", "--seed", f"{cell.seed}"],
-        [*score, "--benchmarks", ",".join(SPLITS), "--benchmark_dir", f"{output / 'data'}"],
+        [*score, "--output", f"{cell.folder(output) / 'eval'}", "--benchmark_dir", f"{output / 'data'}"],
     ]
 
 

@@ -13,7 +13,7 @@ from eval.predict.prediction_files import DTYPE_NAMES
 from eval.rates import METRICS
 from eval.reports.compare import read_results, read_run
 from eval.reports.paper_tables import read_published
-from eval.reports.report import format_table, paired_counts
+from eval.reports.report import format_table, metrics_of, paired_counts
 from svg import sheet
 from toolbox.world import HARD_QUALIFIERS
 
@@ -114,12 +114,15 @@ def read_cells(output: Path, cells: Sequence[Cell]) -> tuple[dict[str, Results],
     splits: dict[str, dict] = {name: {method: {} for method in METHODS} for name in (SPLITS[0], HARD_SPLIT, SPLITS[1])}
     records = BENCHMARKS[SPLITS[0]].load(output / "data" / BENCHMARKS[SPLITS[0]].path)
     hard = [record.index for record in records if record.meta.get("qualifier") in HARD_QUALIFIERS]
-    kinds = set()
+    kinds, all_indices = set(), {record.index for record in records}  # each split has as many prompts
     for cell in cells:
         folder = cell.folder(output) / "eval"
         run = read_run(folder)
         results = read_results(folder, run)
-        kinds.add((run.get("dtype"), *(run["benchmarks"].get(name, {}).get("answers_sha256") for name in SPLITS)))
+        for name in SPLITS:
+            if results.get(name, {}).keys() != all_indices or metrics_of(run["benchmarks"][name]) != [*METRICS]:
+                raise DataError(f"{folder}: found no complete results of {name}, expected those of all prompts")
+        kinds.add((run.get("dtype"), *(run["benchmarks"][name]["answers_sha256"] for name in SPLITS)))
         if len(kinds) > 1:
             raise DataError(f"{folder}: found other prompts or another type than in earlier cells, expected the same")
         for name in SPLITS:

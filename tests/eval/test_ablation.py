@@ -110,6 +110,7 @@ def test_a_cell_with_irm_waits_for_its_sft_and_all_run_once(tmp_path):
     assert list(run_cells(tmp_path, {}, 2)) == []
 
 
+@pytest.mark.slow
 def test_as_many_cells_at_a_time_as_jobs(tmp_path):
     code = (
         f"import os, time; from pathlib import Path; me = Path({str(tmp_path)!r}, f'on{{os.getpid()}}'); me.touch(); "
@@ -357,6 +358,10 @@ def test_one_real_cell(tmp_path):
     path.write_text(path.read_text().replace('"dtype": "float32"', '"dtype": "bfloat16"'))
     with pytest.raises(DataError, match="another type than in earlier cells"):
         write_tables(tmp_path, settings, [NONE, IRM])
+    for name in ("TS_percent", "tiny-seen"):
+        path.write_text(path.read_text().replace(f'"{name}"', '"other"', 1))
+        with pytest.raises(DataError, match=r"found .*, expected"):
+            write_tables(tmp_path, settings, [IRM])
     path.unlink()
     with pytest.raises(DataError, match="expected the summary of a run_eval.py run"):
         write_tables(tmp_path, settings, [NONE, IRM])
