@@ -135,7 +135,7 @@ def format_report(run: Mapping) -> str:
 
 
 def _unfit_table(benchmarks: Mapping[str, Mapping]) -> list[str]:
-    """How many prompts do not fit the model's context; nothing where all fit."""
+    """How many prompts leave no room for an output; nothing where every one does."""
     rows = [
         [name, str(count), format_share(count, summary["n"])]
         for name, summary in benchmarks.items()
@@ -144,7 +144,8 @@ def _unfit_table(benchmarks: Mapping[str, Mapping]) -> list[str]:
     if not rows:
         return []
     table = format_table([["benchmark", "prompts", "% of its records"], *rows])
-    return ["## Prompts that do not fit the model's context", table, "They have no output and count as wrong."]
+    note = "A question without room for an output counts as wrong; a dialogue ends there (`--max_dialogue_tokens`)."
+    return ["## Prompts that do not fit", table, note]
 
 
 def _dialogue_tables(dialogues: Mapping[str, Mapping]) -> list[str]:

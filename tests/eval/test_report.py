@@ -276,9 +276,11 @@ def test_prompts_that_do_not_fit_are_counted():
     report = format_report(
         run_of(tiny_seen=calls, tiny_multi=dialogue_summary(8, 4, 0, 0, 2, ends={"prompt_too_long": 2}))
     )
-    table = report.partition("## Prompts that do not fit the model's context")[2].split("\n\n")[1].splitlines()
+    table, note = report.partition("## Prompts that do not fit\n")[2].split("\n\n")[:2]
+    table = table.strip().splitlines()
     cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in table]
     assert cells[2:] == [["tiny-seen", "1", "25.0"], ["tiny-multi", "2", "25.0"]]
+    assert "a dialogue ends there" in note and "model's context" not in report  # its earlier turns have outputs
     assert "do not fit" not in format_report(run_of(tiny_seen=summarize_results(rows_of([3]))))
 
 
