@@ -21,7 +21,7 @@ from tqdm import tqdm
 from data.json_records import JsonLinesFile
 from data.tool_calls import render_tool_call
 from model.tokenizer import Tokenizer
-from printable import one_line
+from printable import cut, message_line, one_line
 from rl.advantages import explained_variance_from_sums, explained_variance_sums, kl_estimates, masked_sums
 from rl.evaluate_reward import Sampling, evaluate_reward, summarize
 from rl.models import Models
@@ -240,14 +240,13 @@ def ppo_line(rows: Sequence[dict], last_step: int) -> str:
 
 def format_sample(iteration: int, row: dict) -> str:
     """A response with what was asked and the gold call; row: a line of samples.jsonl and the user's last words."""
-    texts = (
-        ("user", row["request"]),
-        ("gold", row["gold"]),
-        ("model", row["response"]),
-        ("reward", row["explanation"]),
-    )
+    texts = [
+        (name, one_line(text.strip(), SAMPLE_CHARACTERS))
+        for name, text in (("user", row["request"]), ("gold", row["gold"]), ("model", row["response"]))
+    ]
+    texts.append(("reward", cut(message_line(row["explanation"]), SAMPLE_CHARACTERS)))  # its values are escaped already
     title = f"iteration {iteration}, {one_line(row['id'])} turn {row['turn']}:"
-    return "\n".join([title, *(f"    {name:<6}  {one_line(text.strip(), SAMPLE_CHARACTERS)}" for name, text in texts)])
+    return "\n".join([title, *(f"    {name:<6}  {text}" for name, text in texts)])
 
 
 def _sample_rows(credited: Credited, tokenizer: Tokenizer) -> list[dict]:

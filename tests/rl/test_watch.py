@@ -190,13 +190,13 @@ def test_a_sample_is_printable_and_cut():
         "request": "line\nbreak " + "x" * 500,
         "gold": "f(a=1)",
         "response": " f(a=\u202e2)",
-        "explanation": "-0.25 wrong_value: ...",
+        "explanation": r"-2 unparsable: found 'x\n'",
     }
     lines = format_sample(50, row).split("\n")
     assert lines[0] == "iteration 50, a\\x1b[31m turn 1:"
     assert lines[1].startswith("    user    line\\nbreak xxx") and lines[1].endswith("xxx... (512 characters)")
     assert len(lines[1]) < 140
-    assert lines[2:] == ["    gold    f(a=1)", "    model   f(a=\\u202e2)", "    reward  -0.25 wrong_value: ..."]
+    assert lines[2:] == ["    gold    f(a=1)", "    model   f(a=\\u202e2)", r"    reward  -2 unparsable: found 'x\n'"]
 
 
 def lines_of_run(tmp_path, **flags):
