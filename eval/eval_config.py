@@ -35,8 +35,8 @@ class EvalConfig:
     benchmarks: str = setting(DEFAULT_BENCHMARKS, f"comma-separated, of {', '.join(BENCHMARKS)}; own is that of --data")
     data: str = setting(
         "",
-        "file of your own dialogues, in any form that training reads: each of its calls is a question of the benchmark "
-        "own, which is then the only one unless --benchmarks names others",
+        "file of your own dialogues, in any form that training reads: each right call of a tool is a question of the "
+        "benchmark own, which is then the only one unless --benchmarks names others",
     )
     benchmark_dir: str = setting("assets/tiny_data", "folder of the benchmark files (docs/evaluation.md)")
     check_files: str = setting(

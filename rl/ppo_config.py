@@ -229,7 +229,7 @@ class PPOConfig:
         "off", "write the trained critic to output/critic at the end (ours)", choices=("on", "off"), free=True
     )
     eval_data: str = setting(
-        "", "held-out prompts in any form of data, scored during training; empty = none (ours)", free=True
+        "", "held-out prompts in any form that --data takes, scored during training; empty = none (ours)", free=True
     )
     eval_every: int = setting(
         0,

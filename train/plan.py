@@ -232,7 +232,7 @@ def plan_sft(config: SFTConfig, encoded: Sequence[EncodedTrajectory]) -> Plan:
     steps = steps_per_epoch(len(encoded), config.global_batch_size)
     facts = [
         f"{n_parameters:,} parameters, {n_ranks} rank{'s' * (n_ranks > 1)}, {config.dtype} on {device_type}",
-        f"{config.epochs} x {steps} = {config.epochs * steps} steps of {sum(map(len, encoded)):,} tokens per epoch; "
+        f"{config.epochs} x {steps} = {config.epochs * steps} steps; {sum(map(len, encoded)):,} tokens per epoch; "
         f"largest micro-batch {len(batch.input_ids_T):,} tokens, {batch.trained_tokens:,} of them trained",
         *disk_facts(n_parameters * (FP32_BYTES + ADAM_BYTES), n_parameters * FP32_BYTES, config.keep_checkpoints),
     ]

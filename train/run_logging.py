@@ -128,7 +128,7 @@ def _check_identity(identity_path: Path, identity: dict, *, is_whole: bool) -> N
             theirs, ours = (shown(each[name]) if name in each else "nothing" for each in (found, identity))
             raise RunFolderError(
                 f"{identity_path}: found {name} = {theirs}, expected {ours}: "
-                "the folder belongs to another run; choose another --output"
+                "the folder belongs to another run; choose another --output (or see --override)"
             )
 
 

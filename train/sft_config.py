@@ -165,7 +165,7 @@ class SFTConfig:
     )
     eval_data: str = setting(
         "",
-        "held-out trajectories in any form of data, or records with gold calls, evaluated during training; "
+        "held-out trajectories in any form that --data takes, or records with gold calls, evaluated during training; "
         "empty = none (ours)",
         free=True,
     )
