@@ -154,7 +154,10 @@ def _error_parts(folders: Sequence[RunFolder]) -> list[str]:
         for category in dict.fromkeys(category for each in counts for category in each):
             cells = []
             for folder, each in zip(folders, counts, strict=True):
-                summary, count = folder.summaries.get(name, {"n": 0}), each.get(category, 0)
+                if name not in folder.summaries:
+                    cells.append("-")
+                    continue
+                summary, count = folder.summaries[name], each.get(category, 0)
                 share = format_share(count, summary.get("n_calls", summary["n"])) if type(count) is int else "-"
                 cells.append(f"{count} ({share} %)")
             rows.append([name, category, *cells])

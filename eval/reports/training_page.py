@@ -234,8 +234,10 @@ def numbers_table(metrics: Sequence[Mapping], quantities: Sequence[Quantity]) ->
         for key, is_of_rollout in columns:
             values = [row[key] for row in (rollouts_of(stretch) if is_of_rollout else stretch) if key in row]
             cells.append(format_number(stretch_means(values, len(values))[0]) if values else "-")
-        rows.append([f"{stretch[0]['step']:g} to {stretch[-1]['step']:g}", *cells])
-    return table(f"Means of up to {n_steps} steps each, of {len(metrics):,} logged", head, rows)
+        first, last = (f"{stretch[end]['step']:g}" for end in (0, -1))
+        rows.append([first if first == last else f"{first} to {last}", *cells])
+    caption = f"Means of up to {n_steps} steps each, of {len(metrics):,} logged" if n_steps > 1 else "Every logged step"
+    return table(caption, head, rows)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -116,6 +116,20 @@ def test_settings_and_data_report(folders):
     assert tables["First masked turns of each rule"][1:] == [["x", "3", "x", "x", "x", "x"]]
 
 
+def test_a_short_run_shows_each_step(tmp_path):
+    rows = page_of(write_sft(tmp_path / "sft", n_steps=3)).tables()["Every logged step"]
+    assert [row[:2] for row in rows] == [["steps", "Loss, nats"], ["1", "2.95"], ["2", "2.9"], ["3", "2.85"]]
+
+
+def test_an_evaluation_has_no_errors_of_a_benchmark_that_it_lacks(tmp_path):
+    one = write_evaluation(tmp_path / "one", [1, 0])
+    other = write_evaluation(tmp_path / "other", [0, 0], benchmark="tiny-unseen")
+    assert page_of(one, other).tables()["Records or calls by error"][1:] == [
+        ["tiny-seen", "x", "1 (50.0 %)", "-"],
+        ["tiny-unseen", "x", "-", "2 (100.0 %)"],
+    ]
+
+
 def test_rates_and_paired_differences_by_hand(folders):
     tables = page_of(*folders[2:]).tables()
     rates = tables["Rates of all evaluations"]
