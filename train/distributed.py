@@ -268,7 +268,7 @@ def ranks_that_hold_shards_only(n_ranks: int, n_units: int) -> str:
     idle = n_ranks - n_units
     if idle <= 0:
         return ""
-    return f"{idle} of {n_ranks} ranks will only hold shards: a step has {n_units}, one for each of the other ranks"
+    return f"{idle} of {n_ranks} ranks will only hold shards: a step has work for {n_units}"
 
 
 def wait_for_all() -> None:

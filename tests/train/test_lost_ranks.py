@@ -116,7 +116,9 @@ def test_a_folder_that_the_ranks_do_not_share_is_refused(tmp_path):
 def test_ranks_without_work_are_counted():
     world = init_world("cpu")
     assert ranks_that_hold_shards_only(world.size, 1) == ""
-    assert ranks_that_hold_shards_only(world.size, 0).startswith("1 of 1 ranks will only hold shards: a step has 0")
+    assert ranks_that_hold_shards_only(world.size, 0).startswith(
+        "1 of 1 ranks will only hold shards: a step has work for 0"
+    )
 
 
 def test_a_checkpoint_whose_saving_was_cut_short_is_reported(tmp_path):
