@@ -59,9 +59,12 @@ def read_json_lines(path: Path, *, drop_partial_last_line: bool) -> tuple[list[t
     """(line from 1, object) of every line that is not blank, and whether a partial last line was dropped.
 
     drop_partial_last_line: leave out a last line that has no line feed and does not parse, as a killed writer leaves
-    it, even cut inside a character; False refuses it like any other. Raises DataError.
+    it, even cut inside a character; False refuses it like any other. Raises DataError, with True also unless it is a
+    regular file, as a run writes it.
     """
     rows: list[tuple[int, dict]] = []
+    if drop_partial_last_line:
+        check_regular_file(path)
     content = _read_bytes(path)
     cut = drop_partial_last_line and _ends_inside_a_character(content)
     text = _decode(content[: content.rfind(b"\n") + 1] if cut else content, path)
@@ -95,6 +98,21 @@ def read_json_object(path: Path) -> dict:
     return value
 
 
+def check_regular_file(path: Path) -> None:
+    """Raise DataError if `path` is there and no regular file, links followed: reading a pipe or a device may not end.
+
+    For the files of a run. Data may come through a pipe, which waits for its writer.
+    """
+    if path.exists() and not path.is_file():
+        raise DataError(f"{path}: found no regular file, expected one that a run wrote")
+
+
+def check_no_device(path: Path) -> None:
+    """Raise DataError for a device: its bytes may never end."""
+    if path.is_char_device() or path.is_block_device():
+        raise DataError(f"{path}: found a device, expected a file")
+
+
 def parse_json(text: str, where: str) -> object:
     """The one JSON value that `text` is. Raises DataError prefixed by `where`."""
     value, end = decode_value(text, _skip_blanks(text, 0), where)
@@ -125,6 +143,7 @@ def _read_text(path: str | Path) -> str:
 
 def _read_bytes(path: str | Path) -> bytes:
     """The content of a file, unpacked where its name ends in .gz."""
+    check_no_device(Path(path))
     try:
         if not str(path).endswith(".gz"):
             return Path(path).read_bytes()
@@ -343,4 +362,5 @@ def open_lock(path: Path) -> TextIO:
 
 
 def _open_unlinked(path: str, flags: int) -> int:
-    return os.open(path, flags | os.O_NOFOLLOW, 0o666)
+    # O_NONBLOCK: opening a pipe fails instead of waiting for a reader; for files it means nothing
+    return os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666)

@@ -7,7 +7,7 @@ left out, and so is a line without its step.
 from collections.abc import Callable
 from pathlib import Path
 
-from data.json_records import DataError, parse_json
+from data.json_records import DataError, check_regular_file, parse_json
 
 
 def read_journal(path: Path, clean: Callable[[dict], dict | None]) -> tuple[list[dict], list[str]]:
@@ -18,6 +18,7 @@ def read_journal(path: Path, clean: Callable[[dict], dict | None]) -> tuple[list
     """
     if not path.exists():
         return [], []
+    check_regular_file(path)
     try:
         lines = path.read_text(encoding="utf-8", errors="replace").split("\n")
     except OSError as error:

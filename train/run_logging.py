@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from data.json_records import read_json_object, write_bytes
+from data.json_records import check_no_device, check_regular_file, read_json_object, write_bytes
 from printable import log_text, shown
 
 IDENTITY_FILE = "run_identity.json"
@@ -44,7 +44,8 @@ def fingerprint(content: object) -> str:
 
 
 def file_sha256(path: Path) -> str:
-    """sha256 of a file, read in blocks of 1 MiB."""
+    """sha256 of a file, read in blocks of 1 MiB. Raises DataError for a device."""
+    check_no_device(path)
     digest = hashlib.sha256()
     with open(path, "rb") as file:
         while block := file.read(1 << 20):
@@ -187,6 +188,7 @@ def cut_metrics(path: Path, last_step: int) -> int:
     """
     if not path.exists():
         return 0
+    check_regular_file(path)
     lines = path.read_text(encoding="utf-8", errors="replace").split("\n")
     kept = [line + "\n" for line in lines if (row := _row_of(line)) and row["step"] <= last_step]
     removed = sum(map(bool, lines)) - len(kept)
@@ -208,5 +210,6 @@ def read_metrics(path: Path, *names: str) -> list[dict]:
     """The lines of a metrics.jsonl that are whole and have numbers under all `names`."""
     if not path.exists():
         return []
+    check_regular_file(path)
     rows = map(_row_of, path.read_text(encoding="utf-8", errors="replace").split("\n"))
     return [row for row in rows if row and all(type(row.get(name)) in (int, float) for name in names)]

@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from data.formats.prompt_format import find_stop_ids
 from data.formats.table import encode_prompt
-from data.json_records import DataError, parse_json, write_json_lines, write_text
+from data.json_records import DataError, read_json_object, write_json_lines, write_text
 from eval.predict.cut_output import cut_at
 from eval.predict.journals import Journal, describe_resume, journal_file, journal_files, read_rows
 from eval.predict.prediction_files import prediction_of
@@ -77,14 +77,12 @@ def check_settings(path: Path, settings: dict[str, str | int], *, resume: str, i
     if resume == "never":
         raise DataError(f"{path}: found predictions, expected none for --resume never; choose another --output")
     try:
-        found = parse_json(settings_path.read_text(encoding="utf-8"), str(settings_path))
-    except (OSError, ValueError):
-        found = None
-    if not isinstance(found, dict):
+        found = read_json_object(settings_path)
+    except DataError:
         raise DataError(
             f"{settings_path}: found no settings with the earlier predictions, expected those of this run; "
             "choose another --output"
-        )
+        ) from None
     for name, value in settings.items():
         if found.get(name) != value:
             raise DataError(

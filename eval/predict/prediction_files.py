@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from data.formats.table import DEFAULT_FORMAT, PROMPT_FORMATS
-from data.json_records import DataError, parse_json, read_json_lines
+from data.json_records import DataError, read_json_lines, read_json_object
 from eval.predict.journals import read_index
 from eval.records import limited_indices
 
@@ -51,10 +51,9 @@ def prediction_of(row: dict, where: str) -> Prediction:
 def read_dtype(path: Path) -> str:
     """The type in which the predictions of a file were computed, from the settings file next to it; "" = unknown."""
     try:
-        settings = parse_json(path.with_suffix(".settings.json").read_text(encoding="utf-8"), str(path))
-    except (OSError, ValueError):
+        dtype = read_json_object(path.with_suffix(".settings.json")).get("dtype")
+    except DataError:
         return ""
-    dtype = settings.get("dtype") if isinstance(settings, dict) else None
     return dtype if dtype in DTYPE_NAMES else ""
 
 

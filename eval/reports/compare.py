@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from command_line import parse_arguments, run_command
-from data.json_records import DataError, read_json_lines
+from data.json_records import DataError, check_regular_file, read_json_lines
 from eval.benchmarks import benchmark_of
 from eval.dialogues.metrics import MAX_TURNS
 from eval.predict.prediction_files import read_dtype
@@ -27,6 +27,7 @@ from printable import terminal_text
 def read_run(run_dir: Path) -> dict:
     """summary.json of a run of run_eval.py. Raises DataError if it is missing or has another shape."""
     path = run_dir / "summary.json"
+    check_regular_file(path)
     try:
         run = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
@@ -65,6 +66,7 @@ def read_results(run_dir: Path, run: dict) -> dict[str, dict[int, dict]]:
         path = run_dir / "results" / f"{name}.jsonl"
         metrics = [metric for metric in metrics_of(summary) if metric not in CALL_METRICS]  # rows have counts of those
         rows: dict[int, dict] = {}
+        check_regular_file(path)
         for line, row in read_json_lines(path, drop_partial_last_line=False)[0]:
             if (
                 type(row.get("index")) is not int

@@ -19,6 +19,7 @@ from data.json_records import (
     read_records,
     write_text,
 )
+from data.run_journals import read_journal
 
 # Whatever Python's own decoder lets through, or fails on in its own way: (text of one value, words of the refusal).
 MALFORMED = [
@@ -241,3 +242,23 @@ def test_what_is_no_regular_file_is_not_read(tmp_path):
             read_json_object(tmp_path / name)
     with pytest.raises(DataError, match="absent: found No such file or directory"):
         read_json_object(tmp_path / "absent")
+
+
+def test_what_never_ends_is_not_read(tmp_path):
+    """A pipe without its other end, and a device."""
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "endless").symlink_to("/dev/zero")
+    for name in ("pipe", "endless"):
+        path = tmp_path / name
+        readers = [
+            lambda path=path: read_json_lines(path, drop_partial_last_line=True),
+            lambda path=path: read_journal(path, lambda row: row),
+        ]
+        for read in readers:
+            with pytest.raises(DataError, match=f"{name}: found no regular file, expected one that a run wrote"):
+                read()
+        with pytest.raises(OSError, match=r"No such device or address|Too many levels of symbolic links"):
+            JsonLinesFile(path)
+    for read in (read_records, read_json_list):
+        with pytest.raises(DataError, match="endless: found a device, expected a file"):
+            read(tmp_path / "endless")

@@ -165,6 +165,10 @@ def make(name, content):
             path.mkdir()
         elif content == "link":
             path.symlink_to("/dev/null")
+        elif content == "endless":
+            path.symlink_to("/dev/zero")
+        elif content == "pipe":  # opening it would wait for the other end
+            os.mkfifo(path)
         else:
             path.write_text(content)
 
@@ -184,6 +188,9 @@ REFUSED = {
     "finished of nothing": make("finished.json", "[]"),
     "lock a link": make("lock", "link"),
     "lock a folder": make("lock", None),
+    "lock a pipe": make("lock", "pipe"),
+    "history a pipe": make("history.jsonl", "pipe"),
+    "history endless": make("history.jsonl", "endless"),
     "identity deep": make("run_identity.json", DEEP),
     "identity digits": make("run_identity.json", DIGITS),
     "identity a list": make("run_identity.json", "[]"),

@@ -1,12 +1,15 @@
 """train/run_logging.py: what environment.json says about a run, and what it must not say about the machine."""
 
 import json
+import os
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 
-from train.run_logging import describe_environment, without_absolute_path
+from data.json_records import DataError
+from train.run_logging import cut_metrics, describe_environment, file_sha256, read_metrics, without_absolute_path
 
 
 @pytest.mark.parametrize(
@@ -35,3 +38,15 @@ def test_the_environment_names_no_absolute_path(tmp_path, monkeypatch):
     environment = describe_environment(1, torch.device("cpu"))
     assert environment["command"] == ["run_sft.py", "--output", "out", "--data", "train.json"]
     assert not [each for each in json.dumps(environment).split('"') if each.startswith("/")]
+
+
+def test_what_never_ends_is_not_read(tmp_path):
+    """A pipe without a writer, and a device."""
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "endless").symlink_to("/dev/zero")
+    for name in ("pipe", "endless"):
+        for read in (read_metrics, lambda path: cut_metrics(path, 0)):
+            with pytest.raises(DataError, match=f"{name}: found no regular file, expected one that a run wrote"):
+                read(tmp_path / name)
+    with pytest.raises(DataError, match="/dev/zero: found a device, expected a file"):
+        file_sha256(Path("/dev/zero"))
