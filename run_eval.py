@@ -8,6 +8,12 @@ Exit codes: 0 everything scored; 2 bad input (one line on stderr); 130 or 143 st
 """
 
 import sys
+
+if __name__ == "__main__":  # before the imports that take seconds
+    from start_up import prepare
+
+    prepare()
+
 from collections.abc import Sequence
 from dataclasses import replace
 from datetime import timedelta
@@ -26,7 +32,7 @@ from eval.reports.plots import write_plots
 from eval.reports.report import format_report
 from eval.sandbox.run import end_sandboxes
 from model.pretrained_weights import ModelFolderError
-from train.distributed import DeviceError, World, close_world, end_with_torchrun, init_world, leave_if_a_rank_is_lost
+from train.distributed import DeviceError, World, close_world, init_world, leave_if_a_rank_is_lost
 from train.run_control import lock_folder, write_settings
 from train.run_logging import log_line, write_json_atomically
 from train.seeding import seed_everything
@@ -39,7 +45,6 @@ PATIENCE = timedelta(days=1)  # of a rank that has answered its share and waits 
 @polite_stop("what was answered is kept; the same command continues", end_sandboxes)
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one evaluation; returns the exit code."""
-    end_with_torchrun()
     try:
         config = read_config(
             EvalConfig, "Predict and score tool calls (TS, PI, CF) and dialogues (DE, CE, VA).", arguments

@@ -6,6 +6,12 @@ command.
 """
 
 import sys
+
+if __name__ == "__main__":  # before the imports that take seconds
+    from start_up import prepare
+
+    prepare()
+
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -30,7 +36,6 @@ from train.distributed import (
     DeviceError,
     World,
     close_world,
-    end_with_torchrun,
     init_world,
     leave_if_a_rank_is_lost,
     ranks_that_hold_shards_only,
@@ -60,7 +65,6 @@ USER_ERRORS = (
 @polite_stop("checkpoints are kept; the same command continues")
 def main(arguments: Sequence[str] | None = None) -> int:
     """One PPO run from the command line: prompts, models, training, export. Returns the exit code."""
-    end_with_torchrun()
     try:
         config = read_config(PPOConfig, "PPO with the paper's rule-based reward (IRM).", arguments, section="ppo")
         if not Path(config.model).is_dir():

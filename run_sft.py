@@ -5,6 +5,12 @@ line on stderr; 130 or 143 stopped by SIGINT or SIGTERM after saving: continue w
 """
 
 import sys
+
+if __name__ == "__main__":  # before the imports that take seconds
+    from start_up import prepare
+
+    prepare()
+
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -25,7 +31,6 @@ from train.distributed import (
     DeviceError,
     World,
     close_world,
-    end_with_torchrun,
     init_world,
     leave_if_a_rank_is_lost,
     load_sharded_model,
@@ -60,7 +65,6 @@ USER_ERRORS = (
 @polite_stop("checkpoints are kept; the same command continues")
 def main(arguments: Sequence[str] | None = None) -> int:
     """One SFT run from the command line: data, model, optimizer, training, export. Returns the exit code."""
-    end_with_torchrun()
     try:
         config = read_config(SFTConfig, "Supervised fine-tuning with MAE and PKT.", arguments, section="sft")
         check_tensorboard(config.tensorboard)

@@ -21,6 +21,7 @@ MAY_IMPORT = {  # package -> our packages that it may import besides itself
 }
 SHARED_MODULES = {  # in the root, for every package -> our packages that it may import
     "command_line": set(),
+    "start_up": set(),
     "printable": set(),
     "svg": set(),
     "charts": {"data"},

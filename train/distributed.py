@@ -8,7 +8,6 @@ Gradient reduction is a plain SUM in fp32. FSDP2 would divide by the world size,
 holds the same number of trained tokens; our loss is already divided by the global denominator.
 """
 
-import ctypes
 import os
 import secrets
 import signal
@@ -116,20 +115,6 @@ def make_mesh(size: int, shard_group_size: int, device_type: str) -> DeviceMesh:
     # ranks of one node have neighbouring numbers: shards travel within a node, sums of gradients between nodes
     shape, names = ((size,), ("shard",)) if shards == size else ((size // shards, shards), ("replica", "shard"))
     return init_device_mesh(device_type, shape, mesh_dim_names=names)
-
-
-def end_with_torchrun() -> None:
-    """Have Linux end this process when the torchrun that started it dies; nothing without torchrun or Linux.
-
-    Workers of a torchrun that is killed outright live on: without their peers they would hang, and keep the next start
-    out of the run folder. SIGKILL rather than SIGTERM, because a rank that waits in a collective hears no signal
-    that Python must handle; checkpoints are made for it. Call it first of all, from the main thread.
-    """
-    if "TORCHELASTIC_RUN_ID" in os.environ and sys.platform == "linux":
-        parent = os.getppid()
-        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # 1: PR_SET_PDEATHSIG
-        if os.getppid() != parent:  # it died before the call
-            os.kill(os.getpid(), signal.SIGKILL)
 
 
 def limit_waiting(seconds: float, world: World) -> None:

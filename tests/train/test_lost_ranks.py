@@ -12,17 +12,11 @@ import torch
 
 import run_sft
 from data.json_records import DataError
+from start_up import end_with_torchrun
 from tests.support.processes import free_port, lines_in, spawn, start
 from tests.support.restart_trials import kill_a_rank, torchrun, wait_until
 from tests.support.tiny_run import arguments, metrics_of, run_here
-from train.distributed import (
-    EXIT_LOST_RANK,
-    any_rank,
-    end_with_torchrun,
-    init_world,
-    ranks_that_hold_shards_only,
-    wait_for_all,
-)
+from train.distributed import EXIT_LOST_RANK, any_rank, init_world, ranks_that_hold_shards_only, wait_for_all
 from train.run_control import check_shared_folder
 
 LONG = {"epochs": 6, "checkpoint_every": 4}
