@@ -9,6 +9,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from data.json_records import DataError, JsonLinesFile, read_json_lines, read_json_object
+from model.config import ModelFolderError
+from model.pretrained_weights import check_folder
+from model.tokenizer import load_tokenizer
 from printable import shown
 from train.checkpoint import checkpoint_step, list_checkpoints
 from train.distributed import World, gather_objects
@@ -108,12 +111,21 @@ def mark_finished(output: Path, step: int) -> None:
 def finished_step(output: Path, max_steps: int, exports: Sequence[str]) -> int | None:
     """The step that the run in `output` ended at, if all steps asked for are done and all exports are there, else None.
 
-    max_steps: the setting; exports: names of folders in `output`. The folder must be known to be this run's.
+    max_steps: the setting; exports: names of folders in `output`. The folder must be known to be this run's. An export
+    that is damaged, as far as that shows without reading a weight, is not there: the run makes it again.
     """
-    if not all((output / name).is_dir() for name in exports) or not (output / FINISHED_FILE).exists():
+    if not (output / FINISHED_FILE).exists() or not all(_is_whole(output / name) for name in exports):
         return None
     step = read_json_object(output / FINISHED_FILE).get("step")
     total_steps = read_json_object(output / IDENTITY_FILE).get("total_steps")
     if type(step) is not int or type(total_steps) is not int:
         return None
     return step if step >= min(total_steps, max_steps or total_steps) else None
+
+
+def _is_whole(model_dir: Path) -> bool:
+    try:
+        check_folder(model_dir, load_tokenizer(model_dir))
+    except (ModelFolderError, OSError):
+        return False
+    return True

@@ -183,3 +183,15 @@ def test_sigterm_reaches_all_ranks(tmp_path):
     done = metrics_of(output)[-1]["step"]
     assert done < STEPS
     assert (output / "checkpoints" / f"step_{done:08d}" / "random_rank00001.json").exists()
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors", "tokenizer.model"])
+def test_a_finished_run_exports_a_damaged_model_again(tmp_path, name):
+    output = tmp_path / "run"
+    assert run_here(output, max_steps=2)[0] == 0
+    before = digest_of_final(output)
+    path = output / "final" / name
+    path.write_bytes(path.read_bytes()[:100])
+    code, out, err = run_here(output, max_steps=2)
+    assert (code, err) == (0, "") and "(step 2, saved by 1 rank)" in out and digest_of_final(output) == before
+    assert run_here(output, max_steps=2)[1].startswith("already finished at step 2; ")
