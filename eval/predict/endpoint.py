@@ -7,6 +7,7 @@ The server is not trusted: answers are bounded in size and time (eval/predict/bo
 followed (they would carry the key elsewhere), and every piece of the key is hidden in what it says.
 """
 
+import html
 import http.client
 import json
 import math
@@ -38,7 +39,8 @@ MAX_STOPS = 4  # the API takes no more; what it does not cut is cut here
 REFUSALS_TO_STOP = 8  # without a single answer: then it is the server or the settings, not the records
 TOP_LOGPROBS = 5  # the most that the completions API gives
 READ_CHARACTERS, SHOWN_CHARACTERS = 1 << 16, 300  # of a server's words: searched for the key, then shown
-KEY_PIECE, URL_ENCODINGS = 4, 3  # characters of the key that are hidden; how often words may be URL-encoded
+KEY_PIECE, ENCODINGS = 4, 3  # characters of the key that are hidden; how often words may be encoded
+_ESCAPE = re.compile(r"\\(?:u([0-9a-fA-F]{4})|x([0-9a-fA-F]{2}))")
 PASSING_STATUS = (408, 425, 429)
 REFUSED_STATUS = (400, 413, 422)
 
@@ -272,12 +274,16 @@ def _error_text(raw: bytes) -> str:
 
 
 def _shown(text: str, endpoint: Endpoint) -> str:
-    """A server's words as one line of ASCII of bounded length, without any piece of the key, also URL-encoded."""
+    """A server's words as one line of ASCII of bounded length, without any piece of the key.
+
+    Also not URL-encoded, as HTML entities or as escapes of JSON; a server that hides the key on purpose finds a way.
+    """
     text = text[:READ_CHARACTERS]
     if endpoint.api_key:
         text = hide_key(text, endpoint.api_key)
-        for _ in range(URL_ENCODINGS):
-            text = hide_key(urllib.parse.unquote(text), endpoint.api_key)
+        for _ in range(ENCODINGS):
+            text = _ESCAPE.sub(lambda match: chr(int(match[1] or match[2], 16)), text)
+            text = hide_key(html.unescape(urllib.parse.unquote(text)), endpoint.api_key)
     return ascii(text[:SHOWN_CHARACTERS])[1:-1]
 
 
