@@ -98,7 +98,9 @@ def test_run_leaves_dialogues_rows_summary_report(reference, folder):
     assert summary["answer_right"] == sum(row["answer_right"] for row in rows) >= 3
     assert {key: part["n"] for key, part in summary["by_requests"].items()} == {"1": 3, "2": 3, "3": 1}
     report = (output / "report.md").read_text()
-    assert report in out and "| tiny-multi | 7         |" in report and "| tiny-multi | local    |" in report
+    assert (
+        report in out and "| tiny-multi, fp32 | 7         |" in report and "| tiny-multi, fp32 | local    |" in report
+    )
     assert "is not that of the real tool" in report and "Table 4" not in report and "Warnings" not in report
     settings = json.loads((output / "predictions/tiny-multi.settings.json").read_text())
     assert settings["max_turns"] == 5 and settings["tool_executor"] == "auto" and settings["max_new_tokens"] == 24
@@ -498,7 +500,8 @@ def test_all_of_tooleyes_with_a_scripted_endpoint(tmp_path):
 
 @needs_tooleyes
 def test_file_of_tooleyes_own_loop_is_scored(tmp_path):
-    records = json.loads((TOOLEYES / "tooleyes/Test_Data/scenario_data_zero_processed.json").read_text())[:3]
+    records = json.loads((TOOLEYES / "tooleyes/Test_Data/scenario_data_zero_processed.json").read_text())
+    records = [records[index] for index in (0, 127, 254)]  # three of 382, evenly spread, as --limit takes them
     path = tmp_path / "official.jsonl"
     answer = {"from": "assistant", "value": 'Thought: done\nAction: finish\nAction Input: {"answer": "it rains"}'}
     path.write_text(

@@ -34,7 +34,7 @@ def test_a_sample_survives(tmp_path):
     rows = [json.loads(line) for line in journal.read_text().splitlines()]
     assert code == 0 and len(rows) == 4 + 2, rows
     assert not any(row["problem"] or row["skipped"] for row in rows)
-    assert max(row["steps_lost"] for row in rows) <= 1
+    assert max(row["steps_lost"] for row in rows) <= 2  # the save that was killed, and the step after the one before
 
 
 def trust_everything(folder: str) -> None:

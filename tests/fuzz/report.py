@@ -32,7 +32,7 @@ from tests.support.processes import PRELOADED
 SECONDS, MEBIBYTES = 5.0, 300  # that one case may take
 ADDRESS_SPACE = 4 << 30  # of a worker above what it has at its start
 CASES_PER_WORKER = 400
-SECONDS_OF_SILENCE = 30  # of a worker that hangs in native code, where no alarm reaches it
+SECONDS_OF_SILENCE = 120  # of a worker that hangs in native code, where no alarm reaches it
 KINDS = {".json": "json", ".jsonl": "lines", ".safetensors": "tensors", ".txt": "text", ".csv": "text"}
 WRITERS = {"os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.link", "os.symlink", "os.truncate", "shutil.rmtree"}
 
