@@ -25,6 +25,7 @@ from data.json_records import DataError, write_json_lines, write_text
 from data.trained_format import choose_format
 from eval.benchmarks import count_notice
 from eval.eval_config import EvalConfig, default_output
+from eval.evaluate_own import left_out_notice
 from eval.predict.prediction_files import read_dtype
 from eval.predict.run_predictions import BenchmarkRun, open_benchmarks, predict
 from eval.records import ScoreSettings
@@ -71,6 +72,9 @@ def run(config: EvalConfig, world: World) -> None:
     config = replace(config, prompt_format=prompt_format)
     if world.is_main and format_line:
         log_line(format_line)
+    if world.is_main and config.data:
+        for line in left_out_notice(Path(config.data)):
+            log_line(line)
     runs = open_benchmarks(config)  # a fault in the last benchmark shows now, not after the first one's predictions
     if not config.predictions:
         with lock_folder(output / "predictions", world):

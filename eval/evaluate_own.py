@@ -9,6 +9,7 @@ read as they are. Scores are those of eval/evaluate_tiny.py: strict after parsin
 """
 
 import sys
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from data.error_filter import decide_masked_turns
 from data.gold_records import is_gold_file
 from data.json_records import DataError
 from data.tool_documents import IMPLICIT_TOOLS
-from data.trajectories import Message, Trajectory, read_trajectories
+from data.trajectories import Trajectory, read_trajectories
 from eval.benchmarks import BENCHMARKS
 from eval.evaluate_tiny import load_tiny, score_tiny
 from eval.evaluator_command_line import evaluator_parser, read_flags, run_evaluator
@@ -45,16 +46,31 @@ def load_own(path: Path) -> list[Record]:
 
 def _questions(trajectory: Trajectory) -> list[int]:
     """The positions of the messages to ask for."""
-    decisions = decide_masked_turns(trajectory, "structured")
-    return [
-        each.message_index
-        for each in decisions
-        if not each.masked and _is_question(trajectory.messages[each.message_index])
-    ]
+    return [position for position, reason in _calls(trajectory) if not reason]
 
 
-def _is_question(message: Message) -> bool:
-    return message.call is not None and message.weight > 0 and message.call.name.lower() not in IMPLICIT_TOOLS
+def _calls(trajectory: Trajectory) -> list[tuple[int, str]]:
+    """The position of each call, with the reason why it is not asked for, "" if it is."""
+    calls = []
+    for decision in decide_masked_turns(trajectory, "structured"):
+        message = trajectory.messages[decision.message_index]
+        if message.call is None and not decision.masked:
+            continue  # plain text
+        is_free = message.call is not None and message.call.name.lower() in IMPLICIT_TOOLS
+        reason = decision.category if decision.masked else "weight 0" if message.weight <= 0 else "free text" * is_free
+        calls.append((decision.message_index, reason))
+    return calls
+
+
+def left_out_notice(path: Path) -> list[str]:
+    """A line on the calls of a file that are no questions, by reason; none for a file of gold calls."""
+    if is_gold_file(path):
+        return []
+    trajectories = read_trajectories(path, unparsable_calls="mask")
+    reasons = Counter(reason for trajectory in trajectories for _, reason in _calls(trajectory))
+    n_asked = reasons.pop("", 0)
+    listing = ", ".join(f"{reason} {count}" for reason, count in sorted(reasons.items())) or "none"
+    return [f"{path}: {n_asked} of {n_asked + reasons.total()} calls are questions; left out: {listing}"]
 
 
 def _record(index: int, trajectory: Trajectory, position: int) -> Record:

@@ -38,6 +38,7 @@ from train.run_logging import (
 )
 
 SECONDS_TO_SEE_A_FILE = 5.0  # NFS may show a new file late
+BUSY = "{}: found another process at work on it, expected none; end it or wait for its end"
 
 
 class TrainingError(RuntimeError):
@@ -159,11 +160,22 @@ def lock_folder(folder: Path, world: World) -> Iterator[None]:
         # alone in the folder? The other ranks ask for their lock only after this answer.
         is_taken = world.is_main and not _lock(lock, fcntl.LOCK_EX)
         if any_rank(is_taken):
-            raise DataError(f"{folder}: found another process at work on it, expected none; end it or wait for its end")
+            raise DataError(BUSY.format(folder))
         _lock(lock, fcntl.LOCK_SH)  # rank 0 passes from exclusive to shared, which lets the others in
         check_shared_folder(folder, world)
         yield
         check_same_file(lock.fileno(), path)
+
+
+def refuse_busy_folder(folder: Path) -> None:
+    """lock_folder's refusal before the ranks meet, asked on rank 0: reading the data first would be minutes lost.
+
+    Raises DataError.
+    """
+    if os.environ.get("RANK", "0") == "0" and (folder / "lock").exists():
+        with open_lock(folder / "lock") as lock:
+            if not _lock(lock, fcntl.LOCK_EX):
+                raise DataError(BUSY.format(folder))
 
 
 def check_shared_folder(folder: Path, world: World) -> None:

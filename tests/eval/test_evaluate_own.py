@@ -5,7 +5,7 @@ import json
 import pytest
 
 from data.json_records import DataError
-from eval.evaluate_own import load_own
+from eval.evaluate_own import left_out_notice, load_own
 from tests.support.eval_runs import flags_of, run_here
 from tests.support.tiny_run import ROOT
 
@@ -52,6 +52,13 @@ def own(tmp_path):
 def write(path, rows):
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path
+
+
+def test_the_calls_that_are_no_questions_are_counted(own):
+    assert left_out_notice(own) == [
+        f"{own}: 2 of 5 calls are questions; left out: free text 1, parameter_hallucination 1, weight 0 1"
+    ]
+    assert left_out_notice(ROOT / "assets/tiny_data/test_seen.jsonl") == []  # gold calls: each line is a question
 
 
 def test_each_right_call_is_a_question_after_what_came_before(own):
