@@ -73,6 +73,7 @@ def test_flags_that_pages_name_exist():
     ]
     parsed = set(re.findall(r"\"--(\w+)\"", "".join(sources)))
     others = {"check", "fresh", "config", "help", "durations", "fix", "case"}
+    others |= {"seeds", "ppo_seeds", "prompts"}  # of eval.ablation, which makes its flags of their names
     others |= {"nproc_per_node", "standalone", "nnodes", "rdzv_id", "max_restarts", "shutdown_timeout"}  # of torchrun
     for page in PAGES:
         named = set(re.findall(r"`--(\w+)", page.read_text(encoding="ascii")))

@@ -144,7 +144,7 @@ def _unfit_table(benchmarks: Mapping[str, Mapping]) -> list[str]:
     if not rows:
         return []
     table = format_table([["benchmark", "prompts", "% of its records"], *rows])
-    note = "A question without room for an output counts as wrong; a dialogue ends there (`--max_dialogue_tokens`)."
+    note = "A question without room for an output counts as wrong; a dialogue ends there (--max_dialogue_tokens)."
     return ["## Prompts that do not fit", table, note]
 
 

@@ -44,7 +44,7 @@ def test_what_is_no_number_is_left_out(tmp_path):
 
 def test_missing_and_unreadable_files(tmp_path):
     assert read_journal(tmp_path / "none.jsonl", clean_metrics) == ([], [])
-    with pytest.raises(DataError, match="found Is a directory, expected a readable file"):
+    with pytest.raises(DataError, match="found no regular file"):
         read_journal(tmp_path, clean_metrics)
 
 

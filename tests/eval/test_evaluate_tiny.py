@@ -245,7 +245,7 @@ def test_missing_and_empty_files_and_wrong_flags(files, tmp_path, capsys):
     assert "No such file" in evaluate(capsys, files[0], tmp_path / "none.jsonl")[2]
     assert "found no record" in evaluate(capsys, tmp_path / "empty.jsonl", files[1])[2]
     assert "found 0 of 10" in evaluate(capsys, files[0], tmp_path / "empty.jsonl")[2]
-    assert "Is a directory" in evaluate(capsys, files[0], tmp_path)[2]
+    assert "no regular file" in evaluate(capsys, files[0], tmp_path)[2]
     for flags in (["--limit", "0"], ["--nonsense"], ["--limit", "x"]):
         with pytest.raises(SystemExit) as caught:
             evaluate(capsys, *files, *flags)

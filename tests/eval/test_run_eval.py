@@ -93,6 +93,7 @@ def test_each_answer_file_is_read_once(benchmark_dir, tmp_path, monkeypatch):
 
     monkeypatch.setattr(json_records, "_read_bytes", counted)
     assert run_here(flags_of(benchmark_dir, tmp_path, benchmarks="tiny-seen,tiny-unseen", limit=2))[0] == 0
+    assert n_reads.pop("tiny-seen.settings.json") == 1  # for the type of the predictions
     assert n_reads == {"test_seen.jsonl": 1, "test_unseen.jsonl": 1, "tiny-seen.jsonl": 2, "tiny-unseen.jsonl": 2}
 
 

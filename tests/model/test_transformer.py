@@ -383,7 +383,10 @@ def test_both_spellings_of_rope():
         ({"attention_bias": True}, "attention_bias"),
         ({"mlp_bias": True}, "mlp_bias"),
         ({"use_sliding_window": True}, "sliding-window"),
-        ({"layer_types": ["full_attention", "sliding_attention"]}, "layer_types is a list of 2"),
+        (
+            {"layer_types": ["full_attention", "sliding_attention"]},
+            "layer_types is ['full_attention', 'sliding_attention'], expected",
+        ),
         ({"layer_types": 5}, "layer_types is 5"),
         ({"layer_types": ["full_attention"]}, "for each of 2 layers"),
         ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "'linear'"),
