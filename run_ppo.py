@@ -42,7 +42,7 @@ from train.distributed import (
 )
 from train.plan import refuse_too_large, report_plan
 from train.progress import command, log_on_main, unused_folder
-from train.run_control import TrainingError, lock_folder, refuse_busy_folder
+from train.run_control import TrainingError, lock_folder
 from train.run_history import finished_step, mark_finished, without_overridden
 from train.run_logging import RunFolderError, check_run_folder, file_sha256, log_line, model_fingerprint
 from train.seeding import use_deterministic_algorithms
@@ -170,11 +170,9 @@ def make_prompts(config: PPOConfig, path: str, tokenizer: Tokenizer) -> tuple[li
 def is_finished(config: PPOConfig, sources: dict[str, str]) -> bool:
     """Whether the folder holds this very run with all its steps done, which the log then says.
 
-    Asked before making prompts, which takes minutes. Raises RunFolderError for the folder of another run, DataError for
-    one in use.
+    Asked before making prompts, which takes minutes. Raises RunFolderError for the folder of another run.
     """
     output = Path(config.output)
-    refuse_busy_folder(output)
     identity = without_overridden(run_identity(config, sources), config.override)
     check_run_folder(output, identity, resume=config.resume, is_whole=False)
     exports = ("final", "critic") if config.save_critic == "on" else ("final",)

@@ -40,7 +40,7 @@ from train.held_out import read_held_out
 from train.optimizer import make_adamw
 from train.plan import plan_sft, refuse_too_large, report_plan
 from train.progress import command, log_on_main, unused_folder
-from train.run_control import TrainingError, lock_folder, refuse_busy_folder
+from train.run_control import TrainingError, lock_folder
 from train.run_history import finished_step, mark_finished, without_overridden
 from train.run_logging import RunFolderError, check_run_folder, file_sha256, log_line, model_fingerprint
 from train.seeding import use_deterministic_algorithms
@@ -135,11 +135,9 @@ def make_optimizer(config: SFTConfig, model: torch.nn.Module) -> torch.optim.Opt
 def is_finished(config: SFTConfig, sources: dict[str, str]) -> bool:
     """Whether the folder holds this very run with all its steps done, which the log then says.
 
-    Asked before encoding, which takes minutes. Raises RunFolderError for the folder of another run, DataError for one
-    in use.
+    Asked before encoding, which takes minutes. Raises RunFolderError for the folder of another run.
     """
     output = Path(config.output)
-    refuse_busy_folder(output)
     identity = without_overridden(run_identity(config, sources), config.override)
     check_run_folder(output, identity, resume=config.resume, is_whole=False)
     step = finished_step(output, config.max_steps, ("final",))

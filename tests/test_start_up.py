@@ -30,6 +30,7 @@ def start(line: list[str], environment: dict[str, str]) -> subprocess.Popen:
     return process
 
 
+@pytest.mark.very_slow  # waits for a moment that a loaded machine misses
 @pytest.mark.parametrize("script", SCRIPTS)
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_signal_during_the_imports_is_one_line(environment, script, number, code):

@@ -9,6 +9,7 @@ holds the same number of trained tokens; our loss is already divided by the glob
 """
 
 import os
+import re
 import secrets
 import signal
 import sys
@@ -173,7 +174,10 @@ def leave_if_a_rank_is_lost(error: RuntimeError) -> None:
     Returns on any other error. The ranks that are left note it in the store; the first of them names those that do not.
     The process ends without clean-up: that of the process groups would wait for the ranks that are lost.
     """
-    if not isinstance(error, (dist.DistError, LostRankError)) and "gloo/" not in str(error):
+    if not isinstance(error, (dist.DistError, LostRankError)) and not any(
+        text in str(error)
+        for text in ("gloo/", "Application timeout")  # the second: a pair that an earlier wait closed
+    ):
         return
     for number in (signal.SIGTERM, signal.SIGINT):  # torchrun sends one as soon as it notices the dead rank
         signal.signal(number, signal.SIG_IGN)
@@ -181,7 +185,11 @@ def leave_if_a_rank_is_lost(error: RuntimeError) -> None:
     if dist.is_initialized():
         lost = _ranks_without_a_note(here)
         whom = f"rank{'s' * (len(lost) != 1)} {', '.join(map(str, lost))}" if lost else "another rank"
-        what = "did not come in time" if "Timed out" in str(error) else "ended or does not answer"
+        what = (
+            "did not come in time"
+            if re.search("Timed out|Application timeout", str(error))
+            else "ended or does not answer"
+        )
         found = f"found that {whom} {what}, expected all ranks; the same command continues from the newest checkpoint"
     else:
         found = f"found {error}, expected all ranks to join"

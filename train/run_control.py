@@ -167,17 +167,6 @@ def lock_folder(folder: Path, world: World) -> Iterator[None]:
         check_same_file(lock.fileno(), path)
 
 
-def refuse_busy_folder(folder: Path) -> None:
-    """lock_folder's refusal before the ranks meet, asked on rank 0: reading the data first would be minutes lost.
-
-    Raises DataError.
-    """
-    if os.environ.get("RANK", "0") == "0" and (folder / "lock").exists():
-        with open_lock(folder / "lock") as lock:
-            if not _lock(lock, fcntl.LOCK_EX):
-                raise DataError(BUSY.format(folder))
-
-
 def check_shared_folder(folder: Path, world: World) -> None:
     """Raise DataError, on all ranks, unless every rank sees the file that rank 0 writes into `folder`.
 

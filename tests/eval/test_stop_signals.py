@@ -150,6 +150,7 @@ def test_while_code_of_a_model_is_scored(tmp_path):
     stop(running, signal.SIGTERM, 143)
 
 
+@pytest.mark.very_slow  # waits for a moment that a loaded machine misses
 @pytest.mark.parametrize("script", ["run_sft", "run_ppo", "run_eval"])
 def test_while_data_are_read(tmp_path, script):
     """The data file is a pipe that nobody writes to."""
@@ -161,6 +162,7 @@ def test_while_data_are_read(tmp_path, script):
     stop(running, signal.SIGTERM, 143, *what_next)
 
 
+@pytest.mark.very_slow  # waits for a moment that a loaded machine misses
 @pytest.mark.parametrize("script", ["run_sft", "run_eval"])
 def test_while_the_group_opens(tmp_path, script):
     """Rank 1 never comes."""

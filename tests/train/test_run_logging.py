@@ -1,16 +1,13 @@
 """train/run_logging.py: what environment.json says about a run, and what it must not say about the machine."""
 
-import fcntl
 import json
 import os
 import sys
 from pathlib import Path
-from unittest.mock import patch
 
 import pytest
 import torch
 
-import run_sft
 from data.json_records import DataError
 from train.run_logging import cut_metrics, describe_environment, file_sha256, read_metrics, without_absolute_path
 
@@ -53,19 +50,3 @@ def test_what_never_ends_is_not_read(tmp_path):
                 read(tmp_path / name)
     with pytest.raises(DataError, match="/dev/zero: found a device, expected a file"):
         file_sha256(Path("/dev/zero"))
-
-
-def test_a_folder_in_use_is_refused_before_the_data_is_read(tmp_path, capsys):
-    output = tmp_path / "run"
-    output.mkdir()
-    with open(output / "lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_SH)  # as a run that is under way
-        with patch("run_sft.encode_data", side_effect=AssertionError), pytest.raises(SystemExit) as ended:
-            run_sft.main(["--output", str(output)])
-    assert ended.value.code == 2
-    assert capsys.readouterr().err == (
-        f"{output}: found another process at work on it, expected none; end it or wait for its end\n"
-    )
-    with patch("run_sft.encode_data", side_effect=OSError(5, "read at last")), pytest.raises(SystemExit):
-        run_sft.main(["--output", str(output)])  # the lock of a run that has ended
-    assert "read at last" in capsys.readouterr().err
