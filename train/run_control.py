@@ -13,7 +13,7 @@ from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Self, TextIO
+from typing import Self, TextIO
 
 import torch
 
@@ -28,6 +28,7 @@ from train.checkpoint import (
     remove_leftovers,
 )
 from train.distributed import World, any_rank, gather_objects, global_sum, reshard_all, wait_for_all
+from train.run_config import RunConfig
 from train.run_logging import (
     RunFolderError,
     cut_metrics,
@@ -86,7 +87,7 @@ class StopSignal:
             os.write(2, f"a second {name}: still saving a checkpoint; a third ends the run at once\n".encode())
 
 
-def make_saver(config: Any, world: World, run_hash: str) -> CheckpointSaver:
+def make_saver(config: RunConfig, world: World, run_hash: str) -> CheckpointSaver:
     """What saves the checkpoints of a run, as its settings say; a collective."""
     return CheckpointSaver(
         Path(config.output) / "checkpoints",
@@ -109,7 +110,7 @@ def must_stop(stop: StopSignal, saver: CheckpointSaver) -> bool:
     return signals > 0
 
 
-def open_output(output: Path, config: Any, identity: dict, world: World, *, data_report: dict) -> None:
+def open_output(output: Path, config: RunConfig, identity: dict, world: World, *, data_report: dict) -> None:
     """Rank 0 checks and makes the run folder and writes config.json, environment.json and data_report.json.
 
     config: the settings dataclass of the run; identity: what makes two runs the same run; data_report: what was read
@@ -139,7 +140,7 @@ def _run_on_main(action: Callable[[], None], output: Path, world: World) -> None
         raise RunFolderError(problem or f"{output}: refused by rank 0")
 
 
-def write_settings(output: Path, config: Any, world: World) -> None:
+def write_settings(output: Path, config: object, world: World) -> None:
     """config.json with every setting; environment.json, with the default of each setting that has another value."""
     write_json_atomically(output / "config.json", asdict(config))
     environment = describe_environment(world.size, world.device)

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from command_line import setting
 from data.formats.table import DEFAULT_FORMAT, TRAINING_FORMATS
 from train.optimizer import SCHEDULES
+from train.run_config import RunConfig
 from train.run_history import check_override
 
 # what `--override` may name: settings of the optimisation, never of data, model, format or loss
@@ -21,10 +22,11 @@ OVERRIDABLE = (
 
 
 @dataclass(slots=True)
-class SFTConfig:
+class SFTConfig(RunConfig):
     """All settings of one SFT run. Defaults: the bundled tiny run; configs/paper.json holds the paper's 7B values.
 
-    Help lines give meaning, unit and source: the paper (section 4.1), its released code, or ours.
+    Those that SFT and PPO share are in train/run_config.py. Help lines give meaning, unit and source: the paper
+    (section 4.1), its released code, or ours.
     """
 
     # files
@@ -35,18 +37,6 @@ class SFTConfig:
         "assets/tiny_data/train.json", "training trajectories: the authors' JSON, OpenAI JSONL or ShareGPT", free=True
     )
     output: str = setting("runs/sft", "folder of this run: config, metrics, checkpoints, final model", free=True)
-    resume: str = setting(
-        "auto",
-        "auto continues from the newest good checkpoint in output; never refuses a folder that has one",
-        choices=("auto", "never"),
-        free=True,
-    )
-    override: str = setting(
-        "",
-        "settings of the optimisation that may differ when the run is resumed, separated by commas; each change is "
-        "noted in output/history.jsonl (ours)",
-        free=True,
-    )
     # method
     prompt_format: str = setting(
         DEFAULT_FORMAT,
@@ -79,11 +69,6 @@ class SFTConfig:
     warmup_ratio: float = setting(
         0.02, "share of all optimizer steps spent warming up (paper: 0.01)", low=0.0, high=1.0
     )
-    adam_beta1: float = setting(0.9, "AdamW decay of the gradient mean (released code: 0.9)", low=0.0, high=1.0)
-    adam_beta2: float = setting(
-        0.95, "AdamW decay of the squared gradient's mean (released code: 0.95)", low=0.0, high=1.0
-    )
-    adam_epsilon: float = setting(1e-8, "AdamW term that keeps the division finite (PyTorch's default)", low=0.0)
     weight_decay: float = setting(
         0.01, "AdamW decay of matrices; norms and biases have none (released code: 0.01)", low=0.0
     )
@@ -106,7 +91,6 @@ class SFTConfig:
         "compute type; master weights and reductions are float32 either way (paper: bfloat16)",
         choices=("float32", "bfloat16"),
     )
-    device: str = setting("auto", "auto takes CUDA where present", choices=("auto", "cpu", "cuda"), free=True)
     loss_backend: str = setting(
         "auto",
         "what computes the loss: our CUDA kernels, PyTorch's operators, or auto, the "
@@ -114,50 +98,9 @@ class SFTConfig:
         choices=("auto", "cuda", "torch"),
         free=True,
     )
-    deterministic: str = setting(
-        "off",
-        "on CUDA, use only algorithms that give the same bits in each run: slower, attention most of all (ours)",
-        choices=("on", "off"),
-        free=True,
-    )
-    shard_group_size: int = setting(
-        0,
-        "ranks that shard one copy of the model; the groups sum their gradients (HSDP); 0 = all ranks (ours)",
-        low=0,
-        free=True,
-    )
-    collective_timeout: float = setting(
-        600.0, "seconds that a rank waits for the others in a step before the run ends (ours)", low=1.0, free=True
-    )
-    activation_checkpointing: str = setting(
-        "off",
-        "recompute each block in backward: less memory, a third more time (ours)",
-        choices=("on", "off"),
-        free=True,
-    )
-    plan: str = setting(
-        "off",
-        "print the run's steps, memory and disk, and end: 0 if it fits, 2 if not; reads no weights (ours)",
-        choices=("on", "off"),
-        free=True,
-    )
-    plan_ranks: int = setting(0, "ranks to plan for; 0 = those of torchrun, or 1 (ours)", low=0, free=True)
-    gpu_memory_gib: float = setting(
-        0.0,
-        "memory of one rank in GiB: a run whose plan needs more ends before step 1; 0 = the device's (ours)",
-        low=0.0,
-        free=True,
-    )
     # run folder
     checkpoint_every: int = setting(
         100, "optimizer steps between checkpoints; 0 = only at the end (ours)", low=0, free=True
-    )
-    keep_checkpoints: int = setting(2, "newest checkpoints kept; 0 = all (ours)", low=0, free=True)
-    async_checkpoint: str = setting(
-        "off",
-        "write checkpoints in a thread while training goes on, from a copy in host memory (ours)",
-        choices=("on", "off"),
-        free=True,
     )
     # watching
     log_every: int = setting(
@@ -181,17 +124,11 @@ class SFTConfig:
         low=0,
         free=True,
     )
-    tensorboard: str = setting(
-        "off",
-        "also write the figures to output/tensorboard, where the package tensorboard is installed (ours)",
-        choices=("on", "off"),
-        free=True,
-    )
     plot: str = setting("on", "draw output/plots/loss.svg at the end (ours)", choices=("on", "off"), free=True)
 
     def validate(self) -> None:
         """Checks beyond choices and bounds; raises ValueError that begins with the field's name."""
-        for name in ("adam_beta1", "adam_beta2"):
-            if getattr(self, name) >= 1.0:
-                raise ValueError(f"{name}: found {getattr(self, name)}, expected a value below 1")
+        RunConfig.validate(self)  # super() fails in a dataclass with slots
         check_override(self.override, OVERRIDABLE)
+        if self.eval_every and not self.eval_data:
+            raise ValueError(f"eval_every: found {self.eval_every} without eval_data, expected a file of held-out data")
