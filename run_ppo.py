@@ -90,7 +90,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         prompts, more_notes = drop_unspellable(prompts, tokenizer, config.max_response_tokens)
         held_out = make_prompts(config, config.eval_data, tokenizer)[0] if config.eval_data else []
         use_deterministic_algorithms(config.deterministic)
-        refuse_too_large(config.gpu_memory_gib, config.device, lambda: plan_ppo(config, prompts))
+        refuse_too_large(config, lambda: plan_ppo(config, prompts))
         world = init_world(config.device, shard_group_size=config.shard_group_size)
         loss_backend, reason = agree_on_loss_backend(config.loss_backend, world)
         if world.is_main:

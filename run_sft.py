@@ -80,7 +80,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         encoded, report = encode_data(config, tokenizer)
         held_out, held_out_notes = read_held_out(config, tokenizer)
         use_deterministic_algorithms(config.deterministic)
-        refuse_too_large(config.gpu_memory_gib, config.device, lambda: plan_sft(config, encoded))
+        refuse_too_large(config, lambda: plan_sft(config, encoded))
         world = init_world(config.device, shard_group_size=config.shard_group_size)
         loss_backend, reason = agree_on_loss_backend(config.loss_backend, world)
         if world.is_main:

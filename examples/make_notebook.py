@@ -184,7 +184,11 @@ def run_cells(notebook: dict) -> dict:
 
     node = nbformat.from_dict(notebook)
     nbclient.NotebookClient(
-        node, timeout=600, record_timing=False, resources={"metadata": {"path": str(ROOT / "examples")}}
+        node,
+        timeout=600,
+        record_timing=False,
+        coalesce_streams=True,  # a slow kernel sends a cell's text in pieces
+        resources={"metadata": {"path": str(ROOT / "examples")}},
     ).execute()
     outputs = {cell["id"]: (cell["execution_count"], cell["outputs"]) for cell in node["cells"] if "outputs" in cell}
     cells = [

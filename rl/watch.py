@@ -11,14 +11,10 @@ Shape suffixes: B responses of this rank, R longest response among them, C colum
 
 from collections import Counter
 from collections.abc import Sequence
-from pathlib import Path
-from typing import Self
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
-from data.json_records import JsonLinesFile
 from data.tool_calls import render_tool_call
 from model.tokenizer import Tokenizer
 from printable import cut, message_line, one_line
@@ -32,7 +28,7 @@ from rl.rollout import Credited, has_ended, response_text
 from train.distributed import World, gather_objects, gathered_model, global_sum
 from train.progress import is_due, mean_of, time_left, window_of
 from train.run_logging import log_line
-from train.tensorboard import TensorBoard
+from train.run_watch import RunWatch
 
 JOURNALS = ("metrics.jsonl", "samples.jsonl", "evaluations.jsonl")
 SAMPLE_CHARACTERS = 100  # of each text of a response on stdout
@@ -118,16 +114,13 @@ def add_times(line: dict[str, float], seconds: dict[str, float], *, n_steps: int
 # Journals, bar, evaluation
 
 
-class Watch:
+class Watch(RunWatch):
     """The run's journals and its progress bar, on rank 0; on other ranks it only joins the collectives."""
 
     def __init__(self, config: PPOConfig, world: World, *, step: int, iteration: int, last_step: int) -> None:
         """step, iteration: those done before; last_step: where the run ends."""
-        self.config, self.world, self.last_step = config, world, last_step
-        self.files = {name: JsonLinesFile(Path(config.output) / name) for name in JOURNALS} if world.is_main else {}
-        is_on = config.tensorboard == "on" and world.is_main
-        self.tensorboard = TensorBoard(Path(config.output), step) if is_on else None
-        self.recent: list[dict] = []  # lines of metrics.jsonl since the last line of figures
+        super().__init__(config, world, JOURNALS, step=step, last_step=last_step)
+        self.config = config
         if world.is_main and iteration < config.critic_only_iterations and step < last_step:
             log_line(
                 f"iterations {iteration} to {config.critic_only_iterations - 1} train the critic alone: the policy "
@@ -135,34 +128,12 @@ class Watch:
             )
         self.must_print_ledger = config.print_ledger == "on" and world.is_main
         self.has_warned_of_cuts = False
-        # disable=None: no bar when stderr is not a terminal, so that logs and error lines stay clean
-        self.bar = tqdm(total=last_step, initial=step, unit="step", disable=None if world.is_main else True)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.bar.close()
-        for file in (*self.files.values(), *filter(None, [self.tensorboard])):
-            file.close()
-
-    def sync(self) -> None:
-        """Force the journals to disk: called before a checkpoint claims their steps."""
-        for file in self.files.values():
-            file.sync()
 
     def record(self, credited: Credited, lines: Sequence[dict[str, float]], tokenizer: Tokenizer) -> None:
         """Write one iteration's lines and samples, move the bar; a collective."""
         rows = [row for part in gather_objects(_sample_rows(credited, tokenizer)) for row in part]
         if not self.world.is_main:
             return
-        for line in lines:
-            self.files["metrics.jsonl"].write(line)
-            if self.tensorboard is not None:
-                self.tensorboard.write(line)
-        stamp = {"step": lines[-1]["step"], "iteration": lines[-1]["iteration"]}
-        for row in rows:
-            self.files["samples.jsonl"].write({**stamp, **row})
         first = lines[0]
         self.bar.set_postfix(
             reward=f"{first['ppo/score']:+.3f}",
@@ -170,7 +141,10 @@ class Watch:
             tokens=f"{first['ppo/response_tokens']:.1f}",
             refresh=False,
         )
-        self.bar.update(len(lines))
+        self.write_steps(lines)
+        stamp = {"step": lines[-1]["step"], "iteration": lines[-1]["iteration"]}
+        for row in rows:
+            self.files["samples.jsonl"].write({**stamp, **row})
         self._tell(lines, rows[0] if rows else None)
         if first["ppo/truncated_share"] == 1.0 and not self.has_warned_of_cuts:
             self.has_warned_of_cuts = True
@@ -185,7 +159,6 @@ class Watch:
     def _tell(self, lines: Sequence[dict], sample: dict | None) -> None:
         """Lines of figures, a sample response and the end of the critic-only stretch, each when it is due."""
         config, number, step = self.config, lines[0]["iteration"], lines[-1]["step"]
-        self.recent += lines
         if is_due(step, lines[0]["step"] - 1, config.log_every) or config.log_every and step >= self.last_step:
             log_line(ppo_line(self.recent, self.last_step))
             self.recent.clear()

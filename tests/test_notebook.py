@@ -77,7 +77,6 @@ def test_pictures_are_the_committed_ones():
         assert texts(ours) == texts(file)
 
 
-@pytest.mark.very_slow  # a slow kernel may print one stream in two pieces
 @pytest.mark.slow
 def test_cells_print_again_what_is_stored():
     """In a kernel of their own. Numbers with a tolerance, because CPUs round differently."""

@@ -28,6 +28,7 @@ from model.config import ModelConfig, count_parameters
 from model.pretrained_weights import read_config
 from model.transformer import Transformer
 from train.distributed import DTYPES, World, make_mesh, ranks_that_hold_shards_only, set_gradient_sync, shard_model
+from train.run_config import RunConfig
 from train.run_logging import log_line
 from train.sft_config import SFTConfig
 from train.weighted_cross_entropy import MAX_LOGITS_BYTES, linear_weighted_cross_entropy
@@ -319,12 +320,12 @@ def report_plan(plan: Plan) -> int:
     return 0 if plan.fits else EXIT_BAD_INPUT
 
 
-def refuse_too_large(gpu_memory_gib: float, device: str, make_plan: Callable[[], Plan]) -> None:
+def refuse_too_large(config: RunConfig, make_plan: Callable[[], Plan]) -> None:
     """Raises ConfigError for a run that does not fit: better now than out of memory in an hour.
 
     Asked where a limit is given, and on CUDA, where memory is what runs out.
     """
-    if gpu_memory_gib > 0 or device_type_of(device) == "cuda":
+    if config.gpu_memory_gib > 0 or device_type_of(config.device) == "cuda":
         plan = make_plan()
         if not plan.fits:
             raise ConfigError(

@@ -7,59 +7,32 @@ back to its checkpoint:
 """
 
 from pathlib import Path
-from typing import Self
 
 import torch
-from tqdm import tqdm
 
-from data.json_records import JsonLinesFile
 from train.distributed import World
 from train.held_out import HeldOut, best_line, evaluate_held_out
 from train.progress import is_due, sft_line
 from train.run_logging import log_line, read_metrics, write_json_atomically
+from train.run_watch import RunWatch
 from train.sft_config import SFTConfig
-from train.tensorboard import TensorBoard
 
 JOURNALS = ("metrics.jsonl", "held_out.jsonl")
 
 
-class SFTWatch:
+class SFTWatch(RunWatch):
     """The run's journals, its bar and its lines, on rank 0; on other ranks it only joins the collectives."""
 
     def __init__(self, config: SFTConfig, world: World, held_out: HeldOut | None, *, step: int, last_step: int) -> None:
-        self.config, self.world, self.held_out, self.last_step = config, world, held_out, last_step
-        self.output = Path(config.output)
-        names = JOURNALS if held_out is not None else JOURNALS[:1]
-        self.files = {name: JsonLinesFile(self.output / name) for name in names} if world.is_main else {}
-        is_on = config.tensorboard == "on" and world.is_main
-        self.tensorboard = TensorBoard(self.output, step) if is_on else None
-        self.recent: list[dict] = []  # lines of metrics.jsonl since the last one on stdout
-        # disable=None: no bar when stderr is not a terminal, so that logs and error lines stay clean
-        self.bar = tqdm(total=last_step, initial=step, unit="step", disable=None if world.is_main else True)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.bar.close()
-        for file in (*self.files.values(), *filter(None, [self.tensorboard])):
-            file.close()
-
-    def sync(self) -> None:
-        """Force the journals to disk: called before a checkpoint claims their steps."""
-        for file in self.files.values():
-            file.sync()
+        super().__init__(config, world, JOURNALS if held_out else JOURNALS[:1], step=step, last_step=last_step)
+        self.config, self.held_out, self.output = config, held_out, Path(config.output)
 
     def record(self, line: dict[str, float]) -> None:
         """Write one step's line of metrics.jsonl, move the bar, and print a line when `log_every` says so."""
         if not self.world.is_main:
             return
-        self.files["metrics.jsonl"].write(line)
-        if self.tensorboard is not None:
-            self.tensorboard.write(line)
         self.bar.set_postfix(loss=f"{line['sft/loss']:.4f}", refresh=False)
-        self.bar.update(1)
-        self.recent.append(line)
+        self.write_steps([line])
         step, every = line["step"], self.config.log_every
         if is_due(step, step - 1, every) or every > 0 and step == self.last_step:
             log_line(sft_line(self.recent, self.last_step))

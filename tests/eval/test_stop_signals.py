@@ -150,26 +150,40 @@ def test_while_code_of_a_model_is_scored(tmp_path):
     stop(running, signal.SIGTERM, 143)
 
 
-@pytest.mark.very_slow  # waits for a moment that a loaded machine misses
 @pytest.mark.parametrize("script", ["run_sft", "run_ppo", "run_eval"])
 def test_while_data_are_read(tmp_path, script):
     """The data file is a pipe that nobody writes to."""
     os.mkfifo(tmp_path / "test_seen.jsonl")
     flags = ["--model", tiny_files()[0], "--data", tmp_path / "test_seen.jsonl", "--output", tmp_path / "run"]
     running = start(script, flags_of(tmp_path, tmp_path / "run") if script == "run_eval" else flags)
-    time.sleep(1.5)
+    writers = []
+
+    def is_reading():
+        try:  # opens once there is a reader, who then waits as long as this end stays open
+            writers.append(os.open(tmp_path / "test_seen.jsonl", os.O_WRONLY | os.O_NONBLOCK))
+        except OSError:
+            return False
+        return True
+
+    wait_until(is_reading)
     what_next = () if script == "run_eval" else ("checkpoints are kept; the same command continues",)
     stop(running, signal.SIGTERM, 143, *what_next)
+    os.close(writers[0])
 
 
-@pytest.mark.very_slow  # waits for a moment that a loaded machine misses
+def is_listening(port: int) -> bool:
+    """Whether a process accepts connections at the port; read from Linux, since a connection would be one of a rank."""
+    rows = [line.split() for name in ("tcp", "tcp6") for line in Path(f"/proc/net/{name}").read_text().splitlines()[1:]]
+    return any(int(row[1].rpartition(":")[2], 16) == port and row[3] == "0A" for row in rows)
+
+
 @pytest.mark.parametrize("script", ["run_sft", "run_eval"])
 def test_while_the_group_opens(tmp_path, script):
     """Rank 1 never comes."""
     flags = ["--model", tiny_files()[0], "--data", tiny_files()[1], "--output", tmp_path / "run"]
     running = start(script, flags_of(ASSETS, tmp_path / "run") if script == "run_eval" else flags, ranks=2)
     os.kill(running.pids[1], signal.SIGKILL)
-    time.sleep(1.5)
+    wait_until(lambda: is_listening(running.port))  # rank 0 has the store of the group, in which it waits
     os.kill(running.pids[0], signal.SIGINT)
     begun = time.monotonic()
     running.workers[0].join(30)

@@ -7,7 +7,6 @@ import random
 import shutil
 import tempfile
 import time
-from dataclasses import fields
 from pathlib import Path
 from unittest.mock import patch
 
@@ -16,11 +15,9 @@ from tests.support.small_training import digest_of_weights, make_parts, train_sm
 from train.checkpoint import CheckpointError, list_checkpoints, load_checkpoint, newest_good_checkpoint
 from train.distributed import close_world, init_world
 from train.run_logging import fingerprint, read_metrics
-from train.sft_config import SFTConfig
 
 STEPS, SAVED = 6, 3  # of the small run; of the folders that are damaged
 SEVERAL_FILES = patch("train.checkpoint.STATE_FILE_BYTES", 20_000)  # the small model's state in about ten files
-HAS_ASYNC = "async_checkpoint" in {each.name for each in fields(SFTConfig)}
 
 
 @functools.cache
@@ -101,11 +98,11 @@ def killed_inside_a_save(number: int, rng: random.Random, folder: Path) -> Trial
     output = folder / "run"
     shutil.copytree(saved_run(), output)
     true_digests()
-    settings = {"async_checkpoint": ("off", "on")[number % 2]} if HAS_ASYNC else {}
+    in_background = ("off", "on")[number % 2]
 
     def train() -> None:
         with SEVERAL_FILES:
-            train_small(output, STEPS, total_steps=STEPS, **settings)
+            train_small(output, STEPS, total_steps=STEPS, async_checkpoint=in_background)
 
     child = start_child(train)
     saves, end = rng.choice((1, 2)), time.monotonic() + 60

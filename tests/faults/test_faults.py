@@ -34,7 +34,9 @@ def test_a_sample_survives(tmp_path):
     rows = [json.loads(line) for line in journal.read_text().splitlines()]
     assert code == 0 and len(rows) == 4 + 2, rows
     assert not any(row["problem"] or row["skipped"] for row in rows)
-    assert max(row["steps_lost"] for row in rows) <= 2  # the save that was killed, and the step after the one before
+    for row in rows:  # every step is saved; a loop that does not wait for the save (odd trials) is a step further
+        in_background = "inside" in row["fault"] and row["number"] % 2
+        assert row["steps_lost"] <= (2 if in_background else 1), row
 
 
 def trust_everything(folder: str) -> None:

@@ -32,7 +32,7 @@ from tests.support.processes import PRELOADED
 SECONDS, MEBIBYTES = 5.0, 300  # that one case may take
 ADDRESS_SPACE = 4 << 30  # of a worker above what it has at its start
 CASES_PER_WORKER = 400
-SECONDS_OF_SILENCE = 120  # of a worker that hangs in native code, where no alarm reaches it
+SECONDS_OF_SILENCE = 30  # of a worker that hangs in native code, where no alarm reaches it
 KINDS = {".json": "json", ".jsonl": "lines", ".safetensors": "tensors", ".txt": "text", ".csv": "text"}
 WRITERS = {"os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.link", "os.symlink", "os.truncate", "shutil.rmtree"}
 
@@ -67,7 +67,7 @@ def make_good_folders(root: Path, journal: Path) -> dict[str, list[Path]]:
         for target in TARGETS:
             target.make(root / target.name)
 
-    if problem := run_worker(make, journal):
+    if problem := run_worker(make, journal, patience=600):  # runs of their own, which add no row
         raise RuntimeError(f"the good folders could not be made: {problem}")
     return {target.name: sorted((root / target.name).iterdir()) for target in TARGETS}
 
@@ -179,8 +179,8 @@ def _stop_hang(*_: object) -> None:
     raise Hang(f"more than {SECONDS:g} s")
 
 
-def run_worker(job: Callable[[], None], journal: Path) -> str:
-    """`job` in a forked process; "" or how it ended. One that adds no row for SECONDS_OF_SILENCE is killed."""
+def run_worker(job: Callable[[], None], journal: Path, patience: float = SECONDS_OF_SILENCE) -> str:
+    """`job` in a forked process; "" or how it ended. One that adds no row for `patience` seconds is killed."""
     child = os.fork()
     if not child:
         code = 1
@@ -201,10 +201,10 @@ def run_worker(job: Callable[[], None], journal: Path) -> str:
             return "" if code == 0 else f"crashed: {signal.Signals(-code).name}"
         if journal.stat().st_size != size:
             size, last = journal.stat().st_size, time.monotonic()
-        elif time.monotonic() - last > SECONDS_OF_SILENCE:
+        elif time.monotonic() - last > patience:
             os.kill(child, signal.SIGKILL)
             os.waitpid(child, 0)
-            return f"hung for {SECONDS_OF_SILENCE} s in native code"
+            return f"hung for {patience:g} s in native code"
         time.sleep(0.02)
 
 

@@ -71,11 +71,13 @@ def _rank(script: str, arguments: list[str], environment: dict[str, str], output
 
 
 class Running:
-    """A started script, with the part of subprocess.Popen that tests use; `pids` are those of the ranks."""
+    """A started script, with the part of subprocess.Popen that tests use; `pids` are those of the ranks,
+    `port` is where several of them meet."""
 
     def __init__(self, script: str, arguments: Sequence[str], ranks: int):
         self.folder = Path(tempfile.mkdtemp(prefix="running_"))
-        together = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(ranks)}
+        self.port = free_port()
+        together = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(self.port), "WORLD_SIZE": str(ranks)}
         context, self.workers = server_context(), []
         for rank in range(ranks):
             environment = {**together, "RANK": str(rank), "LOCAL_RANK": str(rank)} if ranks > 1 else {}
