@@ -45,6 +45,9 @@ REPORT_SECONDS = 3.0
 EXIT_LOST_RANK = os.EX_TEMPFAIL  # 75: not the fault of the command, which may be given again
 _ROOT = str(Path(__file__).resolve().parents[1])
 
+# of gloo: a wait that took too long, and a connection that an earlier one has closed
+_TIMED_OUT = "Timed out|Application timeout"
+
 
 class DeviceError(ValueError):
     """The devices or processes asked for are not there. One line."""
@@ -174,10 +177,8 @@ def leave_if_a_rank_is_lost(error: RuntimeError) -> None:
     Returns on any other error. The ranks that are left note it in the store; the first of them names those that do not.
     The process ends without clean-up: that of the process groups would wait for the ranks that are lost.
     """
-    if not isinstance(error, (dist.DistError, LostRankError)) and not any(
-        text in str(error)
-        for text in ("gloo/", "Application timeout")  # the second: a pair that an earlier wait closed
-    ):
+    has_timed_out = re.search(_TIMED_OUT, str(error)) is not None
+    if not isinstance(error, (dist.DistError, LostRankError)) and "gloo/" not in str(error) and not has_timed_out:
         return
     for number in (signal.SIGTERM, signal.SIGINT):  # torchrun sends one as soon as it notices the dead rank
         signal.signal(number, signal.SIG_IGN)
@@ -185,11 +186,7 @@ def leave_if_a_rank_is_lost(error: RuntimeError) -> None:
     if dist.is_initialized():
         lost = _ranks_without_a_note(here)
         whom = f"rank{'s' * (len(lost) != 1)} {', '.join(map(str, lost))}" if lost else "another rank"
-        what = (
-            "did not come in time"
-            if re.search("Timed out|Application timeout", str(error))
-            else "ended or does not answer"
-        )
+        what = "did not come in time" if has_timed_out else "ended or does not answer"
         found = f"found that {whom} {what}, expected all ranks; the same command continues from the newest checkpoint"
     else:
         found = f"found {error}, expected all ranks to join"

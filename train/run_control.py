@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import Self, TextIO
 
@@ -89,13 +90,16 @@ class StopSignal:
 
 def make_saver(config: RunConfig, world: World, run_hash: str) -> CheckpointSaver:
     """What saves the checkpoints of a run, as its settings say; a collective."""
-    return CheckpointSaver(
+    saver = CheckpointSaver(
         Path(config.output) / "checkpoints",
         world,
         identity=run_hash,
         keep=config.keep_checkpoints,
         in_background=config.async_checkpoint == "on",
     )
+    if saver.group is not None:
+        saver.group.set_timeout(timedelta(seconds=config.collective_timeout))
+    return saver
 
 
 def must_stop(stop: StopSignal, saver: CheckpointSaver) -> bool:

@@ -16,7 +16,16 @@ from start_up import end_with_torchrun
 from tests.support.processes import free_port, lines_in, spawn, start
 from tests.support.restart_trials import kill_a_rank, torchrun, wait_until
 from tests.support.tiny_run import arguments, metrics_of, run_here
-from train.distributed import EXIT_LOST_RANK, any_rank, init_world, ranks_that_hold_shards_only, wait_for_all
+from train.distributed import (
+    EXIT_LOST_RANK,
+    any_rank,
+    gather_objects,
+    init_world,
+    leave_if_a_rank_is_lost,
+    limit_waiting,
+    ranks_that_hold_shards_only,
+    wait_for_all,
+)
 from train.run_control import check_shared_folder
 
 LONG = {"epochs": 6, "checkpoint_every": 4}
@@ -84,6 +93,35 @@ def test_an_error_of_one_rank_does_not_wait_for_the_others(tmp_path):
     assert (tmp_path / "1.err").read_text() == "rank 1: data.json:7: found a fault of rank 1, expected none\n"
     line = (tmp_path / "0.err").read_text()
     assert line.startswith("train > any_rank > global_sum: found that rank 1 ended") and line.count("\n") == 1
+
+
+def wait_twice(rank: int, port: int, folder: str) -> None:
+    """Rank 1 comes to nothing; rank 0 waits in vain, as a save does, and then tells the others of it."""
+    join(rank, 2, port)
+    world = init_world("cpu")
+    wait_for_all()
+    if rank == 1:
+        time.sleep(20)
+        os._exit(0)
+    with open(Path(folder) / "0.err", "w") as stream:
+        os.dup2(stream.fileno(), 2)
+    limit_waiting(1.0, world)
+    with pytest.raises(RuntimeError, match="Timed out"):
+        any_rank(False)
+    try:
+        gather_objects("it failed")  # over the connection that the first wait has closed
+    except RuntimeError as error:
+        leave_if_a_rank_is_lost(error)
+        raise
+
+
+@pytest.mark.slow
+def test_a_second_wait_for_a_lost_rank_ends_as_the_first(tmp_path):
+    """Without that a run whose rank hung during a save ended in a traceback, or not at all."""
+    with pytest.raises(torch.multiprocessing.ProcessExitedException, match=f"exit code {EXIT_LOST_RANK}"):
+        spawn(wait_twice, (free_port(), str(tmp_path)), ranks=2)
+    line = (tmp_path / "0.err").read_text()
+    assert "gather_objects: found that rank 1 did not come in time" in line and line.count("\n") == 1
 
 
 def folders_apart(rank: int, port: int, folder: str) -> None:
