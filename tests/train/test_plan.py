@@ -12,10 +12,17 @@ import run_sft
 from benchmarks.benchmark_plan import make_batch, measured_mb, shape_of
 from model.sampling import RowDecoder, generate
 from train import plan as train_plan
+from train.distributed import close_world
 from train.plan import GIB, OTHER_PART, Setup, memory_limit, plan_step, planned_ranks
 
 MB = 2**20
 TINY_MODEL = Path("assets/tiny_model")
+
+
+@pytest.fixture(autouse=True)
+def no_process_group() -> None:
+    """A plan makes a group of its own. A run that failed in an earlier test of this process leaves one open."""
+    close_world()
 
 
 @pytest.fixture
