@@ -28,7 +28,7 @@ from rl.check_rewards import check_rewards, drop_unspellable
 from rl.models import Models, load_models
 from rl.plan import plan_ppo
 from rl.ppo_config import PPOConfig
-from rl.ppo_loop import train_ppo
+from rl.ppo_loop import describe_epoch, train_ppo
 from rl.prompts import PPOPrompt, read_prompts
 from train.checkpoint import CheckpointError
 from train.cuda.launch import LossBackendError, agree_on_loss_backend
@@ -88,6 +88,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return 0
         prompts, notes = make_prompts(config, config.data, tokenizer)
         prompts, more_notes = drop_unspellable(prompts, tokenizer, config.max_response_tokens)
+        more_notes.append(describe_epoch(len(prompts), config))
         held_out = make_prompts(config, config.eval_data, tokenizer)[0] if config.eval_data else []
         use_deterministic_algorithms(config.deterministic)
         refuse_too_large(config, lambda: plan_ppo(config, prompts))

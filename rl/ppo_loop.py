@@ -24,6 +24,7 @@ D model dim.
 
 import math
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -37,7 +38,7 @@ from rl.advantages import next_kl_coef
 from rl.models import Models
 from rl.ppo_config import PPOConfig
 from rl.ppo_loss import policy_loss, token_entropies, value_loss
-from rl.prompts import PPOPrompt, prompts_of_iteration
+from rl.prompts import PPOPrompt, even_sizes, iteration_sizes, prompts_of_iteration
 from rl.rollout import (
     Credited,
     Iteration,
@@ -166,10 +167,16 @@ def resume_state(
 
 
 def count_steps(n_prompts: int, config: PPOConfig) -> list[int]:
-    """Optimizer steps of each iteration of one epoch; the last iteration has fewer responses."""
-    full, rest = divmod(n_prompts, config.rollout_batch_size)
-    sizes = [config.rollout_batch_size] * full + [rest] * (rest > 0)
-    return [config.ppo_epochs * math.ceil(size / config.minibatch_size) for size in sizes]
+    """Optimizer steps of each iteration of one epoch; the last two iterations may have fewer responses."""
+    sizes = iteration_sizes(n_prompts, config.rollout_batch_size)
+    return [config.ppo_epochs * len(even_sizes(size, config.minibatch_size)) for size in sizes]
+
+
+def describe_epoch(n_prompts: int, config: PPOConfig) -> str:
+    """A line for the log: how many iterations one epoch has, and of how many responses."""
+    counts = Counter(iteration_sizes(n_prompts, config.rollout_batch_size))
+    listing = ", ".join(f"{count} of {size}" for size, count in counts.items())
+    return f"each epoch: {counts.total()} iteration{'s' * (counts.total() > 1)} ({listing} responses)"
 
 
 def kl_coef_after(config: PPOConfig, iteration: Iteration, kl_sequence: float) -> float:

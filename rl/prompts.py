@@ -145,18 +145,30 @@ def _notes(counts: Counter, n_prompts: int, n_records: int, settings: str) -> li
 # Which prompts in which iteration: computed from seed and number alone, so that resumed runs and all ranks agree
 
 
-def iterations_per_epoch(n_prompts: int, rollout_batch_size: int) -> int:
-    """Iterations of one pass over the prompts; the last one takes what is left."""
-    return ceil(n_prompts / rollout_batch_size)
+def even_sizes(n: int, most: int) -> list[int]:
+    """n things in as few parts of at most `most` as possible: sizes that differ by at most one, larger ones first."""
+    n_parts = ceil(n / most)
+    return [n // n_parts + (part < n % n_parts) for part in range(n_parts)]
 
 
-def prompts_of_iteration(
-    prompts: Sequence[PPOPrompt], iteration: int, seed: int, rollout_batch_size: int
-) -> list[PPOPrompt]:
-    """The prompts of all ranks in one iteration, counted from 0 over all epochs; every epoch has its own order."""
-    epoch, number = divmod(iteration, iterations_per_epoch(len(prompts), rollout_batch_size))
-    order = epoch_order(len(prompts), seed, epoch)
-    return [prompts[i] for i in order[number * rollout_batch_size : (number + 1) * rollout_batch_size]]
+def iteration_sizes(n_prompts: int, most: int) -> list[int]:
+    """Number of prompts in each iteration of one pass over them: `most`, but the last two share what is left.
+
+    1,217 prompts by 8 are 151 times 8, then 5 and 4. Otherwise the last optimizer step would follow one response.
+    """
+    n_full = max(0, ceil(n_prompts / most) - 2)
+    return [most] * n_full + even_sizes(n_prompts - n_full * most, most)
+
+
+def prompts_of_iteration(prompts: Sequence[PPOPrompt], iteration: int, seed: int, most: int) -> list[PPOPrompt]:
+    """The prompts of all ranks in one iteration, counted from 0 over all epochs; every epoch has its own order.
+
+    most: prompts of a full iteration.
+    """
+    sizes = iteration_sizes(len(prompts), most)
+    epoch, number = divmod(iteration, len(sizes))
+    start = sum(sizes[:number])
+    return [prompts[i] for i in epoch_order(len(prompts), seed, epoch)[start : start + sizes[number]]]
 
 
 # ---------------------------------------------------------------------------------------------------------------------

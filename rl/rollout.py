@@ -22,6 +22,7 @@ import hashlib
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from math import ceil
 
 import torch
@@ -35,7 +36,7 @@ from rl.advantages import compute_gae, kl_shaped_rewards, masked_sums, whiten
 from rl.models import Models
 from rl.ppo_config import PPOConfig
 from rl.ppo_loss import token_entropies
-from rl.prompts import PPOPrompt
+from rl.prompts import PPOPrompt, even_sizes
 from rl.reward import RewardResult, judge_response
 from train.distributed import World, gathered_model, global_sum, reshard_all
 from train.run_control import TrainingError
@@ -233,12 +234,12 @@ def pack_minibatches(
 ) -> list[list[ResponseBatch]]:
     """This rank's micro-batches of every minibatch, equally many on every rank.
 
-    order: indices of the responses of all ranks; consecutive minibatch_size of them are a minibatch, the last one may
-    be smaller. Response g was sampled by rank g % world.size as its row g // world.size.
+    order: indices of the responses of all ranks; consecutive ones are a minibatch, at most minibatch_size and nearly
+    equally many in each. Response g was sampled by rank g % world.size as its row g // world.size.
     """
-    minibatches = []
-    for start in range(0, len(order), config.minibatch_size):
-        rows = order[start : start + config.minibatch_size]
+    minibatches, rest = [], iter(order)
+    for n_rows in even_sizes(len(order), config.minibatch_size):
+        rows = list(islice(rest, n_rows))
         per_rank = [[row // world.size for row in rows if row % world.size == rank] for rank in range(world.size)]
         n_micro_batches = ceil(max(map(len, per_rank)) / config.micro_batch_size)
         mine, size = per_rank[world.rank], config.micro_batch_size

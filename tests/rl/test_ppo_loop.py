@@ -131,9 +131,11 @@ def test_micro_batches_change_rounding_only(straight, tmp_path, micro_batch_size
 
 @pytest.mark.slow
 def test_two_ranks_make_the_same_updates(tmp_path):
-    """Iterations of 5, 5 and 1 responses in minibatches of 2: rank 1 is idle in some updates and one whole rollout."""
-    settings = {
-        "rollout_batch_size": 5,
+    """Iterations of 5, 3 and 3 responses in minibatches of 2: one rank is idle in the update on a single response.
+    Iterations of 2 and 1 responses: rank 1 is idle in the whole last one."""
+    few = tmp_path / "few.jsonl"
+    few.write_text("".join(ppo_data().read_text().splitlines(keepends=True)[:3]))
+    common = {
         "minibatch_size": 2,
         "ppo_epochs": 2,
         "whiten_advantages": "on",
@@ -141,21 +143,32 @@ def test_two_ranks_make_the_same_updates(tmp_path):
         "save_critic": "on",
         "checkpoint_every": 0,
     }
-    single = run(tmp_path / "single", **settings)
-    results = run_on_ranks(tmp_path, 2, [ppo_arguments(tmp_path / "double", **settings)])
+    cases = {
+        "all": (common | {"rollout_batch_size": 5}, [0] * 6 + [1] * 4 + [2] * 4),
+        "few": (common | {"rollout_batch_size": 2, "data": few}, [0, 0, 1, 1]),
+    }
+    commands = [ppo_arguments(tmp_path / f"{name} on 2", **settings) for name, (settings, _) in cases.items()]
+    results = run_on_ranks(tmp_path, 2, commands)
     assert all(code == 0 for rank in results for code, _, _ in rank), results
-    assert results[1][0][1] == ""  # rank 1 prints nothing
-    rows = journal_of(tmp_path / "double", "metrics.jsonl")
-    assert len(rows) == 14
-    assert_close(rows, single, rel=1e-4, abs_=1e-4)
-    assert all(row["ppo/max_ratio_deviation"] == 0.0 for row in (rows[0], single[0]))
+    assert [out for _, out, _ in results[1]] == ["", ""]  # rank 1 prints nothing
+    for name, (settings, iterations) in cases.items():
+        single = run(tmp_path / name, **settings)
+        assert [row["iteration"] for row in single] == iterations
+        assert_same_updates(tmp_path / f"{name} on 2", tmp_path / name)
+
+
+def assert_same_updates(output, single):
+    """A run on 2 ranks and one on a single rank: the same responses, and figures and weights up to rounding."""
+    rows, expected = (journal_of(folder, "metrics.jsonl") for folder in (output, single))
+    assert_close(rows, expected, rel=1e-4, abs_=1e-4)
+    assert rows[0]["ppo/max_ratio_deviation"] == expected[0]["ppo/max_ratio_deviation"] == 0.0
     responses = [
-        sorted((row["id"], row["response"]) for row in journal_of(tmp_path / name, "samples.jsonl"))
-        for name in ("single", "double")
+        sorted((row["id"], row["response"]) for row in journal_of(folder, "samples.jsonl"))
+        for folder in (output, single)
     ]
     assert responses[0] == responses[1]
     for load, name in ((load_pretrained, "final"), (load_value_model, "critic")):
-        ours, others = (dict(load(tmp_path / run / name).named_parameters()) for run in ("double", "single"))
+        ours, others = (dict(load(folder / name).named_parameters()) for folder in (output, single))
         assert ours.keys() == others.keys()
         for key, tensor in ours.items():
             torch.testing.assert_close(tensor, others[key], rtol=0, atol=1e-4, msg=key)
@@ -177,6 +190,15 @@ def test_groups_of_shards_make_the_same_updates(tmp_path):
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Steps, schedule, coefficients
+
+
+def test_the_log_states_the_sizes_of_an_epoch_with_their_steps():
+    config = PPOConfig(rollout_batch_size=8, minibatch_size=8)
+    assert ppo_loop.describe_epoch(1217, config) == "each epoch: 153 iterations (151 of 8, 1 of 5, 1 of 4 responses)"
+    assert ppo_loop.count_steps(1217, config) == [1] * 153
+    assert ppo_loop.describe_epoch(5, config) == "each epoch: 1 iteration (1 of 5 responses)"
+    config = PPOConfig(rollout_batch_size=32, minibatch_size=8, ppo_epochs=2)
+    assert ppo_loop.count_steps(65, config) == [2 * 4, 2 * 3, 2 * 2]  # 32, then 17 by 8 and 16 by 8
 
 
 def test_epochs_minibatches_and_the_schedule_count_optimizer_steps(tmp_path):

@@ -15,7 +15,7 @@ from model.tokenizer import load_tokenizer
 from model.value_model import ValueModel
 from rl.models import Models
 from rl.ppo_config import PPOConfig
-from rl.prompts import PPOPrompt, iterations_per_epoch, prompts_of_iteration, read_prompts
+from rl.prompts import PPOPrompt, even_sizes, iteration_sizes, prompts_of_iteration, read_prompts
 from rl.rollout import (
     Iteration,
     Measured,
@@ -166,21 +166,38 @@ def test_a_rank_without_prompts_has_an_empty_rollout(tokenizer):
 # Prompts and random numbers
 
 
-@pytest.mark.parametrize(("n", "size"), [(11, 4), (8, 8), (8, 3), (1, 5), (7, 1)])
-def test_an_epoch_is_a_permutation_of_the_prompts(n, size):
+@pytest.mark.parametrize(
+    ("n", "size", "expected"),
+    [
+        (11, 4, [4, 4, 3]),
+        (8, 8, [8]),
+        (8, 3, [3, 3, 2]),
+        (9, 4, [4, 3, 2]),
+        (1, 5, [1]),
+        (7, 1, [1] * 7),
+        (9, 8, [5, 4]),
+        (1217, 8, [8] * 151 + [5, 4]),
+        (1217, 32, [32] * 37 + [17, 16]),
+    ],
+)
+def test_an_epoch_is_a_permutation_of_the_prompts_and_ends_without_a_small_rest(n, size, expected):
     everything = list(range(n))
-    count = iterations_per_epoch(n, size)
-    assert count == -(-n // size)
+    count = len(expected)
+    assert iteration_sizes(n, size) == expected
     orders = []
     for epoch in range(3):
         parts = [prompts_of_iteration(everything, epoch * count + number, 5, size) for number in range(count)]
-        assert [len(part) for part in parts] == [size] * (n // size) + [n % size] * (n % size > 0)
+        assert [len(part) for part in parts] == expected
         orders.append([index for part in parts for index in part])
         assert sorted(orders[-1]) == everything
     if n > 6:
         assert orders[0] != orders[1] != orders[2] != orders[0]
         other = prompts_of_iteration(everything, 0, 6, n)
         assert other != prompts_of_iteration(everything, 0, 5, n)
+
+
+def test_parts_of_even_size():
+    assert even_sizes(17, 8) == [6, 6, 5] and even_sizes(16, 8) == [8, 8] and even_sizes(5, 8) == [5]
 
 
 def test_no_two_responses_of_a_run_share_random_numbers():
@@ -290,13 +307,14 @@ def test_values_are_those_of_the_states_that_tokens_were_sampled_in(prompts, tok
     assert packed_K.std() > 0.01
 
 
-def test_minibatches_follow_the_order_and_the_last_one_is_smaller(tokenizer):
+def test_minibatches_follow_the_order_and_are_of_nearly_one_size(tokenizer):
+    """5 by 4 is 3 and 2, never 4 and 1."""
     prompts = [make_prompt([1, 10], index) for index in range(5)]
     sampled = judge_responses(prompts, [([100 + index], [-1.0]) for index in range(5)], tokenizer, CPU)
-    config = PPOConfig(minibatch_size=2, micro_batch_size=8)
+    config = PPOConfig(minibatch_size=4, micro_batch_size=8)
     minibatches = pack_minibatches(config, rank_of(0, 1), sampled, [4, 0, 3, 1, 2])
     found = [[batch.target_ids_K.tolist() for batch in minibatch] for minibatch in minibatches]
-    assert found == [[[104, 100]], [[103, 101]], [[102]]]
+    assert found == [[[104, 100, 103]], [[101, 102]]]
 
 
 @torch.no_grad()
