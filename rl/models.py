@@ -29,11 +29,6 @@ class Models:
         """What a checkpoint holds: name -> model and its optimizer."""
         return {"policy": (self.policy, self.policy_optimizer), "critic": (self.critic, self.value_optimizer)}
 
-    def drop_gradients(self) -> None:
-        """Free all gradients."""
-        for _, optimizer in self.trained().values():
-            optimizer.zero_grad(set_to_none=True)
-
 
 def load_models(config: PPOConfig, tokenizer: Tokenizer, world: World, loss_backend: str = "torch") -> Models:
     """All models of a run, from the folders that `config` names; a collective.
@@ -47,8 +42,7 @@ def load_models(config: PPOConfig, tokenizer: Tokenizer, world: World, loss_back
     check_same_shape(config.model, critic_dir, "critic")
     shared = {"dtype": config.dtype, "tokenizer_size": tokenizer.vocab_size}
     policy = load_sharded_model(config.model, world, **shared)
-    reference = load_sharded_model(reference_dir, world, **shared)
-    reference.requires_grad_(False).eval()
+    reference = load_sharded_model(reference_dir, world, **shared, frozen=True)
     critic = load_sharded_value_model(critic_dir, world, **shared)
     for model in (policy, critic):
         model.activation_checkpointing = config.activation_checkpointing == "on"

@@ -296,43 +296,52 @@ def update_minibatch(
     train_policy: bool,
     is_first_of_rollout: bool,
 ) -> dict[str, float]:
-    """One optimizer step of the critic and (unless train_policy is False) of the policy; a collective.
+    """One optimizer step of the policy (unless train_policy is False), then one of the critic; a collective.
 
+    One model after the other, so that the gradients of only one take memory; neither reads the other's weights.
     batches: this rank's micro-batches of the minibatch; both losses are means over its response tokens on all ranks.
     step counts from 1. is_first_of_rollout: nothing has changed since the rollout, so the ratio must be 1.
-    Raises TrainingError before any weight has changed.
+    Raises TrainingError before the weights of the model at fault have changed.
     """
     n_tokens = global_sum([float(sum(len(batch.target_ids_K) for batch in batches))])[0]
-    figures = dict.fromkeys(("policy_loss", "clip_fraction", "approx_kl", "value_loss", "value_clip_fraction"), 0.0)
-    max_ratio_deviation = 0.0
-    for number, batch in enumerate(batches, start=1):
-        is_last = number == len(batches)
-        parts = {}
-        if train_policy:
-            set_gradient_sync(models.policy, synchronize=is_last, is_last=is_last)
-            parts |= backward_policy(config, models, credited, batch, n_tokens)
-        set_gradient_sync(models.critic, synchronize=is_last, is_last=is_last)
-        parts |= backward_value(config, models, credited, batch, n_tokens)
-        max_ratio_deviation = max(max_ratio_deviation, parts.pop("max_ratio_deviation", 0.0))
-        for name, value in parts.items():
-            figures[name] += value
-    metrics = {f"ppo/{name}": value for name, value in zip(figures, global_sum(list(figures.values())), strict=True)}
-    metrics |= {
-        "ppo/max_ratio_deviation": max(gather_objects(max_ratio_deviation)),
-        "ppo/policy_grad_norm": clip_gradients(models.policy.parameters(), config.max_grad_norm),
-        "ppo/value_grad_norm": clip_gradients(models.critic.parameters(), config.max_grad_norm),
-    }
-    faults = faults_of_update(metrics, must_be_one=is_first_of_rollout and train_policy)
-    if faults:
-        models.drop_gradients()
-        raise TrainingError(
-            f"step {step}: found {', '.join(faults)}, expected finite values, and max |ratio - 1| <= "
-            f"{FIRST_UPDATE_TOLERANCE} without clipping in the first update of a rollout; stopped before the update"
-        )
+    names = ("policy_loss", "clip_fraction", "approx_kl", "max_ratio_deviation", "policy_grad_norm")
+    metrics = {f"ppo/{name}": 0.0 for name in names}
+    trained = [("value", models.critic, models.value_optimizer, backward_value)]
     if train_policy:
-        models.policy_optimizer.step()
-    models.value_optimizer.step()
-    models.drop_gradients()
+        trained.insert(0, ("policy", models.policy, models.policy_optimizer, backward_policy))
+    for role, model, optimizer, backward in trained:
+        rows = []
+        for number, batch in enumerate(batches, start=1):
+            is_last = number == len(batches)
+            reduces = is_last or config.reduce_gradients == "micro_batch"
+            set_gradient_sync(model, synchronize=reduces, is_last=is_last)
+            rows.append(backward(config, models, credited, batch, n_tokens))
+        metrics |= figures_of_minibatch(rows)
+        metrics[f"ppo/{role}_grad_norm"] = clip_gradients(model.parameters(), config.max_grad_norm)
+        faults = faults_of_update(metrics, must_be_one=is_first_of_rollout and train_policy)
+        if faults:
+            optimizer.zero_grad(set_to_none=True)
+            raise TrainingError(
+                f"step {step}: found {', '.join(faults)}, expected finite values, and max |ratio - 1| <= "
+                f"{FIRST_UPDATE_TOLERANCE} without clipping in the first update of a rollout (computed in "
+                f"{config.dtype}, loss backend {models.loss_backend}); stopped before the update of the {role} model"
+            )
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+    return metrics
+
+
+def figures_of_minibatch(rows: Sequence[dict[str, float]]) -> dict[str, float]:
+    """A minibatch's metrics from what backward_policy or backward_value returned for each micro-batch of this rank:
+    sums over micro-batches and ranks, but of max_ratio_deviation the largest. A collective."""
+    deviations = [row.pop("max_ratio_deviation", None) for row in rows]
+    sums = dict.fromkeys(rows[0], 0.0)
+    for row in rows:
+        for name, value in row.items():
+            sums[name] += value
+    metrics = {f"ppo/{name}": value for name, value in zip(sums, global_sum(list(sums.values())), strict=True)}
+    if None not in deviations:
+        metrics["ppo/max_ratio_deviation"] = max(gather_objects(max(deviations)))
     return metrics
 
 

@@ -57,6 +57,13 @@ class RunConfig:
         choices=("on", "off"),
         free=True,
     )
+    reduce_gradients: str = setting(
+        "step",
+        "when ranks add up their gradients: once per step, until then each rank keeps all of them in float32; or after "
+        "each micro-batch, which keeps shards only: less memory, more traffic; changes rounding only (ours)",
+        choices=("step", "micro_batch"),
+        free=True,
+    )
     plan: str = setting(
         "off",
         "print the run's steps, memory and disk, and end: 0 if it fits, 2 if not; reads no weights (ours)",

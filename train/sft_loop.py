@@ -100,15 +100,15 @@ def train_step(
 
     1 denominators over all ranks, before any backward; 2 forward and backward of each micro-batch; 3 global loss;
     4 clip; 5 refuse non-finite values on all ranks alike; 6 update. Raises TrainingError before the update.
-    It reads only loss_normalization and max_grad_norm of `config`.
+    It reads only loss_normalization, max_grad_norm and reduce_gradients of `config`.
     """
     # 1.
     denominator, trained_tokens, trained_turns, input_tokens = _global_counts(config, batches, step)
-    # 2. gradients add up over micro-batches, unreduced until the last one
+    # 2. gradients add up over micro-batches
     loss_sum = torch.zeros((), dtype=torch.float64, device=world.device)
     for number, batch in enumerate(batches, start=1):
         is_last = number == len(batches)
-        set_gradient_sync(model, synchronize=is_last, is_last=is_last)
+        set_gradient_sync(model, synchronize=is_last or config.reduce_gradients == "micro_batch", is_last=is_last)
         batch = batch.to(world.device)
         hidden_BTD = model(
             batch.input_ids_T[None],

@@ -62,6 +62,17 @@ def test_policy_and_critic_share_nothing(world):
     assert not any(parameter.requires_grad for parameter in models.reference.parameters())
 
 
+def test_a_reference_in_the_compute_type_says_what_the_policy_says_to_the_bit(world):
+    """The policy's weights are float32 and rounded at each use, the reference's have been rounded when they came in."""
+    models = load_models(PPOConfig(model=str(policy_folder()), dtype="bfloat16"), load_tokenizer(policy_folder()), world)
+    assert {parameter.dtype for parameter in models.policy.parameters()} == {torch.float32}
+    assert {parameter.dtype for parameter in models.reference.parameters()} == {torch.bfloat16}
+    input_ids_BT = torch.tensor([[1, 5, 9, 40, 7]])
+    with torch.no_grad():
+        ours_BTV, reference_BTV = models.policy(input_ids_BT), models.reference(input_ids_BT)
+    assert ours_BTV.dtype == reference_BTV.dtype == torch.bfloat16 and torch.equal(ours_BTV, reference_BTV)
+
+
 def test_a_critic_whose_names_do_not_match_is_refused(tmp_path):
     """The released fault: every name has a prefix that the model lacks, so nothing is loaded and training goes on."""
     folder = save_with_tokenizer(tiny_model(), tmp_path / "critic")

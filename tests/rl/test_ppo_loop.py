@@ -92,6 +92,44 @@ def test_one_pass_in_one_minibatch_is_on_policy_in_every_iteration(straight):
     assert rows[-1]["ppo/kl_k3"] > 0  # and yet it learns
 
 
+def test_bfloat16_measures_and_updates_with_the_same_bits(tmp_path):
+    """The tolerance of the first update is one of float32: another kernel in either place is off by a hundred times."""
+    rows = run(tmp_path / "run", dtype="bfloat16", activation_checkpointing="on", max_steps=2)
+    assert [row["ppo/max_ratio_deviation"] for row in rows] == [0.0, 0.0]
+    assert rows[0]["ppo/kl_k3"] == 0.0 < rows[1]["ppo/kl_k3"]
+
+
+def test_gradients_of_one_model_at_a_time(tmp_path, monkeypatch, kept_models):
+    """Policy first, then critic, with two micro-batches each."""
+    seen = []
+
+    def watched(backward, role):
+        def call(config, models, *rest):
+            held = [name for name in ("policy", "critic") if any(p.grad is not None for p in of(models, name))]
+            seen.append((role, held))
+            return backward(config, models, *rest)
+
+        return call
+
+    def of(models, name):
+        return getattr(models, name).parameters()
+
+    monkeypatch.setattr(ppo_loop, "backward_policy", watched(ppo_loop.backward_policy, "policy"))
+    monkeypatch.setattr(ppo_loop, "backward_value", watched(ppo_loop.backward_value, "critic"))
+    run(tmp_path / "run", max_steps=1)
+    assert seen == [("policy", []), ("policy", ["policy"]), ("critic", []), ("critic", ["critic"])]
+    assert not any(p.grad is not None for name in ("policy", "critic") for p in of(kept_models[0], name))
+
+
+def test_a_fault_of_the_critic_is_said_to_be_its(tmp_path, monkeypatch):
+    original = ppo_loop.value_loss
+    monkeypatch.setattr(ppo_loop, "value_loss", lambda *a: (original(*a)[0] * float("nan"), original(*a)[1]))
+    code, _, err = run_ppo_here(tmp_path / "run")
+    assert code == 2 and err.count("\n") == 1
+    assert "step 1: found ppo/value_loss nan, ppo/value_grad_norm nan" in err and "of the value model" in err
+    assert not list((tmp_path / "run" / "checkpoints").iterdir())
+
+
 def test_every_response_is_journaled_once(straight):
     rows, samples = journal_of(straight, "metrics.jsonl"), journal_of(straight, "samples.jsonl")
     assert [row["step"] for row in rows] == [1, 2, 3, 4, 5, 6]

@@ -86,6 +86,18 @@ def test_sharded_gradients_equal_a_plain_model(world, tied, checkpointing):
         torch.testing.assert_close(moved, expected[name], rtol=1e-4, atol=3e-7, msg=lambda text, n=name: f"{n}: {text}")
 
 
+@pytest.mark.parametrize(("when", "reduced"), [("step", [False, False]), ("micro_batch", [False, True])])
+def test_gradients_are_reduced_at_the_end_of_a_step_or_of_each_micro_batch(world, when, reduced):
+    model, seen = tiny_model(), []
+    apply_fsdp(model, world, dtype="float32")
+    weight = model.norm.weight  # the shard: in forward the name belongs to the gathered copy
+    model.register_forward_pre_hook(lambda *_: seen.append(weight.grad is not None))
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    config = SFTConfig(reduce_gradients=when)
+    train_step(config, model, optimizer, [random_batch(1), random_batch(2)], world, step=1)
+    assert seen == reduced
+
+
 def test_bfloat16_computes_in_bf16_and_keeps_fp32_weights_and_gradients(world):
     model = tiny_model()
     shard_model(model, world, dtype="bfloat16")
@@ -170,6 +182,7 @@ def test_two_ranks_train_like_one(tmp_path, normalization):
     for name, ranks in {"a": 1, "b": 2}.items():
         code, _, err = run("run_sft", arguments(tmp_path / name, **flags), ranks)
         assert code == 0, err
+        flags["reduce_gradients"] = "micro_batch" if normalization == "token_mean" else "step"
     assert_same_training(tmp_path / "a", tmp_path / "b", 10)
 
 
