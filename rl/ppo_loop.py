@@ -25,7 +25,7 @@ D model dim.
 import math
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -306,38 +306,58 @@ def update_minibatch(
     n_tokens = global_sum([float(sum(len(batch.target_ids_K) for batch in batches))])[0]
     names = ("policy_loss", "clip_fraction", "approx_kl", "max_ratio_deviation", "policy_grad_norm")
     metrics = {f"ppo/{name}": 0.0 for name in names}
-    trained = [("value", models.critic, models.value_optimizer, backward_value)]
     if train_policy:
-        trained.insert(0, ("policy", models.policy, models.policy_optimizer, backward_policy))
-    for role, model, optimizer, backward in trained:
-        rows = []
-        for number, batch in enumerate(batches, start=1):
-            is_last = number == len(batches)
-            reduces = is_last or config.reduce_gradients == "micro_batch"
-            set_gradient_sync(model, synchronize=reduces, is_last=is_last)
-            rows.append(backward(config, models, credited, batch, n_tokens))
-        metrics |= figures_of_minibatch(rows)
-        metrics[f"ppo/{role}_grad_norm"] = clip_gradients(model.parameters(), config.max_grad_norm)
-        faults = faults_of_update(metrics, must_be_one=is_first_of_rollout and train_policy)
-        if faults:
-            optimizer.zero_grad(set_to_none=True)
-            raise TrainingError(
-                f"step {step}: found {', '.join(faults)}, expected finite values, and max |ratio - 1| <= "
-                f"{FIRST_UPDATE_TOLERANCE} without clipping in the first update of a rollout (computed in "
-                f"{config.dtype}, loss backend {models.loss_backend}); stopped before the update of the {role} model"
-            )
-        optimizer.step()
+        turns = micro_batches(config, models.policy, batches)
+        figures = [backward_policy(config, models, credited, batch, n_tokens) for batch in turns]
+        metrics |= step_model(config, models, "policy", figures, step=step, must_be_one=is_first_of_rollout)
+    turns = micro_batches(config, models.critic, batches)
+    figures = [backward_value(config, models, credited, batch, n_tokens) for batch in turns]
+    return metrics | step_model(config, models, "value", figures, step=step, must_be_one=False)
+
+
+def micro_batches(
+    config: PPOConfig, model: torch.nn.Module, batches: Sequence[ResponseBatch]
+) -> Iterator[ResponseBatch]:
+    """The batches in turn; before each, `model` learns whether the next backward reduces its gradients."""
+    for number, batch in enumerate(batches, start=1):
+        is_last = number == len(batches)
+        set_gradient_sync(model, synchronize=is_last or config.reduce_gradients == "micro_batch", is_last=is_last)
+        yield batch
+
+
+def step_model(
+    config: PPOConfig, models: Models, name: str, figures: list[dict[str, float]], *, step: int, must_be_one: bool
+) -> dict[str, float]:
+    """Clip the gradient of the minibatch, update one model, and free its gradients; returns metrics. A collective.
+
+    name: "policy" or "value". figures: of each micro-batch of this rank. must_be_one: so must the ratio be.
+    Raises TrainingError instead of an update on figures that are not finite, or on another ratio.
+    """
+    model, optimizer = models.policy, models.policy_optimizer
+    if name == "value":
+        model, optimizer = models.critic, models.value_optimizer
+    metrics = figures_of_minibatch(figures)
+    metrics[f"ppo/{name}_grad_norm"] = clip_gradients(model.parameters(), config.max_grad_norm)
+    faults = faults_of_update(metrics, must_be_one=must_be_one)
+    if faults:
         optimizer.zero_grad(set_to_none=True)
+        raise TrainingError(
+            f"step {step}: found {', '.join(faults)}, expected finite values, and max |ratio - 1| <= "
+            f"{FIRST_UPDATE_TOLERANCE} without clipping in the first update of a rollout (computed in {config.dtype}, "
+            f"loss backend {models.loss_backend}); stopped before the update of the {name} model"
+        )
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
     return metrics
 
 
-def figures_of_minibatch(rows: Sequence[dict[str, float]]) -> dict[str, float]:
+def figures_of_minibatch(figures: list[dict[str, float]]) -> dict[str, float]:
     """A minibatch's metrics from what backward_policy or backward_value returned for each micro-batch of this rank:
     sums over micro-batches and ranks, but of max_ratio_deviation the largest. A collective."""
-    deviations = [row.pop("max_ratio_deviation", None) for row in rows]
-    sums = dict.fromkeys(rows[0], 0.0)
-    for row in rows:
-        for name, value in row.items():
+    deviations = [each.pop("max_ratio_deviation", None) for each in figures]
+    sums = dict.fromkeys(figures[0], 0.0)
+    for each in figures:
+        for name, value in each.items():
             sums[name] += value
     metrics = {f"ppo/{name}": value for name, value in zip(sums, global_sum(list(sums.values())), strict=True)}
     if None not in deviations:
@@ -403,7 +423,8 @@ def all_true(like_1K: Tensor) -> Tensor:
 def faults_of_update(metrics: dict[str, float], *, must_be_one: bool) -> list[str]:
     """Why the optimizer must not step: figures that are not finite, or a ratio that must be 1 and is not."""
     faults = [f"{name} {value}" for name, value in metrics.items() if not math.isfinite(value)]
-    deviation, clipped = metrics["ppo/max_ratio_deviation"], metrics["ppo/clip_fraction"]
-    if not faults and must_be_one and (deviation > FIRST_UPDATE_TOLERANCE or clipped > 0):
-        return [f"max |ratio - 1| {deviation:.3g}, clip fraction {clipped:.3g} in the first update of a rollout"]
+    if not faults and must_be_one:
+        deviation, clipped = metrics["ppo/max_ratio_deviation"], metrics["ppo/clip_fraction"]
+        if deviation > FIRST_UPDATE_TOLERANCE or clipped > 0:
+            return [f"max |ratio - 1| {deviation:.3g}, clip fraction {clipped:.3g} in the first update of a rollout"]
     return faults

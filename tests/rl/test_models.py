@@ -64,7 +64,9 @@ def test_policy_and_critic_share_nothing(world):
 
 def test_a_reference_in_the_compute_type_says_what_the_policy_says_to_the_bit(world):
     """The policy's weights are float32 and rounded at each use, the reference's have been rounded when they came in."""
-    models = load_models(PPOConfig(model=str(policy_folder()), dtype="bfloat16"), load_tokenizer(policy_folder()), world)
+    models = load_models(
+        PPOConfig(model=str(policy_folder()), dtype="bfloat16"), load_tokenizer(policy_folder()), world
+    )
     assert {parameter.dtype for parameter in models.policy.parameters()} == {torch.float32}
     assert {parameter.dtype for parameter in models.reference.parameters()} == {torch.bfloat16}
     input_ids_BT = torch.tensor([[1, 5, 9, 40, 7]])
