@@ -79,6 +79,15 @@ class KVCache:
                     storage_RLKH[row, self.lengths[row] : self.written[row]] = 0.0
             self.written[row] = self.lengths[row]
 
+    @torch.inference_mode()
+    def copy_row(self, source: int, row: int, n: int) -> None:
+        """Makes the first n slots of another row, which are filled, those of this one."""
+        self.lengths[row] = 0
+        self.make_room(row, n)
+        for storage_RLKH in self.keys_RLKH + self.values_RLKH:
+            storage_RLKH[row, :n] = storage_RLKH[source, :n]
+        self.lengths[row] = n
+
     def append(self, layer: int, row: int, k_1TKH: Tensor, v_1TKH: Tensor) -> tuple[Tensor, Tensor]:
         """Writes the keys and values of T new tokens of a row; returns all of that row's, (1, L, K, H) each.
 

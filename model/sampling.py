@@ -2,9 +2,9 @@
 
 Shape suffixes: B prompts, R rows, V vocabulary, D inputs and O outputs of a matrix.
 
-A prompt is prefilled alone, in a row of the cache of its own; then all rows decode together, one token each. generate()
-gives the row of a response that ended to the next waiting prompt; model/dialogue_decoding.py keeps it for the
-dialogue's next turn.
+A prompt is prefilled alone, in a row of the cache of its own; one equal to the prompt before it is copied from there.
+Then all rows decode together, one token each. generate() gives the row of a response that ended to the next waiting
+prompt; model/dialogue_decoding.py keeps it for the dialogue's next turn.
 
 Greedy output does not depend on batching. A matrix product sums in an order that depends on its shape, so logits of one
 row differ in the last bits between a batch of 1 and a batch of 8, and a near-tie flips. Therefore a prefill has the
@@ -175,6 +175,7 @@ class RowDecoder:
         self.waiting: deque[tuple[int, int, list[int]]] = deque()  # (row, slots kept, ids to prefill)
         self.responses: dict[int, Response] = {}  # of the rows under way, the waiting ones included
         self.last_row = -1  # the last one decoded
+        self.last_prompt: tuple[int, list[int], Tensor | None] = (0, [], None)  # row, all its ids, logits after them
         self.tokens_forwarded = 0  # of prompts and responses; rows that only fill the shape do not count
         self.tokens_reused = 0  # of prompts: in the cache already
 
@@ -196,17 +197,14 @@ class RowDecoder:
         rows_per_forward of them at most, in turn). At least one row must be under way.
         """
         if self.waiting:
-            row, n_kept, token_ids = self.waiting.popleft()
-            rows = [row]
-            self.cache.lengths[row] = n_kept
-            logits_RV = prefill(self.model, self.cache, row, token_ids)[None]
-            self.tokens_reused += n_kept
+            row, n_kept, new_ids = self.waiting.popleft()
+            rows, logits_RV = [row], self._prefill(row, n_kept, new_ids)
         else:
             rows = self._next_rows()
             token_ids = [self.responses[row].ids[-1] for row in rows]
             n_rows = min(count for count in self.row_counts if count >= len(rows))
             logits_RV = decode_step(self.model, self.cache, rows, token_ids, n_rows)
-        self.tokens_forwarded += len(token_ids)
+            self.tokens_forwarded += len(token_ids)
         uniforms = None
         if self.temperature > 0:
             uniforms = [_draw_uniform(self.responses[row].generator) for row in rows]
@@ -219,6 +217,22 @@ class RowDecoder:
                 del self.responses[row]
                 ended.append(row)
         return ended
+
+    def _prefill(self, row: int, n_kept: int, new_ids: list[int]) -> Tensor:
+        """Logits (1, V) after the row's n_kept slots and new_ids. A prompt equal to the last one is copied from there:
+        one more response to it costs no forward and gets the same bits."""
+        if n_kept == 0 and new_ids == self.last_prompt[1]:
+            first_row, _, logits_1V = self.last_prompt
+            self.cache.copy_row(first_row, row, len(new_ids))
+            self.tokens_reused += len(new_ids)
+            return logits_1V
+        self.cache.lengths[row] = n_kept
+        logits_1V = prefill(self.model, self.cache, row, new_ids)[None]
+        # slots of the last prompt are overwritten by the next prefill at the earliest
+        self.last_prompt = (row, [] if n_kept else new_ids, logits_1V)
+        self.tokens_reused += n_kept
+        self.tokens_forwarded += len(new_ids)
+        return logits_1V
 
     def _next_rows(self) -> list[int]:
         rows = sorted(self.responses)  # neighbours attend in one call

@@ -86,6 +86,9 @@ class PPOConfig(RunConfig):
     )
     # rollout
     rollout_batch_size: int = setting(8, "responses per iteration over all ranks (paper: 8)", low=1)
+    responses_per_prompt: int = setting(
+        1, "responses to each prompt of an iteration; must divide rollout_batch_size (ours)", low=1
+    )
     max_response_tokens: int = setting(64, "a response is cut here; tokens (released code: 512)", low=1)
     temperature: float = setting(
         1.0, "sampling temperature; 0 = greedy, which leaves PPO nothing to explore (released code: 0)", low=0.0
@@ -195,6 +198,10 @@ class PPOConfig(RunConfig):
     )
     plot: str = setting("on", "draw output/plots/ppo.svg at the end (ours)", choices=("on", "off"), free=True)
 
+    def prompts_per_iteration(self) -> int:
+        """Prompts of a full iteration, over all ranks."""
+        return self.rollout_batch_size // self.responses_per_prompt
+
     def logprob_temperature(self) -> float:
         """Temperature of the log-probabilities: that of the sampling, or 1 where decoding is greedy."""
         return self.temperature or 1.0
@@ -209,6 +216,16 @@ class PPOConfig(RunConfig):
             raise ValueError(
                 f"minibatch_size: found {self.minibatch_size}, expected at most rollout_batch_size = "
                 f"{self.rollout_batch_size}"
+            )
+        if self.rollout_batch_size % self.responses_per_prompt:
+            raise ValueError(
+                f"responses_per_prompt: found {self.responses_per_prompt}, expected a divisor of rollout_batch_size = "
+                f"{self.rollout_batch_size}"
+            )
+        if self.responses_per_prompt > 1 and self.temperature == 0:
+            raise ValueError(
+                f"responses_per_prompt: found {self.responses_per_prompt} with temperature 0, expected 1: greedy "
+                "responses to a prompt are the same"
             )
         if self.kl_horizon < self.rollout_batch_size:
             raise ValueError(

@@ -1,7 +1,7 @@
 """Proximal policy optimisation with the paper's reward (IRM): one iteration, and the loop around it.
 
 One iteration, in the order of `run_iteration`. Each step takes the frozen record of the one before:
-    1 sample      a response to each of rollout_batch_size prompts, from the policy as it is now
+    1 sample      rollout_batch_size responses, responses_per_prompt to a prompt, from the policy as it is now
     2 judge       the paper's reward of each response's text, by rules (rl/reward.py; E22, E23)    -> Sampled
     3 measure     log-probabilities under policy and frozen reference, values of the critic        -> Measured
     4 credit      reward per token = -kl_coef * KL, plus the score on the last token (E24); GAE (E25) -> Credited
@@ -38,7 +38,7 @@ from rl.advantages import next_kl_coef
 from rl.models import Models
 from rl.ppo_config import PPOConfig
 from rl.ppo_loss import policy_loss, token_entropies, value_loss
-from rl.prompts import PPOPrompt, even_sizes, iteration_sizes, prompts_of_iteration
+from rl.prompts import PPOPrompt, even_sizes, iteration_sizes, prompts_of_iteration, repeat_each
 from rl.rollout import (
     Credited,
     Iteration,
@@ -50,6 +50,7 @@ from rl.rollout import (
     response_logprobs,
     response_states,
     response_values,
+    responses_of_rank,
     sample_responses,
 )
 from rl.watch import JOURNALS, Watch, add_times, describe_rollout
@@ -120,8 +121,8 @@ def train_ppo(
         watch.evaluate(models, held_out, step=0)
     with StopSignal() as stop, watch, make_saver(config, world, run_hash) as saver:
         while step < last_step and not stopping:
-            chosen = prompts_of_iteration(prompts, number, config.seed, config.rollout_batch_size)
-            iteration = Iteration(number, step, total_steps, kl_coef, chosen)
+            chosen = prompts_of_iteration(prompts, number, config.seed, config.prompts_per_iteration())
+            iteration = Iteration(number, step, total_steps, kl_coef, repeat_each(chosen, config.responses_per_prompt))
             result = run_iteration(config, models, world, iteration, must_stop=lambda: stop.number != 0)
             if result is not None:
                 credited, lines = result
@@ -168,13 +169,18 @@ def resume_state(
 
 def count_steps(n_prompts: int, config: PPOConfig) -> list[int]:
     """Optimizer steps of each iteration of one epoch; the last two iterations may have fewer responses."""
-    sizes = iteration_sizes(n_prompts, config.rollout_batch_size)
-    return [config.ppo_epochs * len(even_sizes(size, config.minibatch_size)) for size in sizes]
+    return [config.ppo_epochs * len(even_sizes(n, config.minibatch_size)) for n in count_responses(n_prompts, config)]
+
+
+def count_responses(n_prompts: int, config: PPOConfig) -> list[int]:
+    """Responses of each iteration of one epoch."""
+    sizes = iteration_sizes(n_prompts, config.prompts_per_iteration())
+    return [size * config.responses_per_prompt for size in sizes]
 
 
 def describe_epoch(n_prompts: int, config: PPOConfig) -> str:
     """A line for the log: how many iterations one epoch has, and of how many responses."""
-    counts = Counter(iteration_sizes(n_prompts, config.rollout_batch_size))
+    counts = Counter(count_responses(n_prompts, config))
     listing = ", ".join(f"{count} of {size}" for size, count in counts.items())
     return f"each epoch: {counts.total()} iteration{'s' * (counts.total() > 1)} ({listing} responses)"
 
@@ -212,7 +218,9 @@ def run_iteration(
         return None
     # 2 judge
     judging = time.perf_counter()
-    sampled = judge_responses(iteration.prompts[world.rank :: world.size], responses, models.tokenizer, world.device)
+    mine = responses_of_rank(world, len(iteration.prompts), config.responses_per_prompt)
+    my_prompts = [iteration.prompts[index] for index in mine]
+    sampled = judge_responses(my_prompts, responses, models.tokenizer, world.device)
     seconds = {"rollout": sampled_at - began, "reward": time.perf_counter() - judging}
     # 3 measure
     minibatches = pack_minibatches(config, world, sampled, range(len(iteration.prompts)))
@@ -256,13 +264,16 @@ def update_models(
     """ppo_epochs passes over the rollout; returns one line of metrics per optimizer step. A collective.
 
     minibatches: of the first pass, which keeps the order in which the old log-probabilities were measured; later passes
-    are shuffled. Raises TrainingError.
+    shuffle the prompts, and the responses to one stay together. Raises TrainingError.
     """
-    n_responses, lines = len(iteration.prompts), []
+    lines, n_shared = [], config.responses_per_prompt
     warmup_steps = warmup_steps_of(config.warmup_ratio, iteration.total_steps)
     for ppo_epoch in range(config.ppo_epochs):
         if ppo_epoch > 0:
-            order = epoch_order(n_responses, config.seed + 1, iteration.number * config.ppo_epochs + ppo_epoch)
+            order = epoch_order(
+                len(iteration.prompts) // n_shared, config.seed + 1, iteration.number * config.ppo_epochs + ppo_epoch
+            )
+            order = [prompt * n_shared + k for prompt in order for k in range(n_shared)]
             minibatches = pack_minibatches(config, world, credited.measured.sampled, order)
         for minibatch in minibatches:
             began, step = time.perf_counter(), iteration.step + len(lines) + 1

@@ -160,6 +160,11 @@ def iteration_sizes(n_prompts: int, most: int) -> list[int]:
     return [most] * n_full + even_sizes(n_prompts - n_full * most, most)
 
 
+def repeat_each(prompts: Sequence[PPOPrompt], n: int) -> list[PPOPrompt]:
+    """Each prompt n times in a row."""
+    return [prompt for prompt in prompts for _ in range(n)]
+
+
 def prompts_of_iteration(prompts: Sequence[PPOPrompt], iteration: int, seed: int, most: int) -> list[PPOPrompt]:
     """The prompts of all ranks in one iteration, counted from 0 over all epochs; every epoch has its own order.
 

@@ -51,7 +51,7 @@ class Iteration:
     step: int  # optimizer steps done before it
     total_steps: int  # optimizer steps of the whole schedule
     kl_coef: float
-    prompts: list[PPOPrompt]  # of all ranks; response i belongs to rank i % world.size
+    prompts: list[PPOPrompt]  # one per response of all ranks; those with one prompt follow each other
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -111,7 +111,7 @@ def sample_responses(
             f"iteration {iteration.number}: found {len(wrong)} tensors of the policy with nan or inf "
             f"({wrong[0]} ...), expected finite weights"
         )
-    mine = range(world.rank, len(iteration.prompts), world.size)
+    mine = responses_of_rank(world, len(iteration.prompts), config.responses_per_prompt)
     return generate(
         gathered,
         [iteration.prompts[index].prompt_ids for index in mine],
@@ -121,6 +121,11 @@ def sample_responses(
         generator=[response_generator(config.seed, iteration.number, index) for index in mine],
         should_continue=lambda finished_B: not must_stop(),
     )
+
+
+def responses_of_rank(world: World, n_responses: int, responses_per_prompt: int) -> list[int]:
+    """Indices of this rank's responses among those of all ranks. Rank j % size has prompt j and all responses to it."""
+    return [index for index in range(n_responses) if index // responses_per_prompt % world.size == world.rank]
 
 
 def stop_ids_of(prompts: Sequence[PPOPrompt], tokenizer: Tokenizer) -> frozenset[int]:
@@ -235,12 +240,14 @@ def pack_minibatches(
     """This rank's micro-batches of every minibatch, equally many on every rank.
 
     order: indices of the responses of all ranks; consecutive ones are a minibatch, at most minibatch_size and nearly
-    equally many in each. Response g was sampled by rank g % world.size as its row g // world.size.
+    equally many in each. Which rank sampled a response: responses_of_rank.
     """
-    minibatches, rest = [], iter(order)
+    minibatches, rest, n_shared = [], iter(order), config.responses_per_prompt
     for n_rows in even_sizes(len(order), config.minibatch_size):
-        rows = list(islice(rest, n_rows))
-        per_rank = [[row // world.size for row in rows if row % world.size == rank] for rank in range(world.size)]
+        per_rank: list[list[int]] = [[] for _ in range(world.size)]
+        for index in islice(rest, n_rows):
+            prompt, k = divmod(index, n_shared)
+            per_rank[prompt % world.size].append(prompt // world.size * n_shared + k)
         n_micro_batches = ceil(max(map(len, per_rank)) / config.micro_batch_size)
         mine, size = per_rank[world.rank], config.micro_batch_size
         minibatches.append([pack_responses(sampled, mine[i * size : (i + 1) * size]) for i in range(n_micro_batches)])

@@ -236,11 +236,14 @@ def test_only_what_lies_behind_the_common_prefix_is_forwarded():
     assert (decoder.tokens_forwarded, decoder.tokens_reused) == (21 + 1 + 2, 22 + 2)
     assert prefilled_by([9, 2, 3]) == [9, 2, 3]
     assert (decoder.tokens_forwarded, decoder.tokens_reused) == (24 + 3 + 2, 24)
-    answer(decoder, 5, [9, 2, 3])  # another dialogue shares nothing: its keys would depend on who asked first
+    answer(decoder, 5, [9, 2, 4])  # another dialogue shares no part: its keys would depend on who asked first
     assert (decoder.tokens_forwarded, decoder.tokens_reused) == (29 + 3 + 2, 24)
     decoder.drop(4)
     answer(decoder, 4, [9, 2, 3])
     assert (decoder.tokens_forwarded, decoder.tokens_reused) == (34 + 3 + 2, 24)
+    decoder.drop(5)
+    answer(decoder, 6, [9, 2, 3])  # the whole prompt before it is copied: its keys are those of a forward of its own
+    assert (decoder.tokens_forwarded, decoder.tokens_reused) == (39 + 2, 24 + 3)
 
 
 def test_a_dialogue_that_waits_for_its_tool_is_kept_and_not_advanced():

@@ -139,6 +139,11 @@ def test_a_critic_or_reference_of_another_shape(tmp_path, role):
         ({"minibatch_size": 5}, "--minibatch_size: found 5, expected at most rollout_batch_size = 4"),
         ({"eval_every": 2}, "--eval_every: found 2 without eval_data"),
         ({"temperature": 1e-4}, "--temperature: found 0.0001, expected 0"),
+        ({"responses_per_prompt": 3}, "--responses_per_prompt: found 3, expected a divisor of rollout_batch_size = 4"),
+        (
+            {"responses_per_prompt": 2, "temperature": 0},
+            "--responses_per_prompt: found 2 with temperature 0, expected 1: greedy responses to a prompt are the same",
+        ),
         ({"kl_horizon": 3}, "--kl_horizon: found 3.0, expected at least rollout_batch_size = 4"),
         ({"clip_range": 0}, "--clip_range"),
         ({"gamma": 1.5}, "--gamma"),

@@ -170,7 +170,7 @@ def test_micro_batches_change_rounding_only(straight, tmp_path, micro_batch_size
 @pytest.mark.slow
 def test_two_ranks_make_the_same_updates(tmp_path):
     """Iterations of 5, 3 and 3 responses in minibatches of 2: one rank is idle in the update on a single response.
-    Iterations of 2 and 1 responses: rank 1 is idle in the whole last one."""
+    Iterations of 2 prompts and 1 with two responses each: rank 1 is idle in the whole last one."""
     few = tmp_path / "few.jsonl"
     few.write_text("".join(ppo_data().read_text().splitlines(keepends=True)[:3]))
     common = {
@@ -183,7 +183,7 @@ def test_two_ranks_make_the_same_updates(tmp_path):
     }
     cases = {
         "all": (common | {"rollout_batch_size": 5}, [0] * 6 + [1] * 4 + [2] * 4),
-        "few": (common | {"rollout_batch_size": 2, "data": few}, [0, 0, 1, 1]),
+        "few": (common | {"rollout_batch_size": 4, "responses_per_prompt": 2, "data": few}, [0] * 4 + [1] * 2),
     }
     commands = [ppo_arguments(tmp_path / f"{name} on 2", **settings) for name, (settings, _) in cases.items()]
     results = run_on_ranks(tmp_path, 2, commands)
@@ -256,6 +256,22 @@ def test_epochs_minibatches_and_the_schedule_count_optimizer_steps(tmp_path):
     # max_steps ends with a whole iteration and keeps the schedule
     assert run(tmp_path / "short", **settings, max_steps=5) == rows[:8]
     assert run(tmp_path / "short", **settings) == rows
+
+
+def test_several_responses_per_prompt_and_a_resumed_run(tmp_path):
+    """11 prompts by 2: iterations of 2, 2, 2, 2, 2 and 1 prompts with two responses each, in one minibatch."""
+    settings = {"responses_per_prompt": 2, "ppo_epochs": 2, "whiten_advantages": "on", "checkpoint_every": 0}
+    rows = run(tmp_path / "run", **settings)
+    assert [row["iteration"] for row in rows] == [number for number in range(6) for _ in range(2)]
+    assert rows[0]["ppo/max_ratio_deviation"] == rows[0]["ppo/kl_k3"] == 0.0
+    samples = journal_of(tmp_path / "run", "samples.jsonl")
+    assert [one["id"] for one in samples[::2]] == [other["id"] for other in samples[1::2]]
+    assert sorted(one["id"] for one in samples[::2]) == sorted(f"p{index}" for index in range(11))
+    assert sum(one["response"] != other["response"] for one, other in zip(samples[::2], samples[1::2])) > 3
+    run(tmp_path / "again", **settings, max_steps=5)
+    assert run(tmp_path / "again", **settings) == rows
+    assert journal_of(tmp_path / "again", "samples.jsonl") == samples
+    assert digest_of_final(tmp_path / "again") == digest_of_final(tmp_path / "run")
 
 
 def test_the_first_iterations_can_train_the_critic_alone(tmp_path):

@@ -15,7 +15,7 @@ from model.tokenizer import load_tokenizer
 from model.value_model import ValueModel
 from rl.models import Models
 from rl.ppo_config import PPOConfig
-from rl.prompts import PPOPrompt, even_sizes, iteration_sizes, prompts_of_iteration, read_prompts
+from rl.prompts import PPOPrompt, even_sizes, iteration_sizes, prompts_of_iteration, read_prompts, repeat_each
 from rl.rollout import (
     Iteration,
     Measured,
@@ -29,6 +29,7 @@ from rl.rollout import (
     response_states,
     response_text,
     response_values,
+    responses_of_rank,
     sample_responses,
 )
 from rl.watch import describe_rollout
@@ -224,6 +225,22 @@ def test_a_response_depends_on_no_other_rank(policy, prompts, tokenizer, world_s
             assert logprobs == pytest.approx(expected, abs=1e-5)
 
 
+def test_responses_to_one_prompt_have_random_numbers_of_their_own_on_any_rank(policy, prompts, tokenizer):
+    chosen = repeat_each(prompts[:3], 4)
+    alone = sample(policy, chosen, tokenizer, rollout_batch_size=12, responses_per_prompt=4)
+    assert len({tuple(ids) for ids, _ in alone[:4]}) > 1
+    assert alone == sample(policy, chosen, tokenizer)  # response i draws as it would after a prompt of its own
+    for rank, own in ((0, [*range(4), *range(8, 12)]), (1, range(4, 8))):
+        mine = sample(policy, chosen, tokenizer, rank=rank, size=2, rollout_batch_size=12, responses_per_prompt=4)
+        assert [ids for ids, _ in mine] == [alone[index][0] for index in own]
+
+
+def test_a_prompt_belongs_to_one_rank_with_all_its_responses():
+    assert [responses_of_rank(rank_of(rank, 2), 8, 2) for rank in (0, 1)] == [[0, 1, 4, 5], [2, 3, 6, 7]]
+    assert [responses_of_rank(rank_of(rank, 3), 4, 1) for rank in (0, 1, 2)] == [[0, 3], [1], [2]]
+    assert responses_of_rank(rank_of(1, 2), 4, 4) == []
+
+
 def test_another_iteration_draws_other_responses(policy, prompts, tokenizer):
     assert sample(policy, prompts, tokenizer) != sample(policy, prompts, tokenizer, iteration=1)
 
@@ -235,20 +252,25 @@ def test_sampling_stops_when_told(policy, prompts, tokenizer):
     assert all(len(ids) == len(logprobs) for ids, logprobs in sampled)
 
 
+@pytest.mark.parametrize("n_shared", [1, 2])
 @pytest.mark.parametrize("world_size", [1, 2, 3])
-def test_a_minibatch_is_dealt_out_whole_and_with_equal_numbers_of_forwards(tokenizer, world_size):
-    """Each response g on rank g % world_size, in as many micro-batches on every rank: a forward is a collective."""
-    for n_responses in (1, 2, 5, 8):
-        prompts = [make_prompt([1, 10], index) for index in range(n_responses)]
+def test_a_minibatch_is_dealt_out_whole_and_with_equal_numbers_of_forwards(tokenizer, world_size, n_shared):
+    """Each response on the rank of its prompt, in as many micro-batches on every rank: a forward is a collective."""
+    for n_prompts in (1, 2, 5, 8):
+        n_responses = n_prompts * n_shared
+        prompts = repeat_each([make_prompt([1, 10], index) for index in range(n_prompts)], n_shared)
         sampled = [([100 + index], [-1.0]) for index in range(n_responses)]
+        of_prompt = [list(range(start, start + n_shared)) for start in range(0, n_responses, n_shared)]
+        owned = [sum(of_prompt[rank::world_size], []) for rank in range(world_size)]
         rollouts = [
-            judge_responses(prompts[rank::world_size], sampled[rank::world_size], tokenizer, CPU)
-            for rank in range(world_size)
+            judge_responses([prompts[i] for i in mine], [sampled[i] for i in mine], tokenizer, CPU) for mine in owned
         ]
         order = torch.randperm(n_responses, generator=torch.Generator().manual_seed(n_responses)).tolist()
         for rows in (order, order[:3], order[-1:]):
             for micro_batch_size in (1, 2, 8):
-                config = PPOConfig(minibatch_size=len(rows), micro_batch_size=micro_batch_size)
+                config = PPOConfig(
+                    minibatch_size=len(rows), micro_batch_size=micro_batch_size, responses_per_prompt=n_shared
+                )
                 packed = [
                     pack_minibatches(config, rank_of(rank, world_size), rollout, rows)
                     for rank, rollout in enumerate(rollouts)
@@ -260,7 +282,7 @@ def test_a_minibatch_is_dealt_out_whole_and_with_equal_numbers_of_forwards(token
                 assert sorted(found) == sorted(100 + row for row in rows)
                 sizes = [len(batch.target_ids_K) for batches in dealt for batch in batches]
                 assert max(sizes) <= micro_batch_size
-                most = max(sum(row % world_size == rank for row in rows) for rank in range(world_size))
+                most = max(len(set(rows) & set(mine)) for mine in owned)
                 assert len(dealt[0]) == -(-most // micro_batch_size)
 
 
