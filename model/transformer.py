@@ -1,14 +1,22 @@
 """A LLaMA-like decoder in one file: RMSNorm, RoPE, grouped-query attention, SwiGLU.
 
 Shape suffixes: B batch, T tokens, D model dim, V vocabulary, N query heads, K key/value heads, H head dim, F
-feed-forward dim, L keys that a query may see. Parameter names are Meta's (wq, w1, tok_embeddings, ...).
+feed-forward dim, L keys that a query may see, X queries of one key/value head. Parameter names are Meta's (wq, w1,
+tok_embeddings, ...).
 
 There is no padding. A batch of sequences of different lengths is one packed row (B = 1) plus `segment_lengths`.
-Attention runs segment by segment, so no mask is built and no token sees another segment.
+Attention keeps to a segment without a mask: one call of PyTorch's varlen_attn for the whole row where that exists (CUDA
+in half precision), one of scaled_dot_product_attention per segment elsewhere. We have not run varlen_attn on a GPU.
 
 This file holds the training path only: no loss, no sampling, no torch.distributed. train/distributed.py shards the
 model from outside, block by block; model/decode.py generates with a key/value cache, through the functions below.
 """
+
+import functools
+import inspect
+import itertools
+from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -75,6 +83,103 @@ class RMSNorm(nn.Module):
         return F.rms_norm(x, self.weight.shape, self.weight, self.eps)  # E15; PyTorch's own takes the mean in fp32
 
 
+class Segments(NamedTuple):
+    """Sequences end to end in one row."""
+
+    lengths: list[int]
+    borders: Tensor | None  # int32, 0 and the end of each segment; None: attention goes segment by segment
+
+
+def attend(
+    q_BTNH: Tensor, k_BLKH: Tensor, v_BLKH: Tensor, mask: Tensor | None = None, *, segments: Segments | None = None
+) -> Tensor:
+    """softmax(q k^T / sqrt(H)) v, (B, T, N, H) (E17). Query head n reads key/value head n // (N / K).
+
+    Without a mask the queries belong to the keys (L = T), and each sees the keys up to its own, in its own segment. A
+    mask broadcasts to (B, 1, T, L): True where a key is seen, or numbers that are added to the scores.
+    """
+    if segments is not None and segments.borders is not None:
+        return _attend_to_whole_row(q_BTNH, k_BLKH, v_BLKH, segments)
+    if segments is not None and len(segments.lengths) > 1:
+        # split, not slices: the backward of n slices writes and adds n tensors of the whole row's length.
+        pieces = zip(*(each.split(segments.lengths, dim=1) for each in (q_BTNH, k_BLKH, v_BLKH)), strict=True)
+        return torch.cat([attend(*piece) for piece in pieces], dim=1)
+    is_grouped = q_BTNH.shape[2] != k_BLKH.shape[2]
+    if is_grouped and mask is not None:
+        return _attend_by_groups(q_BTNH, k_BLKH, v_BLKH, mask)
+    is_causal = mask is None and q_BTNH.shape[1] > 1
+    q_BNTH, k_BKLH, v_BKLH = (each.transpose(1, 2) for each in (q_BTNH, k_BLKH, v_BLKH))
+    out_BNTH = F.scaled_dot_product_attention(
+        q_BNTH, k_BKLH, v_BKLH, attn_mask=mask, is_causal=is_causal, enable_gqa=is_grouped
+    )  # E17
+    return out_BNTH.transpose(1, 2)
+
+
+def _attend_by_groups(q_BTNH: Tensor, k_BLKH: Tensor, v_BLKH: Tensor, mask: Tensor) -> Tensor:
+    """attend where query heads share a key/value head: to it they are one head with N / K times as many queries.
+
+    With enable_gqa and a mask, scaled_dot_product_attention on CUDA is left with its unfused formula, and on a CPU it
+    took up to twice as long.
+    """
+    group = q_BTNH.shape[2] // k_BLKH.shape[2]
+    q_BKXH = q_BTNH.unflatten(2, (-1, group)).transpose(1, 2).flatten(2, 3)  # X = T * group
+    if q_BTNH.shape[1] > 1:
+        mask = mask.repeat_interleave(group, dim=-2)
+    out_BKXH = F.scaled_dot_product_attention(q_BKXH, k_BLKH.transpose(1, 2), v_BLKH.transpose(1, 2), attn_mask=mask)
+    return out_BKXH.unflatten(2, (-1, group)).transpose(1, 2).flatten(2, 3)  # E17
+
+
+def _attend_to_whole_row(q_1TNH: Tensor, k_1TKH: Tensor, v_1TKH: Tensor, segments: Segments) -> Tensor:
+    """attend by one call for all segments."""
+    q_TNH, k_TKH, v_TKH = q_1TNH[0], k_1TKH[0], v_1TKH[0]
+    varlen_attn = _varlen_attn()
+    keywords = _varlen_keywords(varlen_attn, q_TNH.shape[1] != k_TKH.shape[1])
+    borders, longest = segments.borders, max(segments.lengths)
+    return varlen_attn(q_TNH, k_TKH, v_TKH, borders, borders, longest, longest, **keywords)[None]  # E17, same scale
+
+
+@functools.cache
+def _varlen_attn() -> Callable | None:
+    """PyTorch's varlen_attn; None before torch 2.10. Imported only where it may be called: that takes seconds."""
+    try:
+        from torch.nn.attention.varlen import varlen_attn
+    except ImportError:
+        return None
+    return varlen_attn
+
+
+@functools.cache
+def _varlen_keywords(varlen_attn: Callable | None, is_grouped: bool) -> dict | None:
+    """What asks varlen_attn for E17; None where its version cannot compute that."""
+    if varlen_attn is None:
+        return None
+    parameters = inspect.signature(varlen_attn).parameters
+    # from torch 2.11 on causal attention is a window: any key before the query's own, none after it
+    keywords = {"window_size": (-1, 0)} if "window_size" in parameters else {"is_causal": True}
+    if not is_grouped:
+        return keywords
+    return keywords | {"enable_gqa": True} if "enable_gqa" in parameters else None  # from torch 2.12 on
+
+
+def _takes_whole_rows(config: ModelConfig, dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether varlen_attn can compute this model here: it is flash attention, in half precision, from Ampere on."""
+    return (
+        device.type == "cuda"
+        and dtype in (torch.bfloat16, torch.float16)
+        and torch.backends.cuda.is_flash_attention_available()
+        and torch.cuda.get_device_capability(device) >= (8, 0)
+        and config.head_dim in range(8, 257, 8)
+        and _varlen_keywords(_varlen_attn(), config.n_heads != config.n_kv_heads) is not None
+    )
+
+
+def describe_attention(config: ModelConfig, dtype: torch.dtype, device: torch.device) -> str:
+    """What computes the attention of packed rows, for the log."""
+    if _takes_whole_rows(config, dtype, device):
+        return "varlen_attn, one call per packed row"
+    return "scaled_dot_product_attention, one call per sequence"
+
+
 class Attention(nn.Module):
     """Causal grouped-query attention (E17)."""
 
@@ -87,12 +192,8 @@ class Attention(nn.Module):
         self.wv = nn.Linear(config.dim, kv_width, bias=config.qkv_bias)
         self.wo = nn.Linear(query_width, config.dim, bias=False)
 
-    def forward(self, x_BTD: Tensor, cos: Tensor, signed_sin: Tensor, segment_lengths: list[int]) -> Tensor:
-        projected = self.project(x_BTD, cos, signed_sin)
-        # split, not slices: the backward of n slices writes and adds n tensors of the whole row's length.
-        segments = zip(*(each.split(segment_lengths, dim=1) for each in projected), strict=True)
-        outputs = [attend(q_BTNH, k_BTKH, v_BTKH) for q_BTNH, k_BTKH, v_BTKH in segments]
-        out_BTNH = outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)
+    def forward(self, x_BTD: Tensor, cos: Tensor, signed_sin: Tensor, segments: Segments) -> Tensor:
+        out_BTNH = attend(*self.project(x_BTD, cos, signed_sin), segments=segments)
         return self.wo(out_BTNH.flatten(2))
 
     def project(self, x_BTD: Tensor, cos: Tensor, signed_sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -100,21 +201,6 @@ class Attention(nn.Module):
         B, T, _ = x_BTD.shape
         q_BTNH, k_BTKH, v_BTKH = (linear(x_BTD).view(B, T, -1, self.head_dim) for linear in (self.wq, self.wk, self.wv))
         return apply_rope(q_BTNH, cos, signed_sin), apply_rope(k_BTKH, cos, signed_sin), v_BTKH
-
-
-def attend(q_BTNH: Tensor, k_BLKH: Tensor, v_BLKH: Tensor, mask: Tensor | None = None) -> Tensor:
-    """softmax(q k^T / sqrt(H)) v, (B, T, N, H) (E17). Query head n reads key/value head n // (N / K).
-
-    Without a mask the queries belong to the keys (L = T), and each sees the keys up to its own. A mask broadcasts to
-    (B, N, T, L): True where a key is seen, or numbers that are added to the scores.
-    """
-    is_causal = mask is None and q_BTNH.shape[1] > 1
-    is_grouped = q_BTNH.shape[2] != k_BLKH.shape[2]
-    q_BNTH, k_BKLH, v_BKLH = (each.transpose(1, 2) for each in (q_BTNH, k_BLKH, v_BLKH))
-    out_BNTH = F.scaled_dot_product_attention(
-        q_BNTH, k_BKLH, v_BKLH, attn_mask=mask, is_causal=is_causal, enable_gqa=is_grouped
-    )  # E17
-    return out_BNTH.transpose(1, 2)
 
 
 class FeedForward(nn.Module):
@@ -144,8 +230,8 @@ class TransformerBlock(nn.Module):
         self.attention_norm = RMSNorm(config.dim, config.norm_eps)
         self.ffn_norm = RMSNorm(config.dim, config.norm_eps)
 
-    def forward(self, x_BTD: Tensor, cos: Tensor, signed_sin: Tensor, segment_lengths: list[int]) -> Tensor:
-        x_BTD = x_BTD + self.attention(self.attention_norm(x_BTD), cos, signed_sin, segment_lengths)
+    def forward(self, x_BTD: Tensor, cos: Tensor, signed_sin: Tensor, segments: Segments) -> Tensor:
+        x_BTD = x_BTD + self.attention(self.attention_norm(x_BTD), cos, signed_sin, segments)
         return x_BTD + self.feed_forward(self.ffn_norm(x_BTD))
 
 
@@ -217,11 +303,12 @@ class Transformer(nn.Module):
             position_ids_BT = torch.cat([torch.arange(n, device=input_ids_BT.device) for n in segment_lengths])[None]
         x_BTD = self.tok_embeddings(input_ids_BT)
         cos, signed_sin = self.rotation(position_ids_BT, x_BTD.dtype)  # once, not per layer
+        segments = self.segments(segment_lengths, x_BTD)
         for block in self.layers:
             if self.activation_checkpointing and torch.is_grad_enabled():
-                x_BTD = checkpoint(block, x_BTD, cos, signed_sin, segment_lengths, use_reentrant=False)
+                x_BTD = checkpoint(block, x_BTD, cos, signed_sin, segments, use_reentrant=False)
             else:
-                x_BTD = block(x_BTD, cos, signed_sin, segment_lengths)
+                x_BTD = block(x_BTD, cos, signed_sin, segments)
         hidden_BTD = self.norm(x_BTD)
         return hidden_BTD if return_hidden else F.linear(hidden_BTD, self.head_weight())
 
@@ -229,3 +316,13 @@ class Transformer(nn.Module):
         """rope_cos_sin of these positions, on their device."""
         self.inverse_frequencies = self.inverse_frequencies.to(position_ids_BT.device)  # moves once
         return rope_cos_sin(position_ids_BT, self.inverse_frequencies, dtype)
+
+    def segments(self, segment_lengths: list[int], x_BTD: Tensor) -> Segments:
+        """The row's segments, with their borders on its device where varlen_attn will read them."""
+        borders = None
+        if x_BTD.shape[0] == 1 and _takes_whole_rows(self.config, x_BTD.dtype, x_BTD.device):
+            ends = [0, *itertools.accumulate(segment_lengths)]
+            # from pinned memory, so that the host does not wait for the copy
+            borders = torch.tensor(ends, dtype=torch.int32, pin_memory=x_BTD.is_cuda)
+            borders = borders.to(x_BTD.device, non_blocking=True)
+        return Segments(segment_lengths, borders)
