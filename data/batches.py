@@ -1,4 +1,6 @@
-"""Encoded trajectories to micro-batches: order, shares of the ranks, packing. No state: a step number says it all.
+"""Encoded trajectories to micro-batches: order, shares of the ranks, packing, and on CUDA one step of preparation.
+
+No state: a step number says which trajectories a step trains.
 
 A micro-batch is one row of several trajectories end to end, without padding. `segment_lengths` tells the model where
 each begins; attention stays inside a segment and positions restart at 0, so packing changes nothing but speed.
@@ -7,7 +9,8 @@ Shape suffixes: T tokens of the packed row, K trained ones.
 """
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from math import ceil
 
@@ -34,9 +37,16 @@ class PackedBatch:
     trained_tokens: int  # K
 
     def to(self, device: torch.device) -> "PackedBatch":
-        """The same batch with its tensors on `device`."""
-        tensors = {name: getattr(self, name).to(device) for name in self.__slots__ if name.endswith(("_T", "_K"))}
-        return replace(self, **tensors)
+        """The same batch with its tensors on `device`. From pinned memory the host does not wait for the copies."""
+        return self._with_tensors(lambda tensor: tensor.to(device, non_blocking=True))
+
+    def pinned(self) -> "PackedBatch":
+        """The same batch in memory that the device copies from by itself. Needs CUDA."""
+        return self._with_tensors(torch.Tensor.pin_memory)
+
+    def _with_tensors(self, change: Callable[[torch.Tensor], torch.Tensor]) -> "PackedBatch":
+        names = [name for name in self.__slots__ if name.endswith(("_T", "_K"))]
+        return replace(self, **{name: change(getattr(self, name)) for name in names})
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -187,3 +197,30 @@ def step_batches(
     n_micro_batches = ceil(ceil(len(chosen) / world_size) / micro_batch_size)
     groups = [mine[i * micro_batch_size : (i + 1) * micro_batch_size] for i in range(n_micro_batches)]
     return [pack(group) if group else idle_batch(chosen[0].input_ids[0]) for group in groups]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Ahead of the step
+
+
+def prepared_batches(
+    step_batches: Callable[[int], list[PackedBatch]], steps: Iterable[int], device: torch.device
+) -> Iterator[list[PackedBatch]]:
+    """step_batches(step) of each step. For a CUDA device a thread packs and pins the next step's during this one."""
+    if device.type != "cuda":
+        yield from map(step_batches, steps)
+        return
+
+    def pinned_batches(step: int) -> list[PackedBatch]:
+        return [batch.pinned() for batch in step_batches(step)]
+
+    # A new thread is on device 0: pinning there would take memory of that device on every rank.
+    with ThreadPoolExecutor(1, initializer=torch.cuda.set_device, initargs=(device,)) as thread:
+        waiting = None
+        for step in steps:
+            following = thread.submit(pinned_batches, step)
+            if waiting is not None:
+                yield waiting.result()
+            waiting = following
+        if waiting is not None:
+            yield waiting.result()

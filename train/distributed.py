@@ -1,8 +1,8 @@
 """The only place for process groups: start-up, FSDP2 wrapping, sums and agreement over ranks, gradient clipping.
 
 One process is a group of one rank, so 1 and N ranks run the same code (only FSDP's wrapping is left out where it would
-do nothing: shard_model). Two backends live side by side: gloo carries host tensors (flags, counts), nccl carries CUDA
-tensors (parameters, gradients); without CUDA gloo carries both.
+do nothing: shard_model). Two backends live side by side: gloo carries host tensors (flags), nccl carries CUDA tensors
+(parameters, gradients, sums of a step); without CUDA gloo carries both.
 
 Gradient reduction is a plain SUM in fp32. FSDP2 would divide by the world size, which is right only when every rank
 holds the same number of trained tokens; our loss is already divided by the global denominator.
@@ -15,7 +15,7 @@ import signal
 import sys
 import time
 import traceback
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -98,6 +98,7 @@ def init_world(device: str, *, shard_group_size: int = 0, patience: timedelta = 
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     if on_cuda:
         torch.cuda.set_device(local_rank)
+        set_up_cuda()
     if not dist.is_initialized():
         store, rank, size = dist.HashStore(), 0, 1
         if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
@@ -109,6 +110,15 @@ def init_world(device: str, *, shard_group_size: int = 0, patience: timedelta = 
     mesh = make_mesh(size, shard_group_size, "cuda" if on_cuda else "cpu")
     torch_device = torch.device("cuda", local_rank) if on_cuda else torch.device("cpu")
     return World(rank=rank, size=size, device=torch_device, mesh=mesh)
+
+
+def set_up_cuda() -> None:
+    """PyTorch's choices that a run on CUDA must not leave to its defaults, before the first kernel."""
+    # cuDNN's attention plans for each new shape, and nearly every row has a new length; 0.4 to 0.6 s each were reported
+    torch.backends.cuda.enable_cudnn_sdp(False)
+    # products in half precision are summed in fp32 also where cuBLAS sums in parts
+    torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
+    torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
 
 
 def make_mesh(size: int, shard_group_size: int, device_type: str) -> DeviceMesh:
@@ -215,7 +225,7 @@ def _ranks_without_a_note(here: int) -> list[int] | None:
 
 
 def _stage_of(error: BaseException) -> str:
-    """Where in our code a collective failed, e.g. "step 12: train_step > clip_gradients > global_sum"."""
+    """Where in our code a collective failed, e.g. "step 12: train_sft > train_step > sum_over_ranks"."""
     names, step = [], None
     for frame, _ in traceback.walk_tb(error.__traceback__):
         if frame.f_code.co_filename.startswith(_ROOT) and "site-packages" not in frame.f_code.co_filename:
@@ -234,6 +244,12 @@ def global_sum(values: list[float]) -> list[float]:
     totals = torch.tensor(values, dtype=torch.float64)
     dist.all_reduce(totals, op=dist.ReduceOp.SUM)
     return totals.tolist()
+
+
+def sum_over_ranks(totals: torch.Tensor) -> torch.Tensor:
+    """The element-wise sums over all ranks of a tensor on the run's device, in its place; the host does not wait."""
+    dist.all_reduce(totals, op=dist.ReduceOp.SUM)
+    return totals
 
 
 def any_rank(flag: bool) -> bool:
@@ -401,24 +417,34 @@ def local_part(tensor: torch.Tensor) -> torch.Tensor:
 def clip_gradients(parameters: Iterable[torch.nn.Parameter], max_grad_norm: float) -> float:
     """Scale all gradients by min(1, max_grad_norm / norm), where norm is the global L2 norm (E14); returns norm.
 
-    Squared norms of the shards add up over ranks; of a gradient that several ranks hold, each counts its share. Squares
-    are summed in fp64: 7e9 fp32 squares would lose digits. max_grad_norm = 0 only measures. A non-finite norm leaves
-    gradients alone.
+    max_grad_norm = 0 only measures. A non-finite norm leaves gradients alone. A collective, which waits for the device.
     """
-    squares, gradients = [], []
+    parameters = list(parameters)
+    norm = sum_over_ranks(gradient_square(parameters)).item() ** 0.5  # E14
+    scale_gradients(parameters, norm, max_grad_norm)
+    return norm
+
+
+def gradient_square(parameters: Sequence[torch.nn.Parameter]) -> torch.Tensor:
+    """This rank's part of the squared global L2 norm of all gradients, fp64 on their device; the ranks' parts add up.
+
+    Of a gradient that several ranks hold, each counts its share. Squares are summed in fp64: 7e9 fp32 squares would
+    lose digits.
+    """
+    squares = [torch.zeros((), dtype=torch.float64, device=local_part(parameters[0]).device)]
     for parameter in parameters:
-        if parameter.grad is not None:
-            gradient = local_part(parameter.grad)
-            gradients.append(gradient)
-            if gradient.numel():
-                square = torch.linalg.vector_norm(gradient, dtype=torch.float64).square()
-                squares.append(square / replicas_of(parameter.grad))
-    local_square = torch.stack(squares).sum().item() if squares else 0.0
-    norm = global_sum([local_square])[0] ** 0.5  # E14
+        if parameter.grad is not None and (gradient := local_part(parameter.grad)).numel():
+            square = torch.linalg.vector_norm(gradient, dtype=torch.float64).square()
+            squares.append(square / replicas_of(parameter.grad))
+    return torch.stack(squares).sum()
+
+
+def scale_gradients(parameters: Sequence[torch.nn.Parameter], norm: float, max_grad_norm: float) -> None:
+    """Scale all gradients to max_grad_norm if their global norm is larger and finite (E14)."""
     # NaN compares false, inf would multiply everything by 0: the caller refuses to step on both
     if 0 < max_grad_norm < norm < float("inf"):
+        gradients = [local_part(parameter.grad) for parameter in parameters if parameter.grad is not None]
         torch._foreach_mul_(gradients, max_grad_norm / norm)  # E14
-    return norm
 
 
 def replicas_of(tensor: torch.Tensor) -> int:

@@ -10,18 +10,19 @@ Shape suffixes: B batch (1: one packed row), T tokens, K trained tokens (weight 
 import math
 import time
 from collections.abc import Callable
+from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 
 from command_line import run_identity
-from data.batches import PackedBatch, drop_unusable
+from data.batches import PackedBatch, drop_unusable, prepared_batches
 from data.data_report import data_report, describe_data
 from data.loss_weights import EncodedTrajectory, TextEncoder, encode_trajectory
 from data.trajectories import read_trajectories
 from printable import one_line
-from train.distributed import World, clip_gradients, global_sum, limit_waiting, set_gradient_sync
+from train.distributed import World, gradient_square, limit_waiting, scale_gradients, set_gradient_sync, sum_over_ranks
 from train.held_out import HeldOut
 from train.optimizer import schedule_factor, set_learning_rates, warmup_steps_of
 from train.run_control import (
@@ -98,12 +99,14 @@ def train_step(
 ) -> StepResult:
     """One optimizer step over this rank's micro-batches of the global batch; a collective. `step` counts from 1.
 
-    1 denominators over all ranks, before any backward; 2 forward and backward of each micro-batch; 3 global loss;
-    4 clip; 5 refuse non-finite values on all ranks alike; 6 update. Raises TrainingError before the update.
-    It reads only loss_normalization, max_grad_norm and reduce_gradients of `config`.
+    1 denominators over all ranks; 2 forward and backward of each micro-batch; 3 global loss and gradient norm; 4 refuse
+    a step without trained tokens and non-finite values, on all ranks alike; 5 clip; 6 update. Raises TrainingError
+    before the update. The host waits for the device once, in 3. It reads only loss_normalization, max_grad_norm and
+    reduce_gradients of `config`.
     """
     # 1.
-    denominator, trained_tokens, trained_turns, input_tokens = _global_counts(config, batches, step)
+    counts = _global_counts(batches, world)
+    denominator = torch.ones_like(counts[0]) if config.loss_normalization == "sum" else counts[0]  # E6, E7, E8
     # 2. gradients add up over micro-batches
     loss_sum = torch.zeros((), dtype=torch.float64, device=world.device)
     for number, batch in enumerate(batches, start=1):
@@ -125,41 +128,51 @@ def train_step(
             trained_index_K=batch.trained_index_K,
             backend=loss_backend,
         )
-        (weighted_sum / denominator).backward()
+        (weighted_sum / denominator.to(weighted_sum.dtype)).backward()
         loss_sum += weighted_sum.detach()
-    # 3. - 4.
-    loss = global_sum([loss_sum.item()])[0] / denominator
-    grad_norm = clip_gradients(model.parameters(), config.max_grad_norm)
-    # 5. both values are global sums, so all ranks decide alike; no parameter has changed yet
-    if not (math.isfinite(loss) and math.isfinite(grad_norm)):
+    # 3.
+    parameters = list(model.parameters())
+    sums = sum_over_ranks(torch.stack([loss_sum, gradient_square(parameters)]))
+    result = _step_result(torch.cat([sums, denominator[None], counts[1:]]).tolist())
+    # 4. all values are global sums, so all ranks decide alike; no parameter has changed yet
+    if fault := _fault_of(result):
         optimizer.zero_grad(set_to_none=True)
-        raise TrainingError(
-            f"step {step}: found loss {loss} and gradient norm {grad_norm}, expected finite values; stopped before the "
-            f"update; ids on this rank: {_ids_of(batches)}"
-        )
-    # 6.
+        raise TrainingError(f"step {step}: {fault}; ids on this rank: {_ids_of(batches)}")
+    # 5. - 6.
+    scale_gradients(parameters, result.grad_norm, config.max_grad_norm)
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
-    return StepResult(loss, grad_norm, denominator, trained_tokens, trained_turns, input_tokens)
+    return result
 
 
-def _global_counts(config: SFTConfig, batches: list[PackedBatch], step: int) -> tuple[float, int, int, int]:
-    """Denominator of the loss, trained tokens, trained turns and input tokens of the whole global batch."""
+def _global_counts(batches: list[PackedBatch], world: World) -> torch.Tensor:
+    """Sum of loss weights, trained tokens, trained turns and input tokens of the whole global batch; fp64, (4,)."""
     local = [
         sum(batch.denominator for batch in batches),
         sum(batch.trained_tokens for batch in batches),
         sum(batch.trained_turns for batch in batches),
         sum(len(batch.input_ids_T) for batch in batches),
     ]
-    weight_sum, *counts = global_sum(local)
-    trained_tokens, trained_turns, input_tokens = map(int, counts)
-    denominator = 1.0 if config.loss_normalization == "sum" else weight_sum  # E6, E7, E8
-    if trained_tokens == 0 or not denominator > 0:
-        raise TrainingError(
-            f"step {step}: found {trained_tokens} trained tokens and denominator {denominator}, expected at least "
-            f"one; ids on this rank: {_ids_of(batches)}"
-        )
-    return denominator, trained_tokens, trained_turns, input_tokens
+    counts = torch.tensor(local, dtype=torch.float64, pin_memory=world.device.type == "cuda")
+    return sum_over_ranks(counts.to(world.device, non_blocking=True))
+
+
+def _step_result(sums: list[float]) -> StepResult:
+    """sums: of losses, of squared gradients, then denominator, trained tokens, trained turns and input tokens."""
+    loss_sum, gradient_square, denominator, *counts = sums
+    loss = loss_sum / denominator if denominator else math.nan
+    return StepResult(loss, gradient_square**0.5, denominator, *map(int, counts))  # E14
+
+
+def _fault_of(result: StepResult) -> str:
+    """What forbids the update, or ""."""
+    if result.trained_tokens == 0 or not result.denominator > 0:
+        found = f"{result.trained_tokens} trained tokens and denominator {result.denominator}"
+        return f"found {found}, expected at least one"
+    if not (math.isfinite(result.loss) and math.isfinite(result.grad_norm)):
+        found = f"loss {result.loss} and gradient norm {result.grad_norm}"
+        return f"found {found}, expected finite values; stopped before the update"
+    return ""
 
 
 def _ids_of(batches: list[PackedBatch]) -> str:
@@ -214,12 +227,13 @@ def train_sft(
     warmup_steps = warmup_steps_of(config.warmup_ratio, data.total_steps)
     watch = SFTWatch(config, world, data.held_out, step=step, last_step=last_step)
     stopping = False
-    with StopSignal() as stop, watch, make_saver(config, world, run_hash) as saver:
+    ahead = closing(prepared_batches(data.step_batches, range(step, last_step), world.device))
+    with StopSignal() as stop, watch, make_saver(config, world, run_hash) as saver, ahead as batches_of_steps:
         if step == 0:
             watch.evaluate(model, step=0)
         while step < last_step and not stopping:
             began = time.perf_counter()
-            batches = data.step_batches(step)
+            batches = next(batches_of_steps)
             step += 1
             factor = schedule_factor(step, data.total_steps, warmup_steps, config.schedule)
             learning_rate = set_learning_rates(optimizer, factor)
