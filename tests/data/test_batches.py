@@ -1,12 +1,13 @@
 """Order, shares of the ranks, packing and dropping, on rows written by hand."""
 
+import threading
 from array import array
 from collections import Counter
 
 import pytest
 import torch
 
-from data.batches import drop_unusable, epoch_order, idle_batch, pack, step_batches, steps_per_epoch
+from data.batches import drop_unusable, epoch_order, idle_batch, pack, prepared_batches, step_batches, steps_per_epoch
 from data.json_records import DataError
 from data.loss_weights import EncodedTrajectory
 
@@ -165,3 +166,56 @@ def test_drop_unusable_shows_the_first_few_and_nothing_that_acts_on_a_terminal()
 def test_nothing_left_is_an_error():
     with pytest.raises(DataError, match="found 2 trajectories, 1 longer than 3 tokens and 1 without a trained turn"):
         drop_unusable([row("long", [1] * 5, [2] * 5, [1.0] * 5), row("empty", [1], [2], [0.0])], 3)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Ahead of the step
+
+
+def test_on_the_cpu_batches_are_made_when_they_are_asked_for():
+    made = []
+    batches = prepared_batches(lambda step: made.append(step) or [step], range(3, 6), torch.device("cpu"))
+    assert (next(batches), made) == ([3], [3])
+    assert (list(batches), made) == ([[4], [5]], [3, 4, 5])
+
+
+@pytest.fixture
+def pinning(monkeypatch):
+    """Stands in for CUDA: (threads that chose a device, tensors that were pinned)."""
+    chosen, pinned = [], []
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: chosen.append((threading.get_ident(), str(device))))
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: pinned.append(threading.get_ident()) or tensor)
+    return chosen, pinned
+
+
+def test_for_cuda_the_next_batches_are_pinned_in_a_thread_on_the_device_of_the_rank(pinning):
+    chosen, pinned = pinning
+    rows, is_made = numbered_rows(4), [threading.Event() for _ in range(4)]
+
+    def make(step):
+        is_made[step].set()
+        return [pack(rows[: step + 1])]
+
+    batches = prepared_batches(make, range(4), torch.device("cuda", 5))
+    for step in range(4):
+        (batch,) = next(batches)
+        assert batch.input_ids_T.tolist() == pack(rows[: step + 1]).input_ids_T.tolist()
+        assert step == 3 or is_made[step + 1].wait(20)  # while the caller still works on this step
+        assert not any(event.is_set() for event in is_made[step + 2 :])
+    assert next(batches, "end") == "end"
+    ((thread, device),) = chosen
+    assert device == "cuda:5" and thread != threading.get_ident()
+    assert pinned == [thread] * 5 * 4  # the five tensors of each batch
+
+
+def test_an_error_in_the_thread_arrives_at_its_step(pinning):
+    def make(step):
+        if step == 1:
+            raise DataError("found a bad row")
+        return [pack(numbered_rows(1))]
+
+    batches = prepared_batches(make, range(3), torch.device("cuda", 0))
+    assert len(next(batches)) == 1
+    with pytest.raises(DataError, match="found a bad row"):
+        next(batches)
+    assert list(prepared_batches(make, range(0), torch.device("cuda", 0))) == []
