@@ -431,11 +431,13 @@ def gradient_square(parameters: Sequence[torch.nn.Parameter]) -> torch.Tensor:
     Of a gradient that several ranks hold, each counts its share. Squares are summed in fp64: 7e9 fp32 squares would
     lose digits.
     """
-    squares = [torch.zeros((), dtype=torch.float64, device=local_part(parameters[0]).device)]
+    squares = []
     for parameter in parameters:
         if parameter.grad is not None and (gradient := local_part(parameter.grad)).numel():
             square = torch.linalg.vector_norm(gradient, dtype=torch.float64).square()
             squares.append(square / replicas_of(parameter.grad))
+    if not squares:  # the other ranks wait for a number on the same device
+        return torch.zeros((), dtype=torch.float64, device=local_part(parameters[0]).device)
     return torch.stack(squares).sum()
 
 
