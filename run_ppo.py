@@ -24,6 +24,7 @@ from model.config import ModelFolderError
 from model.pretrained_weights import check_folder, describe_eos_change, save_pretrained_streamed, save_value_model
 from model.pretrained_weights import read_config as read_model_config
 from model.tokenizer import Tokenizer, load_tokenizer
+from model.transformer import describe_attention
 from rl.check_rewards import check_rewards, drop_unspellable
 from rl.models import Models, load_models
 from rl.plan import plan_ppo
@@ -33,6 +34,7 @@ from rl.prompts import PPOPrompt, read_prompts
 from train.checkpoint import CheckpointError
 from train.cuda.launch import LossBackendError, agree_on_loss_backend
 from train.distributed import (
+    DTYPES,
     DeviceError,
     World,
     close_world,
@@ -77,7 +79,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         tokenizer = load_tokenizer(config.model)
         if config.plan == "on":  # before anything asks for weights
             return report_plan(plan_ppo(config, make_prompts(config, config.data, tokenizer)[0]))
-        check_folder(config.model, tokenizer)
+        shape = check_folder(config.model, tokenizer)
         sources = {
             "data_sha256": file_sha256(Path(config.data)),
             "model_sha256": model_fingerprint(config.model),
@@ -93,7 +95,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         use_deterministic_algorithms(config.deterministic)
         refuse_too_large(config, lambda: plan_ppo(config, prompts))
         world = init_world(config.device, shard_group_size=config.shard_group_size)
-        loss_backend, reason = agree_on_loss_backend(config.loss_backend, world)
+        loss_backend, reason = agree_on_loss_backend(config.loss_backend, world, shape.vocab_size)
         if world.is_main:
             idle_line = ranks_that_hold_shards_only(world.size, config.minibatch_size)
             for note in (
@@ -101,6 +103,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 *notes,
                 *more_notes,
                 f"loss backend: {loss_backend} ({reason})",
+                f"attention: {describe_attention(shape, DTYPES[config.dtype], world.device)}",
             ):
                 log_line(note)
         models = load_models(config, tokenizer, world, loss_backend)

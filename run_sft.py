@@ -25,9 +25,11 @@ from data.trained_format import choose_format, training_record
 from model.config import ModelFolderError
 from model.pretrained_weights import check_folder, describe_eos_change, save_pretrained_streamed
 from model.tokenizer import load_tokenizer
+from model.transformer import describe_attention
 from train.checkpoint import CheckpointError
 from train.cuda.launch import LossBackendError, agree_on_loss_backend
 from train.distributed import (
+    DTYPES,
     DeviceError,
     World,
     close_world,
@@ -71,7 +73,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         tokenizer = load_tokenizer(config.model)
         if config.plan == "on":  # before anything asks for weights
             return report_plan(plan_sft(config, encode_data(config, tokenizer)[0]))
-        check_folder(config.model, tokenizer)
+        shape = check_folder(config.model, tokenizer)
         _, format_line = choose_format(config.prompt_format, config.model)
         training = training_record(tokenizer, config.prompt_format)
         sources = {"data_sha256": file_sha256(Path(config.data)), "model_sha256": model_fingerprint(config.model)}
@@ -82,12 +84,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         use_deterministic_algorithms(config.deterministic)
         refuse_too_large(config, lambda: plan_sft(config, encoded))
         world = init_world(config.device, shard_group_size=config.shard_group_size)
-        loss_backend, reason = agree_on_loss_backend(config.loss_backend, world)
+        loss_backend, reason = agree_on_loss_backend(config.loss_backend, world, shape.vocab_size)
         if world.is_main:
             idle_line = ranks_that_hold_shards_only(world.size, min(config.global_batch_size, len(encoded)))
             for note in filter(None, [format_line, idle_line, *report["notes"], *held_out_notes]):
                 log_line(note)
             log_line(f"loss backend: {loss_backend} ({reason})")
+            log_line(f"attention: {describe_attention(shape, DTYPES[config.dtype], world.device)}")
         model = load_sharded_model(config.model, world, dtype=config.dtype, tokenizer_size=tokenizer.vocab_size)
         optimizer = make_optimizer(config, model)
         data = SFTData(

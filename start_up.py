@@ -1,4 +1,5 @@
-"""What a script does before its other imports, which take seconds: it hears signals and ends with its torchrun."""
+"""What a script does before its other imports, which take seconds: it hears signals, ends with its torchrun and tells
+PyTorch how to hold CUDA's memory."""
 
 import ctypes
 import os
@@ -7,10 +8,11 @@ import sys
 
 
 def prepare() -> None:
-    """Have SIGINT and SIGTERM end the process with one line, until `polite_stop` takes them; end_with_torchrun."""
+    """Have SIGINT and SIGTERM end the process with one line, until `polite_stop` takes them; the other functions."""
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, _end)
     end_with_torchrun()
+    let_segments_grow()
 
 
 def _end(number: int, _frame: object) -> None:
@@ -33,3 +35,13 @@ def end_with_torchrun() -> None:
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # 1: PR_SET_PDEATHSIG
         if os.getppid() != parent:  # it died before the call
             os.kill(os.getpid(), signal.SIGKILL)
+
+
+def let_segments_grow() -> None:
+    """Have PyTorch's allocator on CUDA extend its segments; nothing where the user has chosen settings for it.
+
+    Rows of ever new lengths leave holes in segments of fixed size that no later row fits. PyTorch reads the variable
+    when it is imported; its old name is checked too.
+    """
+    if not {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"} & os.environ.keys():
+        os.environ["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"

@@ -1,5 +1,6 @@
 """start_up.py: what reaches a script while it imports torch; here torch is a module that sleeps."""
 
+import json
 import os
 import select
 import signal
@@ -48,3 +49,20 @@ def test_a_worker_ends_with_its_torchrun_during_the_imports(environment, script)
     agent.kill()
     ready, _, _ = select.select([agent.stdout], [], [], 30)  # readable: the worker, which held the other end, is gone
     assert ready and agent.communicate()[0] == ""
+
+
+@pytest.mark.parametrize(
+    ("set_by_user", "expected"),
+    [
+        ({}, {"PYTORCH_ALLOC_CONF": "expandable_segments:True"}),
+        ({"PYTORCH_ALLOC_CONF": "backend:native"}, {"PYTORCH_ALLOC_CONF": "backend:native"}),
+        ({"PYTORCH_CUDA_ALLOC_CONF": ""}, {"PYTORCH_CUDA_ALLOC_CONF": ""}),
+    ],
+)
+def test_the_allocator_is_set_before_torch_is_imported(environment, tmp_path, set_by_user, expected):
+    show = "import json, os, sys; print(json.dumps({k: v for k, v in os.environ.items() if 'ALLOC_CONF' in k}))"
+    (tmp_path / "torch.py").write_text(f"{show}; sys.exit()")
+    environment = {name: value for name, value in environment.items() if "ALLOC_CONF" not in name} | set_by_user
+    line = [sys.executable, "run_sft.py"]
+    done = subprocess.run(line, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=60, check=False)
+    assert (json.loads(done.stdout), done.stderr) == (expected, "")

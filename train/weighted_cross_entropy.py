@@ -17,13 +17,13 @@ import torch
 from torch import Tensor
 from torch.library import custom_op
 
-from train.cuda.launch import cuda_chunk_loss_and_gradient_, cuda_row_cross_entropy, cuda_scale_
+from train.cuda.launch import cuda_chunk_loss_and_gradient_, cuda_row_cross_entropy, cuda_scale_, empty_logits
 
 # Largest block of logits alive at once, counted in bytes of the arithmetic. Fewer rows than this are done in one
 # piece (fastest); more rows are chunked, which costs one pass over the head gradient per chunk and bounds the memory.
-# CPU: measured by benchmarks/benchmark_loss.py. CUDA: from arithmetic only (accumulating into a 7B head's gradient
-# then takes less time than the chunk's matmuls).
-MAX_LOGITS_BYTES = {"cpu": 64 * 2**20, "cuda": 256 * 2**20}
+# CPU: measured by benchmarks/benchmark_loss.py. CUDA: from arithmetic only: 8,192 rows of 32,016 logits in one piece,
+# in fp32 too.
+MAX_LOGITS_BYTES = {"cpu": 64 * 2**20, "cuda": 2**30}
 
 # A CPU without bf16 units multiplies bf16 matrices up to ninety times slower than their fp32 copies (measured, AVX2).
 HALF_IS_SLOW = torch.backends.cpu.get_cpu_capability() in ("DEFAULT", "AVX2")
@@ -163,7 +163,7 @@ def _loss_and_gradients(
     in_place = _chunk_function(backend)
     for start in range(0, n_rows, chunk_rows):
         rows = slice(start, start + chunk_rows)
-        logits_CV = _matmul(hidden_KD[rows], head_weight_VD.T)
+        logits_CV = _logits(hidden_KD[rows], head_weight_VD, backend)
         loss_K[rows] = in_place(logits_CV, target_ids_K[rows], loss_weights_K[rows], any(needs))
         if need_hidden:
             _matmul(logits_CV, head_weight_VD, out=grad_hidden_KD[rows])  # E11
@@ -184,8 +184,21 @@ def _empty_results(
     )
 
 
+def _logits(hidden_CD: Tensor, head_weight_VD: Tensor, backend: str) -> Tensor:
+    """hidden @ head.T, (C, V)."""
+    return _matmul(hidden_CD, head_weight_VD.T, out=_room_for_logits(hidden_CD, head_weight_VD, backend))
+
+
+def _room_for_logits(hidden_CD: Tensor, head_weight_VD: Tensor, backend: str) -> Tensor:
+    """Uninitialised logits, (C, V), with the row stride that the backend's kernels like best."""
+    n_rows, vocab_size = hidden_CD.shape[0], head_weight_VD.shape[0]
+    if backend == "cuda":
+        return empty_logits(n_rows, vocab_size, hidden_CD.dtype, hidden_CD.device)
+    return hidden_CD.new_empty(n_rows, vocab_size)
+
+
 def _matmul(left: Tensor, right: Tensor, out: Tensor | None = None) -> Tensor:
-    """left @ right. Also in half precision it is summed in fp32 and rounded once, everywhere."""
+    """left @ right. Also in half precision it is summed in fp32 and rounded once (on CUDA: train.distributed)."""
     if left.device.type == "cpu" and left.dtype in (torch.bfloat16, torch.float16) and HALF_IS_SLOW:
         product = (left.float() @ right.float()).to(left.dtype)
         return product if out is None else out.copy_(product)
@@ -197,7 +210,7 @@ def _add_matmul_(total_VD: Tensor, left_VC: Tensor, right_CD: Tensor) -> None:
     if left_VC.dtype == total_VD.dtype:
         total_VD.addmm_(left_VC, right_CD)
     elif total_VD.device.type == "cuda":
-        total_VD.add_(torch.mm(left_VC, right_CD, out_dtype=total_VD.dtype))
+        torch.addmm(total_VD, left_VC, right_CD, out_dtype=total_VD.dtype, out=total_VD)
     else:  # the CPU has no mixed matmul
         total_VD.addmm_(left_VC.to(total_VD.dtype), right_CD.to(total_VD.dtype))
 
@@ -270,14 +283,14 @@ def _one_piece(
     hidden_KD: Tensor, head_weight_VD: Tensor, target_ids_K: Tensor, loss_weights_K: Tensor, backend: str
 ) -> tuple[Tensor, Tensor]:
     """(loss, gradient of the logits)."""
-    logits_KV = _matmul(hidden_KD, head_weight_VD.T)
+    logits_KV = _logits(hidden_KD, head_weight_VD, backend)
     loss_K = _chunk_function(backend)(logits_KV, target_ids_K, loss_weights_K, True)
     return loss_K.sum(), logits_KV  # E1: over the tokens of a micro-batch; E2-E8 are in the weights
 
 
 @_one_piece.register_fake
 def _(hidden_KD, head_weight_VD, target_ids_K, loss_weights_K, backend):
-    return loss_weights_K.new_empty(()), hidden_KD.new_empty(hidden_KD.shape[0], head_weight_VD.shape[0])
+    return loss_weights_K.new_empty(()), _room_for_logits(hidden_KD, head_weight_VD, backend)
 
 
 def _save_one_piece(ctx, inputs, output) -> None:

@@ -229,6 +229,33 @@ def check_each_backward_of_chunks_happens_once():
         raise AssertionError("a second backward was accepted")
 
 
+def check_the_logits_of_any_vocabulary_begin_where_a_row_kernel_reads():
+    """Logits that the loss makes itself: rows padded to 16 bytes, in chunks and in one piece, eager and compiled."""
+    log = Path(tempfile.mkdtemp()) / "launches"
+    for dtype, vocab_size in ((torch.bfloat16, 41), (torch.float16, 47), (torch.float32, 43)):
+        rows = make_rows(dtype, n_rows=12, dim=16, vocab_size=vocab_size)
+        index_K = rows[3].nonzero().squeeze(1)
+        for chunk_rows in (None, 3):
+
+            def loss_of(hidden_MD, head_weight_VD, rows=rows, index_K=index_K, chunk_rows=chunk_rows):
+                return linear_weighted_cross_entropy(
+                    hidden_MD, head_weight_VD, *rows[2:], trained_index_K=index_K, chunk_rows=chunk_rows, backend="cuda"
+                )
+
+            with environment(FAKE_DRIVER_LOG=str(log)):
+                found = loss_of(*rows[:2])
+                gradients = torch.autograd.grad(found, rows[:2])
+                torch._dynamo.reset()
+                compiled = torch.compile(loss_of, backend="aot_eager", fullgraph=True)(*rows[:2])
+            expected, *exact = oracle(*rows)
+            torch.testing.assert_close(found.detach().double(), expected, rtol=5e-3, atol=0)
+            assert torch.equal(found, compiled)
+            for gradient, each in zip(gradients, exact, strict=True):
+                assert (gradient.double() - each).norm() / each.norm() < 1e-2
+    kernels = {line.split()[0] for line in launched(log)} - {f"wce_scale_{name}" for name in DTYPES.values()}
+    assert kernels == {"wce_row_bf16_128x1", "wce_row_fp16_128x1", "wce_row_fp32_128x1"}, kernels
+
+
 def check_no_rows_are_no_launch():
     log = Path(tempfile.mkdtemp()) / "launches"
     hidden_MD, head_weight_VD, target_ids_M, _ = make_rows(torch.float32, n_rows=3)
@@ -276,7 +303,7 @@ def check_compiled_loss_launches_the_kernels():
     with environment(FAKE_DRIVER_LOG=str(log)):
         found = torch.autograd.grad(torch.compile(loss_of, backend="aot_eager", fullgraph=True)(*rows[:2]), rows[:2])
     assert all(map(torch.equal, found, expected))
-    assert [line.split()[0] for line in launched(log)] == ["wce_stream_fp32"] * 2 + ["wce_scale_fp32"] * 2
+    assert [line.split()[0] for line in launched(log)] == ["wce_row_fp32_128x1"] * 2 + ["wce_scale_fp32"] * 2
 
 
 def check_wrong_parameters_are_noticed():
@@ -781,6 +808,13 @@ def test_fallback_states_its_reason_and_cuda_refuses(monkeypatch):
         "cuda",
         "kernels of weighted_cross_entropy.cu, checked against PyTorch on cuda",
     )
+
+
+def test_the_check_tries_the_vocabulary_of_the_model(monkeypatch):
+    tried = []
+    monkeypatch.setattr(cuda_cross_entropy, "check_kernels", lambda _, dtype, n_ids: tried.append((dtype, n_ids)))
+    assert choose_loss_backend("auto", torch.device("cuda"), 32016)[0] == "cuda"
+    assert tried == [(dtype, n_ids) for dtype in DTYPES for n_ids in (1000, 1003, 32016)]
 
 
 def test_a_kernel_that_breaks_the_device_ends_the_run(monkeypatch):

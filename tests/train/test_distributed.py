@@ -17,8 +17,10 @@ from train.distributed import (
     gather_objects,
     gathered_model,
     global_sum,
+    gradient_square,
     init_world,
     local_part,
+    set_up_cuda,
     shard_model,
 )
 from train.sft_config import SFTConfig
@@ -118,6 +120,25 @@ def test_idle_batch_gives_zero_gradients_not_none(world):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# CUDA's settings
+
+
+def test_settings_of_cuda():
+    """No attention by cuDNN, which plans for every new shape; products in half precision are summed in fp32."""
+    matmul, before = torch.backends.cuda.matmul, torch.backends.cuda.cudnn_sdp_enabled()
+    names = ("allow_bf16_reduced_precision_reduction", "allow_fp16_reduced_precision_reduction")
+    kept = [getattr(matmul, name) for name in names]
+    try:
+        set_up_cuda()
+        assert not torch.backends.cuda.cudnn_sdp_enabled() and torch.backends.cuda.flash_sdp_enabled()
+        assert [getattr(matmul, name) for name in names] == [False, False]
+    finally:
+        torch.backends.cuda.enable_cudnn_sdp(before)
+        for name, value in zip(names, kept, strict=True):
+            setattr(matmul, name, value)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # Clipping
 
 
@@ -133,6 +154,13 @@ def test_clip_by_hand(world):
     assert clip_gradients(parameters, 1.0) == pytest.approx(5.0)
     assert parameters[0].grad.tolist() == pytest.approx([0.6, 0.0])
     assert parameters[1].grad.tolist() == pytest.approx([0.8])
+
+
+def test_a_rank_without_gradients_adds_nothing_on_the_device_of_its_parameters():
+    bare = [torch.nn.Parameter(torch.zeros(2, device="meta"))]
+    assert gradient_square(bare).device.type == "meta"
+    empty = with_gradients([])
+    assert gradient_square(empty).item() == 0.0 and gradient_square(empty).dtype == torch.float64
 
 
 @pytest.mark.parametrize("limit", [0.0, 5.0, 7.0])

@@ -276,10 +276,10 @@ def test_one_rank_without_kernels_takes_them_from_all(monkeypatch):
     other = ("torch", "cuda-bindings is not installed")
     monkeypatch.setattr("train.cuda.launch.choose_loss_backend", lambda *_: ("cuda", "checked"))
     monkeypatch.setattr("train.cuda.launch.gather_objects", lambda choice: [choice, other, choice])
-    assert agree_on_loss_backend("auto", world) == other
+    assert agree_on_loss_backend("auto", world, 500) == other
     monkeypatch.setattr("train.cuda.launch.gather_objects", lambda choice: [choice, ("", "rank 1 cannot")])
     with pytest.raises(LossBackendError, match="rank 1 cannot"):
-        agree_on_loss_backend("cuda", world)
+        agree_on_loss_backend("cuda", world, 500)
 
 
 def test_run_with_loss_backend_cuda_ends_with_one_line(tmp_path, capsys):
@@ -316,7 +316,7 @@ def test_ppo_hands_its_backend_to_every_log_probability(tmp_path, monkeypatch):
         return linear_token_logprobs(*arguments)
 
     monkeypatch.setattr("rl.rollout.linear_token_logprobs", recording)
-    monkeypatch.setattr("run_ppo.agree_on_loss_backend", lambda requested, world: ("cuda", f"for {requested}"))
+    monkeypatch.setattr("run_ppo.agree_on_loss_backend", lambda requested, *_: ("cuda", f"for {requested}"))
     code, out, err = run_ppo_here(tmp_path / "run", model=tiny_files()[0], max_steps=1, max_response_tokens=24)
     assert code == 0, err
     assert "loss backend: cuda (for auto)" in out.splitlines()

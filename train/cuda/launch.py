@@ -33,18 +33,18 @@ class LossBackendError(ValueError):
 # The choice, once per run
 
 
-def choose_loss_backend(requested: str, device: torch.device) -> tuple[str, str]:
+def choose_loss_backend(requested: str, device: torch.device, vocab_size: int = 0) -> tuple[str, str]:
     """("cuda" or "torch", why) for a run on `device`; "auto" takes our kernels where they compile, load and agree with
     PyTorch on a few rows, and PyTorch's operators elsewhere.
 
-    Raises LossBackendError if "cuda" is requested and not possible, ValueError for another word. With "auto" only a
-    kernel that breaks the device is an error.
+    vocab_size: of the model, whose rows are tried too; 0: no model. Raises LossBackendError if "cuda" is requested and
+    not possible, ValueError for another word. With "auto" only a kernel that breaks the device is an error.
     """
     if requested not in ("auto", "cuda", "torch"):
         raise ValueError(f"loss_backend: found {requested!r}, expected auto, cuda or torch")
     if requested == "torch":
         return "torch", "as requested"
-    obstacle = _obstacle(device)
+    obstacle = _obstacle(device, vocab_size)
     if obstacle is None:
         return "cuda", f"kernels of {SOURCE.name}, checked against PyTorch on {device}"
     if requested == "cuda":
@@ -52,13 +52,13 @@ def choose_loss_backend(requested: str, device: torch.device) -> tuple[str, str]
     return "torch", obstacle
 
 
-def agree_on_loss_backend(requested: str, world: World) -> tuple[str, str]:
+def agree_on_loss_backend(requested: str, world: World, vocab_size: int) -> tuple[str, str]:
     """choose_loss_backend on every rank; the kernels only if all ranks can run them. A collective.
 
     Raises LossBackendError on every rank alike.
     """
     try:
-        choice = choose_loss_backend(requested, world.device)
+        choice = choose_loss_backend(requested, world.device, vocab_size)
     except LossBackendError as error:
         choice = ("", str(error))
     choices = gather_objects(choice)
@@ -68,16 +68,16 @@ def agree_on_loss_backend(requested: str, world: World) -> tuple[str, str]:
     return next((tuple(each) for each in choices if each[0] == "torch"), choice)
 
 
-def _obstacle(device: torch.device) -> str | None:
-    """Why the kernels cannot run on this device; None if they can."""
+def _obstacle(device: torch.device, vocab_size: int) -> str | None:
+    """Why the kernels cannot run on this device for this vocabulary; None if they can."""
     if device.type != "cuda":
         return f"our kernels need a CUDA device, this run is on {device.type}"
     if torch.version.hip:
         return "our kernels need CUDA, this torch is built for ROCm"
     try:
         for dtype in DTYPES:
-            for vocab_size in (1000, 1003):  # a row kernel; in two of three dtypes a stream kernel
-                check_kernels(device, dtype, vocab_size)
+            for n_ids in filter(None, (1000, 1003, vocab_size)):  # 1003: rows that do not end at 16 bytes
+                check_kernels(device, dtype, n_ids)
     except CudaKernelError as error:
         return str(error)
     except RuntimeError as error:  # torch reported a kernel's fault; after that nothing works on this device
@@ -98,7 +98,7 @@ def check_kernels(device: torch.device, dtype: torch.dtype, vocab_size: int) -> 
     exact_CV = exact_CV.exp()
     exact_CV[torch.arange(3), target_ids_C] -= 1
     exact_CV *= loss_weights_C[:, None]
-    found_CV = logits_CV.to(device)
+    found_CV = empty_logits(3, vocab_size, dtype, device).copy_(logits_CV)
     loss_C = cuda_chunk_loss_and_gradient_(found_CV, target_ids_C.to(device), loss_weights_C.to(device), True)
     rounding = torch.finfo(dtype).eps * exact_CV.abs() + 1e-5
     is_right = ((loss_C.cpu() - exact_loss_C).abs() <= 1e-5 * exact_loss_C.abs() + 1e-5).all() and (
@@ -110,6 +110,13 @@ def check_kernels(device: torch.device, dtype: torch.dtype, vocab_size: int) -> 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Functions on tensors
+
+
+def empty_logits(n_rows: int, vocab_size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Uninitialised logits (C, V), rows at multiples of 16 bytes: up to 65,536 of 2 bytes they go to a row kernel."""
+    per_vector = VECTOR_BYTES // dtype.itemsize
+    width = -(-vocab_size // per_vector) * per_vector
+    return torch.empty(n_rows, width, dtype=dtype, device=device)[:, :vocab_size]
 
 
 def choose_kernel(dtype: torch.dtype, vocab_size: int, *matrices: Tensor) -> tuple[str, int]:
