@@ -27,7 +27,6 @@ from data.json_records import (
     JsonLinesFile,
     open_lock,
     read_json_lines,
-    read_json_list,
     read_json_object,
     write_json_lines,
     write_text,
@@ -36,15 +35,19 @@ from eval.benchmarks import BENCHMARKS
 from eval.reports.ablation_tables import METHODS, SPLITS, Cell, write_tables
 from eval.sandbox.limits import die_with_parent
 from printable import shown, terminal_text
-from toolbox.world import draw_test_examples
+from toolbox.alike import draw_mixed_trajectories
+from toolbox.make import TRAIN_SEED, draw_split
 
 ROOT = Path(__file__).resolve().parents[1]
-BASE, TRAIN = ROOT / "assets/tiny_model/model.safetensors", ROOT / "assets/tiny_data/train.json"
+BASE = ROOT / "assets/tiny_model/model.safetensors"
 FULL = {"seeds": 10, "ppo_seeds": 3, "prompts": 3000, "trajectories": 1217}
 QUICK = {"seeds": 2, "ppo_seeds": 1, "prompts": 200, "trajectories": 140}
-MOST = {"seeds": 20, "ppo_seeds": 20, "prompts": 10_000, "trajectories": 1217, "jobs": 64}
-PROMPT_SEED = 900  # of the generator, one more for each further split; the bundled data have 11 to 14
-MAX_DRAWN = 50  # for each prompt kept: queries of TRAIN and repeated ones are left out
+MOST = {"seeds": 20, "ppo_seeds": 20, "prompts": 10_000, "trajectories": 100_000, "jobs": 64}
+# The training data: the share about tools that look alike, and how often the teacher's first call of a hard tool fails.
+# With a third, 17 % of the trajectories hold a failing call, as in the bundled data.
+ALIKE_SHARE, ERROR_RATE = 1 / 3, 0.75
+PROMPT_SEED = 900  # of the generator, one more for each further split; the bundled data have 11 to 16
+MAX_DRAWN = 50  # for each prompt kept: queries of the training data and repeated ones are left out
 
 # What each program gets besides its files, seed and method. Other settings have the program's defaults.
 SFT_FLAGS = "--device cpu --checkpoint_every 50 --keep_checkpoints 1"
@@ -71,6 +74,7 @@ def commands_of(output: Path, cell: Cell, ppo_flags: str) -> list[list[str]]:
     sft, run = cell.start().folder(output) / "sft", cell.folder(output) / ("ppo" if cell.has_irm else "sft")
     if cell.has_irm:
         train = ["run_ppo.py", "--model", f"{sft / 'final'}", *ppo_flags.split()]
+        train += ["--data", f"{output / 'data' / 'ppo.json'}"]
     else:
         train = ["run_sft.py", "--data", f"{output / 'data' / 'train.json'}", *SFT_FLAGS.split()]
         train += ["--error_filter", "structured" if "MAE" in cell.method else "none"]
@@ -114,19 +118,25 @@ def locked(output: Path) -> Iterator[None]:
         yield
 
 
-def write_data(output: Path, n_prompts: int, n_trajectories: int) -> None:
-    """Write DIR/data, unless it is there: the first trajectories of TRAIN, and prompts of each split, all different."""
-    folder, records = output / "data", [record for _, record in read_json_list(TRAIN)]
-    if not (folder / "train.json").exists():
-        lines = ",\n".join(map(json.dumps, records[:n_trajectories]))
-        write_text(folder / "train.json", f"[\n{lines}\n]\n")
+def write_data(output: Path, n_prompts: int, n_trajectories: int, alike_share: float) -> None:
+    """Write DIR/data, unless it is there: ppo.json, train.json, which is its start, and prompts of each split.
+
+    All prompts are different, and none is a query of ppo.json.
+    """
+    folder, n_all = output / "data", max(n_trajectories, FULL["trajectories"])
+    records = [*draw_mixed_trajectories(TRAIN_SEED, n_all, alike_share, ERROR_RATE)]
+    for name, n_records in (("ppo.json", n_all), ("train.json", n_trajectories)):
+        if not (folder / name).exists():
+            lines = ",\n".join(map(json.dumps, records[:n_records]))
+            write_text(folder / name, f"[\n{lines}\n]\n")
+    met = {turn["content"] for record in records for turn in record["conversations"] if turn["role"] == "user"}
     for number, split in enumerate(SPLITS):
-        if (path := folder / BENCHMARKS[split].path).exists():
-            continue
-        met = {turn["content"] for record in records for turn in record["conversations"] if turn["role"] == "user"}
-        drawn = draw_test_examples(PROMPT_SEED + number, MAX_DRAWN * n_prompts, unseen=split == "tiny-unseen")
+        path = folder / BENCHMARKS[split].path
+        drawn = draw_split(split.removeprefix("tiny-"), PROMPT_SEED + number, MAX_DRAWN * n_prompts)
         new = (each for each in drawn if (query := each["messages"][0]["content"]) not in met and not met.add(query))
-        write_json_lines(path, islice(new, n_prompts))
+        prompts = [*islice(new, n_prompts)]
+        if not path.exists():
+            write_json_lines(path, prompts)
 
 
 def read_finished(path: Path, cells: Sequence[Cell]) -> dict[Cell, float]:
@@ -239,13 +249,13 @@ def seconds_left(seconds: Mapping[Cell, float], cells: Sequence[Cell], n_jobs: i
 
 def ablate(output: Path, settings: Mapping, n_jobs: int) -> None:
     """Run the cells that are missing, then write the tables. Raises DataError, OSError."""
-    files = {f"{path.stem}_sha256": hashlib.sha256(path.read_bytes()).hexdigest() for path in (BASE, TRAIN)}
-    settings, cells = {**settings, **files}, cells_of(settings["seeds"], settings["ppo_seeds"])
+    settings = {**settings, "model_sha256": hashlib.sha256(BASE.read_bytes()).hexdigest()}
+    cells = cells_of(settings["seeds"], settings["ppo_seeds"])
     path = output / "cells.jsonl"
     check_folder(output, settings)
     with locked(output):
         write_text(output / "settings.json", json.dumps(settings, indent=2) + "\n")
-        write_data(output, settings["prompts"], settings["trajectories"])
+        write_data(output, settings["prompts"], settings["trajectories"], settings["alike_share"])
         finished = read_finished(path, cells)
         missing = {cell: commands_of(output, cell, settings["ppo_flags"]) for cell in cells if cell not in finished}
         print(f"{'already finished' if not missing else 'finished'}: {len(finished)} of {len(cells)} cells", flush=True)
@@ -271,18 +281,22 @@ def read_flags(arguments: Sequence[str]) -> tuple[argparse.Namespace, dict]:
         ("seeds", "seeds of the methods without IRM"),
         ("ppo_seeds", "the first N of them also with IRM"),
         ("prompts", "held-out prompts per split, drawn by the toolbox"),
-        ("trajectories", "SFT on the first N bundled ones"),
+        ("trajectories", "SFT on the first N; PPO takes the queries of 1,217"),
     ):
         default = (QUICK if "--quick" in arguments else FULL)[name]
         words = f"{meaning} ({FULL[name]}, with --quick {QUICK[name]})"
         add(f"--{name}", type=int, default=default, metavar="N", help=words)
+    words = "share of the trajectories about tools that look alike (0.33)"
+    add("--alike_share", type=float, default=ALIKE_SHARE, metavar="SHARE", help=words)
     add("--jobs", type=int, default=2, metavar="N", help="cells at a time, one core each (%(default)s)")
     flags = parse_arguments(parser, arguments)
     for name, most in MOST.items():
         low = int(name != "ppo_seeds")
         if not low <= getattr(flags, name) <= most:
             parser.error(f"--{name}: found {getattr(flags, name)}, expected {low} to {most}")
-    settings = {name: getattr(flags, name) for name in FULL}
+    if not 0 <= flags.alike_share <= 1:
+        parser.error(f"--alike_share: found {flags.alike_share}, expected 0 to 1")
+    settings = {name: getattr(flags, name) for name in (*FULL, "alike_share")}
     settings |= {"sft_flags": SFT_FLAGS, "ppo_flags": QUICK_PPO_FLAGS if flags.quick else PPO_FLAGS}
     return flags, {**settings, "eval_flags": EVAL_FLAGS}
 

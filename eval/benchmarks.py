@@ -62,6 +62,8 @@ class Benchmark:
 _TABLE = (
     Benchmark("tiny-seen", "test_seen.jsonl", "call", "tiny"),
     Benchmark("tiny-unseen", "test_unseen.jsonl", "call", "tiny"),
+    Benchmark("tiny-hard", "test_hard.jsonl", "call", "tiny"),
+    Benchmark("tiny-alike", "test_alike.jsonl", "call", "tiny"),
     Benchmark("tiny-multi", "test_multi.jsonl", "dialogue", "tiny_multi"),
     Benchmark("rotbench-clean", "rotbench/First_Turn/clean.json", "call", "rotbench", 105, "official", figure=4),
     Benchmark("rotbench-slight", "rotbench/First_Turn/slight.json", "call", "rotbench", 210, "official", figure=4),

@@ -1,41 +1,48 @@
 """Write the bundled toolbox data: `python -m toolbox.make --output assets`.
 
-It writes tiny_model/tokenizer.model, tiny_data/train.json (authors' raw format), tiny_data/test_seen.jsonl,
-test_unseen.jsonl and test_multi.jsonl. With --trajectories N --seed S --only_trajectories FILE it writes any number of
-other trajectories; with --tests N --seed S --only_tests FILE any number of other single-turn prompts, half of them for
-tools that no model was trained on.
+It writes tiny_model/tokenizer.model, tiny_data/train.json (authors' raw format), and the files of tiny-seen,
+tiny-unseen, tiny-hard, tiny-alike and tiny-multi. With --trajectories N --seed S --only_trajectories FILE it writes any
+number of other trajectories, with --alike_share some of them about tools that look alike (toolbox/alike.py). With
+--tests N --seed S --only_tests FILE it writes any number of other single-turn prompts of one split, or half for tools
+of the training data and half for unseen ones.
 """
 
 import argparse
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import chain
 from pathlib import Path
 
 from command_line import parse_arguments
+from toolbox.alike import draw_alike_examples, draw_mixed_trajectories
 from toolbox.tokenizer import train_tokenizer
-from toolbox.world import draw_multi_tasks, draw_test_examples, draw_trajectories
+from toolbox.world import TEACHER_ERROR_RATE, draw_multi_tasks, draw_test_examples, draw_trajectories
 
 TRAIN_SEED, SEEN_SEED, UNSEEN_SEED, MULTI_SEED = 11, 12, 13, 14
+TEST_SEEDS = {"seen": SEEN_SEED, "unseen": UNSEEN_SEED, "hard": 15, "alike": 16}  # of the bundled single-turn tests
 TRAIN_COUNT, TEST_COUNT = 1217, 300
 # Multi-turn tasks: (unseen tools, requests in the query, tasks), 200 in all. A training query holds 1, 2 or 3 requests
 # in 70, 22 and 8 of 100 cases; here long ones are more frequent, since they need more turns.
 MULTI_MIX = ((False, 1, 60), (False, 2, 60), (False, 3, 30), (True, 1, 20), (True, 2, 20), (True, 3, 10))
 
 
-def write_trajectories(path: Path, seed: int, count: int) -> None:
+def write_trajectories(path: Path, records: Iterable[dict]) -> None:
     """A JSON list, one record per line, so that diffs and error lines point at a record."""
-    records = ",\n".join(json.dumps(record) for record in draw_trajectories(seed, count))
+    lines = ",\n".join(json.dumps(record) for record in records)
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(f"[\n{records}\n]\n", encoding="utf-8")
+    path.write_text(f"[\n{lines}\n]\n", encoding="utf-8")
 
 
-def write_tests(path: Path, seed: int, count: int) -> None:
-    """`count` held-out prompts, one per line: the first half for seen tools, the rest for unseen ones (seed + 1)."""
-    examples = [
-        *draw_test_examples(seed, count - count // 2, unseen=False),
-        *draw_test_examples(seed + 1, count // 2, unseen=True),
-    ]
+def draw_split(split: str, seed: int, count: int) -> Iterator[dict]:
+    """`count` prompts of tiny-seen, tiny-unseen, tiny-hard or tiny-alike, named by `split` without "tiny-"."""
+    if split == "alike":
+        return draw_alike_examples(seed, count)
+    return draw_test_examples(seed, count, unseen=split == "unseen", hard=split == "hard")
+
+
+def write_tests(path: Path, examples: Iterable[dict]) -> None:
+    """One example per line."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("".join(json.dumps(example) + "\n" for example in examples), encoding="utf-8")
 
@@ -64,20 +71,43 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--only_trajectories", type=Path, help="write just the trajectories to this file")
     parser.add_argument("--only_tests", type=Path, help="write just --tests single-turn prompts to this file")
     parser.add_argument("--tests", type=int, default=2 * TEST_COUNT, help="number of prompts of --only_tests")
+    parser.add_argument(
+        "--split", choices=(*TEST_SEEDS, "both"), default="both", help="of --only_tests; both: half seen, half unseen"
+    )
+    parser.add_argument(
+        "--alike_share", type=float, default=0.0, help="share of --only_trajectories about tools that look alike"
+    )
+    parser.add_argument(
+        "--error_rate",
+        type=float,
+        default=TEACHER_ERROR_RATE,
+        help="chance that the teacher's first call of a hard tool fails, for --only_trajectories",
+    )
     settings = parse_arguments(parser, arguments)
+    for name in ("alike_share", "error_rate"):
+        if not 0 <= getattr(settings, name) <= 1:
+            parser.error(f"--{name}: found {getattr(settings, name)}, expected 0 to 1")
+    seed, count = settings.seed, settings.tests
     if settings.only_trajectories:
-        write_trajectories(settings.only_trajectories, settings.seed, settings.trajectories)
+        if settings.alike_share or settings.error_rate != TEACHER_ERROR_RATE:
+            records = draw_mixed_trajectories(seed, settings.trajectories, settings.alike_share, settings.error_rate)
+        else:
+            records = draw_trajectories(seed, settings.trajectories)
+        write_trajectories(settings.only_trajectories, records)
+        return 0
+    if settings.only_tests and settings.split == "both":
+        halves = draw_split("seen", seed, count - count // 2), draw_split("unseen", seed + 1, count // 2)
+        write_tests(settings.only_tests, chain(*halves))
         return 0
     if settings.only_tests:
-        write_tests(settings.only_tests, settings.seed, settings.tests)
+        write_tests(settings.only_tests, draw_split(settings.split, seed, count))
         return 0
     model, tests = settings.output / "tiny_model", settings.output / "tiny_data"
     model.mkdir(parents=True, exist_ok=True)
     (model / "tokenizer.model").write_bytes(train_tokenizer())
-    write_trajectories(tests / "train.json", settings.seed, settings.trajectories)
-    for name, seed, unseen in (("test_seen", SEEN_SEED, False), ("test_unseen", UNSEEN_SEED, True)):
-        lines = [json.dumps(example) for example in draw_test_examples(seed, TEST_COUNT, unseen)]
-        (tests / f"{name}.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    write_trajectories(tests / "train.json", draw_trajectories(seed, settings.trajectories))
+    for split, test_seed in TEST_SEEDS.items():
+        write_tests(tests / f"test_{split}.jsonl", draw_split(split, test_seed, TEST_COUNT))
     (tests / "test_multi.jsonl").write_text("\n".join(multi_lines()) + "\n", encoding="utf-8")
     return 0
 

@@ -12,7 +12,7 @@ fail in one fixed way.
 import hashlib
 import json
 import random
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping, Sequence
 
 from toolbox.words import (
     DOMAINS,
@@ -161,7 +161,9 @@ def draw_value(rng: random.Random, kind_name: str) -> str | int:
     return rng.randint(kind.low, kind.high) if kind.json_type == "integer" else rng.choice(kind.values)
 
 
-def draw_request(rng: random.Random, tool: dict) -> tuple[str, dict]:
+def draw_request(
+    rng: random.Random, tool: dict, qualifier_phrases: Mapping[str, tuple[str, str]] = QUALIFIER_PHRASES
+) -> tuple[str, dict]:
     """(request text, arguments of the right call): all required parameters, each optional one with chance 0.4."""
     verb, noun, qualifier = name_parts(tool)
     parameters = tool["function"]["parameters"]
@@ -175,7 +177,7 @@ def draw_request(rng: random.Random, tool: dict) -> tuple[str, dict]:
     rng.shuffle(phrases)
     cue = VERB_CUES[verb][rng.random() < 0.35]
     thing = domain_of(noun).nouns[noun] if rng.random() < 0.35 else noun
-    how = f" {QUALIFIER_PHRASES[qualifier][rng.random() < 0.4]}" if qualifier else ""
+    how = f" {qualifier_phrases[qualifier][rng.random() < 0.4]}" if qualifier else ""
     tail = "".join(f" {phrase}" for phrase in phrases)
     prefix = rng.choice(REQUEST_PREFIXES)
     forms = [
@@ -258,11 +260,13 @@ def is_valid_value(kind_name: str, value: object) -> bool:
 # Trajectories
 
 
-def teacher_error(rng: random.Random, tool: dict, arguments: dict) -> tuple[str, dict] | None:
+def teacher_error(
+    rng: random.Random, tool: dict, arguments: dict, error_rate: float = TEACHER_ERROR_RATE
+) -> tuple[str, dict] | None:
     """The failing call that the teacher makes first, or None. An unstable tool fails with the right call."""
     verb, noun, qualifier = name_parts(tool)
     category = HARD_QUALIFIERS.get(qualifier)
-    if category in (None, "tool_instability") or rng.random() >= TEACHER_ERROR_RATE:
+    if category in (None, "tool_instability") or rng.random() >= error_rate:
         return None
     required = [parameter for parameter in arguments if parameter in tool["function"]["parameters"]["required"]]
     if category == "tool_hallucination":
@@ -286,7 +290,7 @@ def teacher_error(rng: random.Random, tool: dict, arguments: dict) -> tuple[str,
 
 
 def draw_dialogue(
-    rng: random.Random, pool: list[dict], request_count: int | None = None
+    rng: random.Random, pool: list[dict], request_count: int | None = None, error_rate: float = TEACHER_ERROR_RATE
 ) -> tuple[list[dict], str, list[tuple[str, dict, str]]]:
     """(tools, query, [(name, arguments, feedback)]): 1-3 requests, the teacher's failing calls among the calls,
     `finish` last."""
@@ -296,50 +300,69 @@ def draw_dialogue(
     for tool in targets:
         request, arguments = draw_request(rng, tool)
         requests.append(request)
-        failing = teacher_error(rng, tool, arguments)
+        failing = teacher_error(rng, tool, arguments, error_rate)
         if failing:
             calls.append((*failing, execute(tools, *failing)))
-        for attempt in (0, 1):
-            feedback = execute(tools, tool_name(tool), arguments, attempt)
-            calls.append((tool_name(tool), arguments, feedback))
-            if "error" not in json.loads(feedback):
-                break
+        calls += right_calls(tools, tool, arguments)
         answers.append(f"{name_parts(tool)[1]} : {json.loads(calls[-1][2])['result']}")
     calls.append(("finish", {"answer": " and ".join(answers)}, ""))
     return tools, " . then ".join(requests), calls
+
+
+def right_calls(tools: list[dict], tool: dict, arguments: dict) -> list[tuple[str, dict, str]]:
+    """The right call with its feedback, and once more where the tool was unstable: [(name, arguments, feedback)]."""
+    calls = []
+    for attempt in (0, 1):
+        calls.append((tool_name(tool), arguments, execute(tools, tool_name(tool), arguments, attempt)))
+        if "error" not in json.loads(calls[-1][2]):
+            break
+    return calls
+
+
+def raw_record(index: int, tools: list[dict], query: str, calls: Sequence[tuple[str, dict, str]]) -> dict:
+    """A dialogue in the authors' raw format."""
+    conversations = [
+        {"role": "system", "content": json.dumps([tool["function"] for tool in tools])},
+        {"role": "user", "content": query},
+    ]
+    for name, arguments, feedback in calls:
+        conversations.append({"role": "assistant", "content": f"{name}\n{json.dumps(arguments)}"})
+        conversations.append({"role": "function", "content": feedback})
+    return {"id": f"toolbox-{index:05d}", "conversations": conversations[:-1]}  # nothing answers `finish`
 
 
 def draw_trajectories(seed: int, count: int) -> Iterator[dict]:
     """`count` training records in the authors' raw format over the seen toolbox."""
     rng, pool = random.Random(seed), build_toolbox(unseen=False)
     for index in range(count):
-        tools, query, calls = draw_dialogue(rng, pool)
-        conversations = [
-            {"role": "system", "content": json.dumps([tool["function"] for tool in tools])},
-            {"role": "user", "content": query},
-        ]
-        for name, arguments, feedback in calls:
-            conversations.append({"role": "assistant", "content": f"{name}\n{json.dumps(arguments)}"})
-            conversations.append({"role": "function", "content": feedback})
-        yield {"id": f"toolbox-{index:05d}", "conversations": conversations[:-1]}  # nothing answers `finish`
+        yield raw_record(index, *draw_dialogue(rng, pool))
 
 
-def draw_test_examples(seed: int, count: int, unseen: bool) -> Iterator[dict]:
-    """`count` single-turn examples: one request, its gold call, look-alike tools from the same toolbox."""
+def example_record(name: str, tools: list[dict], request: str, target: dict, arguments: dict) -> dict:
+    """A line of a single-turn test file."""
+    gold = [{"calls": [{"name": tool_name(target), "arguments": arguments}], "order_free": False}]
+    return {
+        "id": name,
+        "tools": tools,
+        "messages": [{"role": "user", "content": request}],
+        "gold": gold,
+        "meta": {"qualifier": name_parts(target)[2]},
+    }
+
+
+def draw_test_examples(seed: int, count: int, unseen: bool, hard: bool = False) -> Iterator[dict]:
+    """`count` single-turn examples: one request, its gold call, look-alike tools from the same toolbox.
+
+    With `hard` the right tool is one whose first call the teacher often gets wrong.
+    """
     rng, pool = random.Random(seed), build_toolbox(unseen)
+    targets = [tool for tool in pool if name_parts(tool)[2] in HARD_QUALIFIERS] if hard else pool
+    name = "tiny-hard" if hard else "tiny-unseen" if unseen else "tiny-seen"
     for index in range(count):
-        target = rng.choice(pool)
+        target = rng.choice(targets)
         tools = draw_tool_list(rng, [target], pool, rng.choice((3, 3, 4)))
         request, arguments = draw_request(rng, target)
-        gold = [{"calls": [{"name": tool_name(target), "arguments": arguments}], "order_free": False}]
-        name = "tiny-unseen" if unseen else "tiny-seen"
-        yield {
-            "id": f"{name}-{index:03d}",
-            "tools": tools,
-            "messages": [{"role": "user", "content": request}],
-            "gold": gold,
-            "meta": {"qualifier": name_parts(target)[2]},
-        }
+        yield example_record(f"{name}-{index:03d}", tools, request, target, arguments)
 
 
 def draw_multi_tasks(

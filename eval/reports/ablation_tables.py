@@ -15,13 +15,11 @@ from eval.reports.compare import read_results, read_run
 from eval.reports.paper_tables import read_published
 from eval.reports.report import format_table, metrics_of, paired_counts
 from svg import sheet
-from toolbox.world import HARD_QUALIFIERS
 
 # In the order of Table 5, whose rows in published_results.json they are.
 METHODS = ("none", "MAE", "PKT", "IRM", "MAE+PKT", "MAE+IRM", "PKT+IRM", "MAE+PKT+IRM")
 STANDARD = METHODS[0]
-SPLITS = ("tiny-seen", "tiny-unseen")
-HARD_SPLIT = "tiny-seen, the teacher fails"  # of tiny-seen, the tools that trained trajectories call wrongly
+SPLITS = ("tiny-seen", "tiny-unseen", "tiny-hard", "tiny-alike")
 PAPER_BENCHMARKS = ("toolalpaca", "rotbench-clean")
 
 Results = Mapping[str, Mapping[int, Mapping[int, dict]]]  # method -> seed -> index -> row of results/<split>.jsonl
@@ -111,9 +109,8 @@ def read_cells(output: Path, cells: Sequence[Cell]) -> tuple[dict[str, Results],
 
     Raises DataError if a result is missing, or the cells scored other prompts or in other types.
     """
-    splits: dict[str, dict] = {name: {method: {} for method in METHODS} for name in (SPLITS[0], HARD_SPLIT, SPLITS[1])}
+    splits: dict[str, dict] = {name: {method: {} for method in METHODS} for name in SPLITS}
     records = BENCHMARKS[SPLITS[0]].load(output / "data" / BENCHMARKS[SPLITS[0]].path)
-    hard = [record.index for record in records if record.meta.get("qualifier") in HARD_QUALIFIERS]
     kinds, all_indices = set(), {record.index for record in records}  # each split has as many prompts
     for cell in cells:
         folder = cell.folder(output) / "eval"
@@ -129,10 +126,8 @@ def read_cells(output: Path, cells: Sequence[Cell]) -> tuple[dict[str, Results],
             splits[name][cell.method][cell.seed] = {
                 index: {metric: row[metric] for metric in METRICS} for index, row in results[name].items()
             }
-        seen = splits[SPLITS[0]][cell.method][cell.seed]
-        splits[HARD_SPLIT][cell.method][cell.seed] = {index: seen[index] for index in hard}
     splits = {name: {method: each for method, each in found.items() if each} for name, found in splits.items()}
-    return {name: found for name, found in splits.items() if name != HARD_SPLIT or hard}, kinds.pop()[0]
+    return splits, kinds.pop()[0]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -167,9 +162,10 @@ def format_tables(settings: Mapping, dtype: str, rates: Sequence[Mapping], diffe
     """ablation.md."""
     parts = [
         "# Ablation",
-        f"SFT on {settings['trajectories']} trajectories: `run_sft.py {settings['sft_flags']}`; without MAE "
-        "`--error_filter none`, without PKT `--key_tokens off`. IRM is PPO from that SFT model, prompts of all bundled "
-        f"trajectories: `run_ppo.py {settings['ppo_flags']}`. Greedy predictions in "
+        f"SFT on {settings['trajectories']} trajectories, {settings['alike_share']:.0%} of them about tools that look "
+        f"alike: `run_sft.py {settings['sft_flags']}`; without MAE "
+        "`--error_filter none`, without PKT `--key_tokens off`. IRM is PPO from that SFT model, prompts of 1,217 "
+        f"such trajectories: `run_ppo.py {settings['ppo_flags']}`. Greedy predictions in "
         f"{DTYPE_NAMES.get(dtype, 'an unknown type')}: `run_eval.py {settings['eval_flags']}`.",
         "Rates: mean over seeds [95 % t interval of the mean]. Differences are to the row `none` with the same seeds. "
         "*p, seeds*: exact sign-flip test of the seeds' differences, at least 2 / 2^seeds; it asks whether another "
