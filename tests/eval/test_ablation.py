@@ -15,7 +15,6 @@ from data.json_records import DataError
 from eval.ablation import (
     PPO_FLAGS,
     QUICK_PPO_FLAGS,
-    TRAIN,
     cells_of,
     check_folder,
     commands_of,
@@ -27,18 +26,9 @@ from eval.ablation import (
     seconds_left,
     write_data,
 )
-from eval.reports.ablation_tables import (
-    HARD_SPLIT,
-    METHODS,
-    Cell,
-    difference_rows,
-    paper_difference,
-    rate_rows,
-    write_tables,
-)
+from eval.reports.ablation_tables import METHODS, Cell, difference_rows, paper_difference, rate_rows, write_tables
 from rl.ppo_config import PPOConfig
 from tests.support.tiny_run import ROOT
-from toolbox.world import HARD_QUALIFIERS
 
 SMALL = ["--quick", "--seeds", "1", "--ppo_seeds", "0", "--prompts", "6", "--trajectories", "8", "--output"]
 NONE, MAE, IRM, MAE_IRM = Cell("none", 0), Cell("MAE", 0), Cell("IRM", 0), Cell("MAE+IRM", 0)
@@ -67,21 +57,28 @@ def test_flags_of_sft(tmp_path, method, filter_and_key_tokens):
     assert f"{flags['--error_filter']} {flags['--key_tokens']}" == filter_and_key_tokens
     assert train[0] == "run_sft.py" and flags["--seed"] == "3"
     assert flags["--output"] + "/final" == score[score.index("--model") + 1]
+    assert flags["--data"].endswith("data/train.json")
     after = commands_of(tmp_path, Cell(f"{method}+IRM".removeprefix("none+"), 3), "--kl_coef 0.2")
+    assert after[0][after[0].index("--data") + 1].endswith("data/ppo.json")
     assert after[0][:4] == ["run_ppo.py", "--model", flags["--output"] + "/final", "--kl_coef"]
     assert after[0][after[0].index("--output") + 1] + "/final" == after[1][after[1].index("--model") + 1]
 
 
 def test_data_are_held_out_and_all_different(tmp_path):
-    write_data(tmp_path, 400, 5)
-    first = [(tmp_path / "data" / name).read_bytes() for name in ("test_seen.jsonl", "test_unseen.jsonl", "train.json")]
-    assert len(json.loads(first[2])) == 5
-    trained = {turn["content"] for record in json.loads(TRAIN.read_text()) for turn in record["conversations"]}
-    queries = [json.loads(line)["messages"][0]["content"] for lines in first[:2] for line in lines.splitlines()]
+    write_data(tmp_path, 200, 5, 1 / 3)
+    files = {path.name: path.read_bytes() for path in (tmp_path / "data").iterdir()}
+    train, ppo = json.loads(files.pop("train.json")), json.loads(files.pop("ppo.json"))
+    assert len(ppo) == 1217 and train == ppo[:5]
+    trained = {turn["content"] for record in ppo for turn in record["conversations"] if turn["role"] == "user"}
+    records = {name: [json.loads(line) for line in lines.splitlines()] for name, lines in files.items()}
+    assert records.keys() == {"test_seen.jsonl", "test_unseen.jsonl", "test_hard.jsonl", "test_alike.jsonl"}
+    queries = [record["messages"][0]["content"] for each in records.values() for record in each]
     assert len(queries) == len(set(queries)) == 800 and not trained & set(queries)
-    (tmp_path / "data/train.json").unlink()
-    write_data(tmp_path, 400, 5)  # what is missing is made again, alike
-    assert (tmp_path / "data/train.json").read_bytes() == first[2]
+    for name in ("train.json", "test_alike.jsonl"):  # what is missing is made again, alike
+        before = (tmp_path / "data" / name).read_bytes()
+        (tmp_path / "data" / name).unlink()
+        write_data(tmp_path, 200, 5, 1 / 3)
+        assert (tmp_path / "data" / name).read_bytes() == before
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -265,7 +262,15 @@ def test_settings(capsys):
     _, full = read_flags(["--output", "x"])
     assert (full["seeds"], full["ppo_seeds"], full["prompts"], full["trajectories"]) == (10, 3, 3000, 1217)
     assert quick["ppo_flags"] == QUICK_PPO_FLAGS and {**full, **quick} == quick
-    for flags in (["--seeds", "0"], ["--seeds", "21"], ["--jobs", "0"], ["--trajectories", "1218"], ["--prompts", "x"]):
+    for flags in (
+        ["--seeds", "0"],
+        ["--seeds", "21"],
+        ["--jobs", "0"],
+        ["--trajectories", "100001"],
+        ["--prompts", "x"],
+        ["--alike_share", "1.1"],
+        ["--alike_share", "nan"],
+    ):
         with pytest.raises(SystemExit, match="2"):
             read_flags([*flags, "--output", "x"])
         assert capsys.readouterr().err.count("\n") == 1
@@ -343,14 +348,11 @@ def test_the_flags_of_ppo_are_flags_of_ppo(tmp_path):
 def test_one_real_cell(tmp_path):
     """SFT of two steps, scored; then tables of two cells, the second a copy of the first."""
     _, settings = read_flags([*SMALL, str(tmp_path)])
-    write_data(tmp_path, settings["prompts"], settings["trajectories"])
+    write_data(tmp_path, settings["prompts"], settings["trajectories"], settings["alike_share"])
     assert [cell for cell, _ in run_cells(tmp_path, {NONE: commands_of(tmp_path, NONE, "")}, 1)] == [NONE]
     shutil.copytree(NONE.folder(tmp_path), IRM.folder(tmp_path))
     text = write_tables(tmp_path, settings, [NONE, IRM]).read_text()
-    lines = (tmp_path / "data/test_seen.jsonl").read_text().splitlines()
-    hard = sum(json.loads(line)["meta"]["qualifier"] in HARD_QUALIFIERS for line in lines)
-    assert "## tiny-unseen, 6 prompts" in text and "Greedy predictions in fp32" in text
-    assert (f"## {HARD_SPLIT}, {hard} prompts" in text) == (hard > 0)
+    assert "## tiny-alike, 6 prompts" in text and "Greedy predictions in fp32" in text
     content = json.loads((tmp_path / "ablation.json").read_text())
     assert content["dtype"] == "float32" and {row["method"] for row in content["rates"]} == {"none", "IRM"}
     assert "IRM" in (tmp_path / "ablation.svg").read_text()

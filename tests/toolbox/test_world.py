@@ -48,6 +48,8 @@ def test_committed_files_are_what_the_command_writes(tmp_path):
         "tiny_data/train.json",
         "tiny_data/test_seen.jsonl",
         "tiny_data/test_unseen.jsonl",
+        "tiny_data/test_hard.jsonl",
+        "tiny_data/test_alike.jsonl",
         "tiny_data/test_multi.jsonl",
     ):
         assert (tmp_path / name).read_bytes() == (ASSETS / name).read_bytes(), name
@@ -63,6 +65,13 @@ def test_further_prompts_are_half_for_seen_half_for_unseen_tools(tmp_path):
     rows = [json.loads(line) for line in (tmp_path / "more.jsonl").read_text(encoding="utf-8").splitlines()]
     assert [row["id"].rsplit("-", 1)[0] for row in rows] == ["tiny-seen"] * 5 + ["tiny-unseen"] * 4
     assert len({row["id"] for row in rows}) == 9
+
+
+def test_prompts_of_one_split(tmp_path):
+    make_toolbox(["--only_tests", str(tmp_path / "a.jsonl"), "--tests", "30", "--seed", "40", "--split", "hard"])
+    rows = [json.loads(line) for line in (tmp_path / "a.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert len(rows) == 30 and {row["id"].rsplit("-", 1)[0] for row in rows} == {"tiny-hard"}
+    assert {row["gold"][0]["calls"][0]["name"].split("_")[2] for row in rows} <= HARD_QUALIFIERS.keys()
 
 
 def test_no_held_out_pair_is_ever_trained_on(trajectories):
