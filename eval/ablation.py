@@ -277,15 +277,16 @@ def read_flags(arguments: Sequence[str]) -> tuple[argparse.Namespace, dict]:
     add = parser.add_argument
     add("--output", type=Path, required=True, metavar="DIR", help="folder of the cells and tables")
     add("--quick", action="store_true", help="a first look in minutes: other defaults, and PPO of 24 iterations")
-    for name, meaning in (
-        ("seeds", "seeds of the methods without IRM"),
-        ("ppo_seeds", "the first N of them also with IRM"),
-        ("prompts", "held-out prompts per split, drawn by the toolbox"),
-        ("trajectories", "SFT on the first N; PPO takes the queries of 1,217"),
+    for flag, meaning in (
+        ("--seeds", "seeds of the methods without IRM"),
+        ("--ppo_seeds", "the first N of them also with IRM"),
+        ("--prompts", "held-out prompts per split, drawn by the toolbox"),
+        ("--trajectories", "SFT on the first N; PPO takes the queries of 1,217"),
     ):
+        name = flag.removeprefix("--")
         default = (QUICK if "--quick" in arguments else FULL)[name]
         words = f"{meaning} ({FULL[name]}, with --quick {QUICK[name]})"
-        add(f"--{name}", type=int, default=default, metavar="N", help=words)
+        add(flag, type=int, default=default, metavar="N", help=words)
     words = "share of the trajectories about tools that look alike (0.33)"
     add("--alike_share", type=float, default=ALIKE_SHARE, metavar="SHARE", help=words)
     add("--jobs", type=int, default=2, metavar="N", help="cells at a time, one core each (%(default)s)")

@@ -73,7 +73,6 @@ def test_flags_that_pages_name_exist():
     ]
     parsed = set(re.findall(r"\"--(\w+)\"", "".join(sources)))
     others = {"check", "fresh", "config", "help", "durations", "fix", "case"}
-    others |= {"seeds", "ppo_seeds", "prompts"}  # of eval.ablation, which makes its flags of their names
     others |= {"nproc_per_node", "standalone", "nnodes", "rdzv_id", "max_restarts", "shutdown_timeout"}  # of torchrun
     for page in PAGES:
         named = set(re.findall(r"`--(\w+)", page.read_text(encoding="ascii")))
@@ -139,6 +138,8 @@ def test_asset_hashes():
         "tiny_data/train.json",
         "tiny_data/test_seen.jsonl",
         "tiny_data/test_unseen.jsonl",
+        "tiny_data/test_hard.jsonl",
+        "tiny_data/test_alike.jsonl",
         "tiny_data/test_multi.jsonl",
     }
     for path, stated in rows:
