@@ -35,17 +35,15 @@ from eval.benchmarks import BENCHMARKS
 from eval.reports.ablation_tables import METHODS, SPLITS, Cell, write_tables
 from eval.sandbox.limits import die_with_parent
 from printable import shown, terminal_text
-from toolbox.alike import draw_mixed_trajectories
+from toolbox.alike import draw_alike_trajectories
 from toolbox.make import TRAIN_SEED, draw_split
+from toolbox.world import draw_trajectories
 
 ROOT = Path(__file__).resolve().parents[1]
 BASE = ROOT / "assets/tiny_model/model.safetensors"
 FULL = {"seeds": 10, "ppo_seeds": 3, "prompts": 3000, "trajectories": 1217}
 QUICK = {"seeds": 2, "ppo_seeds": 1, "prompts": 200, "trajectories": 140}
 MOST = {"seeds": 20, "ppo_seeds": 20, "prompts": 10_000, "trajectories": 100_000, "jobs": 64}
-# The training data: the share about tools that look alike, and how often the teacher's first call of a hard tool fails.
-# With a third, 17 % of the trajectories hold a failing call, as in the bundled data.
-ALIKE_SHARE, ERROR_RATE = 1 / 3, 0.75
 PROMPT_SEED = 900  # of the generator, one more for each further split; the bundled data have 11 to 16
 MAX_DRAWN = 50  # for each prompt kept: queries of the training data and repeated ones are left out
 
@@ -118,13 +116,13 @@ def locked(output: Path) -> Iterator[None]:
         yield
 
 
-def write_data(output: Path, n_prompts: int, n_trajectories: int, alike_share: float) -> None:
+def write_data(output: Path, n_prompts: int, n_trajectories: int, alike: bool) -> None:
     """Write DIR/data, unless it is there: ppo.json, train.json, which is its start, and prompts of each split.
 
     All prompts are different, and none is a query of ppo.json.
     """
     folder, n_all = output / "data", max(n_trajectories, FULL["trajectories"])
-    records = [*draw_mixed_trajectories(TRAIN_SEED, n_all, alike_share, ERROR_RATE)]
+    records = [*(draw_alike_trajectories if alike else draw_trajectories)(TRAIN_SEED, n_all)]
     for name, n_records in (("ppo.json", n_all), ("train.json", n_trajectories)):
         if not (folder / name).exists():
             lines = ",\n".join(map(json.dumps, records[:n_records]))
@@ -255,7 +253,7 @@ def ablate(output: Path, settings: Mapping, n_jobs: int) -> None:
     check_folder(output, settings)
     with locked(output):
         write_text(output / "settings.json", json.dumps(settings, indent=2) + "\n")
-        write_data(output, settings["prompts"], settings["trajectories"], settings["alike_share"])
+        write_data(output, settings["prompts"], settings["trajectories"], settings["alike"])
         finished = read_finished(path, cells)
         missing = {cell: commands_of(output, cell, settings["ppo_flags"]) for cell in cells if cell not in finished}
         print(f"{'already finished' if not missing else 'finished'}: {len(finished)} of {len(cells)} cells", flush=True)
@@ -287,17 +285,18 @@ def read_flags(arguments: Sequence[str]) -> tuple[argparse.Namespace, dict]:
         default = (QUICK if "--quick" in arguments else FULL)[name]
         words = f"{meaning} ({FULL[name]}, with --quick {QUICK[name]})"
         add(flag, type=int, default=default, metavar="N", help=words)
-    words = "share of the trajectories about tools that look alike (0.33)"
-    add("--alike_share", type=float, default=ALIKE_SHARE, metavar="SHARE", help=words)
+    add(
+        "--alike",
+        action="store_true",
+        help="train on tools that look alike (toolbox/alike.py), not as the bundled data",
+    )
     add("--jobs", type=int, default=2, metavar="N", help="cells at a time, one core each (%(default)s)")
     flags = parse_arguments(parser, arguments)
     for name, most in MOST.items():
         low = int(name != "ppo_seeds")
         if not low <= getattr(flags, name) <= most:
             parser.error(f"--{name}: found {getattr(flags, name)}, expected {low} to {most}")
-    if not 0 <= flags.alike_share <= 1:
-        parser.error(f"--alike_share: found {flags.alike_share}, expected 0 to 1")
-    settings = {name: getattr(flags, name) for name in (*FULL, "alike_share")}
+    settings = {name: getattr(flags, name) for name in (*FULL, "alike")}
     settings |= {"sft_flags": SFT_FLAGS, "ppo_flags": QUICK_PPO_FLAGS if flags.quick else PPO_FLAGS}
     return flags, {**settings, "eval_flags": EVAL_FLAGS}
 

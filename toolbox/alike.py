@@ -13,8 +13,6 @@ from collections.abc import Iterator
 from toolbox.words import COLORS, DOMAINS, QUALIFIER_PHRASES, RESULT_WORDS, Domain
 from toolbox.world import (
     TOOLBOX_SEED,
-    build_toolbox,
-    draw_dialogue,
     draw_request,
     example_record,
     held_out_pairs,
@@ -49,21 +47,15 @@ def draw_alike_request(rng: random.Random) -> tuple[list[dict], dict, str, dict]
     return tools, target, *draw_request(rng, target, CODES)
 
 
-def draw_mixed_trajectories(seed: int, count: int, alike_share: float, error_rate: float) -> Iterator[dict]:
-    """Training records as `draw_trajectories`, of which `alike_share` are about tools that look alike.
-
-    `error_rate` is the chance that the teacher's first call of a hard tool fails (world.py: TEACHER_ERROR_RATE).
-    """
-    rng, pool = random.Random(seed), build_toolbox(unseen=False)
+def draw_alike_trajectories(seed: int, count: int) -> Iterator[dict]:
+    """`count` training records in the authors' raw format, of one request each. The teacher makes no mistake."""
+    rng = random.Random(seed)
     for index in range(count):
-        if rng.random() < alike_share:
-            tools, target, query, arguments = draw_alike_request(rng)
-            tools, calls = tools + special_tools(), right_calls(tools, target, arguments)
-            answer = f"{name_parts(target)[1]} : {json.loads(calls[-1][2])['result']}"
-            calls.append(("finish", {"answer": answer}, ""))
-        else:
-            tools, query, calls = draw_dialogue(rng, pool, error_rate=error_rate)
-        yield raw_record(index, tools, query, calls)
+        tools, target, query, arguments = draw_alike_request(rng)
+        calls = right_calls(tools, target, arguments)
+        answer = f"{name_parts(target)[1]} : {json.loads(calls[-1][2])['result']}"
+        calls.append(("finish", {"answer": answer}, ""))
+        yield raw_record(index, tools + special_tools(), query, calls)
 
 
 def draw_alike_examples(seed: int, count: int) -> Iterator[dict]:

@@ -2,9 +2,9 @@
 
 It writes tiny_model/tokenizer.model, tiny_data/train.json (authors' raw format), and the files of tiny-seen,
 tiny-unseen, tiny-hard, tiny-alike and tiny-multi. With --trajectories N --seed S --only_trajectories FILE it writes any
-number of other trajectories, with --alike_share some of them about tools that look alike (toolbox/alike.py). With
---tests N --seed S --only_tests FILE it writes any number of other single-turn prompts of one split, or half for tools
-of the training data and half for unseen ones.
+number of other trajectories, with --alike about tools that look alike (toolbox/alike.py). With --tests N --seed S
+--only_tests FILE it writes any number of other single-turn prompts: of one --split, or half for tools of the training
+data and half for tools that no model was trained on.
 """
 
 import argparse
@@ -15,9 +15,9 @@ from itertools import chain
 from pathlib import Path
 
 from command_line import parse_arguments
-from toolbox.alike import draw_alike_examples, draw_mixed_trajectories
+from toolbox.alike import draw_alike_examples, draw_alike_trajectories
 from toolbox.tokenizer import train_tokenizer
-from toolbox.world import TEACHER_ERROR_RATE, draw_multi_tasks, draw_test_examples, draw_trajectories
+from toolbox.world import draw_multi_tasks, draw_test_examples, draw_trajectories
 
 TRAIN_SEED, SEEN_SEED, UNSEEN_SEED, MULTI_SEED = 11, 12, 13, 14
 TEST_SEEDS = {"seen": SEEN_SEED, "unseen": UNSEEN_SEED, "hard": 15, "alike": 16}  # of the bundled single-turn tests
@@ -74,26 +74,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--split", choices=(*TEST_SEEDS, "both"), default="both", help="of --only_tests; both: half seen, half unseen"
     )
-    parser.add_argument(
-        "--alike_share", type=float, default=0.0, help="share of --only_trajectories about tools that look alike"
-    )
-    parser.add_argument(
-        "--error_rate",
-        type=float,
-        default=TEACHER_ERROR_RATE,
-        help="chance that the teacher's first call of a hard tool fails, for --only_trajectories",
-    )
+    parser.add_argument("--alike", action="store_true", help="--only_trajectories about tools that look alike")
     settings = parse_arguments(parser, arguments)
-    for name in ("alike_share", "error_rate"):
-        if not 0 <= getattr(settings, name) <= 1:
-            parser.error(f"--{name}: found {getattr(settings, name)}, expected 0 to 1")
     seed, count = settings.seed, settings.tests
     if settings.only_trajectories:
-        if settings.alike_share or settings.error_rate != TEACHER_ERROR_RATE:
-            records = draw_mixed_trajectories(seed, settings.trajectories, settings.alike_share, settings.error_rate)
-        else:
-            records = draw_trajectories(seed, settings.trajectories)
-        write_trajectories(settings.only_trajectories, records)
+        draw = draw_alike_trajectories if settings.alike else draw_trajectories
+        write_trajectories(settings.only_trajectories, draw(seed, settings.trajectories))
         return 0
     if settings.only_tests and settings.split == "both":
         halves = draw_split("seen", seed, count - count // 2), draw_split("unseen", seed + 1, count // 2)

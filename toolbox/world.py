@@ -260,13 +260,11 @@ def is_valid_value(kind_name: str, value: object) -> bool:
 # Trajectories
 
 
-def teacher_error(
-    rng: random.Random, tool: dict, arguments: dict, error_rate: float = TEACHER_ERROR_RATE
-) -> tuple[str, dict] | None:
+def teacher_error(rng: random.Random, tool: dict, arguments: dict) -> tuple[str, dict] | None:
     """The failing call that the teacher makes first, or None. An unstable tool fails with the right call."""
     verb, noun, qualifier = name_parts(tool)
     category = HARD_QUALIFIERS.get(qualifier)
-    if category in (None, "tool_instability") or rng.random() >= error_rate:
+    if category in (None, "tool_instability") or rng.random() >= TEACHER_ERROR_RATE:
         return None
     required = [parameter for parameter in arguments if parameter in tool["function"]["parameters"]["required"]]
     if category == "tool_hallucination":
@@ -290,7 +288,7 @@ def teacher_error(
 
 
 def draw_dialogue(
-    rng: random.Random, pool: list[dict], request_count: int | None = None, error_rate: float = TEACHER_ERROR_RATE
+    rng: random.Random, pool: list[dict], request_count: int | None = None
 ) -> tuple[list[dict], str, list[tuple[str, dict, str]]]:
     """(tools, query, [(name, arguments, feedback)]): 1-3 requests, the teacher's failing calls among the calls,
     `finish` last."""
@@ -300,7 +298,7 @@ def draw_dialogue(
     for tool in targets:
         request, arguments = draw_request(rng, tool)
         requests.append(request)
-        failing = teacher_error(rng, tool, arguments, error_rate)
+        failing = teacher_error(rng, tool, arguments)
         if failing:
             calls.append((*failing, execute(tools, *failing)))
         calls += right_calls(tools, tool, arguments)
@@ -353,10 +351,11 @@ def example_record(name: str, tools: list[dict], request: str, target: dict, arg
 def draw_test_examples(seed: int, count: int, unseen: bool, hard: bool = False) -> Iterator[dict]:
     """`count` single-turn examples: one request, its gold call, look-alike tools from the same toolbox.
 
-    With `hard` the right tool is one whose first call the teacher often gets wrong.
+    With `hard` the right tool is one whose first call the teacher often gets wrong; an unstable one is called right.
     """
     rng, pool = random.Random(seed), build_toolbox(unseen)
-    targets = [tool for tool in pool if name_parts(tool)[2] in HARD_QUALIFIERS] if hard else pool
+    wrong = {qualifier for qualifier, category in HARD_QUALIFIERS.items() if category != "tool_instability"}
+    targets = [tool for tool in pool if name_parts(tool)[2] in wrong] if hard else pool
     name = "tiny-hard" if hard else "tiny-unseen" if unseen else "tiny-seen"
     for index in range(count):
         target = rng.choice(targets)

@@ -162,8 +162,8 @@ def format_tables(settings: Mapping, dtype: str, rates: Sequence[Mapping], diffe
     """ablation.md."""
     parts = [
         "# Ablation",
-        f"SFT on {settings['trajectories']} trajectories, {settings['alike_share']:.0%} of them about tools that look "
-        f"alike: `run_sft.py {settings['sft_flags']}`; without MAE "
+        f"SFT on {settings['trajectories']} trajectories{' about tools that look alike' if settings['alike'] else ''}: "
+        f"`run_sft.py {settings['sft_flags']}`; without MAE "
         "`--error_filter none`, without PKT `--key_tokens off`. IRM is PPO from that SFT model, prompts of 1,217 "
         f"such trajectories: `run_ppo.py {settings['ppo_flags']}`. Greedy predictions in "
         f"{DTYPE_NAMES.get(dtype, 'an unknown type')}: `run_eval.py {settings['eval_flags']}`.",

@@ -65,9 +65,10 @@ def test_flags_of_sft(tmp_path, method, filter_and_key_tokens):
 
 
 def test_data_are_held_out_and_all_different(tmp_path):
-    write_data(tmp_path, 200, 5, 1 / 3)
+    write_data(tmp_path, 200, 5, alike=False)
     files = {path.name: path.read_bytes() for path in (tmp_path / "data").iterdir()}
     train, ppo = json.loads(files.pop("train.json")), json.loads(files.pop("ppo.json"))
+    assert ppo == json.loads((ROOT / "assets/tiny_data/train.json").read_text())
     assert len(ppo) == 1217 and train == ppo[:5]
     trained = {turn["content"] for record in ppo for turn in record["conversations"] if turn["role"] == "user"}
     records = {name: [json.loads(line) for line in lines.splitlines()] for name, lines in files.items()}
@@ -77,7 +78,7 @@ def test_data_are_held_out_and_all_different(tmp_path):
     for name in ("train.json", "test_alike.jsonl"):  # what is missing is made again, alike
         before = (tmp_path / "data" / name).read_bytes()
         (tmp_path / "data" / name).unlink()
-        write_data(tmp_path, 200, 5, 1 / 3)
+        write_data(tmp_path, 200, 5, alike=False)
         assert (tmp_path / "data" / name).read_bytes() == before
 
 
@@ -268,8 +269,6 @@ def test_settings(capsys):
         ["--jobs", "0"],
         ["--trajectories", "100001"],
         ["--prompts", "x"],
-        ["--alike_share", "1.1"],
-        ["--alike_share", "nan"],
     ):
         with pytest.raises(SystemExit, match="2"):
             read_flags([*flags, "--output", "x"])
@@ -348,7 +347,7 @@ def test_the_flags_of_ppo_are_flags_of_ppo(tmp_path):
 def test_one_real_cell(tmp_path):
     """SFT of two steps, scored; then tables of two cells, the second a copy of the first."""
     _, settings = read_flags([*SMALL, str(tmp_path)])
-    write_data(tmp_path, settings["prompts"], settings["trajectories"], settings["alike_share"])
+    write_data(tmp_path, settings["prompts"], settings["trajectories"], settings["alike"])
     assert [cell for cell, _ in run_cells(tmp_path, {NONE: commands_of(tmp_path, NONE, "")}, 1)] == [NONE]
     shutil.copytree(NONE.folder(tmp_path), IRM.folder(tmp_path))
     text = write_tables(tmp_path, settings, [NONE, IRM]).read_text()

@@ -1,13 +1,10 @@
 """Tools that look alike: what their prompts and trajectories promise."""
 
-import json
 from collections import defaultdict
-
-import pytest
 
 from data.error_filter import decide_masked_turns
 from data.trajectories import read_trajectories
-from toolbox.alike import CODES, draw_alike_examples, draw_mixed_trajectories
+from toolbox.alike import CODES, draw_alike_examples
 from toolbox.make import main as make_toolbox
 from toolbox.words import QUALIFIER_PHRASES
 from toolbox.world import execute, held_out_pairs
@@ -39,33 +36,13 @@ def test_the_code_word_names_one_tool_and_nothing_else_does():
     assert len(said) > 15
 
 
-@pytest.fixture(scope="module")
-def mixed(tmp_path_factory):
-    path = tmp_path_factory.mktemp("mixed") / "train.json"
-    flags = ["--only_trajectories", str(path), "--alike_share", "0.333333", "--error_rate", "0.75"]
-    make_toolbox(flags)
-    return path
-
-
-def test_as_many_failing_trajectories_as_the_paper_and_a_third_alike(mixed):
-    trajectories = read_trajectories(str(mixed))
-    failing = sum(any(turn.masked for turn in decide_masked_turns(each, "structured")) for each in trajectories)
-    heads = [{tool["function"]["name"].rsplit("_", 1)[0] for tool in each.tools[:-2]} for each in trajectories]
-    assert len(trajectories) == 1217 and 0.16 < failing / 1217 < 0.18
-    assert 0.30 < sum(len(each) == 1 for each in heads) / 1217 < 0.36
-
-
-def test_the_share_is_what_is_alike():
-    for share, n_heads in ((0.0, 0), (1.0, 30)):
-        tools = [
-            json.loads(each["conversations"][0]["content"])[:-2] for each in draw_mixed_trajectories(3, 30, share, 0.5)
-        ]
-        assert sum(len({tool["name"].rsplit("_", 1)[0] for tool in each}) == 1 for each in tools) == n_heads
-
-
-def test_wrong_shares_are_one_line(tmp_path, capsys):
-    for flag in ("--alike_share", "--error_rate"):
-        with pytest.raises(SystemExit, match="2"):
-            make_toolbox(["--only_trajectories", str(tmp_path / "x"), flag, "1.5"])
-        assert f"{flag}: found 1.5, expected 0 to 1" in capsys.readouterr().err
-    assert not list(tmp_path.iterdir())
+def test_trajectories_are_of_one_request_without_mistakes_of_the_teacher(tmp_path):
+    make_toolbox(["--only_trajectories", str(tmp_path / "train.json"), "--alike", "--trajectories", "300"])
+    trajectories = read_trajectories(str(tmp_path / "train.json"))
+    assert len(trajectories) == 300
+    for each in trajectories:
+        assert len({tool["function"]["name"].rsplit("_", 1)[0] for tool in each.tools[:-2]}) == 1
+        turns = decide_masked_turns(each, "structured")
+        assert {turn.category for turn in turns} <= {"all_right", "tool_instability"}
+        names = {message.call.name for message in each.messages if message.call}
+        assert len(names) == 2 and "finish" in names
