@@ -7,6 +7,7 @@ device has are then named under not_run.
 Shape suffixes: B rows, T tokens, L keys, N query heads, K key/value heads, H head dim.
 """
 
+import itertools
 import json
 import os
 import platform
@@ -36,7 +37,7 @@ from model.config import PRESETS, ModelConfig, RopeScaling, config_to_hf, count_
 from model.decode import KVCache, decode_step, prefill
 from model.sampling import generate
 from model.tokenizer import load_tokenizer
-from model.transformer import Transformer, attend
+from model.transformer import Segments, Transformer, attend, describe_attention
 from model.value_model import ValueModel
 from rl.models import Models
 from rl.ppo_config import PPOConfig
@@ -264,9 +265,9 @@ def attention(device: str, small: bool) -> Items:
         yield {f"{kind}_by_backend_ms": by_backend}
         for dtype, limit in {torch.float32: 1e-4, compute_dtype(device): 2e-2 if device == "cuda" else 1e-4}.items():
             yield at_most(f"{kind}_{str(dtype)[6:]}_error", error_of_attend(inputs(lengths[1], dtype)), limit)
+        yield from packed_attention(kind, inputs(lengths[2], compute_dtype(device)))
         yield from decode_attention(device, n_heads, n_kv_heads, head_dim, 64 if small else 1024)
-    yield {"not_run": "varlen_attn: the product calls SDPA once per segment"}
-    yield from needs_cuda(device, "bf16", "the backends of CUDA")
+    yield from needs_cuda(device, "bf16", "the backends of CUDA", "varlen_attn")
 
 
 def chosen_backend(q_BTNH: Tensor, k_BTKH: Tensor, v_BTKH: Tensor) -> str:
@@ -278,20 +279,42 @@ def chosen_backend(q_BTNH: Tensor, k_BTKH: Tensor, v_BTKH: Tensor) -> str:
         return f"unknown: {str(error)[:80]}"
 
 
-def first_second_ms(inputs: Sequence[Tensor]) -> list[float]:
+def packed_attention(kind: str, row: Sequence[Tensor]) -> Items:
+    """The row as four sequences of ever new lengths: one call of varlen_attn, where it can be, and one per sequence."""
+    q_1TNH, k_1TKH, _ = row
+    n_tokens, n_heads, head_dim = q_1TNH.shape[1:]
+    lengths = [1, n_tokens // 2, n_tokens // 3]
+    lengths.append(n_tokens - sum(lengths))
+    shape = replace(PRESETS["codellama_7b"], n_heads=n_heads, n_kv_heads=k_1TKH.shape[2], head_dim=head_dim)
+    chosen = describe_attention(shape, q_1TNH.dtype, q_1TNH.device)
+    ways = {"per_sequence": Segments(lengths, None)}
+    if chosen.startswith("varlen_attn"):
+        ends = torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32, device=q_1TNH.device)
+        ways["one_call"] = Segments(lengths, ends)
+    yield {f"{kind}_packed_chosen": chosen}
+    for name, segments in ways.items():
+        yield {f"{kind}_packed_{name}_ms": first_second_ms(row, segments=segments)}
+        limit = 1e-4 if q_1TNH.dtype == torch.float32 else 2e-2
+        yield at_most(f"{kind}_packed_{name}_error", error_of_attend(row, segments=segments), limit)
+
+
+def first_second_ms(inputs: Sequence[Tensor], **segments: Segments) -> list[float]:
     """Forward and backward, twice: the first call may build a plan for its shape."""
     device = inputs[0].device.type
-    return [1000 * seconds_of(lambda: attend(*inputs).sum().backward(), device) for _ in range(2)]
+    return [1000 * seconds_of(lambda: attend(*inputs, **segments).sum().backward(), device) for _ in range(2)]
 
 
-def error_of_attend(inputs: Sequence[Tensor]) -> float:
+def error_of_attend(inputs: Sequence[Tensor], **segments: Segments) -> float:
     """Largest relative error of output and gradients against the formula, step by step in fp64."""
     exact_inputs = [each.detach().double().requires_grad_() for each in inputs]
     q_TNH, k_LNH, v_LNH = (each[0].repeat_interleave(inputs[0].shape[2] // each.shape[2], 1) for each in exact_inputs)
     scores_NTL = torch.einsum("tnh,lnh->ntl", q_TNH, k_LNH) / q_TNH.shape[-1] ** 0.5
     unseen_TL = torch.ones_like(scores_NTL[0], dtype=torch.bool).triu(1)
+    for each in segments.values():
+        own_T = torch.arange(len(each.lengths)).repeat_interleave(torch.tensor(each.lengths)).to(unseen_TL.device)
+        unseen_TL |= own_T[:, None] != own_T
     exact_TNH = torch.einsum("ntl,lnh->tnh", scores_NTL.masked_fill(unseen_TL, -inf).softmax(-1), v_LNH)
-    out_TNH = attend(*inputs)[0]
+    out_TNH = attend(*inputs, **segments)[0]
     incoming_TNH = torch.randn_like(out_TNH)
     gradients = torch.autograd.grad(out_TNH, inputs, incoming_TNH)
     exact_gradients = torch.autograd.grad(exact_TNH, exact_inputs, incoming_TNH.double())

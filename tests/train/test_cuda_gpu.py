@@ -1,19 +1,25 @@
-"""The kernels on a real device: `pytest -m gpu`. NOT YET RUN BY US: no machine of ours has one.
+"""The kernels, attention and a training step on a real device: `pytest -m gpu`. NOT YET RUN BY US: no machine of ours
+has one.
 
-What the checks without a GPU cannot show stands here: the device's rounding, streams, waits, 64-bit offsets, graphs.
+What the checks without a GPU cannot show is tested here: the device's rounding, streams, waits, 64-bit offsets, graphs.
 """
 
 import json
 import shutil
 import subprocess
 import sys
+import warnings
+from dataclasses import replace
 
 import pytest
 import torch
 
+from model.config import PRESETS
+from model.transformer import Segments, attend, describe_attention
 from run_sft import main
 from tests.support.cuda_build import ROOT
 from tests.support.loss_rows import make_rows, oracle
+from tests.support.tiny_run import random_batch, tiny_model
 from tests.train.test_cuda_launch import assert_rows_agree, random_rows
 from train.cuda.launch import (
     DTYPES,
@@ -24,6 +30,9 @@ from train.cuda.launch import (
     cuda_row_cross_entropy,
     cuda_scale_,
 )
+from train.distributed import init_world
+from train.sft_config import SFTConfig
+from train.sft_loop import train_step
 from train.weighted_cross_entropy import linear_token_logprobs, linear_weighted_cross_entropy, weighted_cross_entropy
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
@@ -175,6 +184,47 @@ def test_forward_and_backward_never_wait_for_the_device(chunk_rows):
         step()
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+def test_a_training_step_waits_for_the_device_once():
+    """PyTorch warns at each wait; the batches are pinned, as train_sft hands them over."""
+    world, model = init_world(DEVICE), tiny_model().to(DEVICE, torch.bfloat16)
+    optimizer = torch.optim.AdamW(model.parameters(), fused=True)
+
+    def step(seed):
+        batches = [random_batch(seed + number).pinned() for number in range(3)]
+        return train_step(SFTConfig(), model, optimizer, batches, world, step=1, loss_backend="cuda")
+
+    step(0)
+    torch.cuda.synchronize()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        torch.cuda.set_sync_debug_mode("warn")
+        try:
+            step(3)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    waits = [str(each.message) for each in caught if "synchroniz" in str(each.message)]
+    assert len(waits) == 1, waits
+
+
+@pytest.mark.parametrize("n_kv_heads", [4, 2])
+def test_a_packed_row_in_one_call_equals_its_sequences(n_kv_heads):
+    """varlen_attn against scaled_dot_product_attention in fp32, values and gradients; bf16 keeps 8 bits."""
+    lengths = [1, 130, 64, 5]
+    shape = replace(PRESETS["codellama_7b"], n_heads=4, n_kv_heads=n_kv_heads)
+    if not describe_attention(shape, torch.bfloat16, torch.device(DEVICE)).startswith("varlen_attn"):
+        pytest.skip("this torch or device has no varlen_attn for these heads")
+    torch.manual_seed(0)
+    row = [torch.randn(1, 200, heads, 128, device=DEVICE).bfloat16() for heads in (4, n_kv_heads, n_kv_heads)]
+    borders = torch.tensor([0, 1, 131, 195, 200], dtype=torch.int32, device=DEVICE)
+    results = []
+    for dtype, segments in ((torch.bfloat16, Segments(lengths, borders)), (torch.float32, Segments(lengths, None))):
+        leaves = [each.to(dtype).requires_grad_() for each in row]
+        out_1TNH = attend(*leaves, segments=segments)
+        results.append([out_1TNH, *torch.autograd.grad(out_1TNH.float().square().sum(), leaves)])
+    for found, expected in zip(*results, strict=True):
+        assert (found.float() - expected).norm() < 2e-2 * expected.norm()
 
 
 def test_launches_can_be_captured_in_a_graph():
