@@ -88,6 +88,7 @@ class Segments(NamedTuple):
 
     lengths: list[int]
     borders: Tensor | None  # int32, 0 and the end of each segment; None: attention goes segment by segment
+    masks: list[Tensor | None]  # one each, as in attend
 
 
 def attend(
@@ -100,10 +101,11 @@ def attend(
     """
     if segments is not None and segments.borders is not None:
         return _attend_to_whole_row(q_BTNH, k_BLKH, v_BLKH, segments)
-    if segments is not None and len(segments.lengths) > 1:
+    if segments is not None:
         # split, not slices: the backward of n slices writes and adds n tensors of the whole row's length.
-        pieces = zip(*(each.split(segments.lengths, dim=1) for each in (q_BTNH, k_BLKH, v_BLKH)), strict=True)
-        return torch.cat([attend(*piece) for piece in pieces], dim=1)
+        parts = (each.split(segments.lengths, dim=1) for each in (q_BTNH, k_BLKH, v_BLKH))
+        outputs = [attend(*piece) for piece in zip(*parts, segments.masks, strict=True)]
+        return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)
     is_grouped = q_BTNH.shape[2] != k_BLKH.shape[2]
     if is_grouped and mask is not None:
         return _attend_by_groups(q_BTNH, k_BLKH, v_BLKH, mask)
@@ -203,6 +205,19 @@ class Attention(nn.Module):
         return apply_rope(q_BTNH, cos, signed_sin), apply_rope(k_BTKH, cos, signed_sin), v_BTKH
 
 
+def shared_prefix_mask(n_prefix: int, branch_lengths: list[int]) -> Tensor:
+    """Mask of a segment that is a prefix and then several branches, all of which continue the prefix: (T, T) bool.
+
+    Each branch sees the prefix and itself; its positions count from n_prefix.
+    """
+    n_tokens, start = n_prefix + sum(branch_lengths), n_prefix
+    mask_TT = torch.ones(n_tokens, n_tokens, dtype=torch.bool).tril()
+    for length in branch_lengths:
+        mask_TT[start + length :, start : start + length] = False
+        start += length
+    return mask_TT
+
+
 class FeedForward(nn.Module):
     """SwiGLU: w2(silu(w1 x) * w3 x) (E18)."""
 
@@ -284,12 +299,14 @@ class Transformer(nn.Module):
         *,
         position_ids_BT: Tensor | None = None,
         segment_lengths: list[int] | None = None,
+        segment_masks: list[Tensor | None] | None = None,
         return_hidden: bool = False,
     ) -> Tensor:
         """Logits (B, T, V), or the final normed hidden states (B, T, D) with return_hidden.
 
         segment_lengths: the row (B must be 1) is several sequences end to end, of these lengths; each attends only to
-        itself. position_ids_BT: by default 0, 1, ... from the start of each segment.
+        itself. segment_masks: for each segment None (a token sees those before it) or a mask as in attend, such as
+        shared_prefix_mask. position_ids_BT: by default 0, 1, ... from the start of each segment.
         Raises ValueError when lengths and shapes disagree.
         """
         B, T = input_ids_BT.shape
@@ -303,7 +320,7 @@ class Transformer(nn.Module):
             position_ids_BT = torch.cat([torch.arange(n, device=input_ids_BT.device) for n in segment_lengths])[None]
         x_BTD = self.tok_embeddings(input_ids_BT)
         cos, signed_sin = self.rotation(position_ids_BT, x_BTD.dtype)  # once, not per layer
-        segments = self.segments(segment_lengths, x_BTD)
+        segments = self.segments(segment_lengths, segment_masks or [None] * len(segment_lengths), x_BTD)
         for block in self.layers:
             if self.activation_checkpointing and torch.is_grad_enabled():
                 x_BTD = checkpoint(block, x_BTD, cos, signed_sin, segments, use_reentrant=False)
@@ -317,12 +334,12 @@ class Transformer(nn.Module):
         self.inverse_frequencies = self.inverse_frequencies.to(position_ids_BT.device)  # moves once
         return rope_cos_sin(position_ids_BT, self.inverse_frequencies, dtype)
 
-    def segments(self, segment_lengths: list[int], x_BTD: Tensor) -> Segments:
+    def segments(self, segment_lengths: list[int], masks: list[Tensor | None], x_BTD: Tensor) -> Segments:
         """The row's segments, with their borders on its device where varlen_attn will read them."""
-        borders = None
-        if x_BTD.shape[0] == 1 and _takes_whole_rows(self.config, x_BTD.dtype, x_BTD.device):
+        borders, is_causal = None, all(mask is None for mask in masks)
+        if is_causal and x_BTD.shape[0] == 1 and _takes_whole_rows(self.config, x_BTD.dtype, x_BTD.device):
             ends = [0, *itertools.accumulate(segment_lengths)]
             # from pinned memory, so that the host does not wait for the copy
             borders = torch.tensor(ends, dtype=torch.int32, pin_memory=x_BTD.is_cuda)
             borders = borders.to(x_BTD.device, non_blocking=True)
-        return Segments(segment_lengths, borders)
+        return Segments(segment_lengths, borders, masks)

@@ -47,15 +47,24 @@ class ValueModel(nn.Module):
         self.backbone.activation_checkpointing = active
 
     def forward(
-        self, input_ids_BT: Tensor, *, position_ids_BT: Tensor | None = None, segment_lengths: list[int] | None = None
+        self,
+        input_ids_BT: Tensor,
+        *,
+        position_ids_BT: Tensor | None = None,
+        segment_lengths: list[int] | None = None,
+        segment_masks: list[Tensor | None] | None = None,
     ) -> Tensor:
         """values_BT, fp32 (fp64 for an fp64 model), in the unit of the rewards: [b, t] after reading token t.
 
-        position_ids_BT, segment_lengths and ValueError: as in Transformer.forward. The value of the state before
-        response token t is therefore the one at token t - 1, the prompt's last token for the first.
+        The optional arguments and ValueError: as in Transformer.forward. The value of the state before response token t
+        is therefore the one at token t - 1, the prompt's last token for the first.
         """
         hidden_BTD = self.backbone(
-            input_ids_BT, position_ids_BT=position_ids_BT, segment_lengths=segment_lengths, return_hidden=True
+            input_ids_BT,
+            position_ids_BT=position_ids_BT,
+            segment_lengths=segment_lengths,
+            segment_masks=segment_masks,
+            return_hidden=True,
         )
         # bf16 has a step of 0.004 at 1: advantages are differences of values, so the head's product is taken in fp32
         dtype = torch.promote_types(hidden_BTD.dtype, torch.float32)

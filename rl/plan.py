@@ -143,4 +143,5 @@ def full_batch(n_rows: int, n_prompt: int, n_response: int) -> ResponseBatch:
     """A packed micro-batch of n_rows prompts and responses of those lengths, in tokens; its numbers mean nothing."""
     n_tokens, n_scored = n_rows * (n_prompt + n_response - 1), n_rows * n_response
     ids_T, index_K = torch.zeros(n_tokens, dtype=torch.int64), torch.zeros(n_scored, dtype=torch.int64)
-    return ResponseBatch(ids_T, ids_T, [n_prompt + n_response - 1] * n_rows, index_K, index_K, index_K, index_K)
+    lengths = [n_prompt + n_response - 1] * n_rows
+    return ResponseBatch(ids_T, ids_T, index_K, index_K, index_K, index_K, lengths, [None] * n_rows)

@@ -22,7 +22,7 @@ import hashlib
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import islice
+from itertools import groupby, islice
 from math import ceil
 
 import torch
@@ -32,6 +32,7 @@ from data.formats.prompt_format import find_stop_ids
 from data.formats.table import FORMATS, end_of_turn_ids
 from model.sampling import generate
 from model.tokenizer import Tokenizer
+from model.transformer import shared_prefix_mask
 from rl.advantages import compute_gae, kl_shaped_rewards, masked_sums, whiten
 from rl.models import Models
 from rl.ppo_config import PPOConfig
@@ -193,13 +194,14 @@ def response_text(response_ids: Sequence[int], tokenizer: Tokenizer) -> str:
 class ResponseBatch:
     """Some responses with their prompts as one packed row; K response tokens over all of them."""
 
-    input_ids_T: Tensor  # int64, prompt and response except its last token, row after row
-    position_ids_T: Tensor  # int64, from 0 in every row
-    segment_lengths: list[int]
+    input_ids_T: Tensor  # int64, prompt and responses except their last tokens, prompt after prompt
+    position_ids_T: Tensor  # int64, from 0 in every prompt; each response goes on from its own
     state_index_K: Tensor  # int64, position in T of the state that token k was sampled in
     target_ids_K: Tensor  # int64, the response tokens
     row_K: Tensor  # int64, place of token k in the (B, R) grids of the rollout
     column_K: Tensor  # int64
+    segment_lengths: list[int]  # tokens of each prompt with its responses
+    segment_masks: list[Tensor | None]  # None for one response: its tokens see all before them
 
     def take(self, grid_BR: Tensor) -> Tensor:
         """The batch's K entries of a (B, R) grid, as (1, K)."""
@@ -210,28 +212,41 @@ class ResponseBatch:
         grid_BR[self.row_K, self.column_K] = values_K.to(grid_BR.dtype)
 
 
-def pack_responses(sampled: Sampled, rows: Sequence[int]) -> ResponseBatch:
+def pack_responses(sampled: Sampled, rows: Sequence[int], responses_per_prompt: int = 1) -> ResponseBatch:
     """Rows of a rollout end to end. Without rows: one token and nothing to score, because every rank has to join every
-    collective of a forward."""
-    inputs, positions, lengths, states, targets, rows_of_tokens, columns = [], [], [], [], [], [], []
-    for row in rows:
-        prompt_ids, response_ids = sampled.prompts[row].prompt_ids, sampled.response_ids[row]
-        first_state = len(inputs) + len(prompt_ids) - 1
-        ids = prompt_ids + response_ids[:-1]
-        inputs += ids
-        positions += range(len(ids))
-        lengths.append(len(ids))
-        states += range(first_state, first_state + len(response_ids))
-        targets += response_ids
-        rows_of_tokens += [row] * len(response_ids)
-        columns += range(len(response_ids))
+    collective of a forward.
+
+    Rows that follow each other with one prompt (the same row // responses_per_prompt) are one segment: the prompt once,
+    then each response, which sees the prompt and itself.
+    """
+    inputs, positions, lengths, masks = [], [], [], []
+    states, targets, rows_of_tokens, columns = [], [], [], []
+    for _, group in groupby(rows, key=lambda row: row // responses_per_prompt):
+        responses = [(row, sampled.response_ids[row]) for row in group]
+        prompt_ids, start = sampled.prompts[responses[0][0]].prompt_ids, len(inputs)
+        n_prompt = len(prompt_ids)
+        inputs += prompt_ids
+        positions += range(n_prompt)
+        for row, response_ids in responses:
+            fed = response_ids[:-1]
+            # token 0 is sampled in the prompt's last state, token t in that of token t - 1
+            states += [start + n_prompt - 1, *range(len(inputs), len(inputs) + len(fed))][: len(response_ids)]
+            inputs += fed
+            positions += range(n_prompt, n_prompt + len(fed))
+            targets += response_ids
+            rows_of_tokens += [row] * len(response_ids)
+            columns += range(len(response_ids))
+        lengths.append(len(inputs) - start)
+        fed_lengths = [max(0, len(response_ids) - 1) for _, response_ids in responses]
+        masks.append(shared_prefix_mask(n_prompt, fed_lengths) if len(responses) > 1 else None)
     if not rows:
-        inputs, positions, lengths = [0], [0], [1]
-    input_ids_T, position_ids_T, state_index_K, target_ids_K, row_K, column_K = (
-        torch.tensor(each, dtype=torch.int64, device=sampled.scores_B.device)
+        inputs, positions, lengths, masks = [0], [0], [1], [None]
+    device = sampled.scores_B.device
+    tensors = (
+        torch.tensor(each, dtype=torch.int64, device=device)
         for each in (inputs, positions, states, targets, rows_of_tokens, columns)
     )
-    return ResponseBatch(input_ids_T, position_ids_T, lengths, state_index_K, target_ids_K, row_K, column_K)
+    return ResponseBatch(*tensors, lengths, [None if mask is None else mask.to(device) for mask in masks])
 
 
 def pack_minibatches(
@@ -250,7 +265,8 @@ def pack_minibatches(
             per_rank[prompt % world.size].append(prompt // world.size * n_shared + k)
         n_micro_batches = ceil(max(map(len, per_rank)) / config.micro_batch_size)
         mine, size = per_rank[world.rank], config.micro_batch_size
-        minibatches.append([pack_responses(sampled, mine[i * size : (i + 1) * size]) for i in range(n_micro_batches)])
+        parts = [mine[i * size : (i + 1) * size] for i in range(n_micro_batches)]
+        minibatches.append([pack_responses(sampled, part, n_shared) for part in parts])
     return minibatches
 
 
@@ -260,6 +276,7 @@ def response_states(model: torch.nn.Module, batch: ResponseBatch) -> Tensor:
         batch.input_ids_T[None],
         position_ids_BT=batch.position_ids_T[None],
         segment_lengths=batch.segment_lengths,
+        segment_masks=batch.segment_masks,
         return_hidden=True,
     )
     return hidden_BTD[0].index_select(0, batch.state_index_K)
@@ -278,7 +295,10 @@ def response_logprobs(
 def response_values(critic: torch.nn.Module, batch: ResponseBatch) -> Tensor:
     """V(state t) for each response token t, (K,) fp32."""
     values_BT = critic(
-        batch.input_ids_T[None], position_ids_BT=batch.position_ids_T[None], segment_lengths=batch.segment_lengths
+        batch.input_ids_T[None],
+        position_ids_BT=batch.position_ids_T[None],
+        segment_lengths=batch.segment_lengths,
+        segment_masks=batch.segment_masks,
     )
     return values_BT[0].index_select(0, batch.state_index_K)
 

@@ -102,7 +102,7 @@ def standin(version, calls):
 def test_segment_by_segment_equals_the_oracle(heads):
     q_1TNH, k_1TKH, v_1TKH = packed_row(*heads)
     expected_TNH = exact_attention(q_1TNH[0], k_1TKH[0], v_1TKH[0], seen_in_row())
-    found_1TNH = attend(q_1TNH, k_1TKH, v_1TKH, segments=Segments(LENGTHS, None))
+    found_1TNH = attend(q_1TNH, k_1TKH, v_1TKH, segments=Segments(LENGTHS, None, [None] * len(LENGTHS)))
     torch.testing.assert_close(found_1TNH[0], expected_TNH, rtol=1e-12, atol=1e-12)
 
 
@@ -112,7 +112,7 @@ def test_one_call_for_the_row_equals_the_oracle(monkeypatch, version, heads):
     monkeypatch.setattr(transformer, "_varlen_attn", lambda: standin(version, calls))
     row = packed_row(*heads, torch.bfloat16)
     borders = torch.tensor([0, 1, 6, 9], dtype=torch.int32)
-    found_1TNH = attend(*row, segments=Segments(LENGTHS, borders))
+    found_1TNH = attend(*row, segments=Segments(LENGTHS, borders, [None] * len(LENGTHS)))
     expected_TNH = exact_attention(*(each[0] for each in row), seen_in_row())
     torch.testing.assert_close(found_1TNH[0].double(), expected_TNH, rtol=2e-2, atol=1e-2)  # bf16 keeps 8 bits
     (call,) = calls

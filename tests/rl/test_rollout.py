@@ -111,6 +111,57 @@ def test_every_response_token_is_read_off_the_state_before_it(tokenizer):
     assert batch.column_K.tolist() == [0, 1, 2, 0, 0]
 
 
+def test_responses_that_share_a_prompt_see_it_and_themselves(tokenizer):
+    prompts = [make_prompt([1, 10, 11])] * 3 + [make_prompt([1, 12])] * 3
+    sampled = [([20, 21, EOS], [-1.0] * 3), ([30], [-1.0]), ([40, EOS], [-1.0] * 2), *[([50, EOS], [-1.0] * 2)] * 3]
+    rollout = judge_responses(prompts, sampled, tokenizer, CPU)
+    batch = pack_responses(rollout, [0, 1, 2, 5], responses_per_prompt=3)
+    assert batch.input_ids_T.tolist() == [1, 10, 11, 20, 21, 40, 1, 12, 50]
+    assert batch.position_ids_T.tolist() == [0, 1, 2, 3, 4, 3, 0, 1, 2]
+    assert batch.segment_lengths == [6, 3]
+    assert batch.state_index_K.tolist() == [2, 3, 4, 2, 2, 5, 7, 8]
+    assert batch.target_ids_K.tolist() == [20, 21, EOS, 30, 40, EOS, 50, EOS]
+    assert batch.row_K.tolist() == [0, 0, 0, 1, 2, 2, 5, 5] and batch.column_K.tolist() == [0, 1, 2, 0, 0, 1, 0, 1]
+    mask_TT, alone = batch.segment_masks
+    assert alone is None and mask_TT.int().tolist() == [
+        [1, 0, 0, 0, 0, 0],
+        [1, 1, 0, 0, 0, 0],
+        [1, 1, 1, 0, 0, 0],
+        [1, 1, 1, 1, 0, 0],
+        [1, 1, 1, 1, 1, 0],
+        [1, 1, 1, 0, 0, 1],
+    ]
+
+
+def test_a_shared_prompt_changes_states_values_and_gradients_by_rounding_only(prompts, tokenizer):
+    """fp64. Responses of 1 to 6 tokens to each of 3 prompts; the sums give each state another weight."""
+    torch.manual_seed(2)
+    shared, n = repeat_each(prompts[:3], 4), 12
+    responses = [([20 + index] * (1 + index % 6), [-1.0] * (1 + index % 6)) for index in range(n)]
+    rollout = judge_responses(shared, responses, tokenizer, CPU)
+    for model, score in (
+        (load_pretrained(policy_folder()), response_states),
+        (ValueModel(tiny_config()), response_values),
+    ):
+        model.double()
+        for name, parameter in model.named_parameters():
+            torch.nn.init.normal_(parameter, std=0.2 if parameter.dim() > 1 else 1.0)
+        found = []
+        for responses_per_prompt in (1, 4):
+            batch = pack_responses(rollout, range(n), responses_per_prompt)
+            values = score(model, batch)
+            model.zero_grad()
+            (values * torch.linspace(-1, 1, values.numel(), dtype=torch.float64).view_as(values)).sum().backward()
+            grads = {name: each.grad for name, each in model.named_parameters() if each.grad is not None}
+            found.append((len(batch.input_ids_T), values.detach(), grads))
+        (n_alone, values, grads), (n_shared, shared_values, shared_grads) = found
+        assert n_shared == n_alone - 3 * sum(len(prompt.prompt_ids) for prompt in prompts[:3])
+        torch.testing.assert_close(shared_values, values, rtol=1e-10, atol=1e-10)
+        assert len(grads) > 10 and grads.keys() == shared_grads.keys()
+        for name, grad in grads.items():
+            torch.testing.assert_close(shared_grads[name], grad, rtol=1e-10, atol=1e-10, msg=name)
+
+
 def test_rows_are_packed_in_the_order_asked_for(tokenizer):
     batch = pack_responses(by_hand(tokenizer), [2, 0])
     assert batch.input_ids_T.tolist() == [1, 13, 14, 15, 1, 10, 11, 20, 21]
