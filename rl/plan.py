@@ -41,7 +41,8 @@ from train.plan import (
 def plan_ppo(config: PPOConfig, prompts: Sequence[PPOPrompt]) -> Plan:
     """The plan of `python run_ppo.py` with these settings on these prompts.
 
-    The largest micro-batch is taken to be micro_batch_size times the longest prompt with a response of full length.
+    The largest micro-batch is taken to be micro_batch_size times the longest prompt with a response of full length: too
+    much where responses share a prompt.
     Reads config.json of the model folder only. Raises ModelFolderError.
     """
     n_ranks, device_type = planned_ranks(config.plan_ranks), device_type_of(config.device)
