@@ -196,18 +196,19 @@ def tokenizer_of(tmp_path_factory):
 TOOLS = [tool("f"), tool("_get"), tool("search-all")]
 
 
+@pytest.mark.parametrize("count", [80, pytest.param(400, marks=pytest.mark.very_slow)])
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("prompt_format", TRAINING_FORMATS)
-def test_prompts_are_prefixes_of_rows_and_turns_are_read_back(tokenizer_of, prompt_format, kind):
+def test_prompts_are_prefixes_of_rows_and_turns_are_read_back(tokenizer_of, prompt_format, kind, count):
     tokenizer, rng = tokenizer_of(kind), random.Random(KINDS.index(kind))
     ends = end_of_turn_ids(tokenizer, prompt_format)
-    for number in range(400):
+    for number in range(count):
         messages = hostile_messages(rng)
         trajectory = Trajectory(f"h{number}", TOOLS[: rng.randrange(4)], messages, "hostile")
         row = encode_trajectory(trajectory, tokenizer, **SETTINGS, prompt_format=prompt_format)
         ids = list(row.input_ids)
         turns = [index for index, message in enumerate(messages) if message.role == "assistant"]
-        index = rng.choice(turns)  # one prompt each: 400 trajectories see every turn often enough
+        index = rng.choice(turns)  # one prompt each: so many trajectories see every turn often enough
         prompt = encode_prompt(trajectory.tools, messages[:index], tokenizer, prompt_format)
         assert ids[: len(prompt)] == prompt
         turn = [t for t, w, m in zip(row.target_ids, row.loss_weights, row.message_indices) if w and m == index]
@@ -220,16 +221,17 @@ def test_prompts_are_prefixes_of_rows_and_turns_are_read_back(tokenizer_of, prom
             assert parse_output(tokenizer.decode(turn[:-1]).strip(), prompt_format) == [messages[index].call]
 
 
+@pytest.mark.parametrize("count", [40, pytest.param(150, marks=pytest.mark.very_slow)])
 @pytest.mark.parametrize("kind", ("qwen25", "llama31"))
 @pytest.mark.parametrize("prompt_format", TRAINING_FORMATS)
-def test_the_first_key_token_has_the_first_character_of_the_name(tokenizer_of, prompt_format, kind):
+def test_the_first_key_token_has_the_first_character_of_the_name(tokenizer_of, prompt_format, kind, count):
     """The package's own offsets are the oracle: they say which characters a token covers."""
     import tokenizers
 
     tokenizer, rng = tokenizer_of(kind), random.Random(3)
     oracle = tokenizers.Tokenizer.from_file(str(tokenizer.path))
     oracle.encode_special_tokens = True
-    for _ in range(150):
+    for _ in range(count):
         thought = "".join(rng.choices([text for text in HOSTILE if text != "e\u0301"], k=rng.randrange(5)))
         call = ToolCall(rng.choice(("get_weather", "f", "search-all", "_get")), {"a": thought})
         messages = [Message("user", "q"), Message("assistant", "", call, thought=thought)]

@@ -5,7 +5,7 @@
 
 A server that has imported everything (multiprocessing's forkserver) forks each rank; the rank has its own environment,
 standard output and signal handlers, and can be killed like any process. What torchrun itself adds is proved by the
-tests that use it: tests/train/test_lost_ranks.py, test_resume.py (very_slow) and test_distributed.py in that folder.
+tests that use it: tests/train/test_lost_ranks.py and test_resume.py (very_slow).
 """
 
 from __future__ import annotations

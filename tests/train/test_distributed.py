@@ -1,5 +1,9 @@
-"""Sharding, gradient sums and clipping: one rank against a plain model, and 1, 2, 4 ranks against each other."""
+"""Sharding, gradient sums and clipping: one rank against a plain model, and 1, 2, 4 ranks against each other.
 
+The command of the documentation, with torchrun, is in tests/train/test_lost_ranks.py.
+"""
+
+import json
 import math
 import os
 
@@ -7,7 +11,7 @@ import pytest
 import torch
 
 from tests.support.processes import free_port, run, spawn
-from tests.support.tiny_run import arguments, command, metrics_of, random_batch, run_here, run_process, tiny_model
+from tests.support.tiny_run import arguments, make_records, metrics_of, random_batch, run_here, tiny_model
 from train.distributed import (
     DeviceError,
     any_rank,
@@ -202,16 +206,34 @@ def assert_same_training(first, second, steps):
             assert other[key] == row[key], (row["step"], key)
 
 
+@pytest.fixture(scope="module")
+def flags_of_steps(tmp_path_factory):
+    """Two epochs of 4, 4 and 1 trajectories: with several ranks the third step of each leaves all but one idle."""
+    data = tmp_path_factory.mktemp("nine") / "data.json"
+    data.write_text(json.dumps(make_records(9)), encoding="utf-8")
+    return {"data": data, "global_batch_size": 4, "epochs": 2}
+
+
+@pytest.fixture(scope="module")
+def trained_by_one_rank(flags_of_steps, tmp_path_factory):
+    """The output of a whole run."""
+    output = tmp_path_factory.mktemp("one_rank") / "run"
+    code, _, err = run_here(output, **flags_of_steps)
+    assert code == 0, err
+    return output
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("normalization", ["turn_mean", "token_mean"])
-def test_two_ranks_train_like_one(tmp_path, normalization):
-    """10 steps of 4 trajectories: 1 rank x 4 micro-batches against 2 x 2, and 2 ranks with ragged shares."""
-    flags = {"global_batch_size": 4, "epochs": 2, "max_steps": 10, "loss_normalization": normalization}
-    for name, ranks in {"a": 1, "b": 2}.items():
-        code, _, err = run("run_sft", arguments(tmp_path / name, **flags), ranks)
-        assert code == 0, err
-        flags["reduce_gradients"] = "micro_batch" if normalization == "token_mean" else "step"
-    assert_same_training(tmp_path / "a", tmp_path / "b", 10)
+def test_two_ranks_train_like_one(flags_of_steps, tmp_path, normalization):
+    """1 rank x 4 micro-batches against 2 x 2; step 3 has one trajectory, so that one of two ranks is idle."""
+    flags = flags_of_steps | {"max_steps": 4, "loss_normalization": normalization}
+    code, _, err = run_here(tmp_path / "a", **flags)
+    assert code == 0, err
+    flags["reduce_gradients"] = "micro_batch" if normalization == "token_mean" else "step"
+    code, _, err = run("run_sft", arguments(tmp_path / "b", **flags), ranks=2)
+    assert code == 0, err
+    assert_same_training(tmp_path / "a", tmp_path / "b", 4)
 
 
 def two_by_two(rank: int, port: int, folder: str) -> None:
@@ -250,26 +272,13 @@ def test_two_copies_in_two_shards_each(tmp_path):
 
 
 @pytest.mark.slow
-def test_groups_of_shards_train_like_one_rank_and_resume_as_others(tmp_path):
-    """1 rank; 4 ranks in 2 groups up to step 4, as one group up to step 7, then 1 rank with the rest.
-
-    Step 6 is the last of an epoch and has 2 trajectories: two of its 4 ranks are idle.
-    """
-    flags = {"global_batch_size": 4, "epochs": 2, "max_steps": 10}
-    code, _, err = run("run_sft", arguments(tmp_path / "a", **flags), 1)
-    assert code == 0, err
-    for steps, ranks, group in ((4, 4, 2), (7, 4, 0), (10, 1, 0)):
-        parts = arguments(tmp_path / "b", **flags | {"max_steps": steps}, shard_group_size=group)
-        code, _, err = run("run_sft", parts, ranks)
+def test_groups_of_shards_train_like_one_rank_and_resume_as_others(flags_of_steps, trained_by_one_rank, tmp_path):
+    """4 ranks in 2 groups up to step 3, 2 ranks as one group up to step 5, then 1 rank with the rest."""
+    output = tmp_path / "run"
+    for steps, ranks, group in ((3, 4, 2), (5, 2, 0)):
+        flags = flags_of_steps | {"max_steps": steps, "shard_group_size": group}
+        code, _, err = run("run_sft", arguments(output, **flags), ranks)
         assert code == 0, err
-    assert_same_training(tmp_path / "a", tmp_path / "b", 10)
-
-
-@pytest.mark.slow
-def test_torchrun_starts_the_ranks(tmp_path):
-    """The command of the documentation; every other test of several ranks forks them (tests/support/processes.py)."""
-    flags = {"global_batch_size": 4, "max_steps": 2}
-    assert run_here(tmp_path / "a", **flags)[0] == 0
-    done = run_process(command(tmp_path / "b", ranks=2, **flags))
-    assert done.returncode == 0, done.stderr
-    assert_same_training(tmp_path / "a", tmp_path / "b", 2)
+    code, _, err = run_here(output, **flags_of_steps)
+    assert code == 0, err
+    assert_same_training(trained_by_one_rank, output, 6)

@@ -16,6 +16,7 @@ from start_up import end_with_torchrun
 from tests.support.processes import free_port, lines_in, spawn, start
 from tests.support.restart_trials import kill_a_rank, torchrun, wait_until
 from tests.support.tiny_run import arguments, metrics_of, run_here
+from train import run_control
 from train.distributed import (
     EXIT_LOST_RANK,
     any_rank,
@@ -126,6 +127,7 @@ def test_a_second_wait_for_a_lost_rank_ends_as_the_first(tmp_path):
 
 def folders_apart(rank: int, port: int, folder: str) -> None:
     join(rank, 2, port)
+    run_control.SECONDS_TO_SEE_A_FILE = 0.3  # it never comes
     world = init_world("cpu")
     shared, own = Path(folder) / "shared", Path(folder) / f"own{rank}"
     own.mkdir()
@@ -172,8 +174,14 @@ def test_torchrun_restarts_after_a_kill(tmp_path):
     result = kill_a_rank(lines, output / "metrics.jsonl", tmp_path, seed=1, last_line=6)
     log = (tmp_path / "agent0.txt").read_text()
     assert result["killed"] and result["codes"] == [0], log
-    assert [row["step"] for row in metrics_of(output)] == list(range(1, 12))
     assert "Traceback" not in log
+    assert run_here(tmp_path / "one_rank")[0] == 0
+    rows, others = metrics_of(output), metrics_of(tmp_path / "one_rank")
+    assert [row["step"] for row in rows] == [row["step"] for row in others] == list(range(1, 12))
+    for row, other in zip(rows, others, strict=True):
+        assert row["sft/loss"] == pytest.approx(other["sft/loss"], rel=1e-4)
+        assert row["sft/grad_norm"] == pytest.approx(other["sft/grad_norm"], rel=1e-4)
+        assert row["sft/trained_tokens"] == other["sft/trained_tokens"]
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="prctl is Linux's")
