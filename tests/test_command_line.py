@@ -1,4 +1,7 @@
-"""Settings: defaults, file, flags, and every way to get them wrong."""
+"""Settings: defaults, file, flags, and every way to get them wrong.
+
+An unknown flag in a process of its own: tests/model/test_hostile_folders.py.
+"""
 
 import argparse
 import dataclasses
@@ -19,6 +22,7 @@ import run_sft
 from command_line import ConfigError, fail, parse_arguments, read_config, run_command
 from eval.eval_config import EvalConfig
 from rl.ppo_config import PPOConfig
+from tests.support.tiny_run import tiny_files
 from train.sft_config import SFTConfig
 
 ROOT = Path(__file__).parent.parent
@@ -309,7 +313,8 @@ def test_a_switch_may_stand_alone():
 def test_a_device_that_is_not_there_is_named_once(script, monkeypatch, capsys, tmp_path):
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     with pytest.raises(SystemExit) as ended:
-        script.main(["--device", "cuda", "--model", str(ROOT / "assets/tiny_model"), "--output", str(tmp_path)])
+        data = [] if script is run_eval else ["--data", str(tiny_files()[1])]
+        script.main(["--device", "cuda", "--model", str(tiny_files()[0]), "--output", str(tmp_path), *data])
     error = capsys.readouterr().err
     assert ended.value.code == 2 and error.startswith("--device: found cuda, expected cpu or auto")
     assert error.count("\n") == 1
@@ -385,11 +390,3 @@ def test_the_scripts_end_in_one_line(script, error, code, line, monkeypatch, cap
         module.main([])
     err = capsys.readouterr().err
     assert ended.value.code == code and err.startswith(line) and err.count("\n") == 1
-
-
-@pytest.mark.slow
-def test_unknown_flag_in_a_process_is_one_line_and_code_2():
-    line = [sys.executable, "run_sft.py", "--sede", "1"]
-    done = subprocess.run(line, cwd=ROOT, capture_output=True, text=True, timeout=300)
-    assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr == "--sede: found an unknown flag, expected one of those in --help\n"

@@ -190,11 +190,11 @@ def test_sandbox_that_does_not_start_is_one_line_and_code_2(files, monkeypatch, 
 
 
 @needs_real
-def test_published_solutions_pass_ten_of_them():
+def test_published_solutions_pass_seven_of_them():
     problems = load_humaneval(REAL)
     assert len(problems) == BENCHMARKS["humaneval"].published == 164
     tricky = [32, 38, 50, 53, 72, 151]  # tests that call helpers of the prompt, compare with `is`, make random cases
-    for index in tricky + random.Random(1).sample(range(164), 4):
+    for index in tricky + random.Random(1).sample(range(164), 1):
         result = check_completion(problems[index], problems[index].meta["canonical_solution"], **LIMITS)
         assert result.passed, (index, result.reason)
     assert not check_completion(problems[32], "    return 0.0\n", **LIMITS).passed

@@ -209,7 +209,8 @@ def test_the_differences_that_remain(name):
     completion, test = ONLY_HERE_WRONG[name]
     problem = problem_of(test, f"def helper():\n    return 4\n\n{PROMPT}")
     assert passes_as_one_program(problem, body(completion))
-    result = check_completion(problem, body(completion), seconds=3.0, memory_bytes=512 << 20)
+    seconds = 1.0 if name == "a thread that goes on" else 3.0  # which is only ended by the time limit
+    result = check_completion(problem, body(completion), seconds=seconds, memory_bytes=512 << 20)
     assert not result.passed and result.reason
 
 
@@ -302,9 +303,9 @@ def compare_with_oracle(cases, pool):
 def test_some_mutants_are_judged_as_in_one_program(pool):
     draw = random.Random(11)
     problems = load_humaneval(REAL)
-    cases = [(one, *mutant) for one in draw.sample(problems, 5) for mutant in mutants_of(one, draw)]
+    cases = [(one, *mutant) for one in draw.sample(problems, 2) for mutant in mutants_of(one, draw)]
     oracle, differ = compare_with_oracle(cases, pool)
-    assert not differ and len(cases) >= 25 and 0 < sum(oracle) < len(cases)
+    assert not differ and len(cases) >= 10 and 0 < sum(oracle) < len(cases)
 
 
 @needs_real

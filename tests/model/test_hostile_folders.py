@@ -418,7 +418,8 @@ def test_hostile_folders_in_processes(tmp_path):
     """Real commands: exit code, the whole of stderr, time, and peak memory next to that of a refused flag."""
     names = ["terabytes", "panic in a normalizer"]  # the other cases run in this process, above
     refused = run_process([sys.executable, "run_sft.py", "--sede", "1"])
-    assert refused.returncode == 2
+    line = "--sede: found an unknown flag, expected one of those in --help\n"
+    assert (refused.returncode, refused.stdout, refused.stderr) == (2, "", line)
     bare = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
     for name in names:
         folder = copy_of_model(tmp_path / name.replace(" ", "_"))

@@ -3,6 +3,7 @@
 import json
 import os
 from dataclasses import replace
+from importlib.util import find_spec
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from model.transformer import rope_inverse_frequencies
 from tests.model.test_transformer import tiny_model
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
-transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+pytestmark = pytest.mark.skipif(find_spec("transformers") is None, reason="transformers is not installed")
 
 SIZES = {
     "vocab_size": 131,
@@ -50,6 +51,8 @@ VARIANTS = {
 def peer_model(name: str) -> torch.nn.Module:
     """transformers' model of a variant with weights large enough that attention is not uniform, biases and norms not
     trivial."""
+    import transformers  # takes seconds: not while tests are collected
+
     family, changes = VARIANTS[name]
     config = getattr(transformers, f"{family}Config")(**(SIZES | changes))
     torch.manual_seed(0)
@@ -78,6 +81,8 @@ def test_our_logits_equal_theirs_on_a_sharded_checkpoint(name, tmp_path):
 @pytest.mark.parametrize("name", VARIANTS)
 @pytest.mark.parametrize("max_shard_bytes", [10**9, 60000])
 def test_our_export_loads_there_with_equal_logits(name, max_shard_bytes, tmp_path):
+    import transformers
+
     peer_model(name).save_pretrained(tmp_path / "peer")
     ours = load_pretrained(tmp_path / "peer")
     save_pretrained_streamed(ours, tmp_path / "ours", max_shard_bytes=max_shard_bytes)
@@ -89,6 +94,8 @@ def test_our_export_loads_there_with_equal_logits(name, max_shard_bytes, tmp_pat
 
 
 def test_bf16_export_is_read_as_bf16(tmp_path):
+    import transformers
+
     model = tiny_model()
     save_pretrained_streamed(model, tmp_path / "ours", dtype=torch.bfloat16)
     peer = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "ours")
@@ -101,6 +108,8 @@ def test_bf16_export_is_read_as_bf16(tmp_path):
 @pytest.mark.parametrize("inner", [32, None])
 @pytest.mark.parametrize("top", [16, None])
 def test_original_context_at_the_top_level_wins(inner, top, tmp_path):
+    import transformers
+
     rope = {key: value for key, value in LLAMA3.items() if key != "original_max_position_embeddings"}
     rope |= {} if inner is None else {"original_max_position_embeddings": inner}
     values = {"model_type": "llama", **SIZES, "rope_scaling": rope}
