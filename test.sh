@@ -20,4 +20,5 @@ for argument in "$@"; do
 done
 "$python" -m ruff format --check . || { echo "the format differs: run .venv/bin/ruff format ." >&2; exit 1; }
 "$python" -m ruff check . || { echo "the linter objects, see above; .venv/bin/ruff check --fix . mends some" >&2; exit 1; }
+unset PYTHONDONTWRITEBYTECODE  # without bytecode each process of the suite compiles the repository again
 exec "$python" -m pytest -n 2 --dist loadfile --no-loadscope-reorder "$@"
