@@ -31,8 +31,13 @@ def product_files() -> list[str]:
 
 
 @cache
+def tree_of(path: str) -> ast.Module:
+    return ast.parse((ROOT / path).read_text(encoding="utf-8"))
+
+
+@cache
 def syntax_trees() -> dict[str, ast.Module]:
-    return {path: ast.parse((ROOT / path).read_text(encoding="utf-8")) for path in product_files()}
+    return {path: tree_of(path) for path in product_files()}
 
 
 @cache
@@ -96,7 +101,7 @@ def test_no_private_name_is_imported():
     found = {
         f"{path}: {alias.name}"
         for path in python_files()
-        for node in ast.walk(ast.parse((ROOT / path).read_text(encoding="utf-8")))
+        for node in ast.walk(tree_of(path))
         if isinstance(node, ast.ImportFrom)
         for alias in node.names
         if alias.name.startswith("_") and not alias.name.startswith("__")

@@ -61,10 +61,10 @@ def test_a_stage_that_fails_keeps_what_it_found(stage, figures, error):
 def test_a_stage_that_hangs_is_killed_with_its_processes(tmp_path):
     assert result_of(passes)["ok"] is True  # starts the server that forks the stages, which may take seconds
     began = time.monotonic()
-    result = result_of(partial(hangs, str(tmp_path / "pid")), seconds=3)
+    result = result_of(partial(hangs, str(tmp_path / "pid")), seconds=4)
     assert time.monotonic() - began < 60
     assert (result["ok"], result["figures"]) == (False, {"before": 1})
-    assert result["error"] == "found no end after 3 s, expected one"
+    assert result["error"] == "found no end after 4 s, expected one"
     child = Path("/proc") / (tmp_path / "pid").read_text() / "stat"
     end = time.monotonic() + 10
     while child.exists() and child.read_text().split()[2] != "Z":

@@ -20,6 +20,7 @@ import time
 import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -179,7 +180,7 @@ def _stop_hang(*_: object) -> None:
     raise Hang(f"more than {SECONDS:g} s")
 
 
-def run_worker(job: Callable[[], None], journal: Path, patience: float = SECONDS_OF_SILENCE) -> str:
+def run_worker(job: Callable[[], None], journal: Path, patience: float) -> str:
     """`job` in a forked process; "" or how it ended. One that adds no row for `patience` seconds is killed."""
     child = os.fork()
     if not child:
@@ -233,7 +234,8 @@ def fuzz(mutations: int, seed: int, journal: Path) -> dict[int, list]:
         good_folders = make_good_folders(root / "good", journal)
         while left := sorted({*range(mutations)} - {*read_rows(journal)}):
             batch = left[:CASES_PER_WORKER]
-            problem = run_worker(lambda: work(root / "cases", good_folders, seed, batch, journal), journal)
+            job = partial(work, root / "cases", good_folders, seed, batch, journal)
+            problem = run_worker(job, journal, SECONDS_OF_SILENCE)
             if problem:
                 index = min({*batch} - {*read_rows(journal)})
                 name = draw_case(good_folders, seed, index).target.name

@@ -59,7 +59,7 @@ PLANTED = {  # name of the fault -> what a reader does with the damaged folder, 
 def test_every_planted_fault_is_found_and_the_others_go_on(tmp_path, monkeypatch, capsys):
     readers = {name: (lambda folder, rng, damaged, read=read: read(folder)) for name, (read, *_) in PLANTED.items()}
     monkeypatch.setattr(report, "TARGETS", [Target(name, make, read) for name, read in readers.items()])
-    for name, value in {"SECONDS": 1.0, "MEBIBYTES": 50, "SECONDS_OF_SILENCE": 3}.items():
+    for name, value in {"SECONDS": 3.0, "MEBIBYTES": 50, "SECONDS_OF_SILENCE": 8}.items():
         monkeypatch.setattr(report, name, value)
     journal = tmp_path / "fuzz.jsonl"
     rows = report.fuzz(16, 14399, journal)  # a seed that draws each fault, and the two that cost seconds once
