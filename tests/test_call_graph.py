@@ -21,6 +21,7 @@ def module_tree(module: str) -> ast.Module | None:
     return ast.parse(path.read_text(encoding="utf-8")) if path.is_file() else None
 
 
+@cache
 def callees(module: str, function: str) -> set[tuple[str, str]]:
     """(module, function) of every call by name in the body of a function, its nested functions included."""
     tree = module_tree(module)
