@@ -34,7 +34,7 @@ from benchmarks.benchmark_plan import make_batch
 from benchmarks.benchmark_train_step import ADAMW, transformers_state
 from data.batches import PackedBatch
 from model.config import PRESETS, ModelConfig, RopeScaling, config_to_hf, count_parameters
-from model.decode import KVCache, decode_step, prefill
+from model.decode import DecodeWeights, KVCache, decode_step, prefill
 from model.sampling import generate
 from model.tokenizer import load_tokenizer
 from model.transformer import Segments, Transformer, attend, describe_attention
@@ -493,13 +493,14 @@ def decode(device: str, small: bool) -> Items:
     copy_rate = 2 * source.nbytes / min(seconds_of(lambda: target.copy_(source), device) for _ in range(5))
     weight_bytes = sum(each.nbytes for each in model.parameters()) - model.tok_embeddings.weight.nbytes
     yield {"copy_gb_per_s": copy_rate / 1e9, "weight_gb": weight_bytes / 1e9}
+    weights = DecodeWeights(model)
     for n_rows in (1, 8) if small else (1, 8, 16, 64):
         cache, rows, ids = KVCache(shape, n_rows, 256), list(range(n_rows)), [7] * n_rows
         for row in rows:
-            prefill(model, cache, row, list(range(3, 35)))
+            prefill(weights, cache, [row], [list(range(3, 35))])
 
         def step(cache: KVCache = cache, rows: list[int] = rows, ids: list[int] = ids) -> None:
-            decode_step(model, cache, rows, ids, len(rows))
+            decode_step(weights, cache, rows, ids, len(rows))
 
         for _ in range(2 if small else 4):
             step()

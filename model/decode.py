@@ -1,34 +1,131 @@
-"""Generation's side of the transformer: the key/value cache and the forwards that read and fill it.
+"""Generation's side of the transformer: weights laid out for few rows, the key/value cache, and the forwards.
 
 Shape suffixes: R rows of the cache (one sequence each), L slots of a row, K key/value heads, H head dim, N query heads,
-D model dim, F feed-forward dim, V vocabulary, T new tokens of one row, B rows of a decoding forward, S the first of
-them, which have a row in the cache, P rows of a run.
+D model dim and inputs of a matrix, O its outputs, F feed-forward dim, V vocabulary, T new tokens of all rows of a
+prefill, B rows of a decoding forward, S the first of them, which have a row in the cache, P rows of a run.
 
-`prefill` feeds any number of tokens to one row, `decode_step` one token to each of many rows. Both use the modules and
-functions of model/transformer.py on a model whose parameters are whole: a sharded one is gathered before
+`prefill` feeds any number of tokens to each of some rows, `decode_step` one token to each of many. Both read
+DecodeWeights, which are made of a model whose parameters are whole: a sharded one is gathered before
 (train.distributed.gathered_model).
 
 Slot index = position: rows have their own lengths and nothing is padded. `lengths` may be set back, to 0 for another
 sequence or to a prefix that the next one shares. Slots beyond a row's length are overwritten or wiped before anything
 reads them.
 
-The result of a row does not depend, not in the last bit, on the other rows, because the shape of its attention follows
-from its own length alone. Decoding attends once per run of neighbouring rows whose lengths round up to the same
-multiple of SLOTS_PER_STEP, masked at each row's own length. On a CPU with several threads every row is a run of its
-own: the kernel deals out the heads of a call to the threads, and the last bits of a row in fp32 were seen to change
-with the number of rows in its call.
+The result of a row does not depend, not in the last bit, on the other rows. Matrix products have a number of rows out
+of a few for which they were seen to give the same bits (model/sampling.py); the shape of a row's attention follows from
+its own length alone. Prefill attends sequence by sequence. Decoding attends once per run of neighbouring rows whose
+lengths round up to the same multiple of SLOTS_PER_STEP, masked at each row's own length. On a CPU with several threads
+every row is a run of its own: the kernel deals out the heads of a call to the threads, and the last bits of a row in
+fp32 were seen to change with the number of rows in its call.
 """
 
 from dataclasses import dataclass
+from itertools import accumulate
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from model.config import ModelConfig
-from model.transformer import Transformer, attend
+from model.transformer import Transformer, apply_rope, attend
 
 SLOTS_PER_STEP = 128  # coarser: fewer calls, more masked slots read
+ROWS_PER_TILE = 128  # most rows of one matrix product
+PACKED_NUMBERS = 2**18  # matrices of at least 1 MB in fp32 are packed; smaller ones stay in the processor's cache
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Weights
+
+
+@dataclass(frozen=True, slots=True)
+class Matrix:
+    """A matrix (O, D), or several with the same input one below the other, as products with few rows want it."""
+
+    weight_OD: Tensor  # packed: in oneDNN's blocked layout for this processor
+    bias_O: Tensor | None
+    is_packed: bool
+
+
+@dataclass(frozen=True, slots=True)
+class BlockWeights:
+    attention_norm: nn.Module
+    qkv: Matrix
+    wo: Matrix
+    ffn_norm: nn.Module
+    gate_up: Matrix
+    w2: Matrix
+
+
+class DecodeWeights:
+    """The weights of a model in matrices for decoding. Make them anew after every change of the model.
+
+    On a CPU they are a copy, except matrices that need neither packing nor joining. On other devices joined matrices
+    take the place of the model's own, whose parameters become views of them: there is no second copy.
+    Raises ValueError when the model's parameters are sharded: decoding reads them without a collective.
+    """
+
+    @torch.no_grad()
+    def __init__(self, model: Transformer) -> None:
+        if type(model.layers[0].attention.wq.weight) is not nn.Parameter:
+            raise ValueError(
+                "the model is sharded, expected one with whole parameters (train.distributed.gathered_model)"
+            )
+        self.model = model
+        self.blocks = [
+            BlockWeights(
+                block.attention_norm,
+                join_matrices([block.attention.wq, block.attention.wk, block.attention.wv]),
+                pack_matrix(block.attention.wo.weight.detach()),
+                block.ffn_norm,
+                join_matrices([block.feed_forward.w1, block.feed_forward.w3]),
+                pack_matrix(block.feed_forward.w2.weight.detach()),
+            )
+            for block in model.layers
+        ]
+        self.head = pack_matrix(model.head_weight().detach())
+
+    def embed(self, token_ids: list[int], positions: list[int]) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        """Rows (T, D) of the embedding, and the cos and sin that turn queries and keys, (T, 1, H) each."""
+        x_TD = self.model.tok_embeddings(torch.tensor(token_ids, device=self.head.weight_OD.device))
+        cos, signed_sin = self.model.rotation(torch.tensor([positions], device=x_TD.device), x_TD.dtype)
+        return x_TD, (cos[0], signed_sin[0])
+
+
+def join_matrices(layers: list[nn.Linear]) -> Matrix:
+    """Layers with the same input as one matrix."""
+    weight_OD = torch.cat([layer.weight for layer in layers])
+    bias_O = None if layers[0].bias is None else torch.cat([layer.bias for layer in layers])
+    if weight_OD.device.type != "cpu":
+        for layer, part_OD in zip(layers, weight_OD.split([layer.out_features for layer in layers]), strict=True):
+            layer.weight.data = part_OD
+    return pack_matrix(weight_OD, bias_O)
+
+
+def pack_matrix(weight_OD: Tensor, bias_O: Tensor | None = None) -> Matrix:
+    """Packed where that is faster: large fp32 matrices on a CPU. The rule is fixed, since packing changes last bits."""
+    is_packed = (
+        weight_OD.device.type == "cpu"
+        and weight_OD.dtype == torch.float32
+        and weight_OD.numel() >= PACKED_NUMBERS
+        and torch.backends.mkldnn.is_available()
+        and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+    )
+    return Matrix(torch.ops.mkldnn._reorder_linear_weight(weight_OD) if is_packed else weight_OD, bias_O, is_packed)
+
+
+def product(x_BD: Tensor, matrix: Matrix, added_BO: Tensor | None = None) -> Tensor:
+    """x W^T + bias, (B, O), plus added_BO if given, for a matrix without bias; in tiles of at most ROWS_PER_TILE."""
+    if len(x_BD) > ROWS_PER_TILE:
+        return torch.cat([product(tile, matrix) for tile in x_BD.split(ROWS_PER_TILE)])
+    if not matrix.is_packed:
+        if added_BO is None:
+            return F.linear(x_BD, matrix.weight_OD, matrix.bias_O)
+        return torch.addmm(added_BO, x_BD, matrix.weight_OD.t())
+    if added_BO is None:
+        return torch.ops.mkldnn._linear_pointwise(x_BD, matrix.weight_OD, matrix.bias_O, "none", [], "")
+    return torch.ops.mkldnn._linear_pointwise.binary(x_BD, added_BO, matrix.weight_OD, matrix.bias_O, "add")
+
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The cache
@@ -88,14 +185,14 @@ class KVCache:
             storage_RLKH[row, :n] = storage_RLKH[source, :n]
         self.lengths[row] = n
 
-    def append(self, layer: int, row: int, k_1TKH: Tensor, v_1TKH: Tensor) -> tuple[Tensor, Tensor]:
+    def append(self, layer: int, row: int, k_TKH: Tensor, v_TKH: Tensor) -> tuple[Tensor, Tensor]:
         """Writes the keys and values of T new tokens of a row; returns all of that row's, (1, L, K, H) each.
 
         The caller counts the tokens in `lengths` after the last layer, because every layer writes at the same slots.
         """
-        start, end = self.lengths[row], self.lengths[row] + k_1TKH.shape[1]
-        keys_RLKH, values_RLKH = self._storage(layer, k_1TKH)
-        keys_RLKH[row, start:end], values_RLKH[row, start:end] = k_1TKH[0], v_1TKH[0]
+        start, end = self.lengths[row], self.lengths[row] + len(k_TKH)
+        keys_RLKH, values_RLKH = self._storage(layer, k_TKH)
+        keys_RLKH[row, start:end], values_RLKH[row, start:end] = k_TKH, v_TKH
         return keys_RLKH[row : row + 1, :end], values_RLKH[row : row + 1, :end]
 
     def append_one_each(self, layer: int, flat_slots_S: Tensor, k_SKH: Tensor, v_SKH: Tensor) -> tuple[Tensor, Tensor]:
@@ -138,60 +235,97 @@ def decode_runs(cache: KVCache, rows: list[int], dtype: torch.dtype, device: tor
 # Forwards
 
 
-def check_whole(model: Transformer) -> None:
-    """Raises ValueError when the model's parameters are sharded: decoding reads them without a collective."""
-    if type(model.layers[0].attention.wq.weight) is not nn.Parameter:
-        raise ValueError("the model is sharded, expected one with whole parameters (train.distributed.gathered_model)")
+def project(block: BlockWeights, x_BD: Tensor, rotation: tuple[Tensor, Tensor], config: ModelConfig) -> list[Tensor]:
+    """Turned queries (B, N, H), turned keys and values (B, K, H) of rows whose positions made `rotation`."""
+    n_turned = config.n_heads + config.n_kv_heads
+    qkv_BOH = product(block.attention_norm(x_BD), block.qkv).unflatten(1, (-1, config.head_dim))
+    turned_BOH = apply_rope(qkv_BOH[:, :n_turned], *rotation)
+    return [turned_BOH[:, : config.n_heads], turned_BOH[:, config.n_heads :], qkv_BOH[:, n_turned:]]
+
+
+def gate(block: BlockWeights, x_BD: Tensor) -> Tensor:
+    """What w2 takes in, (B, F)."""
+    gate_BF, up_BF = product(block.ffn_norm(x_BD), block.gate_up).chunk(2, dim=1)
+    return F.silu(gate_BF) * up_BF  # E18
+
+
+@dataclass(frozen=True, slots=True)
+class NewTokens:
+    """The new tokens of one row in a prefill."""
+
+    row: int
+    span: slice  # among the T new tokens of all rows
+    mask_TL: Tensor | None  # True where a key is seen; None: the row was empty, attention is causal
+
+
+def spans_of(cache: KVCache, rows: list[int], token_ids: list[list[int]], device: torch.device) -> list[NewTokens]:
+    """Where the new tokens of each row lie, and what they see. Reserves their slots."""
+    ends, spans = list(accumulate(map(len, token_ids))), []
+    for row, n_new, end in zip(rows, map(len, token_ids), ends, strict=True):
+        cache.make_room(row, n_new)
+        n_cached, mask_TL = cache.lengths[row], None
+        if n_cached:
+            mask_TL = torch.ones(n_new, n_cached + n_new, dtype=torch.bool, device=device).tril(n_cached)
+        spans.append(NewTokens(row, slice(end - n_new, end), mask_TL))
+    return spans
 
 
 @torch.inference_mode()
-def prefill(model: Transformer, cache: KVCache, row: int, token_ids: list[int]) -> Tensor:
-    """Feeds the next tokens of a row, at least one; returns the logits (V,) after the last of them."""
-    if len(token_ids) == 1:
-        return decode_step(model, cache, [row], token_ids, n_rows=1)[0]
-    device, n_cached, T = model.head_weight().device, cache.lengths[row], len(token_ids)
-    cache.make_room(row, T)
-    mask_TL = torch.ones(T, n_cached + T, dtype=torch.bool, device=device).tril(n_cached) if n_cached else None
-    x_1TD = model.tok_embeddings(torch.tensor([token_ids], device=device))
-    rotation = model.rotation(torch.arange(n_cached, n_cached + T, device=device)[None], x_1TD.dtype)
-    for layer, block in enumerate(model.layers):
-        q_1TNH, k_1TKH, v_1TKH = block.attention.project(block.attention_norm(x_1TD), *rotation)
-        out_1TNH = attend(q_1TNH, *cache.append(layer, row, k_1TKH, v_1TKH), mask_TL)
-        x_1TD = x_1TD + block.attention.wo(out_1TNH.flatten(2))
-        x_1TD = x_1TD + block.feed_forward(block.ffn_norm(x_1TD))
-    cache.lengths[row] += T
-    return F.linear(model.norm(x_1TD[:, -1]), model.head_weight())[0]
+def prefill(
+    weights: DecodeWeights, cache: KVCache, rows: list[int], token_ids: list[list[int]], n_rows: int = 0
+) -> Tensor:
+    """Feeds the next tokens, at least one, of each of S `rows`; returns the logits (S, V) after the last of each.
+
+    The matrix products have n_rows rows, if that is more than there are tokens; those beyond only fill the shape.
+    """
+    T = sum(map(len, token_ids))
+    filler = [0] * max(0, n_rows - T)
+    flat_ids = [token_id for ids in token_ids for token_id in ids]
+    starts = [cache.lengths[row] for row in rows]
+    positions = [start + offset for start, ids in zip(starts, token_ids, strict=True) for offset in range(len(ids))]
+    x_TD, rotation = weights.embed(flat_ids + filler, positions + filler)
+    spans = spans_of(cache, rows, token_ids, x_TD.device)
+    for layer, block in enumerate(weights.blocks):
+        q_TNH, k_TKH, v_TKH = project(block, x_TD, rotation, weights.model.config)
+        out_TNH = torch.zeros_like(q_TNH) if filler else torch.empty_like(q_TNH)
+        for new in spans:
+            keys_1LKH, values_1LKH = cache.append(layer, new.row, k_TKH[new.span], v_TKH[new.span])
+            out_TNH[new.span] = attend(q_TNH[None, new.span], keys_1LKH, values_1LKH, new.mask_TL)[0]
+        x_TD = x_TD + product(out_TNH.flatten(1), block.wo)
+        x_TD = x_TD + product(gate(block, x_TD), block.w2)
+    for row, ids in zip(rows, token_ids, strict=True):
+        cache.lengths[row] += len(ids)
+    # one row at a time: a shape that does not depend on what else is prefilled
+    last = [weights.model.norm(x_TD[new.span.stop - 1 : new.span.stop]) for new in spans]
+    return torch.cat([product(x_1D, weights.head) for x_1D in last])
 
 
 @torch.inference_mode()
-def decode_step(model: Transformer, cache: KVCache, rows: list[int], token_ids: list[int], n_rows: int) -> Tensor:
+def decode_step(weights: DecodeWeights, cache: KVCache, rows: list[int], token_ids: list[int], n_rows: int) -> Tensor:
     """Feeds one token to each of `rows`, which are ascending; returns the logits (S, V) after them.
 
     The forward has n_rows rows; those beyond the given ones only fill the shape.
     """
-    device, S = model.head_weight().device, len(rows)
+    S, filler = len(rows), [0] * (n_rows - len(rows))
     for row in rows:
         cache.wipe_beyond(row)
         cache.make_room(row, 1)
-    filler = [0] * (n_rows - S)
-    x_BD = model.tok_embeddings(torch.tensor(token_ids + filler, device=device))
     positions = [cache.lengths[row] for row in rows]
-    rotation = model.rotation(torch.tensor([positions + filler], device=device), x_BD.dtype)
-    runs = decode_runs(cache, rows, x_BD.dtype, device)
+    x_BD, rotation = weights.embed(token_ids + filler, positions + filler)
+    runs = decode_runs(cache, rows, x_BD.dtype, x_BD.device)
     flat_slots = [row * cache.n_slots + position for row, position in zip(rows, positions, strict=True)]
-    flat_slots_S = torch.tensor(flat_slots, dtype=torch.long, device=device)
-    for layer, block in enumerate(model.layers):
-        q_1BNH, k_1BKH, v_1BKH = block.attention.project(block.attention_norm(x_BD)[None], *rotation)
-        keys_RLKH, values_RLKH = cache.append_one_each(layer, flat_slots_S, k_1BKH[0, :S], v_1BKH[0, :S])
-        out_BNH = torch.zeros_like(q_1BNH[0]) if S < n_rows else torch.empty_like(q_1BNH[0])
+    flat_slots_S = torch.tensor(flat_slots, dtype=torch.long, device=x_BD.device)
+    for layer, block in enumerate(weights.blocks):
+        q_BNH, k_BKH, v_BKH = project(block, x_BD, rotation, weights.model.config)
+        keys_RLKH, values_RLKH = cache.append_one_each(layer, flat_slots_S, k_BKH[:S], v_BKH[:S])
+        out_BNH = torch.zeros_like(q_BNH) if filler else torch.empty_like(q_BNH)
         for run in runs:
             cached = slice(run.first_row, run.first_row + run.n_rows), slice(run.n_slots)
             own = slice(run.first, run.first + run.n_rows)
-            out_BNH[own] = attend(q_1BNH[0, own, None], keys_RLKH[cached], values_RLKH[cached], run.mask_P11L)[:, 0]
+            out_BNH[own] = attend(q_BNH[own, None], keys_RLKH[cached], values_RLKH[cached], run.mask_P11L)[:, 0]
         # Residuals are added inside the products: a small model's time goes into calls, not into arithmetic.
-        x_BD = torch.addmm(x_BD, out_BNH.flatten(1), block.attention.wo.weight.t())
-        gate_BF = block.feed_forward.gate(block.ffn_norm(x_BD))
-        x_BD = torch.addmm(x_BD, gate_BF, block.feed_forward.w2.weight.t())
+        x_BD = product(out_BNH.flatten(1), block.wo, x_BD)
+        x_BD = product(gate(block, x_BD), block.w2, x_BD)
     for row in rows:
         cache.lengths[row] += 1
-    return F.linear(model.norm(x_BD), model.head_weight())[:S]
+    return product(weights.model.norm(x_BD), weights.head)[:S]

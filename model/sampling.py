@@ -2,15 +2,15 @@
 
 Shape suffixes: B prompts, R rows, V vocabulary, D inputs and O outputs of a matrix.
 
-A prompt is prefilled alone, in a row of the cache of its own; one equal to the prompt before it is copied from there.
-Then all rows decode together, one token each. generate() gives the row of a response that ended to the next waiting
-prompt; model/dialogue_decoding.py keeps it for the dialogue's next turn.
+A prompt is prefilled in a row of the cache of its own, together with others that wait; one equal to the prompt before
+it is copied from there. Then all rows decode together, one token each. generate() gives the row of a response that
+ended to the next waiting prompt; model/dialogue_decoding.py keeps it for the dialogue's next turn.
 
 Greedy output does not depend on batching. A matrix product sums in an order that depends on its shape, so logits of one
-row differ in the last bits between a batch of 1 and a batch of 8, and a near-tie flips. Therefore a prefill has the
-shape of its own prompt; attention has the shape of the row's own length (model/decode.py); and a decode forward has
-`rows_per_forward` rows, some of them idle, or a smaller number of rows for which the matrix products of this machine
-were seen to give the same bits (interchangeable_row_counts).
+row differ in the last bits between a batch of 1 and a batch of 8, and a near-tie flips. Therefore attention has the
+shape of the row's own length (model/decode.py); the products of a prefill have ROWS_PER_TILE rows and those of a decode
+forward `rows_per_forward`, some of them idle, or a smaller number of rows for which the products of this machine were
+seen to give the same bits (interchangeable_row_counts).
 """
 
 from collections import deque
@@ -19,15 +19,15 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from model.config import ModelConfig
-from model.decode import KVCache, check_whole, decode_step, prefill
+from model.decode import ROWS_PER_TILE, DecodeWeights, KVCache, decode_step, pack_matrix, prefill, product
 from model.transformer import Transformer
 
 ROWS_PER_FORWARD = 16  # a multiple of 8, so that BLAS treats the rows alike at every place in the batch
-ROW_STEP = 4  # smaller forwards have a multiple of this many rows; fewer make BLAS change its kernel
+ROW_COUNTS = 1, 2, 4, 8, 12, 16, 32, 48, 64, 96  # smaller forwards that are tried
+PREFILL_TOKENS = 512  # waiting prompts are prefilled together up to this many tokens; a longer one alone
 
 
 def generate(
@@ -119,7 +119,7 @@ def _ended_prompts(
     # Longest first: neighbours of like length attend in one call.
     waiting = sorted(range(len(prompts)), key=lambda prompt: len(prompts[prompt]))
     while should_continue(finished_B) and not finished_B.all():
-        if waiting and None in prompt_of_row:
+        while waiting and None in prompt_of_row:
             row = prompt_of_row.index(None)
             prompt_of_row[row] = waiting.pop()
             decoder.begin(row, 0, prompts[prompt_of_row[row]], responses[prompt_of_row[row]])
@@ -167,11 +167,11 @@ class RowDecoder:
             raise ValueError(f"temperature is {temperature}, expected 0 (greedy) or a positive number")
         if rows_per_forward < 1:
             raise ValueError(f"rows_per_forward is {rows_per_forward}, expected at least 1 (above it, a multiple of 8)")
-        check_whole(model)
-        self.model = model
+        self.weights = DecodeWeights(model)
         self.max_new_tokens, self.stop_ids, self.temperature = max_new_tokens, frozenset(stop_ids), temperature
         self.cache = KVCache(model.config, n_rows, max_tokens)
-        self.row_counts = _row_counts(model, rows_per_forward)
+        self.row_counts = _row_counts(model, rows_per_forward, with_head=True)
+        self.tile_counts = _row_counts(model, ROWS_PER_TILE, with_head=False)
         self.waiting: deque[tuple[int, int, list[int]]] = deque()  # (row, slots kept, ids to prefill)
         self.responses: dict[int, Response] = {}  # of the rows under way, the waiting ones included
         self.last_row = -1  # the last one decoded
@@ -193,18 +193,16 @@ class RowDecoder:
     def forward(self) -> list[int]:
         """Runs one forward and returns the rows whose responses it ended.
 
-        It prefills the prompt that waits longest, or, when none waits, decodes one token for each row under way (for
+        It prefills the prompts that wait longest, or, when none waits, decodes one token for each row under way (for
         rows_per_forward of them at most, in turn). At least one row must be under way.
         """
         if self.waiting:
-            row, n_kept, new_ids = self.waiting.popleft()
-            rows, logits_RV = [row], self._prefill(row, n_kept, new_ids)
+            rows, logits_RV = self._prefill_next()
         else:
             rows = self._next_rows()
             token_ids = [self.responses[row].ids[-1] for row in rows]
-            n_rows = min(count for count in self.row_counts if count >= len(rows))
-            logits_RV = decode_step(self.model, self.cache, rows, token_ids, n_rows)
-            self.tokens_forwarded += len(token_ids)
+            logits_RV = decode_step(self.weights, self.cache, rows, token_ids, _at_least(len(rows), self.row_counts))
+            self.tokens_forwarded += len(rows)
         uniforms = None
         if self.temperature > 0:
             uniforms = [_draw_uniform(self.responses[row].generator) for row in rows]
@@ -218,21 +216,44 @@ class RowDecoder:
                 ended.append(row)
         return ended
 
-    def _prefill(self, row: int, n_kept: int, new_ids: list[int]) -> Tensor:
-        """Logits (1, V) after the row's n_kept slots and new_ids. A prompt equal to the last one is copied from there:
-        one more response to it costs no forward and gets the same bits."""
-        if n_kept == 0 and new_ids == self.last_prompt[1]:
-            first_row, _, logits_1V = self.last_prompt
-            self.cache.copy_row(first_row, row, len(new_ids))
-            self.tokens_reused += len(new_ids)
-            return logits_1V
-        self.cache.lengths[row] = n_kept
-        logits_1V = prefill(self.model, self.cache, row, new_ids)[None]
+    def _prefill_next(self) -> tuple[list[int], Tensor]:
+        """Prefills at least one waiting prompt; the rows and the logits (R, V) after each.
+
+        A prompt equal to the one before it is copied from there: one more response to it costs no forward and gets the
+        same bits.
+        """
+        last_row, last_ids, last_logits_1V = self.last_prompt
+        rows, logit_rows, copies, fresh_rows, fresh_ids = [], [], [], [], []
+        n_fresh = 0  # tokens
+        while self.waiting and (not fresh_rows or n_fresh + len(self.waiting[0][2]) <= PREFILL_TOKENS):
+            row, n_kept, new_ids = self.waiting.popleft()
+            self.tokens_reused += n_kept
+            if n_kept == 0 and new_ids == last_ids:
+                self.tokens_reused += len(new_ids)
+                if fresh_rows:
+                    copies.append((last_row, row, len(new_ids)))
+                else:  # now: the forward may give the row it is copied from to another prompt
+                    self.cache.copy_row(last_row, row, len(new_ids))
+            else:
+                self.cache.lengths[row] = n_kept
+                last_row, last_ids = row, [] if n_kept else new_ids
+                fresh_rows.append(row)
+                fresh_ids.append(new_ids)
+                n_fresh += len(new_ids)
+            rows.append(row)
+            logit_rows.append(len(fresh_rows))
+        logits_RV = last_logits_1V
+        if fresh_rows:
+            in_whole_tiles = n_fresh - n_fresh % ROWS_PER_TILE
+            n_rows = in_whole_tiles + _at_least(n_fresh - in_whole_tiles, self.tile_counts)
+            fresh_RV = prefill(self.weights, self.cache, fresh_rows, fresh_ids, n_rows)
+            logits_RV = fresh_RV if logits_RV is None else torch.cat([logits_RV, fresh_RV])
+            self.tokens_forwarded += n_fresh
+        for copy in copies:
+            self.cache.copy_row(*copy)
         # slots of the last prompt are overwritten by the next prefill at the earliest
-        self.last_prompt = (row, [] if n_kept else new_ids, logits_1V)
-        self.tokens_reused += n_kept
-        self.tokens_forwarded += len(new_ids)
-        return logits_1V
+        self.last_prompt = (last_row, last_ids, logits_RV[-1:])
+        return rows, logits_RV[[each - len(fresh_rows) - 1 for each in logit_rows]]
 
     def _next_rows(self) -> list[int]:
         rows = sorted(self.responses)  # neighbours attend in one call
@@ -242,47 +263,50 @@ class RowDecoder:
         return rows
 
 
-def _row_counts(model: Transformer, rows_per_forward: int) -> tuple[int, ...]:
+def _at_least(n: int, counts: tuple[int, ...]) -> int:
+    """The smallest of the counts that holds n rows; 0 for none."""
+    return min(count for count in counts if count >= n) if n else 0
+
+
+def _row_counts(model: Transformer, most: int, *, with_head: bool) -> tuple[int, ...]:
     weight = model.head_weight()
     return interchangeable_row_counts(
-        model.config, weight.dtype, weight.device, torch.get_num_threads(), rows_per_forward
+        model.config, weight.dtype, weight.device, torch.get_num_threads(), most, with_head
     )
 
 
 @lru_cache(maxsize=64)
 @torch.no_grad()
 def interchangeable_row_counts(
-    config: ModelConfig, dtype: torch.dtype, device: torch.device, n_threads: int, most: int
+    config: ModelConfig, dtype: torch.dtype, device: torch.device, n_threads: int, most: int, with_head: bool = True
 ) -> tuple[int, ...]:
     """Numbers of rows, up to `most`, whose matrix products equal those of `most` rows bit for bit; ends with `most`.
 
     Found by trial on random numbers, once per shape and number of threads (the key of the cache): the order of a sum
     follows from the shapes, never from the numbers, and another order shows in some of the many sums compared.
     """
-    counts = list(range(ROW_STEP, most, ROW_STEP))
+    counts = [n for n in ROW_COUNTS if n < most]
     query_width, kv_width = config.n_heads * config.head_dim, config.n_kv_heads * config.head_dim
     shapes = {
-        (query_width, config.dim, config.qkv_bias),
-        (kv_width, config.dim, config.qkv_bias),
+        (query_width + 2 * kv_width, config.dim, config.qkv_bias),
         (config.dim, query_width, False),
-        (config.ffn_dim, config.dim, False),
+        (2 * config.ffn_dim, config.dim, False),
         (config.dim, config.ffn_dim, False),
-        (config.vocab_size, config.dim, False),
     }
+    if with_head:
+        shapes.add((config.vocab_size, config.dim, False))
     generator = torch.Generator().manual_seed(0)
     for n_outputs, n_inputs, has_bias in sorted(shapes):
         block_OD = torch.randn(min(n_outputs, 1024), n_inputs, generator=generator)
         weight_OD = block_OD.repeat(-(-n_outputs // 1024), 1)[:n_outputs].to(device, dtype)
-        bias_O = weight_OD[:, 0].clone() if has_bias else None
+        matrix = pack_matrix(weight_OD, weight_OD[:, 0].clone() if has_bias else None)
         x_RD = torch.randn(most, n_inputs, generator=generator).to(device, dtype)
-        full_RO = F.linear(x_RD[None], weight_OD, bias_O)[0]
+        full_RO = product(x_RD, matrix)
         counts = [
             n
             for n in counts
             if all(
-                torch.equal(
-                    F.linear(x_RD[None, start : start + n].clone(), weight_OD, bias_O)[0], full_RO[start : start + n]
-                )
+                torch.equal(product(x_RD[start : start + n].clone(), matrix), full_RO[start : start + n])
                 for start in (0, most - n)
             )
         ]

@@ -14,7 +14,7 @@ import torch
 from eval.predict.choices import choice_prefix, choice_prompt, choose_letter, fitting_shots
 from eval.predict.generate import encode_text
 from eval.records import Record
-from model.decode import KVCache, prefill
+from model.decode import DecodeWeights, KVCache, prefill
 from model.tokenizer import Tokenizer
 from model.transformer import Transformer
 
@@ -55,7 +55,7 @@ class _Prefix:
     """A key/value cache that holds the text which the latest prompts began with."""
 
     def __init__(self, model: Transformer, tokenizer: Tokenizer) -> None:
-        self.model, self.tokenizer = model, tokenizer
+        self.weights, self.tokenizer = DecodeWeights(model), tokenizer
         self.cache = KVCache(model.config, 1, model.config.max_positions)
         self.text = ""
         self.ids: list[int] = []
@@ -89,4 +89,4 @@ class _Prefix:
     def _forward(self, n_kept: int, ids: list[int]) -> torch.Tensor:
         """log softmax after `ids`, which follow the first `n_kept` cached tokens. (V,)"""
         self.cache.lengths[0] = n_kept
-        return prefill(self.model, self.cache, 0, ids).float().log_softmax(-1)
+        return prefill(self.weights, self.cache, [0], [ids])[0].float().log_softmax(-1)

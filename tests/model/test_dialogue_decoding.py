@@ -140,11 +140,23 @@ def test_more_rows_than_a_forward_takes_advance_in_turn():
     for dialogue in range(20):
         decoder.ask(dialogue, [5, dialogue])
     n_sampled = []
-    for _ in range(24):
+    for _ in range(5):
         decoder.step()
         n_sampled.append([len(decoder.responses[row].ids) for row in range(20)])
-    assert n_sampled[:20] == [[1] * (1 + n) + [0] * (19 - n) for n in range(20)]  # prefilled in the order of asking
-    assert n_sampled[20:] == [[2] * 16 + [1] * 4, [2] * 20, [3] * 16 + [2] * 4, [3] * 20]
+    assert n_sampled[0] == [1] * 20  # prefilled together
+    assert n_sampled[1:] == [[2] * 16 + [1] * 4, [2] * 20, [3] * 16 + [2] * 4, [3] * 20]
+
+
+def test_prompts_are_prefilled_together_in_the_order_of_asking():
+    """Up to 512 tokens at once: 300 and 200, then 13 and 499, then 520 alone, then 1."""
+    decoder = DialogueDecoder(tiny_model(), n_rows=6, max_tokens=530, max_new_tokens=6, stop_ids=frozenset())
+    for dialogue, n_tokens in enumerate((300, 200, 13, 499, 520, 1)):
+        decoder.ask(dialogue, [5] * n_tokens)
+    n_sampled = []
+    for _ in range(4):
+        decoder.step()
+        n_sampled.append([len(decoder.responses[row].ids) for row in range(6)])
+    assert n_sampled == [[1] * n + [0] * (6 - n) for n in (2, 4, 5, 6)]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -216,9 +228,10 @@ def test_only_what_lies_behind_the_common_prefix_is_forwarded():
 
     def prefilled_by(prompt: list[int]) -> list[int]:
         forwards.clear()
+        n_forwarded = decoder.tokens_forwarded
         answer(decoder, 4, prompt)
         assert len(forwards) == 3  # one prefill, and two of the three sampled ids are fed
-        return forwards[0]
+        return forwards[0][: decoder.tokens_forwarded - n_forwarded - 2]  # the rest only fills the shape
 
     assert decoder.tokens_forwarded == decoder.tokens_reused == 0
     response = answer(decoder, 4, [1, 2, 3, 4, 5])

@@ -18,7 +18,7 @@ from model.config import (
     config_to_hf,
     count_parameters,
 )
-from model.decode import KVCache, decode_step, prefill
+from model.decode import DecodeWeights, KVCache, decode_step, prefill
 from model.pretrained_weights import load_pretrained
 from model.transformer import FeedForward, RMSNorm, Transformer, apply_rope, rope_cos_sin, rope_inverse_frequencies
 
@@ -223,7 +223,10 @@ def test_cache_equals_full_forward(chunks):
     model = tiny_model()
     ids_BT = torch.randint(0, 61, (3, 12), generator=torch.Generator().manual_seed(3))
     cache, ends = KVCache(model.config, 3, 12), torch.tensor(chunks).cumsum(0) - 1
-    found = [[prefill(model, cache, row, part.tolist()) for part in ids_BT[row].split(chunks)] for row in range(3)]
+    found = [
+        [prefill(DecodeWeights(model), cache, [row], [part.tolist()])[0] for part in ids_BT[row].split(chunks)]
+        for row in range(3)
+    ]
     with torch.no_grad():
         expected = model(ids_BT)[:, ends]
     assert torch.allclose(torch.stack([torch.stack(row) for row in found]), expected, rtol=1e-5, atol=2e-5)
@@ -234,7 +237,7 @@ def test_cache_of_rows_that_decode_together_equals_full_forward():
     model = tiny_model()
     ids_BT = torch.randint(0, 61, (3, 12), generator=torch.Generator().manual_seed(3))
     cache = KVCache(model.config, 3, 12)
-    found = [decode_step(model, cache, [0, 1, 2], ids_BT[:, t].tolist(), n_rows=3) for t in range(12)]
+    found = [decode_step(DecodeWeights(model), cache, [0, 1, 2], ids_BT[:, t].tolist(), n_rows=3) for t in range(12)]
     with torch.no_grad():
         assert torch.allclose(torch.stack(found, dim=1), model(ids_BT), rtol=1e-5, atol=2e-5)
 
@@ -246,7 +249,7 @@ def test_cache_grows_with_its_longest_row():
         full = model(ids)[0]
     cache, slots = KVCache(model.config, 2, 600), []
     for row, start, end in ((0, 0, 100), (1, 0, 128), (0, 100, 101), (1, 128, 129), (1, 129, 257), (0, 101, 520)):
-        logits_V = prefill(model, cache, row, ids[0, start:end].tolist())
+        logits_V = prefill(DecodeWeights(model), cache, [row], [ids[0, start:end].tolist()])[0]
         assert torch.allclose(logits_V, full[end - 1], rtol=1e-5, atol=5e-5)
         slots.append(cache.keys_RLKH[1].shape[1])
     assert slots == [128, 128, 128, 256, 512, 640]  # steps of 128, at least twofold, at most 600 rounded up
@@ -257,9 +260,9 @@ def test_cache_overflow_is_an_error(n_cached):
     model = tiny_model()
     cache = KVCache(model.config, 1, 64)
     if n_cached:
-        prefill(model, cache, 0, [5] * n_cached)
+        prefill(DecodeWeights(model), cache, [0], [[5] * n_cached])[0]
     with pytest.raises(ValueError, match="row 0 holds 128 tokens, 129 are needed"):
-        prefill(model, cache, 0, [5] * (129 - n_cached))
+        prefill(DecodeWeights(model), cache, [0], [[5] * (129 - n_cached)])[0]
 
 
 def test_hidden_states_times_the_head_are_the_logits():
