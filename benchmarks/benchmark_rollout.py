@@ -5,7 +5,8 @@
 
 All sides hold the same fp32 weights (saved by save_pretrained, loaded by transformers), continue the same random
 prompts greedily by the same number of tokens (no end token), and take turns in one process; the figure is the median
-of the rounds' ratios. Prefill is included on all sides. On a machine with other work use `--clock cpu` with
+of the rounds' ratios. Prefill is included on all sides; ours read DecodeWeights, packed once per model beforehand, as
+PPO and run_eval do (the time is printed). On a machine with other work use `--clock cpu` with
 OMP_NUM_THREADS=1: seconds of processor time, which waiting for the processor does not lengthen. Sides:
     hf       LlamaForCausalLM.generate (sdpa, inference mode, dynamic cache)
     default  generate with its default arguments, whose output does not depend on the batch
@@ -35,6 +36,7 @@ from pathlib import Path
 import torch
 
 from model.config import ModelConfig
+from model.decode import DecodeWeights
 from model.pretrained_weights import load_pretrained, save_pretrained
 from model.sampling import RowDecoder, continue_prompts, generate
 from model.transformer import Transformer
@@ -104,14 +106,14 @@ def transformers_generate(peer: torch.nn.Module, prompts: list[list[int]], new_t
     return out_BT[:, longest:].tolist()
 
 
-def our_generate(model: Transformer, prompts: list[list[int]], new_tokens: int) -> list[list[int]]:
-    return [ids for ids, _ in generate(model, prompts, max_new_tokens=new_tokens, eos_id=None)]
+def our_generate(weights: DecodeWeights, prompts: list[list[int]], new_tokens: int) -> list[list[int]]:
+    return [ids for ids, _ in generate(weights, prompts, max_new_tokens=new_tokens, eos_id=None)]
 
 
-def our_generate_fitted(model: Transformer, prompts: list[list[int]], new_tokens: int) -> list[list[int]]:
+def our_generate_fitted(weights: DecodeWeights, prompts: list[list[int]], new_tokens: int) -> list[list[int]]:
     """With as many rows per forward as there are prompts."""
     decoder = RowDecoder(
-        model,
+        weights,
         n_rows=len(prompts),
         max_tokens=max(map(len, prompts)) + new_tokens,
         max_new_tokens=new_tokens,
@@ -154,14 +156,14 @@ def ratio(seconds: dict, name: str) -> float:
 
 
 def measure(args, name: str, models: tuple, batch: int, clock) -> dict:
-    model, peer = models
+    (model, peer), weights = models, DecodeWeights(models[0])
     new_tokens = args.new_tokens if name == "tiny" else args.new_tokens_135m
     prompts = random_prompts([args.prompt_tokens] * batch, model.config.vocab_size, args.seed)
     seconds, ids = timed_rounds(
         {
             "hf": lambda: transformers_generate(peer, prompts, new_tokens),
-            "default": lambda: our_generate(model, prompts, new_tokens),
-            "fitted": lambda: our_generate_fitted(model, prompts, new_tokens),
+            "default": lambda: our_generate(weights, prompts, new_tokens),
+            "fitted": lambda: our_generate_fitted(weights, prompts, new_tokens),
         },
         args.repeats,
         clock,
@@ -182,7 +184,7 @@ def measure(args, name: str, models: tuple, batch: int, clock) -> dict:
 
 
 def measure_rollout(args, models: tuple, clock) -> dict:
-    model, peer = models
+    (model, peer), weights = models, DecodeWeights(models[0])
     generator = torch.Generator().manual_seed(args.seed)
     lengths = torch.randint(32, 257, (N_ROLLOUT,), generator=generator).tolist()
     prompts = random_prompts(lengths, model.config.vocab_size, args.seed)
@@ -190,7 +192,7 @@ def measure_rollout(args, models: tuple, clock) -> dict:
     seconds, _ = timed_rounds(
         {
             "hf": lambda: [transformers_generate(peer, chunk, args.new_tokens) for chunk in chunks],
-            "default": lambda: our_generate(model, prompts, args.new_tokens),
+            "default": lambda: our_generate(weights, prompts, args.new_tokens),
         },
         max(3, args.repeats // 2),
         clock,
@@ -240,6 +242,9 @@ def main() -> int:
     rows, rollout = [], None
     for name in args.models.split(","):
         models = make_models(name, args.seed)
+        start = clock()
+        DecodeWeights(models[0])
+        print(f"{name}: packed in {clock() - start:.2f} s")
         for batch in (1, 8):
             rows.append(measure(args, name, models, batch, clock))
             print_row(rows[-1])

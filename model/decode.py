@@ -58,7 +58,7 @@ class BlockWeights:
 
 
 class DecodeWeights:
-    """The weights of a model in matrices for decoding. Make them anew after every change of the model.
+    """The weights of a model in matrices for decoding. After every change of the model they have to be made again.
 
     On a CPU they are a copy, except matrices that need neither packing nor joining. On other devices joined matrices
     take the place of the model's own, whose parameters become views of them: there is no second copy.

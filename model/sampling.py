@@ -31,7 +31,7 @@ PREFILL_TOKENS = 512  # waiting prompts are prefilled together up to this many t
 
 
 def generate(
-    model: Transformer,
+    model: Transformer | DecodeWeights,
     prompts: list[list[int]],
     *,
     max_new_tokens: int,
@@ -49,15 +49,20 @@ def generate(
     natural logs under the distribution drawn from, at temperature 1 when greedy (E19).
 
     should_continue(finished_B) is asked before every forward; once it answers False the unfinished responses are
-    returned as they are. Raises ValueError for an empty prompt, a setting out of range, a list of generators of another
-    length than prompts, or a sharded model.
+    returned as they are. The weights of a model are packed in every call (model/decode.py); DecodeWeights in its place
+    save that. Raises ValueError for an empty prompt, a setting out of range, a list of generators of another length
+    than prompts, or a sharded model.
     """
     decoder = _decoder_for(model, prompts, max_new_tokens=max_new_tokens, temperature=temperature, eos_id=eos_id)
     return continue_prompts(decoder, prompts, generator, should_continue)
 
 
 def generate_as_ended(
-    model: Transformer, prompts: list[list[int]], *, max_new_tokens: int, eos_id: int | Collection[int] | None
+    model: Transformer | DecodeWeights,
+    prompts: list[list[int]],
+    *,
+    max_new_tokens: int,
+    eos_id: int | Collection[int] | None,
 ) -> Iterator[tuple[int, list[int]]]:
     """The greedy responses of generate(), each as soon as it ends: (position of its prompt, response_ids)."""
     decoder = _decoder_for(model, prompts, max_new_tokens=max_new_tokens, temperature=0.0, eos_id=eos_id)
@@ -67,7 +72,7 @@ def generate_as_ended(
 
 
 def _decoder_for(
-    model: Transformer,
+    model: Transformer | DecodeWeights,
     prompts: list[list[int]],
     *,
     max_new_tokens: int,
@@ -152,7 +157,7 @@ class RowDecoder:
 
     def __init__(
         self,
-        model: Transformer,
+        model: Transformer | DecodeWeights,
         *,
         n_rows: int,
         max_tokens: int,
@@ -167,11 +172,11 @@ class RowDecoder:
             raise ValueError(f"temperature is {temperature}, expected 0 (greedy) or a positive number")
         if rows_per_forward < 1:
             raise ValueError(f"rows_per_forward is {rows_per_forward}, expected at least 1 (above it, a multiple of 8)")
-        self.weights = DecodeWeights(model)
+        self.weights = model if isinstance(model, DecodeWeights) else DecodeWeights(model)
         self.max_new_tokens, self.stop_ids, self.temperature = max_new_tokens, frozenset(stop_ids), temperature
-        self.cache = KVCache(model.config, n_rows, max_tokens)
-        self.row_counts = _row_counts(model, rows_per_forward, with_head=True)
-        self.tile_counts = _row_counts(model, ROWS_PER_TILE, with_head=False)
+        self.cache = KVCache(self.weights.model.config, n_rows, max_tokens)
+        self.row_counts = _row_counts(self.weights.model, rows_per_forward, with_head=True)
+        self.tile_counts = _row_counts(self.weights.model, ROWS_PER_TILE, with_head=False)
         self.waiting: deque[tuple[int, int, list[int]]] = deque()  # (row, slots kept, ids to prefill)
         self.responses: dict[int, Response] = {}  # of the rows under way, the waiting ones included
         self.last_row = -1  # the last one decoded

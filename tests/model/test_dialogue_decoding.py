@@ -149,7 +149,9 @@ def test_more_rows_than_a_forward_takes_advance_in_turn():
 
 def test_prompts_are_prefilled_together_in_the_order_of_asking():
     """Up to 512 tokens at once: 300 and 200, then 13 and 499, then 520 alone, then 1."""
-    decoder = DialogueDecoder(tiny_model(), n_rows=6, max_tokens=530, max_new_tokens=6, stop_ids=frozenset())
+    decoder = DialogueDecoder(
+        tiny_model(max_positions=600), n_rows=6, max_tokens=530, max_new_tokens=6, stop_ids=frozenset()
+    )
     for dialogue, n_tokens in enumerate((300, 200, 13, 499, 520, 1)):
         decoder.ask(dialogue, [5] * n_tokens)
     n_sampled = []
