@@ -32,6 +32,7 @@ from model.transformer import Transformer, apply_rope, attend
 
 SLOTS_PER_STEP = 128  # coarser: fewer calls, more masked slots read
 ROWS_PER_TILE = 128  # most rows of one matrix product
+FREE_SHARE = 0.8  # of free CUDA memory that the cache may take; activations, logits and its growth need the rest
 PACKED_NUMBERS = 2**18  # matrices of at least 1 MB in fp32 are packed; smaller ones stay in the processor's cache
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -212,6 +213,21 @@ class KVCache:
                 if old_RLKH is not None:
                     layers[layer][:, : old_RLKH.shape[1]] = old_RLKH
         return self.keys_RLKH[layer], self.values_RLKH[layer]
+
+
+def row_bytes(config: ModelConfig, max_tokens: int, itemsize: int) -> int:
+    """Bytes of a cache row at its full length; itemsize: bytes of one number."""
+    n_slots = -(-max_tokens // SLOTS_PER_STEP) * SLOTS_PER_STEP
+    return 2 * config.n_layers * n_slots * config.n_kv_heads * config.head_dim * itemsize
+
+
+def rows_that_fit(n_rows: int, bytes_per_row: int, cache_bytes: int, device: torch.device) -> int:
+    """At most n_rows, at least 1: as many as fit into cache_bytes; 0: on CUDA into what is free, elsewhere all."""
+    if not cache_bytes and device.type == "cuda":
+        n_free, _ = torch.cuda.mem_get_info(device)
+        n_reusable = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        cache_bytes = int(FREE_SHARE * (n_free + n_reusable))
+    return max(1, min(n_rows, cache_bytes // bytes_per_row)) if cache_bytes else n_rows
 
 
 def decode_runs(cache: KVCache, rows: list[int], dtype: torch.dtype, device: torch.device) -> list[DecodeRun]:

@@ -22,7 +22,17 @@ import torch
 from torch import Tensor
 
 from model.config import ModelConfig
-from model.decode import ROWS_PER_TILE, DecodeWeights, KVCache, decode_step, pack_matrix, prefill, product
+from model.decode import (
+    ROWS_PER_TILE,
+    DecodeWeights,
+    KVCache,
+    decode_step,
+    pack_matrix,
+    prefill,
+    product,
+    row_bytes,
+    rows_that_fit,
+)
 from model.transformer import Transformer
 
 ROWS_PER_FORWARD = 16  # a multiple of 8, so that BLAS treats the rows alike at every place in the batch
@@ -53,7 +63,7 @@ def generate(
     save that. Raises ValueError for an empty prompt, a setting out of range, a list of generators of another length
     than prompts, or a sharded model.
     """
-    decoder = _decoder_for(model, prompts, max_new_tokens=max_new_tokens, temperature=temperature, eos_id=eos_id)
+    decoder = decoder_for(model, prompts, max_new_tokens=max_new_tokens, temperature=temperature, eos_id=eos_id)
     return continue_prompts(decoder, prompts, generator, should_continue)
 
 
@@ -65,24 +75,34 @@ def generate_as_ended(
     eos_id: int | Collection[int] | None,
 ) -> Iterator[tuple[int, list[int]]]:
     """The greedy responses of generate(), each as soon as it ends: (position of its prompt, response_ids)."""
-    decoder = _decoder_for(model, prompts, max_new_tokens=max_new_tokens, temperature=0.0, eos_id=eos_id)
+    decoder = decoder_for(model, prompts, max_new_tokens=max_new_tokens, temperature=0.0, eos_id=eos_id)
     responses = [Response() for _ in prompts]
     for prompt in _ended_prompts(decoder, prompts, responses, lambda finished_B: True):
         yield prompt, responses[prompt].ids
 
 
-def _decoder_for(
+def decoder_for(
     model: Transformer | DecodeWeights,
     prompts: list[list[int]],
     *,
     max_new_tokens: int,
     temperature: float,
     eos_id: int | Collection[int] | None,
+    cache_bytes: int = 0,
 ) -> "RowDecoder":
+    """The decoder of generate() for these prompts.
+
+    cache_bytes bounds its key/value cache, and with it the prompts under way at a time, to at least one; 0: on CUDA by
+    what is free, elsewhere not at all. Output does not depend on it.
+    """
+    weights = model if isinstance(model, DecodeWeights) else DecodeWeights(model)
+    max_tokens = max(map(len, prompts), default=0) + max_new_tokens
+    head = weights.model.head_weight()
+    bytes_per_row = row_bytes(weights.model.config, max_tokens, head.itemsize)
     return RowDecoder(
-        model,
-        n_rows=min(ROWS_PER_FORWARD, max(1, len(prompts))),
-        max_tokens=max(map(len, prompts), default=0) + max_new_tokens,
+        weights,
+        n_rows=rows_that_fit(min(ROWS_PER_FORWARD, max(1, len(prompts))), bytes_per_row, cache_bytes, head.device),
+        max_tokens=max_tokens,
         max_new_tokens=max_new_tokens,
         temperature=temperature,
         rows_per_forward=ROWS_PER_FORWARD,

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from model.config import ModelConfig, count_parameters
-from model.decode import SLOTS_PER_STEP
+from model.decode import row_bytes
 from model.pretrained_weights import read_config
 from model.sampling import ROWS_PER_FORWARD
 from model.transformer import Transformer
@@ -23,6 +23,7 @@ from train.distributed import DTYPES, ranks_that_hold_shards_only
 from train.plan import (
     ADAM_BYTES,
     FP32_BYTES,
+    GIB,
     OTHER_PART,
     RESERVED_BYTES,
     Phase,
@@ -81,11 +82,12 @@ def rollout_bytes(config: PPOConfig, shape: ModelConfig, longest: int, n_ranks: 
     itemsize = DTYPES[config.dtype].itemsize
     is_whole = n_ranks == 1 and config.dtype == "float32"
     n_rows = min(ROWS_PER_FORWARD, -(-config.rollout_batch_size // n_ranks))
-    n_slots = -(-(longest + config.max_response_tokens) // SLOTS_PER_STEP) * SLOTS_PER_STEP
-    slot_bytes = 2 * shape.n_layers * shape.n_kv_heads * shape.head_dim * itemsize
+    bytes_per_row = row_bytes(shape, longest + config.max_response_tokens, itemsize)
+    if config.cache_gib:
+        n_rows = max(1, min(n_rows, int(config.cache_gib * GIB) // bytes_per_row))
     return {
         "gathered parameters": 0 if is_whole else count_parameters(shape) * itemsize,
-        "key/value cache": n_rows * n_slots * slot_bytes,
+        "key/value cache": n_rows * bytes_per_row,
         OTHER_PART: logits_bytes(ROWS_PER_FORWARD, shape.vocab_size, "float32") * 4,  # log-softmax, fp64 sums
     }
 

@@ -90,6 +90,13 @@ class PPOConfig(RunConfig):
         1, "responses to each prompt of an iteration; must divide rollout_batch_size (ours)", low=1
     )
     max_response_tokens: int = setting(64, "a response is cut here; tokens (released code: 512)", low=1)
+    cache_gib: float = setting(
+        0.0,
+        "bound of a rank's key/value cache in GiB: fewer responses are sampled at a time, with the same result; 0 = on "
+        "CUDA what is free, on the CPU no bound (ours)",
+        low=0.0,
+        free=True,
+    )
     temperature: float = setting(
         1.0, "sampling temperature; 0 = greedy, which leaves PPO nothing to explore (released code: 0)", low=0.0
     )

@@ -30,7 +30,7 @@ from torch import Tensor
 
 from data.formats.prompt_format import find_stop_ids
 from data.formats.table import FORMATS, end_of_turn_ids
-from model.sampling import generate
+from model.sampling import continue_prompts, decoder_for
 from model.tokenizer import Tokenizer
 from model.transformer import shared_prefix_mask
 from rl.advantages import compute_gae, kl_shaped_rewards, masked_sums, whiten
@@ -113,15 +113,17 @@ def sample_responses(
             f"({wrong[0]} ...), expected finite weights"
         )
     mine = responses_of_rank(world, len(iteration.prompts), config.responses_per_prompt)
-    return generate(
+    prompts = [iteration.prompts[index].prompt_ids for index in mine]
+    decoder = decoder_for(
         gathered,
-        [iteration.prompts[index].prompt_ids for index in mine],
+        prompts,
         max_new_tokens=config.max_response_tokens,
         temperature=config.temperature,
         eos_id=stop_ids_of(iteration.prompts, models.tokenizer),
-        generator=[response_generator(config.seed, iteration.number, index) for index in mine],
-        should_continue=lambda finished_B: not must_stop(),
+        cache_bytes=int(config.cache_gib * 2**30),
     )
+    generators = [response_generator(config.seed, iteration.number, index) for index in mine]
+    return continue_prompts(decoder, prompts, generators, lambda finished_B: not must_stop())
 
 
 def responses_of_rank(world: World, n_responses: int, responses_per_prompt: int) -> list[int]:

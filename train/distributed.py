@@ -377,8 +377,8 @@ def gathered_model(model: Transformer, world: World, *, dtype: str) -> Transform
     decode equally often. dtype: "float32" or "bfloat16", of all its parameters; with the compute type of shard_model
     its logits are those of the sharded model. It costs one full copy in that type on world.device until the caller
     drops it. On one rank in float32 on the shards' own device there is no copy: it shares their memory, follows the
-    optimizer and must only be read (eval mode, no gradients). On several ranks it is a snapshot: gather again after
-    every update.
+    optimizer and must only be read (eval mode, no gradients); on CUDA, decoding replaces its matrices by copies
+    (model/decode.py). On several ranks it is a snapshot: gather again after every update.
     """
     reshard_all(model)
     with torch.device("meta"):

@@ -13,7 +13,7 @@ import pytest
 import run_ppo
 import run_sft
 from benchmarks.benchmark_plan import make_batch, measure, shape_of
-from model.sampling import RowDecoder, generate
+from model.sampling import RowDecoder, continue_prompts, decoder_for, generate
 from tests.support.processes import free_port, spawn
 from tests.support.tiny_run import run_here
 from train import plan as train_plan
@@ -178,3 +178,18 @@ def test_the_cache_of_one_prompt_has_one_row(monkeypatch):
     generate(model, [[1, 5, 9]] * 20, max_new_tokens=4, eos_id=None)
     rows = [len(cache.lengths) for cache in caches]
     assert rows[0] == 1 and set(rows[1:]) == {16}
+
+
+def test_the_byte_budget_of_the_cache_bounds_its_rows_and_changes_nothing_else():
+    """4 layers of 3 heads of 64 numbers, keys and values, fp32: 6,144 bytes a slot, 786,432 a row of 128 slots."""
+    from model.pretrained_weights import load_pretrained
+
+    model, prompts = load_pretrained(TINY_MODEL), [[1, 5 + number] for number in range(20)]
+    results, rows, sizes = [], [], []
+    for cache_bytes in (0, 1, 786_431, 2 * 786_432, 3 * 786_432 - 1, 10**9):
+        decoder = decoder_for(model, prompts, max_new_tokens=5, temperature=0.0, eos_id=None, cache_bytes=cache_bytes)
+        results.append(continue_prompts(decoder, prompts))
+        rows.append(len(decoder.cache.lengths))
+        sizes.append(sum(each.nbytes for each in decoder.cache.keys_RLKH + decoder.cache.values_RLKH))
+    assert rows == [16, 1, 1, 2, 2, 16] and sizes == [786_432 * n for n in rows]
+    assert all(result == results[0] for result in results)  # ids and log-probabilities, bit for bit
