@@ -91,7 +91,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 log_line(note)
             log_line(f"loss backend: {loss_backend} ({reason})")
             log_line(f"attention: {describe_attention(shape, DTYPES[config.dtype], world.device)}")
-        model = load_sharded_model(config.model, world, dtype=config.dtype, tokenizer_size=tokenizer.vocab_size)
+        model = load_sharded_model(
+            config.model, world, dtype=config.dtype, tokenizer_size=tokenizer.vocab_size, offload=config.offload == "on"
+        )
         optimizer = make_optimizer(config, model)
         data = SFTData(
             step_batches=lambda step: step_batches(

@@ -40,7 +40,7 @@ def load_models(config: PPOConfig, tokenizer: Tokenizer, world: World, loss_back
     reference_dir, critic_dir = config.reference_model or config.model, config.critic_model or config.model
     check_same_shape(config.model, reference_dir, "reference")
     check_same_shape(config.model, critic_dir, "critic")
-    shared = {"dtype": config.dtype, "tokenizer_size": tokenizer.vocab_size}
+    shared = {"dtype": config.dtype, "tokenizer_size": tokenizer.vocab_size, "offload": config.offload == "on"}
     policy = load_sharded_model(config.model, world, **shared)
     reference = load_sharded_model(reference_dir, world, **shared, frozen=True)
     critic = load_sharded_value_model(critic_dir, world, **shared)

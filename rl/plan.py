@@ -29,12 +29,12 @@ from train.plan import (
     Phase,
     Plan,
     Setup,
-    device_type_of,
     disk_facts,
+    host_facts,
     logits_bytes,
     loss_rows,
     memory_limit,
-    planned_ranks,
+    setup_of,
     trace_peak,
 )
 
@@ -46,8 +46,8 @@ def plan_ppo(config: PPOConfig, prompts: Sequence[PPOPrompt]) -> Plan:
     much where responses share a prompt.
     Reads config.json of the model folder only. Raises ModelFolderError.
     """
-    n_ranks, device_type = planned_ranks(config.plan_ranks), device_type_of(config.device)
-    shape = read_config(config.model)
+    setup, shape = setup_of(config, config.dtype), read_config(config.model)
+    n_ranks, device_type = setup.n_ranks, setup.device_type
     longest = max(len(prompt.prompt_ids) for prompt in prompts)
     n_steps = config.epochs * sum(count_steps(len(prompts), config))
     n_parameters, n_critic = parameter_counts(shape)
@@ -64,24 +64,27 @@ def plan_ppo(config: PPOConfig, prompts: Sequence[PPOPrompt]) -> Plan:
     ]
     if line := ranks_that_hold_shards_only(n_ranks, config.minibatch_size):
         facts.append(line)
-    setup = Setup(n_ranks, config.dtype, device_type, config.activation_checkpointing == "on", config.shard_group_size)
+    shard, critic_shard = setup.shard(n_parameters), setup.shard(n_critic)
     resident = {
-        "parameters": (2 * setup.shard(n_parameters) + setup.shard(n_critic)) * FP32_BYTES,
-        "optimizer state": (setup.shard(n_parameters) + setup.shard(n_critic)) * ADAM_BYTES,
+        "parameters": (shard + critic_shard) * FP32_BYTES + shard * DTYPES[config.dtype].itemsize,  # last: reference
+        "optimizer state": (shard + critic_shard) * ADAM_BYTES,
     }
+    facts += host_facts(setup, sum(resident.values()) + shard * FP32_BYTES)  # gradients of one model at a time
+    if setup.offload:
+        resident = dict.fromkeys(resident, 0)
     phases = [
-        Phase("rollout", resident | rollout_bytes(config, shape, longest, n_ranks)),
+        Phase("rollout", resident | rollout_bytes(config, shape, longest, setup)),
         *update_phases(config, shape, longest, resident, setup),
     ]
     limit = memory_limit(config.gpu_memory_gib, device_type, n_ranks)
     return Plan(facts, phases, reserved=RESERVED_BYTES[device_type], limit=limit)
 
 
-def rollout_bytes(config: PPOConfig, shape: ModelConfig, longest: int, n_ranks: int) -> dict[str, int]:
+def rollout_bytes(config: PPOConfig, shape: ModelConfig, longest: int, setup: Setup) -> dict[str, int]:
     """What sampling needs beyond the models: a whole policy, unless it is one already, and the key/value cache."""
     itemsize = DTYPES[config.dtype].itemsize
-    is_whole = n_ranks == 1 and config.dtype == "float32"
-    n_rows = min(ROWS_PER_FORWARD, -(-config.rollout_batch_size // n_ranks))
+    is_whole = setup.n_ranks == 1 and config.dtype == "float32" and not setup.offload
+    n_rows = min(ROWS_PER_FORWARD, -(-config.rollout_batch_size // setup.n_ranks))
     bytes_per_row = row_bytes(shape, longest + config.max_response_tokens, itemsize)
     if config.cache_gib:
         n_rows = max(1, min(n_rows, int(config.cache_gib * GIB) // bytes_per_row))
@@ -108,20 +111,15 @@ def update_phases(
                 total.backward()
 
         parts = trace_peak(build, shape, run, n_calls if needs_grad else 1, setup)
-        del parts["parameters"]  # all models' are in `resident`
+        parts.pop("parameters", None)  # all models' are in `resident`
         if build is Transformer:
             parts[OTHER_PART] += logits_bytes(n_logits, shape.vocab_size, config.dtype)
         return parts
 
-    # a micro-batch goes through the policy, then through the critic; before the last one gradients are kept unreduced
-    n_policy, n_critic = parameter_counts(shape)
-    kept = {name: n if n_calls > 1 else setup.shard(n) for name, n in (("policy", n_policy), ("critic", n_critic))}
-    beside_policy = {"other model's gradients": kept["critic"] * FP32_BYTES if n_calls > 1 else 0}
-    beside_critic = {"other model's gradients": kept["policy"] * FP32_BYTES}
     return [
         Phase("measure", resident | traced(Transformer, logprobs_of, False)),
-        Phase("policy update", resident | traced(Transformer, logprobs_of, True) | beside_policy),
-        Phase("critic update", resident | traced(ValueModel, values_of, True) | beside_critic),
+        Phase("policy update", resident | traced(Transformer, logprobs_of, True)),
+        Phase("critic update", resident | traced(ValueModel, values_of, True)),
     ]
 
 

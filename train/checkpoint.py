@@ -112,7 +112,7 @@ def _optimizer_tensors(
                 layout[name][key] = {"kind": "number", "value": value}
             elif value.numel() == 1 and value.ndim == 0:
                 dtype = str(value.dtype).removeprefix("torch.")
-                on_cpu = value.device.type == "cpu"
+                on_cpu = value.device.type == "cpu" != parameter.device.type  # else it moves with its parameter
                 layout[name][key] = {"kind": "scalar", "dtype": dtype, "on_cpu": on_cpu, "value": value.item()}
             elif value.shape == parameter.shape:
                 layout[name][key] = {"kind": "tensor", "dtype": str(value.dtype).removeprefix("torch.")}

@@ -23,7 +23,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
 from command_line import tell_torchrun
@@ -286,22 +286,24 @@ def wait_for_all() -> None:
 # Sharding
 
 
-def shard_model(model: torch.nn.Module, world: World, *, dtype: str) -> None:
-    """Shard a Transformer or ValueModel in place by `apply_fsdp`, where there is something to shard, cast or reduce.
+def shard_model(model: torch.nn.Module, world: World, *, dtype: str, offload: bool = False) -> None:
+    """Shard a Transformer or ValueModel in place by `apply_fsdp`, where there is something to shard, cast or move.
 
     One rank whose parameters are in the compute type has nothing of the kind: its model stays as it is, because FSDP's
     copies of every parameter and gradient cost a step of the bundled model 13 % of its time.
     Build the optimizer after this call: it may replace the parameters by DTensors.
     """
-    if world.size > 1 or any(parameter.dtype != DTYPES[dtype] for parameter in model.parameters()):
-        apply_fsdp(model, world, dtype=dtype)
+    if world.size > 1 or offload or any(parameter.dtype != DTYPES[dtype] for parameter in model.parameters()):
+        apply_fsdp(model, world, dtype=dtype, offload=offload)
 
 
-def apply_fsdp(model: torch.nn.Module, world: World, *, dtype: str) -> None:
+def apply_fsdp(model: torch.nn.Module, world: World, *, dtype: str, offload: bool = False) -> None:
     """Shard a Transformer or ValueModel in place with FSDP2, from outside, in a fixed order: each block, then the root.
 
     dtype: compute type, "float32" or "bfloat16". Parameters given to the optimizer stay fp32 shards (master weights)
     and gradients are reduced in fp32 either way. The model may live on the meta device or hold weights.
+    offload: the shards and their gradients lie in host memory, so that the optimizer keeps its state and works there; a
+    block's weights come to the device when it is gathered.
     The root group (embeddings, final norm, head) stays gathered between forward and backward: train_step uses the head
     after the forward call, and its gradient joins the root's reduction at the end of backward.
     """
@@ -311,9 +313,10 @@ def apply_fsdp(model: torch.nn.Module, world: World, *, dtype: str) -> None:
     )
     # one rank holds everything anyway: freeing the gathered copy would only mean making it again
     reshard = world.shards > 1
+    place = CPUOffloadPolicy(pin_memory=world.device.type == "cuda") if offload else OffloadPolicy()
     for layer in model.layers:
-        fully_shard(layer, mesh=world.mesh, mp_policy=policy, reshard_after_forward=reshard)
-    fully_shard(model, mesh=world.mesh, mp_policy=policy, reshard_after_forward=False)
+        fully_shard(layer, mesh=world.mesh, mp_policy=policy, reshard_after_forward=reshard, offload_policy=place)
+    fully_shard(model, mesh=world.mesh, mp_policy=policy, reshard_after_forward=False, offload_policy=place)
     for module in fsdp_modules(model):
         module.set_gradient_divide_factor(1.0)
         # gloo has neither AVG nor a pre-multiplied sum: reduce with SUM only
@@ -321,31 +324,33 @@ def apply_fsdp(model: torch.nn.Module, world: World, *, dtype: str) -> None:
 
 
 def load_sharded_model(
-    model_dir: str, world: World, *, dtype: str, tokenizer_size: int, frozen: bool = False
+    model_dir: str, world: World, *, dtype: str, tokenizer_size: int, offload: bool = False, frozen: bool = False
 ) -> Transformer:
     """A pretrained model, sharded; built without memory, then filled tensor by tensor: no rank ever holds all of it.
 
-    dtype: as in apply_fsdp. frozen: the model will not learn. Its shards are then in the compute type: rounding the
-    weights once gives the bits that rounding them at each use does. Raises ModelFolderError when the folder is unusable
-    or the embedding has fewer rows than the tokenizer has ids.
+    dtype, offload: as in apply_fsdp. frozen: the model will not learn. Its shards are then in the compute type:
+    rounding the weights once gives the bits that rounding them at each use does. Raises ModelFolderError when the
+    folder is unusable or the embedding has fewer rows than the tokenizer has ids.
     """
     config = _read_config_for(model_dir, tokenizer_size)
     with torch.device("meta"):
         model = Transformer(config)
     if frozen:
         model.to(DTYPES[dtype]).requires_grad_(False).eval()
-    shard_model(model, world, dtype=dtype)
-    load_weights_into(model, model_dir, device=world.device)
+    shard_model(model, world, dtype=dtype, offload=offload)
+    load_weights_into(model, model_dir, device="cpu" if offload else world.device)
     return model
 
 
-def load_sharded_value_model(model_dir: str, world: World, *, dtype: str, tokenizer_size: int) -> ValueModel:
+def load_sharded_value_model(
+    model_dir: str, world: World, *, dtype: str, tokenizer_size: int, offload: bool = False
+) -> ValueModel:
     """load_sharded_model for a critic: the folder's backbone, and its value head or one of zeros if it has none."""
     config = _read_config_for(model_dir, tokenizer_size)
     with torch.device("meta"):
         model = ValueModel(config)
-    shard_model(model, world, dtype=dtype)
-    load_value_weights_into(model, model_dir, device=world.device)
+    shard_model(model, world, dtype=dtype, offload=offload)
+    load_value_weights_into(model, model_dir, device="cpu" if offload else world.device)
     return model
 
 

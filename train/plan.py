@@ -7,7 +7,8 @@ beyond its state: fused AdamW writes in place.
 
 Shape suffixes: B batch, T tokens, D model dim, K trained tokens.
 
-Not seen: the allocator's fragmentation, and the buffers of NCCL and cuBLAS. RESERVED_BYTES stands for them on CUDA.
+Not seen: the allocator's fragmentation, and the buffers of NCCL and cuBLAS. RESERVED_BYTES allows for them on CUDA.
+Gradients that a bf16 run keeps unreduced count as activations: the tracker does not tell them apart.
 """
 
 import os
@@ -63,6 +64,8 @@ class Setup:
     device_type: str = "cpu"
     checkpointing: bool = False  # of activations
     shard_group_size: int = 0  # ranks that share a copy of the parameters; 0 = all
+    reduces_often: bool = False  # gradients after each micro-batch, not once per step
+    offload: bool = False  # parameters, gradients and optimizer state lie in host memory
 
     def shard(self, n_parameters: int) -> int:
         """Parameters of one rank."""
@@ -124,6 +127,20 @@ def memory_limit(gpu_memory_gib: float, device_type: str, n_ranks: int) -> int:
     return torch.cuda.get_device_properties(0).total_memory if torch.cuda.is_available() else 80 * GIB
 
 
+def setup_of(config: RunConfig, dtype: str) -> Setup:
+    """The settings of a run that matter for memory. On a CPU nothing can be offloaded: host memory is all there is."""
+    device_type = device_type_of(config.device)
+    return Setup(
+        planned_ranks(config.plan_ranks),
+        dtype,
+        device_type,
+        config.activation_checkpointing == "on",
+        config.shard_group_size,
+        config.reduce_gradients == "micro_batch",
+        config.offload == "on" and device_type == "cuda",
+    )
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Tracing
 
@@ -142,12 +159,16 @@ def trace_peak(
     FEW_LAYERS and twice as many, and the difference goes on to its depth. Joins and leaves a fake process group: no
     other may exist.
     """
-    if shape.n_layers <= 2 * FEW_LAYERS:
-        return _trace(build, shape, run, n_calls, setup)
-    few = _trace(build, replace(shape, n_layers=FEW_LAYERS), run, n_calls, setup)
-    more = _trace(build, replace(shape, n_layers=2 * FEW_LAYERS), run, n_calls, setup)
-    steps = (shape.n_layers - 2 * FEW_LAYERS) / FEW_LAYERS
-    return {part: int(more[part] + (more[part] - few[part]) * steps) for part in more}
+    parts = _trace(build, replace(shape, n_layers=min(shape.n_layers, 2 * FEW_LAYERS)), run, n_calls, setup)
+    if shape.n_layers > 2 * FEW_LAYERS:
+        few = _trace(build, replace(shape, n_layers=FEW_LAYERS), run, n_calls, setup)
+        steps = (shape.n_layers - 2 * FEW_LAYERS) / FEW_LAYERS
+        parts = {part: int(parts[part] + (parts[part] - few[part]) * steps) for part in parts}
+    if setup.offload:
+        del parts["parameters"]
+        block = count_parameters(shape) - count_parameters(replace(shape, n_layers=shape.n_layers - 1))
+        parts["gathered parameters"] += setup.shard(block) * FP32_BYTES  # on the way from the host
+    return parts
 
 
 def _trace(
@@ -164,7 +185,7 @@ def _trace(
         mesh = make_mesh(setup.n_ranks, setup.shard_group_size, "cpu")
         world = World(rank=0, size=setup.n_ranks, device=torch.device("cpu"), mesh=mesh)
         with FakeTensorMode() as mode:
-            model = _fake_model(build, shape, world, setup.dtype)
+            model = _fake_model(build, shape, world, setup)
             model.activation_checkpointing = setup.checkpointing
             tracker = FSDPMemTracker(model) if isinstance(model, FSDPModule) else MemTracker()
             if not isinstance(model, FSDPModule):
@@ -172,7 +193,7 @@ def _trace(
             with tracker:
                 for number in range(1, n_calls + 1):
                     is_last = number == n_calls
-                    set_gradient_sync(model, synchronize=is_last, is_last=is_last)
+                    set_gradient_sync(model, synchronize=is_last or setup.reduces_often, is_last=is_last)
                     run(model, mode)
                     tracker.reset_mod_stats()
             snapshot = tracker.get_tracker_snapshot("peak")
@@ -187,15 +208,18 @@ def _trace(
 
 
 def _fake_model(
-    build: Callable[[ModelConfig], torch.nn.Module], config: ModelConfig, world: World, dtype: str
+    build: Callable[[ModelConfig], torch.nn.Module], config: ModelConfig, world: World, setup: Setup
 ) -> torch.nn.Module:
     """A model whose parameters take no memory, sharded where the run shards it."""
-    if world.size == 1 and dtype == "float32":
-        return build(config)
     with torch.device("meta"):
         model = build(config)
-    shard_model(model, world, dtype=dtype)
+    shard_model(model, world, dtype=setup.dtype, offload=setup.offload)
+    if not isinstance(model, FSDPModule):
+        return build(config)
     model.to_empty(device="cpu")
+    if setup.offload:
+        for parameter in model.parameters():  # a reduced gradient leaves the device at once
+            parameter.register_post_accumulate_grad_hook(lambda reduced: setattr(reduced, "grad", None))
     for module in model.modules():
         if isinstance(module, Transformer):
             module.inverse_frequencies = torch.empty_like(module.inverse_frequencies, device="cpu")
@@ -223,11 +247,10 @@ def plan_sft(config: SFTConfig, encoded: Sequence[EncodedTrajectory]) -> Plan:
     The largest micro-batch is taken to be the micro_batch_size longest trajectories together; which ones meet is up to
     the seed. Reads config.json of the model folder only. Raises ModelFolderError.
     """
-    n_ranks, device_type = planned_ranks(config.plan_ranks), device_type_of(config.device)
-    shape = read_config(config.model)
+    setup, shape = setup_of(config, config.dtype), read_config(config.model)
+    n_ranks, device_type = setup.n_ranks, setup.device_type
     n_mine = -(-min(config.global_batch_size, len(encoded)) // n_ranks)  # trajectories of rank 0 in one step
     batch = pack(sorted(encoded, key=len, reverse=True)[: min(config.micro_batch_size, n_mine)])
-    setup = Setup(n_ranks, config.dtype, device_type, config.activation_checkpointing == "on", config.shard_group_size)
     phases = plan_step(shape, batch, -(-n_mine // config.micro_batch_size), setup)
     n_parameters = count_parameters(shape)
     steps = steps_per_epoch(len(encoded), config.global_batch_size)
@@ -236,6 +259,7 @@ def plan_sft(config: SFTConfig, encoded: Sequence[EncodedTrajectory]) -> Plan:
         f"{config.epochs} x {steps} = {config.epochs * steps} steps; {sum(map(len, encoded)):,} tokens per epoch; "
         f"largest micro-batch {len(batch.input_ids_T):,} tokens, {batch.trained_tokens:,} of them trained",
         *disk_facts(n_parameters * (FP32_BYTES + ADAM_BYTES), n_parameters * FP32_BYTES, config.keep_checkpoints),
+        *host_facts(setup, setup.shard(n_parameters) * (2 * FP32_BYTES + ADAM_BYTES)),
     ]
     if line := ranks_that_hold_shards_only(n_ranks, min(config.global_batch_size, len(encoded))):
         facts.append(line)
@@ -254,7 +278,7 @@ def plan_step(shape: ModelConfig, batch: PackedBatch, n_micro_batches: int, setu
         setup,
     )
     traced[OTHER_PART] += logits_bytes(n_rows, shape.vocab_size, setup.dtype)
-    shard = setup.shard(count_parameters(shape))
+    shard = 0 if setup.offload else setup.shard(count_parameters(shape))
     optimizer = {"optimizer state": shard * ADAM_BYTES}
     step = {"parameters": shard * FP32_BYTES, "gradients": shard * FP32_BYTES}
     return [Phase("forward and backward", traced | optimizer), Phase("optimizer step", step | optimizer)]
@@ -295,6 +319,13 @@ def disk_facts(checkpoint_bytes: int, final_bytes: int, keep_checkpoints: int) -
         return [line + "every checkpoint is kept, so that it grows with the run"]
     needed = (keep_checkpoints + 1) * checkpoint_bytes + final_bytes
     return [line + f"{needed / GIB:.3f} GiB ({keep_checkpoints} kept and one being written)"]
+
+
+def host_facts(setup: Setup, n_bytes: int) -> list[str]:
+    """A line on what a rank offloads. Pinned blocks are rounded up to powers of two: about half as much again."""
+    if not setup.offload:
+        return []
+    return [f"host memory of a rank: {n_bytes / GIB:.2f} GiB of shards, gradients and optimizer state, and rounding"]
 
 
 def plan_lines(plan: Plan) -> list[str]:

@@ -64,6 +64,13 @@ class RunConfig:
         choices=("step", "micro_batch"),
         free=True,
     )
+    offload: str = setting(
+        "off",
+        "keep parameters, gradients and optimizer state in host memory, and update there: slower, but a 7B model then "
+        "trains on one GPU of 80 GB (ours)",
+        choices=("on", "off"),
+        free=True,
+    )
     plan: str = setting(
         "off",
         "print the run's steps, memory and disk, and end: 0 if it fits, 2 if not; reads no weights (ours)",

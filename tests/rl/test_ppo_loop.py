@@ -99,6 +99,13 @@ def test_bfloat16_measures_and_updates_with_the_same_bits(tmp_path):
     assert rows[0]["ppo/kl_k3"] == 0.0 < rows[1]["ppo/kl_k3"]
 
 
+def test_models_in_host_memory_make_the_same_run(straight, tmp_path):
+    """All three; on one rank in float32 they are otherwise not sharded at all."""
+    rows = run(tmp_path / "run", epochs=2, max_steps=2, offload="on", checkpoint_every=1)
+    rows = run(tmp_path / "run", epochs=2, max_steps=4, offload="off", checkpoint_every=1)
+    assert rows == journal_of(straight, "metrics.jsonl")[:4]
+
+
 def test_gradients_of_one_model_at_a_time(tmp_path, monkeypatch, kept_models):
     """Policy first, then critic, with two micro-batches each."""
     seen = []

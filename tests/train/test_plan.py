@@ -18,7 +18,8 @@ from tests.support.processes import free_port, spawn
 from tests.support.tiny_run import run_here
 from train import plan as train_plan
 from train.distributed import close_world
-from train.plan import GIB, OTHER_PART, Setup, memory_limit, plan_step, planned_ranks
+from train.plan import GIB, OTHER_PART, Setup, memory_limit, plan_step, planned_ranks, setup_of
+from train.sft_config import SFTConfig
 
 MB = 2**20
 TINY_MODEL = Path("assets/tiny_model")
@@ -77,6 +78,23 @@ class TestCommand:
         # a whole policy for sampling: 7,792,896 bytes
         assert table["gathered parameters"][0] == 0.007
         assert not (tmp_path / "run").exists()
+
+    def test_what_is_offloaded_is_the_hosts(self, folder_without_weights, capsys):
+        arguments = ["--plan", "--model", str(folder_without_weights), "--device", "cuda", "--offload", "on"]
+        assert run_sft.main(arguments) == 0
+        printed = capsys.readouterr().out
+        # 1,948,224 parameters x (weight 4 + gradient 4 + means 8) = 31,171,584 bytes
+        assert "host memory of a rank: 0.03 GiB of shards, gradients and optimizer state" in printed
+        table = table_of(printed)
+        assert table["optimizer state"] == table["parameters"] == table["gradients"] == [0.0, 0.0]
+        assert table["gathered parameters"][0] >= 0.007  # all of them, for one rank keeps what it gathered
+        assert not setup_of(SFTConfig(offload="on", device="cpu"), "float32").offload  # host memory is all there is
+
+    def test_the_reference_of_a_bf16_run_takes_half(self, folder_without_weights, capsys):
+        arguments = ["--plan", "--model", str(folder_without_weights), "--dtype", "bfloat16"]
+        assert run_ppo.main(arguments) == 0
+        # 1,948,224 x (4 + 4 + 2) bytes
+        assert table_of(capsys.readouterr().out)["parameters"] == [0.018] * 4
 
     @pytest.mark.parametrize("program", [run_sft, run_ppo])
     def test_a_plan_that_does_not_fit_ends_with_code_2(self, program, one_layer_without_weights, capsys):
@@ -144,6 +162,8 @@ class TestTrace:
         one, two = (plan_step(shape, make_batch(64), n, Setup(4))[0].bytes_by_part["gradients"] for n in (1, 2))
         n_bytes = 4 * 33_300_000  # about: all parameters in fp32
         assert one < 0.7 * n_bytes < two
+        often = plan_step(shape, make_batch(64), 2, Setup(4, reduces_often=True))[0].bytes_by_part["gradients"]
+        assert often < 0.7 * n_bytes
 
     @pytest.mark.slow
     @pytest.mark.parametrize("n_ranks", [1, 2])
