@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Base -> SFT -> PPO on the bundled tiny model, scored after each: ./demo.sh [folder for the runs]
+# The method on the bundled tiny model: standard SFT and SFT with MAE and PKT, then PPO: ./demo.sh [folder for the runs]
+# Each training and each evaluation takes one core; two run side by side.
 set -euo pipefail
 cd "$(dirname "$0")"
 . ./setup_venv.sh requirements.txt
@@ -7,31 +8,73 @@ runs="${1:-runs}"
 started=$SECONDS
 # A second thread makes the tiny model a quarter faster, and several times slower where other work shares the cores.
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
+mkdir -p "$runs/logs"
 
-# A right dialogue of tiny-multi needs at most 27 tokens per turn and 289 in all; a failing one may continue to 512.
-evaluate() { # MODEL FOLDER
-    "$python" run_eval.py --model "$1" --benchmarks tiny-seen,tiny-unseen,tiny-multi --output "$runs/$2" \
-        --max_new_tokens 48 --max_turn_tokens 32 --max_dialogue_tokens 512 >/dev/null
+say() { echo "$(( (SECONDS - started) / 60 )):$(printf %02d $(( (SECONDS - started) % 60 )))  $*"; }
+logged() { # NAME COMMAND...: with its output in a log, shown if it fails
+    "${@:2}" >"$runs/logs/$1.txt" 2>&1 || { tail -n 5 "$runs/logs/$1.txt" >&2; return 1; }
 }
+train_sft() { logged "$1" "$python" run_sft.py --output "$runs/$1" "${@:2}"; }
+train_ppo() { # NAME START: one pass over 1,217 prompts
+    logged "$1" "$python" run_ppo.py --model "$runs/$2/final" --output "$runs/$1" --epochs 1 --rollout_batch_size 32 \
+        --minibatch_size 32 --micro_batch_size 16 --policy_learning_rate 2e-4 --value_learning_rate 5e-4 --kl_coef 0.2 \
+        --critic_only_iterations 4
+}
+evaluate() { # MODEL NAME
+    logged "eval_$2" "$python" run_eval.py --model "$1" --output "$runs/eval_$2" --max_new_tokens 48 \
+        --benchmarks tiny-seen,tiny-unseen,tiny-hard --benchmark_dir "$runs/data"
+}
+both() { # PID PID: wait for two, and fail if one does
+    wait "$1"
+    wait "$2"
+}
+stop_all() { # Ctrl-C does not reach what runs in the background
+    for pid in $(jobs -p); do
+        kill $(cat "/proc/$pid/task/$pid/children" 2>/dev/null) "$pid" 2>/dev/null || true
+    done
+}
+trap stop_all EXIT
+trap 'exit 130' INT
+trap 'exit 143' TERM
 
-echo "1/6 score the base, which has never seen the paper's call form"
-evaluate assets/tiny_model eval_base
-echo "2/6 fine-tune it on 1,217 trajectories with MAE and PKT"
-"$python" run_sft.py --output "$runs/sft"
-echo "3/6 score the result"
-evaluate "$runs/sft/final" eval_sft
-echo "4/6 train it further with PPO and the paper's reward, three passes over 1,217 prompts"
-"$python" run_ppo.py --model "$runs/sft/final" --output "$runs/ppo"
-echo "5/6 score the result"
-evaluate "$runs/ppo/final" eval_ppo
-echo "6/6 greedy calls and dialogues of the three, $(( (SECONDS - started) / 60 )) min $(( (SECONDS - started) % 60 )) s after the installation"
-"$python" -m eval.reports.compare "$runs/eval_base" "$runs/eval_sft" "$runs/eval_ppo" --names base,SFT,PPO
-echo
-echo "reward of sampled calls (temperature 1), which is what PPO maximises"
-for split in seen unseen; do
-    "$python" -m rl.evaluate_reward --model "$runs/sft/final" "$runs/ppo/final" --data "assets/tiny_data/test_$split.jsonl" \
-        --temperature 1 --samples_per_prompt 2 --output "$runs/reward_$split.jsonl" | grep -v '^{'
+say "1/6 600 held-out prompts each: tools of the training data, unseen tools, tools that the teacher often calls wrongly"
+for split in seen:21 unseen:22 hard:23; do
+    "$python" -m toolbox.make --only_tests "$runs/data/test_${split%:*}.jsonl" --split "${split%:*}" --tests 600 --seed "${split#*:}"
 done
+"$python" -m toolbox.make --only_trajectories "$runs/data/first_140.json" --trajectories 140  # the first of train.json
+
+say "2/6 SFT on 1,217 trajectories: standard (runs/standard) and with MAE and PKT (runs/sft), 305 steps each"
+train_sft standard --error_filter none --key_tokens off & first=$!
+train_sft sft & both $first $!
+
+say "3/6 PPO with the paper's reward: from runs/sft (runs/ppo), and from a light SFT on 140 trajectories (runs/light_ppo)"
+train_ppo ppo sft & first=$!
+train_sft light --data "$runs/data/first_140.json" && train_ppo light_ppo light & both $first $!
+
+say "4/6 greedy calls of all models, and of the base"
+(for name in standard sft ppo; do evaluate "$runs/$name/final" $name; done) & first=$!
+(evaluate assets/tiny_model base; for name in light light_ppo; do evaluate "$runs/$name/final" $name; done) & both $first $!
+
+say "5/6 reward of sampled calls (temperature 1), which is what PPO maximises"
+reward() { logged "reward_$1" "$python" -m rl.evaluate_reward --model "$runs/$2/final" "$runs/$1/final" --temperature 1 \
+    --data "$runs/data/test_seen.jsonl" --output "$runs/reward_$1.jsonl"; }
+reward ppo sft & first=$!
+reward light_ppo light & both $first $!
+
+say "6/6 the page: curves, sample responses and the same prompts answered by each model"
+"$python" -m eval.run_page "$runs"/{sft,ppo,light_ppo} "$runs"/eval_{base,standard,sft,ppo,light,light_ppo} --html "$runs/page.html"
+say "done"
+
+compare() { # TITLE BASELINE OTHER NAMES
+    echo
+    echo "$1"
+    "$python" -m eval.reports.compare "$runs/eval_$2" "$runs/eval_$3" --names "$4" --mcnemar --examples 1
+}
+compare "MAE and PKT against standard SFT" standard sft "standard,MAE+PKT"
+compare "PPO after all of SFT" sft ppo "SFT,SFT+PPO"
+compare "PPO after a light SFT" light light_ppo "light SFT,light SFT+PPO"
 echo
-echo "curves, sample responses and the same prompts answered by the three, to open in a browser"
-"$python" -m eval.run_page "$runs/sft" "$runs/ppo" "$runs/eval_base" "$runs/eval_sft" "$runs/eval_ppo" --html "$runs/page.html"
+echo "reward of sampled calls on tiny-seen, after all of SFT and after the light SFT"
+grep -hv '^{' "$runs"/logs/reward_{ppo,light_ppo}.txt
+echo
+echo "to open in a browser: $runs/page.html"

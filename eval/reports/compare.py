@@ -1,6 +1,6 @@
 """Compare runs of run_eval.py, or prediction files: rates with n, 95 % intervals, verdicts, McNemar's paired test.
 
-    python -m eval.reports.compare runs/eval_base runs/eval_sft [--names base,SFT] [--mcnemar]
+    python -m eval.reports.compare runs/eval_base runs/eval_sft [--names base,SFT] [--mcnemar] [--examples 2]
     python -m eval.reports.compare --answers rotbench/First_Turn/clean.json a.jsonl b.jsonl [--rules fair]
 
 The intervals ignore the pairing of records; the paired test (always shown for prediction files) uses it, and so finds
@@ -10,18 +10,18 @@ smaller differences. For DE and CE, which count errors, lower is better.
 import argparse
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from command_line import parse_arguments, run_command
 from data.json_records import DataError, check_regular_file, read_json_lines
 from eval.benchmarks import benchmark_of
 from eval.dialogues.metrics import MAX_TURNS
-from eval.predict.prediction_files import read_dtype
+from eval.predict.prediction_files import read_dtype, read_predictions
 from eval.rates import CALL_METRICS
 from eval.records import ScoreSettings
 from eval.reports.report import format_comparison, metrics_of, unattainable_rates
-from printable import terminal_text
+from printable import shown, terminal_text
 
 
 def read_run(run_dir: Path) -> dict:
@@ -97,6 +97,29 @@ def score_files(answers: Path, predictions: Sequence[Path], rules: str) -> tuple
     return runs, results, notices
 
 
+def format_examples(
+    names: Sequence[str], run_dirs: Sequence[Path], results: Sequence[Mapping], count: int
+) -> list[str]:
+    """Lines for `count` records of each benchmark that the last run has right and the first wrong, spread evenly.
+
+    Both outputs, and why the first is wrong. For benchmarks of single calls. Raises DataError.
+    """
+    lines = []
+    for benchmark, rows in results[0].items():
+        last = results[-1].get(benchmark, {})
+        won = [index for index, row in rows.items() if row.get("CF") == 0 and last.get(index, {}).get("CF") == 1]
+        path = f"predictions/{benchmark}.jsonl"
+        outputs = [read_predictions(run_dir / path)[0] for run_dir in (run_dirs[0], run_dirs[-1])] if won else []
+        first, second = ({each.index: each.output.strip() for each in found} for found in outputs or ([], []))
+        for index in won[:: max(1, len(won) // count)][:count] if count else []:
+            lines += [
+                f"{benchmark}, record {index}",
+                f"  {names[0]}: {shown(first.get(index, ''), 200)}, {rows[index].get('reason')}",
+                f"  {names[-1]}: {shown(second.get(index, ''), 200)}, right",
+            ]
+    return lines
+
+
 def compare(flags: argparse.Namespace, names: Sequence[str]) -> None:
     """Print the table; notices and warnings of percentages that cannot be k/n go to stderr. Raises DataError."""
     results, notices = None, []
@@ -104,7 +127,7 @@ def compare(flags: argparse.Namespace, names: Sequence[str]) -> None:
         runs, results, notices = score_files(flags.answers, flags.runs, flags.rules)
     else:
         runs = [read_run(run_dir) for run_dir in flags.runs]
-        if flags.mcnemar:
+        if flags.mcnemar or flags.examples:
             results = [read_results(run_dir, run) for run_dir, run in zip(flags.runs, runs)]
     for name, run in zip(names, runs):
         notices += [
@@ -112,10 +135,13 @@ def compare(flags: argparse.Namespace, names: Sequence[str]) -> None:
             for benchmark, summary in run["benchmarks"].items()
             for line in unattainable_rates(summary)
         ]
-    table = format_comparison(names, runs, results)
+    table = format_comparison(names, runs, results if flags.mcnemar or flags.answers is not None else None)
+    examples = format_examples(names, flags.runs, results, flags.examples) if flags.examples else []
     for notice in notices:
         print(terminal_text(notice), file=sys.stderr)
     print(table)
+    for line in examples:
+        print(terminal_text(line))
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -128,12 +154,21 @@ def main(arguments: Sequence[str]) -> int:
     )
     parser.add_argument("--names", help="comma-separated column names (default: the folders' or files' names)")
     parser.add_argument("--mcnemar", action="store_true", help="also McNemar's exact test, from the runs' results")
+    parser.add_argument(
+        "--examples",
+        type=int,
+        default=0,
+        metavar="N",
+        help="also N calls that the last run has right and the first wrong",
+    )
     parser.add_argument("--answers", type=Path, help="a benchmark's own file: score and compare predictions for it")
     parser.add_argument(
         "--rules", choices=("default", "official", "fair"), default="default", help="rules for --answers"
     )
     flags = parse_arguments(parser, arguments)
     names = flags.names.split(",") if flags.names else [run.name for run in flags.runs]
+    if flags.examples < 0 or (flags.examples and flags.answers is not None):
+        parser.error(f"--examples: found {flags.examples}, expected 0 or more, and folders instead of --answers")
     if len(names) != len(flags.runs):
         parser.error(f"--names: found {len(names)} names, expected {len(flags.runs)}, one per run")
     return run_command(lambda: compare(flags, names), (DataError, OSError))

@@ -169,6 +169,32 @@ def test_comparison_with_mcnemar(two_runs, capsys):
     assert "McNemar" not in capsys.readouterr().out
 
 
+def test_examples_are_calls_that_the_last_run_alone_has_right(two_runs, capsys):
+    """The first run has record 0 right, the second records 1 to 5; with two of five, every second one is shown."""
+    for run in two_runs:
+        (run / "predictions").mkdir()
+        lines = [json.dumps({"index": index, "output": f" {run.name}{index}\x1b()"}) for index in range(8)]
+        (run / "predictions/tiny-seen.jsonl").write_text("\n".join(lines) + "\n")
+    assert compare_main([*map(str, two_runs), "--examples", "2"]) == 0
+    table, *examples = capsys.readouterr().out.split("\ntiny-seen, record 1\n")
+    assert "McNemar" not in table and len(examples) == 1
+    lines = examples[0].splitlines()
+    assert [line.split(",")[0] for line in lines] == [
+        r"  a: 'a1\x1b()'",
+        r"  b: 'b1\x1b()'",
+        "tiny-seen",
+        r"  a: 'a3\x1b()'",
+        r"  b: 'b3\x1b()'",
+    ]
+    assert compare_main([*map(str, two_runs[::-1]), "--examples", "5"]) == 0
+    assert capsys.readouterr().out.count("tiny-seen, record") == 1
+    (two_runs[0] / "predictions/tiny-seen.jsonl").unlink()
+    assert compare_main([*map(str, two_runs), "--examples", "1"]) == 2
+    assert capsys.readouterr().err.count("\n") == 1
+    with pytest.raises(SystemExit, match="2"):
+        compare_main([*map(str, two_runs), "--examples", "-1"])
+
+
 def test_comparison_warns_and_refuses(two_runs, capsys):
     path = two_runs[1] / "summary.json"
     path.write_text(path.read_text().replace('"CF_percent": 62.5', '"CF_percent": 62.4'))
