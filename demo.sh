@@ -15,10 +15,10 @@ logged() { # NAME COMMAND...: with its output in a log, shown if it fails
     "${@:2}" >"$runs/logs/$1.txt" 2>&1 || { tail -n 5 "$runs/logs/$1.txt" >&2; return 1; }
 }
 train_sft() { logged "$1" "$python" run_sft.py --output "$runs/$1" "${@:2}"; }
-train_ppo() { # NAME START: one pass over 1,217 prompts
-    logged "$1" "$python" run_ppo.py --model "$runs/$2/final" --output "$runs/$1" --epochs 1 --rollout_batch_size 32 \
-        --minibatch_size 32 --micro_batch_size 16 --policy_learning_rate 2e-4 --value_learning_rate 5e-4 --kl_coef 0.2 \
-        --critic_only_iterations 4
+train_ppo() { # NAME START: four responses to each of 400 prompts, two passes over each batch of 32
+    logged "$1" "$python" run_ppo.py --model "$runs/$2/final" --output "$runs/$1" --data "$runs/data/first_400.json" \
+        --epochs 1 --ppo_epochs 2 --responses_per_prompt 4 --rollout_batch_size 32 --minibatch_size 32 --micro_batch_size 16 \
+        --policy_learning_rate 2e-4 --value_learning_rate 5e-4 --kl_coef 0.2 --critic_only_iterations 4
 }
 evaluate() { # MODEL NAME
     logged "eval_$2" "$python" run_eval.py --model "$1" --output "$runs/eval_$2" --max_new_tokens 48 \
@@ -37,11 +37,13 @@ trap stop_all EXIT
 trap 'exit 130' INT
 trap 'exit 143' TERM
 
-say "1/6 600 held-out prompts each: tools of the training data, unseen tools, tools that the teacher often calls wrongly"
+say "1/6 300 held-out prompts each: tools of the training data, unseen tools, tools that the teacher often calls wrongly"
 for split in seen:21 unseen:22 hard:23; do
-    "$python" -m toolbox.make --only_tests "$runs/data/test_${split%:*}.jsonl" --split "${split%:*}" --tests 600 --seed "${split#*:}"
+    "$python" -m toolbox.make --only_tests "$runs/data/test_${split%:*}.jsonl" --split "${split%:*}" --tests 300 --seed "${split#*:}"
 done
-"$python" -m toolbox.make --only_trajectories "$runs/data/first_140.json" --trajectories 140  # the first of train.json
+for count in 140 400; do # the first of train.json
+    "$python" -m toolbox.make --only_trajectories "$runs/data/first_$count.json" --trajectories $count
+done
 
 say "2/6 SFT on 1,217 trajectories: standard (runs/standard) and with MAE and PKT (runs/sft), 305 steps each"
 train_sft standard --error_filter none --key_tokens off & first=$!
