@@ -287,10 +287,10 @@ def packed_attention(kind: str, row: Sequence[Tensor]) -> Items:
     lengths.append(n_tokens - sum(lengths))
     shape = replace(PRESETS["codellama_7b"], n_heads=n_heads, n_kv_heads=k_1TKH.shape[2], head_dim=head_dim)
     chosen = describe_attention(shape, q_1TNH.dtype, q_1TNH.device)
-    ways = {"per_sequence": Segments(lengths, None)}
+    ways = {"per_sequence": Segments(lengths, None, [None] * len(lengths))}
     if chosen.startswith("varlen_attn"):
         ends = torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32, device=q_1TNH.device)
-        ways["one_call"] = Segments(lengths, ends)
+        ways["one_call"] = Segments(lengths, ends, [None] * len(lengths))
     yield {f"{kind}_packed_chosen": chosen}
     for name, segments in ways.items():
         yield {f"{kind}_packed_{name}_ms": first_second_ms(row, segments=segments)}

@@ -182,7 +182,7 @@ def test_error_of_attention_sees_a_wrong_formula(n_kv_heads, monkeypatch):
     torch.manual_seed(0)
     inputs = [torch.randn(1, 9, n, 8).requires_grad_() for n in (4, n_kv_heads, n_kv_heads)]
     assert gpu_stages.error_of_attend(inputs) < 1e-6
-    packed = gpu_stages.Segments([4, 5], None)
+    packed = gpu_stages.Segments([4, 5], None, [None, None])
     assert gpu_stages.error_of_attend(inputs, segments=packed) < 1e-6
     attend = gpu_stages.attend
     monkeypatch.setattr(gpu_stages, "attend", lambda q, k, v, segments: attend(q, k, v))  # over the border

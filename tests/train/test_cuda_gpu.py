@@ -219,7 +219,10 @@ def test_a_packed_row_in_one_call_equals_its_sequences(n_kv_heads):
     row = [torch.randn(1, 200, heads, 128, device=DEVICE).bfloat16() for heads in (4, n_kv_heads, n_kv_heads)]
     borders = torch.tensor([0, 1, 131, 195, 200], dtype=torch.int32, device=DEVICE)
     results = []
-    for dtype, segments in ((torch.bfloat16, Segments(lengths, borders)), (torch.float32, Segments(lengths, None))):
+    for dtype, segments in (
+        (torch.bfloat16, Segments(lengths, borders, [None] * len(lengths))),
+        (torch.float32, Segments(lengths, None, [None] * len(lengths))),
+    ):
         leaves = [each.to(dtype).requires_grad_() for each in row]
         out_1TNH = attend(*leaves, segments=segments)
         results.append([out_1TNH, *torch.autograd.grad(out_1TNH.float().square().sum(), leaves)])
