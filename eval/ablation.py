@@ -36,7 +36,7 @@ from eval.reports.ablation_tables import METHODS, SPLITS, Cell, write_tables
 from eval.sandbox.limits import die_with_parent
 from printable import shown, terminal_text
 from toolbox.alike import draw_alike_trajectories
-from toolbox.make import TRAIN_SEED, draw_split
+from toolbox.make import TRAIN_SEED, draw_split, write_trajectories
 from toolbox.world import draw_trajectories
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -125,8 +125,7 @@ def write_data(output: Path, n_prompts: int, n_trajectories: int, alike: bool) -
     records = [*(draw_alike_trajectories if alike else draw_trajectories)(TRAIN_SEED, n_all)]
     for name, n_records in (("ppo.json", n_all), ("train.json", n_trajectories)):
         if not (folder / name).exists():
-            lines = ",\n".join(map(json.dumps, records[:n_records]))
-            write_text(folder / name, f"[\n{lines}\n]\n")
+            write_trajectories(folder / name, records[:n_records])
     met = {turn["content"] for record in records for turn in record["conversations"] if turn["role"] == "user"}
     for number, split in enumerate(SPLITS):
         path = folder / BENCHMARKS[split].path

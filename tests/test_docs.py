@@ -132,6 +132,13 @@ def test_paper_and_released_differ_exactly_where_the_page_says(section, config_c
         assert f"`{name}`: `{getattr(paper, name)}` / `{getattr(released, name)}`" in row
 
 
+@pytest.mark.parametrize(("section", "config_class", "title"), SECTIONS, ids=["sft", "ppo"])
+def test_one_gpu_changes_where_things_lie_and_nothing_that_is_learned(section, config_class, title):
+    (paper, _), (one_gpu, _) = (read_shipped(name, section, config_class) for name in ("paper", "paper_one_gpu"))
+    names = [each.name for each in fields(config_class)]
+    assert {name for name in names if getattr(paper, name) != getattr(one_gpu, name)} == {"offload", "reduce_gradients"}
+
+
 def test_values_of_the_papers_section_on_training():
     paper, _ = read_shipped("paper", "sft", SFTConfig)
     assert (paper.learning_rate, paper.schedule, paper.warmup_ratio) == (1e-6, "cosine", 0.01)

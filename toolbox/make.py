@@ -15,6 +15,7 @@ from itertools import chain
 from pathlib import Path
 
 from command_line import parse_arguments
+from data.json_records import write_json_lines, write_text
 from toolbox.alike import draw_alike_examples, draw_alike_trajectories
 from toolbox.tokenizer import train_tokenizer
 from toolbox.world import draw_multi_tasks, draw_test_examples, draw_trajectories
@@ -30,8 +31,7 @@ MULTI_MIX = ((False, 1, 60), (False, 2, 60), (False, 3, 30), (True, 1, 20), (Tru
 def write_trajectories(path: Path, records: Iterable[dict]) -> None:
     """A JSON list, one record per line, so that diffs and error lines point at a record."""
     lines = ",\n".join(json.dumps(record) for record in records)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(f"[\n{lines}\n]\n", encoding="utf-8")
+    write_text(path, f"[\n{lines}\n]\n")
 
 
 def draw_split(split: str, seed: int, count: int) -> Iterator[dict]:
@@ -39,12 +39,6 @@ def draw_split(split: str, seed: int, count: int) -> Iterator[dict]:
     if split == "alike":
         return draw_alike_examples(seed, count)
     return draw_test_examples(seed, count, unseen=split == "unseen", hard=split == "hard")
-
-
-def write_tests(path: Path, examples: Iterable[dict]) -> None:
-    """One example per line."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join(json.dumps(example) + "\n" for example in examples), encoding="utf-8")
 
 
 def multi_lines() -> list[str]:
@@ -83,17 +77,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     if settings.only_tests and settings.split == "both":
         halves = draw_split("seen", seed, count - count // 2), draw_split("unseen", seed + 1, count // 2)
-        write_tests(settings.only_tests, chain(*halves))
+        write_json_lines(settings.only_tests, chain(*halves))
         return 0
     if settings.only_tests:
-        write_tests(settings.only_tests, draw_split(settings.split, seed, count))
+        write_json_lines(settings.only_tests, draw_split(settings.split, seed, count))
         return 0
     model, tests = settings.output / "tiny_model", settings.output / "tiny_data"
     model.mkdir(parents=True, exist_ok=True)
     (model / "tokenizer.model").write_bytes(train_tokenizer())
     write_trajectories(tests / "train.json", draw_trajectories(seed, settings.trajectories))
     for split, test_seed in TEST_SEEDS.items():
-        write_tests(tests / f"test_{split}.jsonl", draw_split(split, test_seed, TEST_COUNT))
+        write_json_lines(tests / f"test_{split}.jsonl", draw_split(split, test_seed, TEST_COUNT))
     (tests / "test_multi.jsonl").write_text("\n".join(multi_lines()) + "\n", encoding="utf-8")
     return 0
 
