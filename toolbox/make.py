@@ -14,7 +14,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from itertools import chain
 from pathlib import Path
 
-from command_line import parse_arguments
+from command_line import parse_arguments, run_command
 from data.json_records import write_json_lines, write_text
 from toolbox.alike import draw_alike_examples, draw_alike_trajectories
 from toolbox.tokenizer import train_tokenizer
@@ -41,17 +41,38 @@ def draw_split(split: str, seed: int, count: int) -> Iterator[dict]:
     return draw_test_examples(seed, count, unseen=split == "unseen", hard=split == "hard")
 
 
-def multi_lines() -> list[str]:
-    """The lines of test_multi.jsonl: MULTI_MIX in this order, without queries of training or the single-turn tests."""
+def draw_multi_split() -> list[dict]:
+    """The tasks of tiny-multi: MULTI_MIX in this order, without queries of training or the single-turn tests."""
     known = {record["conversations"][1]["content"] for record in draw_trajectories(TRAIN_SEED, TRAIN_COUNT)}
     for seed, unseen in ((SEEN_SEED, False), (UNSEEN_SEED, True)):
         known |= {example["messages"][0]["content"] for example in draw_test_examples(seed, TEST_COUNT, unseen)}
-    lines = []
+    tasks = []
     for number, (unseen, requests, count) in enumerate(MULTI_MIX):
         for task in draw_multi_tasks(100 * MULTI_SEED + number, count, unseen, requests, known):
             known.add(task["messages"][0]["content"])
-            lines.append(json.dumps(task))
-    return lines
+            tasks.append(task)
+    return tasks
+
+
+def make(settings: argparse.Namespace) -> None:
+    """Write what the flags ask for. Raises OSError."""
+    seed, count = settings.seed, settings.tests
+    if settings.only_trajectories:
+        draw = draw_alike_trajectories if settings.alike else draw_trajectories
+        write_trajectories(settings.only_trajectories, draw(seed, settings.trajectories))
+    elif settings.only_tests and settings.split == "both":
+        halves = draw_split("seen", seed, count - count // 2), draw_split("unseen", seed + 1, count // 2)
+        write_json_lines(settings.only_tests, chain(*halves))
+    elif settings.only_tests:
+        write_json_lines(settings.only_tests, draw_split(settings.split, seed, count))
+    else:
+        model, tests = settings.output / "tiny_model", settings.output / "tiny_data"
+        model.mkdir(parents=True, exist_ok=True)
+        (model / "tokenizer.model").write_bytes(train_tokenizer())
+        write_trajectories(tests / "train.json", draw_trajectories(seed, settings.trajectories))
+        for split, test_seed in TEST_SEEDS.items():
+            write_json_lines(tests / f"test_{split}.jsonl", draw_split(split, test_seed, TEST_COUNT))
+        write_json_lines(tests / "test_multi.jsonl", draw_multi_split())
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -70,26 +91,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--alike", action="store_true", help="--only_trajectories about tools that look alike")
     settings = parse_arguments(parser, arguments)
-    seed, count = settings.seed, settings.tests
-    if settings.only_trajectories:
-        draw = draw_alike_trajectories if settings.alike else draw_trajectories
-        write_trajectories(settings.only_trajectories, draw(seed, settings.trajectories))
-        return 0
-    if settings.only_tests and settings.split == "both":
-        halves = draw_split("seen", seed, count - count // 2), draw_split("unseen", seed + 1, count // 2)
-        write_json_lines(settings.only_tests, chain(*halves))
-        return 0
-    if settings.only_tests:
-        write_json_lines(settings.only_tests, draw_split(settings.split, seed, count))
-        return 0
-    model, tests = settings.output / "tiny_model", settings.output / "tiny_data"
-    model.mkdir(parents=True, exist_ok=True)
-    (model / "tokenizer.model").write_bytes(train_tokenizer())
-    write_trajectories(tests / "train.json", draw_trajectories(seed, settings.trajectories))
-    for split, test_seed in TEST_SEEDS.items():
-        write_json_lines(tests / f"test_{split}.jsonl", draw_split(split, test_seed, TEST_COUNT))
-    (tests / "test_multi.jsonl").write_text("\n".join(multi_lines()) + "\n", encoding="utf-8")
-    return 0
+    for name in ("trajectories", "tests"):
+        if getattr(settings, name) < 1:
+            parser.error(f"--{name}: found {getattr(settings, name)}, expected at least 1")
+    return run_command(lambda: make(settings), (OSError,))
 
 
 if __name__ == "__main__":

@@ -75,6 +75,18 @@ def test_prompts_of_one_split(tmp_path):
     assert len(categories) > 2 and "tool_instability" not in categories
 
 
+def test_an_output_that_cannot_be_and_a_wrong_count_are_one_line(tmp_path, capsys):
+    for flag in ("--only_tests", "--only_trajectories"):
+        assert make_toolbox([flag, str(tmp_path), "--tests", "1", "--trajectories", "1"]) == 2
+        error = capsys.readouterr().err
+        assert error.count("\n") == 1 and str(tmp_path) in error
+    for flag in ("--tests", "--trajectories"):
+        with pytest.raises(SystemExit, match="2"):
+            make_toolbox(["--only_tests", str(tmp_path / "x"), flag, "0"])
+        assert f"{flag}: found 0, expected at least 1" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
 def test_no_held_out_pair_is_ever_trained_on(trajectories):
     held_out = held_out_pairs()
     assert len(held_out) == 60
