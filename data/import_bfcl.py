@@ -6,7 +6,10 @@ Of the categories that are judged without executing anything, those with one cal
 multiple, live_simple, live_multiple. Records that share a tool's name or description with the wheel's executable
 categories, which are the benchmark bfcl-exec, are dropped, and so are their queries. OUT/train.json has trajectories
 (OpenAI form) with the first accepted answer, OUT/heldout.json held-out records with all accepted answers, one per line;
-no tool set is in both.
+no tool set is in both. The records hold no failed call. With --failing_share S a made-up teacher fails in the share S
+of the trajectories: its first call leaves out the last required argument, the tool reports the error, and the right
+call follows. It does so only where a tool asks for FAILING_ARGUMENTS arguments or more, so that the mistake is
+systematic.
 """
 
 import argparse
@@ -30,6 +33,7 @@ CATEGORIES = ("simple_python", "multiple", "live_simple", "live_multiple")
 TEST_CATEGORIES = ("exec_simple", "exec_multiple", "exec_parallel", "exec_parallel_multiple")
 FOLDER = "bfcl_eval/data"
 HELD_OUT_RECORDS = 208
+FAILING_ARGUMENTS = 3  # required ones; of the 1,674 trajectories 291, or 17 %, have as many
 MAX_ANSWERS = 64  # accepted answers kept per held-out record; one record has 524,288
 MAX_FILE_BYTES = 32 << 20  # of one file of the wheel; the largest has 4 MB
 JSON_TYPES = {"dict": "object", "float": "number", "tuple": "array"}  # other type names are those of JSON Schema
@@ -232,12 +236,45 @@ def split_by_tools(records: Sequence[BfclRecord], n_held_out: int) -> tuple[list
 # Writing
 
 
-def trajectory(record: BfclRecord) -> dict:
-    """A training record in OpenAI form: the query and the first accepted call."""
-    function = {"name": record.name, "arguments": record.answers[0]}
-    call = {"id": "call_1", "type": "function", "function": function}
-    answer = {"role": "assistant", "content": None, "tool_calls": [call]}
-    return {"id": record.id, "tools": record.tools, "messages": [*record.messages, answer]}
+def trajectory(record: BfclRecord, *, fails: bool = False) -> dict:
+    """A training record in OpenAI form: the query and the first accepted call, maybe after one that fails."""
+    messages = list(record.messages)
+    if fails:
+        *_, missing = required_arguments(record)
+        arguments = {name: value for name, value in record.answers[0].items() if name != missing}
+        feedback = f"Error: missing required argument '{missing}'"
+        messages.append(call_message("call_0", record.name, arguments))
+        messages.append({"role": "tool", "tool_call_id": "call_0", "content": feedback})
+    messages.append(call_message("call_1", record.name, record.answers[0]))
+    return {"id": record.id, "tools": record.tools, "messages": messages}
+
+
+def call_message(identity: str, name: str, arguments: dict) -> dict:
+    """An assistant message with one call, in OpenAI form."""
+    call = {"id": identity, "type": "function", "function": {"name": name, "arguments": arguments}}
+    return {"role": "assistant", "content": None, "tool_calls": [call]}
+
+
+def required_arguments(record: BfclRecord) -> list[str]:
+    """The required parameters of the tool that is called, in the order of its document; the call has them all."""
+    document = next(tool["function"] for tool in record.tools if tool["function"]["name"] == record.name)
+    return [name for name in document["parameters"].get("required", []) if name in record.answers[0]]
+
+
+def choose_failing(records: Sequence[BfclRecord], share: float) -> set[str]:
+    """The ids of the trajectories in which the teacher fails: round(share x all), in the order of a hash of the id.
+
+    Raises DataError if fewer records have FAILING_ARGUMENTS required arguments.
+    """
+    able = [record.id for record in records if len(required_arguments(record)) >= FAILING_ARGUMENTS]
+    n_failing = round(share * len(records))
+    if n_failing > len(able):
+        most = len(able) / len(records)
+        raise DataError(
+            f"--failing_share: found {share:g}, expected at most {most:.3f}: {len(able)} of {len(records)} "
+            f"trajectories have a call with {FAILING_ARGUMENTS} required arguments or more"
+        )
+    return {*sorted(able, key=lambda identity: hashlib.sha256(identity.encode()).digest())[:n_failing]}
 
 
 def held_out_record(record: BfclRecord) -> dict:
@@ -246,14 +283,16 @@ def held_out_record(record: BfclRecord) -> dict:
     return {"id": record.id, "tools": record.tools, "messages": record.messages, "gold": gold}
 
 
-def import_bfcl(source: Path, output: Path) -> str:
+def import_bfcl(source: Path, output: Path, failing_share: float = 0.0) -> str:
     """Write OUT/train.json and OUT/heldout.json; lines that say what is in them. Raises DataError, OSError."""
     check_version(source)
     records, n_tools, n_queries = read_records(source)
     train, held_out = split_by_tools(records, HELD_OUT_RECORDS)
     if not train:
         raise DataError(f"{source}: found {len(records)} records that can be used, expected more than those held out")
-    write_text(output / "train.json", "[\n" + ",\n".join(json.dumps(trajectory(each)) for each in train) + "\n]\n")
+    failing = choose_failing(train, failing_share)
+    lines = ",\n".join(json.dumps(trajectory(each, fails=each.id in failing)) for each in train)
+    write_text(output / "train.json", f"[\n{lines}\n]\n")
     write_json_lines(output / "heldout.json", [held_out_record(each) for each in held_out])
     several = sum(len(each.answers) > 1 for each in train)
     cut = sum(each.is_cut for each in held_out)
@@ -263,6 +302,7 @@ def import_bfcl(source: Path, output: Path) -> str:
         f"dropped: {n_tools} with a tool of the executable categories, {n_queries} with one of their queries",
         f"{terminal_text(str(output))}: {len(train)} in train.json, {len(held_out)} in heldout.json, other tool sets",
         f"train.json has the first accepted answer; {several} of its records have more",
+        f"made up: {len(failing)} of its trajectories begin with a call that fails",
         f"heldout.json has {n_answers} accepted answers; of {cut} records only the first {MAX_ANSWERS}",
     )
     return "\n".join(lines)
@@ -273,8 +313,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m data.import_bfcl", description=__doc__.split("\n")[0])
     parser.add_argument("source", type=Path, metavar="WHEEL_OR_DIR", help=f"bfcl-eval {VERSION}, packed or unpacked")
     parser.add_argument("output", type=Path, metavar="OUT", help="folder of train.json and heldout.json")
+    words = "share of the trajectories that begin with a made-up call that fails, 0 to 1 (%(default)s)"
+    parser.add_argument("--failing_share", type=float, default=0.0, metavar="S", help=words)
     flags = parse_arguments(parser, arguments)
-    return run_command(lambda: print(import_bfcl(flags.source, flags.output)), (DataError, OSError))
+    if not 0.0 <= flags.failing_share <= 1.0:
+        parser.error(f"--failing_share: found {flags.failing_share:g}, expected 0 to 1")
+    return run_command(
+        lambda: print(import_bfcl(flags.source, flags.output, flags.failing_share)), (DataError, OSError)
+    )
 
 
 if __name__ == "__main__":

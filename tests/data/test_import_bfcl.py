@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from data.error_filter import decide_masked_turns
 from data.import_bfcl import CATEGORIES, FOLDER, TEST_CATEGORIES, VERSION, BfclRecord, main, split_by_tools
 from data.trajectories import read_trajectories
 from eval.evaluate_tiny import load_tiny
@@ -107,6 +108,38 @@ def test_the_first_accepted_answer_is_trained_and_a_folder_is_read_alike(tmp_pat
     assert (tmp_path / "out_d" / "train.json").read_bytes() == (tmp_path / "out_w.whl" / "train.json").read_bytes()
     [trained] = read_trajectories(tmp_path / "out_d" / "train.json")
     assert trained.messages[-1].call.arguments == {"side": 3.0, "unit": "cm"}
+
+
+def test_made_up_failing_calls_by_hand(tmp_path, capsys, monkeypatch):
+    """Of four trajectories two have three required arguments; one share fails both, a half of it one, more is refused.
+
+    The first call lacks the last required argument, not the last one given; MAE drops just that call.
+    """
+    monkeypatch.setattr("data.import_bfcl.HELD_OUT_RECORDS", 0)
+    three = tool("far", "x", "y", "z", x=NUMBER, y=NUMBER, z=TEXT, w=TEXT)
+    right = {"far": {"x": [1], "y": [2], "z": ["m"], "w": ["o"]}}
+    records = [*RECORDS[:2], *((row(name, [three], f"far {name}"), right) for name in "pq")]
+    wheel = write_wheel(tmp_path / "w.whl", wheel_files(records))
+
+    code = main([str(wheel), str(tmp_path / "half"), "--failing_share", "0.5"])
+    assert code == 0 and "made up: 2 of its trajectories" in capsys.readouterr().out
+    by_id = {each.id: each for each in read_trajectories(tmp_path / "half" / "train.json")}
+    for name in "pq":
+        _, failed, feedback, mended = by_id[name].messages
+        assert failed.call.arguments == {"x": 1.0, "y": 2.0, "w": "o"}
+        assert feedback.role == "tool" and "'z'" in feedback.content
+        assert mended.call.arguments == {"x": 1.0, "y": 2.0, "z": "m", "w": "o"}
+        assert [turn.masked for turn in decide_masked_turns(by_id[name], "structured")] == [True, False]
+    assert all(len(by_id[name].messages) <= 3 for name in "ab")
+
+    main([str(wheel), str(tmp_path / "quarter"), "--failing_share", "0.25"])
+    assert "made up: 1 of its" in capsys.readouterr().out
+    for share, found in (("0.75", "found 0.75, expected at most 0.500"), ("1.5", "found 1.5"), ("nan", "found nan")):
+        try:
+            code = main([str(wheel), str(tmp_path / "no"), "--failing_share", share])
+        except SystemExit as end:  # a flag out of bounds
+            code = end.code
+        assert code == 2 and found in capsys.readouterr().err and not (tmp_path / "no").exists()
 
 
 def test_a_record_of_very_many_answers_is_cut(tmp_path, capsys, monkeypatch):
