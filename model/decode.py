@@ -86,11 +86,19 @@ class DecodeWeights:
         ]
         self.head = pack_matrix(model.head_weight().detach())
 
-    def embed(self, token_ids: list[int], positions: list[int]) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+    def embed(self, ids_T: Tensor, positions_T: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor]]:
         """Rows (T, D) of the embedding, and the cos and sin that turn queries and keys, (T, 1, H) each."""
-        x_TD = self.model.tok_embeddings(torch.tensor(token_ids, device=self.head.weight_OD.device))
-        cos, signed_sin = self.model.rotation(torch.tensor([positions], device=x_TD.device), x_TD.dtype)
+        x_TD = self.model.tok_embeddings(ids_T)
+        cos, signed_sin = self.model.rotation(positions_T[None], x_TD.dtype)
         return x_TD, (cos[0], signed_sin[0])
+
+    def device(self) -> torch.device:
+        return self.head.weight_OD.device
+
+
+def to_device(numbers: list, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Numbers of the host as a tensor; to CUDA from pinned memory, so that the host does not wait for the copy."""
+    return torch.tensor(numbers, dtype=dtype, pin_memory=device.type == "cuda").to(device, non_blocking=True)
 
 
 def join_matrices(layers: list[nn.Linear]) -> Matrix:
@@ -230,11 +238,12 @@ def rows_that_fit(n_rows: int, bytes_per_row: int, cache_bytes: int, device: tor
     return max(1, min(n_rows, cache_bytes // bytes_per_row)) if cache_bytes else n_rows
 
 
-def decode_runs(cache: KVCache, rows: list[int], dtype: torch.dtype, device: torch.device) -> list[DecodeRun]:
-    """The runs in which `rows` attend after one new token each."""
+def decode_runs(cache: KVCache, rows: list[int], lengths_S: Tensor, dtype: torch.dtype) -> list[DecodeRun]:
+    """The runs in which `rows` attend after one new token each. lengths_S: their lengths without it, on the device."""
+    device = lengths_S.device
     lengths = [cache.lengths[row] for row in rows]
     n_slots_S = [(length // SLOTS_PER_STEP + 1) * SLOTS_PER_STEP for length in lengths]
-    unseen_SL = torch.arange(max(n_slots_S, default=0), device=device) > torch.tensor(lengths, device=device)[:, None]
+    unseen_SL = torch.arange(max(n_slots_S, default=0), device=device) > lengths_S[:, None]
     mask_SL = torch.zeros(unseen_SL.shape, dtype=dtype, device=device).masked_fill_(unseen_SL, -torch.inf)
     is_joint = device.type != "cpu" or torch.get_num_threads() == 1
     runs, first = [], 0
@@ -299,7 +308,8 @@ def prefill(
     flat_ids = [token_id for ids in token_ids for token_id in ids]
     starts = [cache.lengths[row] for row in rows]
     positions = [start + offset for start, ids in zip(starts, token_ids, strict=True) for offset in range(len(ids))]
-    x_TD, rotation = weights.embed(flat_ids + filler, positions + filler)
+    numbers = to_device([flat_ids + filler, positions + filler], torch.long, weights.device())
+    x_TD, rotation = weights.embed(*numbers)
     spans = spans_of(cache, rows, token_ids, x_TD.device)
     for layer, block in enumerate(weights.blocks):
         q_TNH, k_TKH, v_TKH = project(block, x_TD, rotation, weights.model.config)
@@ -327,13 +337,14 @@ def decode_step(weights: DecodeWeights, cache: KVCache, rows: list[int], token_i
         cache.wipe_beyond(row)
         cache.make_room(row, 1)
     positions = [cache.lengths[row] for row in rows]
-    x_BD, rotation = weights.embed(token_ids + filler, positions + filler)
-    runs = decode_runs(cache, rows, x_BD.dtype, x_BD.device)
     flat_slots = [row * cache.n_slots + position for row, position in zip(rows, positions, strict=True)]
-    flat_slots_S = torch.tensor(flat_slots, dtype=torch.long, device=x_BD.device)
+    numbers = [token_ids + filler, positions + filler, flat_slots + filler]
+    ids_B, positions_B, slots_B = to_device(numbers, torch.long, weights.device())
+    x_BD, rotation = weights.embed(ids_B, positions_B)
+    runs = decode_runs(cache, rows, positions_B[:S], x_BD.dtype)
     for layer, block in enumerate(weights.blocks):
         q_BNH, k_BKH, v_BKH = project(block, x_BD, rotation, weights.model.config)
-        keys_RLKH, values_RLKH = cache.append_one_each(layer, flat_slots_S, k_BKH[:S], v_BKH[:S])
+        keys_RLKH, values_RLKH = cache.append_one_each(layer, slots_B[:S], k_BKH[:S], v_BKH[:S])
         out_BNH = torch.zeros_like(q_BNH) if filler else torch.empty_like(q_BNH)
         for run in runs:
             cached = slice(run.first_row, run.first_row + run.n_rows), slice(run.n_slots)

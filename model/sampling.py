@@ -32,6 +32,7 @@ from model.decode import (
     product,
     row_bytes,
     rows_that_fit,
+    to_device,
 )
 from model.transformer import Transformer
 
@@ -278,7 +279,8 @@ class RowDecoder:
             self.cache.copy_row(*copy)
         # slots of the last prompt are overwritten by the next prefill at the earliest
         self.last_prompt = (last_row, last_ids, logits_RV[-1:])
-        return rows, logits_RV[[each - len(fresh_rows) - 1 for each in logit_rows]]
+        logit_rows = [len(logits_RV) - len(fresh_rows) - 1 + each for each in logit_rows]
+        return rows, logits_RV[to_device(logit_rows, torch.long, logits_RV.device)]
 
     def _next_rows(self) -> list[int]:
         rows = sorted(self.responses)  # neighbours attend in one call
@@ -357,8 +359,12 @@ def choose_tokens(logits_RV: Tensor, temperature: float, uniforms: list[float] |
     else:
         cumulative_RV = logprobs_RV.double().exp().cumsum(-1)
         total_R1 = cumulative_RV[:, -1:]  # 1 up to rounding
-        target_R1 = torch.tensor(uniforms, dtype=torch.float64, device=total_R1.device)[:, None] * total_R1
+        target_R1 = to_device(uniforms, torch.float64, total_R1.device)[:, None] * total_R1
         # Strictly below the total: otherwise no token exceeds it. A token of probability 0 never does first.
         target_R1 = target_R1.minimum(total_R1.nextafter(torch.zeros_like(total_R1)))
         tokens_R1 = torch.searchsorted(cumulative_RV, target_R1, right=True)
-    return tokens_R1[:, 0].tolist(), logprobs_RV.gather(-1, tokens_R1)[:, 0].tolist()
+    # both in one fp64 tensor, which holds them exactly: the host waits for the device once
+    tokens, logprobs = torch.stack(
+        (tokens_R1[:, 0].double(), logprobs_RV.gather(-1, tokens_R1)[:, 0].double())
+    ).tolist()
+    return list(map(int, tokens)), logprobs
