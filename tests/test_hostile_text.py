@@ -61,7 +61,9 @@ WALKED = {  # module -> the test that runs it
     "eval.evaluate_toolalpaca": "evaluators",
     "eval.evaluate_tooleyes": "evaluators",
     "eval.fetch_benchmarks": "small programs",
+    "eval.robustness": "small programs",
     "eval.run_page": "training",
+    "eval.sensitivity": "small programs",
     "eval.reports.compare": "reports",
     "eval.reports.error_statistics": "reports",
     "eval.reports.plots": "reports",
@@ -388,7 +390,11 @@ def test_small_programs(folder, tmp_path):
     ablation.mkdir()
     for content in (HOSTILE, json.dumps({"seeds": LONG, HOSTILE: HOSTILE})):
         (ablation / "settings.json").write_text(content, encoding="utf-8")
-        _, err = run("eval.ablation", ["--quick", "--output", ablation], (2,))
+        for module in ("eval.ablation", "eval.sensitivity"):
+            _, err = run(module, ["--output", ablation], (2,))
+            assert err.count("\n") == 1
+        (ablation / "cells.jsonl").write_text(content, encoding="utf-8")
+        _, err = run("eval.robustness", ["--ablation", ablation, "--output", tmp_path / "new\u202e"], (2,))
         assert err.count("\n") == 1
     wheel = tmp_path / f"{FOLDER_NAME}.whl"
     with zipfile.ZipFile(wheel, "w") as file:

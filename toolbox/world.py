@@ -31,7 +31,7 @@ SEEN_TOOL_COUNT = 180
 UNSEEN_TOOL_COUNT = 60
 HELD_OUT_NOUNS = 30  # of 60: two qualifiers each are held out
 TOOLBOX_SEED = 2024  # the toolboxes are part of the world: one seed for all splits
-TEACHER_ERROR_RATE = 0.5  # chance that the teacher's first call of a hard tool fails
+TEACHER_ERROR_RATE = 0.5  # chance that the teacher's first call of a hard tool fails: 17 % of trajectories have one
 # Qualifier of a tool -> the category (Figure 3 of the paper) of the failure that the teacher makes with it.
 HARD_QUALIFIERS = {
     "weekly": "parameter_missing",
@@ -216,10 +216,13 @@ def draw_tool_list(rng: random.Random, targets: list[dict], pool: list[dict], co
 # Execution
 
 
-def execute(tools: list[dict], name: str, arguments: dict, attempt: int = 0) -> str:
+def execute(
+    tools: list[dict], name: str, arguments: dict, attempt: int = 0, error_rate: float = TEACHER_ERROR_RATE
+) -> str:
     """Run a call: the same call gives the same feedback. Errors read as in the paper's Table 14.
 
-    `attempt` counts earlier identical calls of the dialogue: an unstable tool fails at attempt 0 only.
+    `attempt` counts earlier identical calls of the dialogue: an unstable tool fails at attempt 0 only, for
+    `error_rate` of its calls.
     """
     tool = next((tool for tool in tools if tool_name(tool) == name), None)
     if tool is None:
@@ -236,7 +239,7 @@ def execute(tools: list[dict], name: str, arguments: dict, attempt: int = 0) -> 
         return json.dumps({"error": "Response error."})
     digest = hashlib.sha256(json.dumps([name, sorted(arguments.items())]).encode()).digest()
     unstable = HARD_QUALIFIERS.get(name_parts(tool)[2]) == "tool_instability"
-    if unstable and attempt == 0 and digest[2] < 256 * TEACHER_ERROR_RATE:
+    if unstable and attempt == 0 and digest[2] < 256 * error_rate:
         return json.dumps({"error": "connection error."})
     return json.dumps({"result": f"{RESULT_WORDS[digest[0] % len(RESULT_WORDS)]} {digest[1] % 90 + 10}"})
 
@@ -260,11 +263,13 @@ def is_valid_value(kind_name: str, value: object) -> bool:
 # Trajectories
 
 
-def teacher_error(rng: random.Random, tool: dict, arguments: dict) -> tuple[str, dict] | None:
+def teacher_error(
+    rng: random.Random, tool: dict, arguments: dict, error_rate: float = TEACHER_ERROR_RATE
+) -> tuple[str, dict] | None:
     """The failing call that the teacher makes first, or None. An unstable tool fails with the right call."""
     verb, noun, qualifier = name_parts(tool)
     category = HARD_QUALIFIERS.get(qualifier)
-    if category in (None, "tool_instability") or rng.random() >= TEACHER_ERROR_RATE:
+    if category in (None, "tool_instability") or rng.random() >= error_rate:
         return None
     required = [parameter for parameter in arguments if parameter in tool["function"]["parameters"]["required"]]
     if category == "tool_hallucination":
@@ -288,7 +293,7 @@ def teacher_error(rng: random.Random, tool: dict, arguments: dict) -> tuple[str,
 
 
 def draw_dialogue(
-    rng: random.Random, pool: list[dict], request_count: int | None = None
+    rng: random.Random, pool: list[dict], request_count: int | None = None, error_rate: float = TEACHER_ERROR_RATE
 ) -> tuple[list[dict], str, list[tuple[str, dict, str]]]:
     """(tools, query, [(name, arguments, feedback)]): 1-3 requests, the teacher's failing calls among the calls,
     `finish` last."""
@@ -298,20 +303,22 @@ def draw_dialogue(
     for tool in targets:
         request, arguments = draw_request(rng, tool)
         requests.append(request)
-        failing = teacher_error(rng, tool, arguments)
+        failing = teacher_error(rng, tool, arguments, error_rate)
         if failing:
             calls.append((*failing, execute(tools, *failing)))
-        calls += right_calls(tools, tool, arguments)
+        calls += right_calls(tools, tool, arguments, error_rate)
         answers.append(f"{name_parts(tool)[1]} : {json.loads(calls[-1][2])['result']}")
     calls.append(("finish", {"answer": " and ".join(answers)}, ""))
     return tools, " . then ".join(requests), calls
 
 
-def right_calls(tools: list[dict], tool: dict, arguments: dict) -> list[tuple[str, dict, str]]:
+def right_calls(
+    tools: list[dict], tool: dict, arguments: dict, error_rate: float = TEACHER_ERROR_RATE
+) -> list[tuple[str, dict, str]]:
     """The right call with its feedback, and once more where the tool was unstable: [(name, arguments, feedback)]."""
     calls = []
     for attempt in (0, 1):
-        calls.append((tool_name(tool), arguments, execute(tools, tool_name(tool), arguments, attempt)))
+        calls.append((tool_name(tool), arguments, execute(tools, tool_name(tool), arguments, attempt, error_rate)))
         if "error" not in json.loads(calls[-1][2]):
             break
     return calls
@@ -329,11 +336,11 @@ def raw_record(index: int, tools: list[dict], query: str, calls: Sequence[tuple[
     return {"id": f"toolbox-{index:05d}", "conversations": conversations[:-1]}  # nothing answers `finish`
 
 
-def draw_trajectories(seed: int, count: int) -> Iterator[dict]:
+def draw_trajectories(seed: int, count: int, error_rate: float = TEACHER_ERROR_RATE) -> Iterator[dict]:
     """`count` training records in the authors' raw format over the seen toolbox."""
     rng, pool = random.Random(seed), build_toolbox(unseen=False)
     for index in range(count):
-        yield raw_record(index, *draw_dialogue(rng, pool))
+        yield raw_record(index, *draw_dialogue(rng, pool, error_rate=error_rate))
 
 
 def example_record(name: str, tools: list[dict], request: str, target: dict, arguments: dict) -> dict:

@@ -7,7 +7,6 @@ from pathlib import Path
 
 from charts import interval_chart
 from data.json_records import DataError, write_text
-from eval.benchmarks import BENCHMARKS
 from eval.confidence import mcnemar_p_value, sign_flip_p_value, t_interval
 from eval.predict.prediction_files import DTYPE_NAMES
 from eval.rates import METRICS
@@ -60,11 +59,11 @@ def rate_rows(split: str, results: Results) -> list[dict]:
         for metric in METRICS:
             percents = [100 * sum(row[metric] for row in each.values()) / len(each) for each in by_seed.values()]
             rows.append({"split": split, "method": method, "metric": metric, "prompts": _n_prompts(by_seed)})
-            rows[-1] |= {"seeds": [*by_seed], "percents": percents, **_mean_and_interval(percents)}
+            rows[-1] |= {"seeds": [*by_seed], "percents": percents, **mean_and_interval(percents)}
     return rows
 
 
-def difference_rows(split: str, results: Results) -> list[dict]:
+def difference_rows(split: str, results: Results, standard: str = STANDARD) -> list[dict]:
     """Per method but the standard one, and per metric: its difference to that one, with the same seeds, tested twice.
 
     Over seeds: mean difference in points, 95 % t interval, exact sign-flip p. Over prompts: those of all seeds pooled,
@@ -72,12 +71,12 @@ def difference_rows(split: str, results: Results) -> list[dict]:
     """
     rows = []
     for method, by_seed in results.items():
-        for metric in METRICS if method != STANDARD else ():
-            pairs = [paired_counts(results[STANDARD][seed], each, metric) for seed, each in by_seed.items()]
+        for metric in METRICS if method != standard else ():
+            pairs = [paired_counts(results[standard][seed], each, metric) for seed, each in by_seed.items()]
             lost, won = (sum(column) for column in zip(*pairs))
             n_prompts, gains = _n_prompts(by_seed), [each_won - each_lost for each_lost, each_won in pairs]
             rows.append({"split": split, "method": method, "metric": metric, "prompts": n_prompts})
-            rows[-1] |= {"seeds": [*by_seed], **_mean_and_interval([100 * gain / n_prompts for gain in gains])}
+            rows[-1] |= {"seeds": [*by_seed], **mean_and_interval([100 * gain / n_prompts for gain in gains])}
             rows[-1] |= {"p_over_seeds": sign_flip_p_value(gains), "lost": lost, "won": won}
             rows[-1] |= {"p_over_prompts": mcnemar_p_value(lost, won)}
     return rows
@@ -87,7 +86,7 @@ def _n_prompts(by_seed: Mapping[int, Mapping[int, dict]]) -> int:
     return len(next(iter(by_seed.values())))
 
 
-def _mean_and_interval(values: Sequence[float]) -> dict:
+def mean_and_interval(values: Sequence[float]) -> dict:
     interval = t_interval(values) if len(values) > 1 else None
     return {"mean": sum(values) / len(values), "interval_95": interval}
 
@@ -104,30 +103,27 @@ def paper_difference(method: str, metric: str) -> str:
 # Reading
 
 
-def read_cells(output: Path, cells: Sequence[Cell]) -> tuple[dict[str, Results], str]:
-    """(split -> its results, the type in which the predictions were computed) of all cells.
+def read_cells(folders: Mapping[Cell, Path], splits: Sequence[str], n_prompts: int) -> tuple[dict[str, Results], str]:
+    """(split -> its results, the type in which the predictions were computed) of the cells' folders of run_eval.py.
 
     Raises DataError if a result is missing, or the cells scored other prompts or in other types.
     """
-    splits: dict[str, dict] = {name: {method: {} for method in METHODS} for name in SPLITS}
-    records = BENCHMARKS[SPLITS[0]].load(output / "data" / BENCHMARKS[SPLITS[0]].path)
-    kinds, all_indices = set(), {record.index for record in records}  # each split has as many prompts
-    for cell in cells:
-        folder = cell.folder(output) / "eval"
+    results: dict[str, dict] = {name: {} for name in splits}
+    kinds = set()
+    for cell, folder in folders.items():
         run = read_run(folder)
-        results = read_results(folder, run)
-        for name in SPLITS:
-            if results.get(name, {}).keys() != all_indices or metrics_of(run["benchmarks"][name]) != [*METRICS]:
+        found = read_results(folder, run)
+        for name in splits:
+            if found.get(name, {}).keys() != {*range(n_prompts)} or metrics_of(run["benchmarks"][name]) != [*METRICS]:
                 raise DataError(f"{folder}: found no complete results of {name}, expected those of all prompts")
-        kinds.add((run.get("dtype"), *(run["benchmarks"][name]["answers_sha256"] for name in SPLITS)))
+        kinds.add((run.get("dtype"), *(run["benchmarks"][name]["answers_sha256"] for name in splits)))
         if len(kinds) > 1:
             raise DataError(f"{folder}: found other prompts or another type than in earlier cells, expected the same")
-        for name in SPLITS:
-            splits[name][cell.method][cell.seed] = {
-                index: {metric: row[metric] for metric in METRICS} for index, row in results[name].items()
+        for name in splits:
+            results[name].setdefault(cell.method, {})[cell.seed] = {
+                index: {metric: row[metric] for metric in METRICS} for index, row in found[name].items()
             }
-    splits = {name: {method: each for method, each in found.items() if each} for name, found in splits.items()}
-    return splits, kinds.pop()[0]
+    return results, kinds.pop()[0]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -136,7 +132,9 @@ def read_cells(output: Path, cells: Sequence[Cell]) -> tuple[dict[str, Results],
 
 def write_tables(output: Path, settings: Mapping, cells: Sequence[Cell]) -> Path:
     """Write ablation.json, ablation.svg and ablation.md; returns the last. Raises DataError as read_cells."""
-    splits, dtype = read_cells(output, cells)
+    cells = sorted(cells, key=lambda cell: (METHODS.index(cell.method), cell.seed))
+    folders = {cell: cell.folder(output) / "eval" for cell in cells}
+    splits, dtype = read_cells(folders, SPLITS, settings["prompts"])
     rates = [row for split, results in splits.items() for row in rate_rows(split, results)]
     differences = [row for split, results in splits.items() for row in difference_rows(split, results)]
     content = {"settings": dict(settings), "dtype": dtype, "rates": rates, "differences": differences}
@@ -184,7 +182,7 @@ def _rate_table(split: str, rates: Sequence[Mapping]) -> str:
     table = [["method", "seeds", *(f"{metric} %" for metric in METRICS)]]
     for method in dict.fromkeys(method for method, _ in cells):
         n_seeds = len(cells[method, METRICS[0]]["seeds"])
-        table.append([method, str(n_seeds), *(_interval(cells[method, metric], ".1f") for metric in METRICS)])
+        table.append([method, str(n_seeds), *(format_interval(cells[method, metric], ".1f") for metric in METRICS)])
     return format_table(table)
 
 
@@ -194,7 +192,7 @@ def _difference_table(split: str, differences: Sequence[Mapping]) -> str:
         [head]
         + [
             [
-                *(row["method"], row["metric"], str(len(row["seeds"])), _interval(row, "+.1f")),
+                *(row["method"], row["metric"], str(len(row["seeds"])), format_interval(row, "+.1f")),
                 *(f"{row['p_over_seeds']:.2g}", str(row["lost"]), str(row["won"]), f"{row['p_over_prompts']:.2g}"),
                 paper_difference(row["method"], row["metric"]),
             ]
@@ -204,6 +202,6 @@ def _difference_table(split: str, differences: Sequence[Mapping]) -> str:
     )
 
 
-def _interval(row: Mapping, form: str) -> str:
+def format_interval(row: Mapping, form: str) -> str:
     mean = f"{row['mean']:{form}}"
     return f"{mean} [{', '.join(f'{bound:{form}}' for bound in row['interval_95'])}]" if row["interval_95"] else mean

@@ -12,20 +12,8 @@ import pytest
 
 from command_line import read_config
 from data.json_records import DataError
-from eval.ablation import (
-    PPO_FLAGS,
-    QUICK_PPO_FLAGS,
-    cells_of,
-    check_folder,
-    commands_of,
-    locked,
-    main,
-    read_finished,
-    read_flags,
-    run_cells,
-    seconds_left,
-    write_data,
-)
+from eval.ablation import PPO_FLAGS, QUICK_PPO_FLAGS, cells_of, commands_of, main, read_flags, write_data
+from eval.cells import check_folder, opened, read_finished, run_cells, seconds_left
 from eval.reports.ablation_tables import METHODS, Cell, difference_rows, paper_difference, rate_rows, write_tables
 from rl.ppo_config import PPOConfig
 from tests.support.tiny_run import ROOT
@@ -135,20 +123,20 @@ ABLATION = """
 import sys, json
 from pathlib import Path
 from eval import ablation
-out = sys.argv[1]
+out, seeds = sys.argv[1:]
 def commands_of(output, cell, flags):
     code = f"open({out + '/order'!r}, 'a').write('{cell}\\\\n')"
     slow = "import time; time.sleep(60)"
     return [["-c", code], ["-c", slow if cell.method == 'PKT' and not Path(out, 'fast').exists() else ""]]
 ablation.commands_of = commands_of
 ablation.write_tables = lambda output, settings, cells: output / "tables"
-sys.exit(ablation.main(["--quick", "--seeds", "1", "--ppo_seeds", "1", "--prompts", "2", "--output", out + "/run"]))
+sys.exit(ablation.main(["--quick", "--seeds", seeds, "--ppo_seeds", "1", "--prompts", "2", "--output", out + "/run"]))
 """
 
 
-def start_fake(tmp_path) -> subprocess.Popen:
+def start_fake(tmp_path, n_seeds: int = 1) -> subprocess.Popen:
     """The program with tiny cells, of which PKT does not end before the file `fast` exists."""
-    line = [sys.executable, "-c", ABLATION, str(tmp_path)]
+    line = [sys.executable, "-c", ABLATION, str(tmp_path), str(n_seeds)]
     return subprocess.Popen(line, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
@@ -192,6 +180,11 @@ def test_stopped_anywhere_it_continues_without_the_finished_cells(tmp_path, numb
     running = start_fake(tmp_path)
     out, _ = running.communicate(timeout=60)
     assert (running.returncode, out) == (0, f"already finished: 8 of 8 cells\ntables: {tmp_path / 'run/tables'}\n")
+    running = start_fake(tmp_path, n_seeds=2)  # four more cells, the finished ones are kept
+    out, err = running.communicate(timeout=60)
+    assert running.returncode == 0 and out.startswith("finished: 8 of 12 cells\n"), err
+    more = [line for line in (tmp_path / "order").read_text().splitlines() if line.endswith("seed 1")]
+    assert sorted(more) == ["MAE+PKT, seed 1", "MAE, seed 1", "PKT, seed 1", "none, seed 1"]
 
 
 def children_of(pid: int) -> list[str]:
@@ -230,7 +223,7 @@ def test_journal(tmp_path):
         '{"cell": [1], "seconds": 1.0}',
     ):
         path.write_text(f"{line}\n")
-        with pytest.raises(DataError, match=r"cells\.jsonl:1: found .*, expected a cell of this ablation"):
+        with pytest.raises(DataError, match=r"cells\.jsonl:1: found .*, expected a cell of this run"):
             read_finished(path, [NONE])
 
 
@@ -247,6 +240,27 @@ def test_a_folder_of_other_settings_is_refused(tmp_path, capsys):
     assert {path.name: path.read_bytes() for path in output.iterdir()} == before
 
 
+def test_seeds_may_be_raised_and_nothing_else(tmp_path):
+    output = tmp_path / "run"
+    may_grow = ("seeds", "ppo_seeds")
+    with opened(output, {"seeds": 3, "ppo_seeds": 1, "prompts": 6}, may_grow):
+        pass
+    with opened(output, {"seeds": 4, "ppo_seeds": 2, "prompts": 6}, may_grow):
+        pass
+    assert json.loads((output / "settings.json").read_text()) == {"seeds": 4, "ppo_seeds": 2, "prompts": 6}
+    for changed, words in (
+        ({"seeds": 3}, "found seeds 4, expected at most 3 as"),
+        ({"ppo_seeds": 1}, "found ppo_seeds 2, expected at most 1 as"),
+        ({"prompts": 7}, "found prompts 6, expected 7 as"),
+    ):
+        with pytest.raises(DataError, match=words):
+            check_folder(output, {"seeds": 4, "ppo_seeds": 2, "prompts": 6, **changed}, may_grow)
+    (output / "settings.json").write_text('{"seeds": "4", "ppo_seeds": true}')
+    for name in may_grow:
+        with pytest.raises(DataError, match=f"found {name} "):
+            check_folder(output, {name: 9}, may_grow)
+
+
 def test_other_folders_are_refused(tmp_path, capsys):
     (tmp_path / "thesis.txt").write_text("mine")
     assert main([*SMALL, str(tmp_path)]) == 2
@@ -254,9 +268,10 @@ def test_other_folders_are_refused(tmp_path, capsys):
     assert main([*SMALL, str(tmp_path / "thesis.txt")]) == 2
     assert capsys.readouterr().err.count("\n") == 1
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]
-    with locked(tmp_path / "run"), pytest.raises(DataError, match="another ablation at work"):
-        with locked(tmp_path / "run"):
+    with opened(tmp_path / "run", {"a": 1}), pytest.raises(DataError, match="another run at work"):
+        with opened(tmp_path / "run", {"a": 1}):
             pass
+    (tmp_path / "run/settings.json").unlink()
     check_folder(tmp_path / "run", {})  # the lock alone is no content
 
 

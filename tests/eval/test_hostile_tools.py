@@ -587,7 +587,7 @@ MAY_RUN = {  # what can run text or programs -> the files that may use it, each 
     "multiprocessing": set(),
     "runpy": {"eval/sandbox/child.py"},
     "importlib": {"eval/sandbox/child.py", "eval/benchmarks.py"},  # the latter: names of our own table, by a prefix
-    "subprocess": {"eval/sandbox/run.py", "train/run_logging.py", "eval/ablation.py"},  # the last: our own programs
+    "subprocess": {"eval/sandbox/run.py", "train/run_logging.py", "eval/cells.py"},  # the last: our own programs
     "eval.sandbox.tool_server": set(),
     "fork": {"eval/sandbox/child.py", "eval/sandbox/limits.py", "eval/sandbox/tool_server.py"},
     "execve": {"eval/sandbox/tool_server.py"},
