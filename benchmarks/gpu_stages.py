@@ -34,7 +34,7 @@ from benchmarks.benchmark_plan import make_batch
 from benchmarks.benchmark_train_step import ADAMW, transformers_state
 from data.batches import PackedBatch
 from model.config import PRESETS, ModelConfig, RopeScaling, config_to_hf, count_parameters
-from model.decode import DecodeWeights, KVCache, decode_step, prefill
+from model.decode import DecodeWeights, KVCache, decode_runs, decode_step, prefill, step_numbers
 from model.sampling import generate
 from model.tokenizer import load_tokenizer
 from model.transformer import Segments, Transformer, attend, describe_attention
@@ -500,7 +500,8 @@ def decode(device: str, small: bool) -> Items:
             prefill(weights, cache, [row], [list(range(3, 35))])
 
         def step(cache: KVCache = cache, rows: list[int] = rows, ids: list[int] = ids) -> None:
-            decode_step(weights, cache, rows, ids, len(rows))
+            numbers_4B = step_numbers(weights, cache, rows, ids, len(rows))
+            decode_step(weights, cache, numbers_4B, decode_runs(cache, rows, numbers_4B.device))
 
         for _ in range(2 if small else 4):
             step()

@@ -4,7 +4,8 @@ Shape suffixes: R rows of the cache (one sequence each), L slots of a row, K key
 D model dim and inputs of a matrix, O its outputs, F feed-forward dim, V vocabulary, T new tokens of all rows of a
 prefill, B rows of a decoding forward, S the first of them, which have a row in the cache, P rows of a run.
 
-`prefill` feeds any number of tokens to each of some rows, `decode_step` one token to each of many. Both read
+`prefill` feeds any number of tokens to each of some rows, `decode_step` one token to each of many. The numbers that a
+step reads are on the device (`step_numbers`), so that steps can follow each other without the host. Both read
 DecodeWeights, which are made of a model whose parameters are whole: a sharded one is gathered before
 (train.distributed.gathered_model).
 
@@ -148,7 +149,6 @@ class DecodeRun:
     first_row: int  # its number in the cache
     n_rows: int
     n_slots: int  # slots read per row
-    mask_P11L: Tensor  # added to the scores: 0 up to the row's new token, -inf after it
 
 
 class KVCache:
@@ -238,20 +238,15 @@ def rows_that_fit(n_rows: int, bytes_per_row: int, cache_bytes: int, device: tor
     return max(1, min(n_rows, cache_bytes // bytes_per_row)) if cache_bytes else n_rows
 
 
-def decode_runs(cache: KVCache, rows: list[int], lengths_S: Tensor, dtype: torch.dtype) -> list[DecodeRun]:
-    """The runs in which `rows` attend after one new token each. lengths_S: their lengths without it, on the device."""
-    device = lengths_S.device
-    lengths = [cache.lengths[row] for row in rows]
-    n_slots_S = [(length // SLOTS_PER_STEP + 1) * SLOTS_PER_STEP for length in lengths]
-    unseen_SL = torch.arange(max(n_slots_S, default=0), device=device) > lengths_S[:, None]
-    mask_SL = torch.zeros(unseen_SL.shape, dtype=dtype, device=device).masked_fill_(unseen_SL, -torch.inf)
+def decode_runs(cache: KVCache, rows: list[int], device: torch.device) -> list[DecodeRun]:
+    """The runs in which `rows` attend after one new token each."""
+    n_slots_S = [(cache.lengths[row] // SLOTS_PER_STEP + 1) * SLOTS_PER_STEP for row in rows]
     is_joint = device.type != "cpu" or torch.get_num_threads() == 1
     runs, first = [], 0
     for end in range(1, len(rows) + 1):
         continues = end < len(rows) and n_slots_S[end] == n_slots_S[first] and rows[end] == rows[end - 1] + 1
         if not (is_joint and continues):
-            n_slots = n_slots_S[first]
-            runs.append(DecodeRun(first, rows[first], end - first, n_slots, mask_SL[first:end, None, None, :n_slots]))
+            runs.append(DecodeRun(first, rows[first], end - first, n_slots_S[first]))
             first = end
     return runs
 
@@ -327,32 +322,49 @@ def prefill(
 
 
 @torch.inference_mode()
-def decode_step(weights: DecodeWeights, cache: KVCache, rows: list[int], token_ids: list[int], n_rows: int) -> Tensor:
-    """Feeds one token to each of `rows`, which are ascending; returns the logits (S, V) after them.
+def step_numbers(
+    weights: DecodeWeights, cache: KVCache, rows: list[int], token_ids: list[int], n_rows: int, n_steps: int = 1
+) -> Tensor:
+    """What n_steps decoding steps of `rows`, which are ascending, begin with: (4, B) on the device, in one copy.
 
-    The forward has n_rows rows; those beyond the given ones only fill the shape.
+    Token, position, slot counted over all rows, and what a step adds to the last two. The forward has n_rows rows;
+    those beyond the given ones only fill the shape. Reserves the slots. The caller counts the tokens in `lengths`.
     """
-    S, filler = len(rows), [0] * (n_rows - len(rows))
     for row in rows:
         cache.wipe_beyond(row)
-        cache.make_room(row, 1)
+        cache.make_room(row, n_steps)
+    filler = [0] * (n_rows - len(rows))
     positions = [cache.lengths[row] for row in rows]
-    flat_slots = [row * cache.n_slots + position for row, position in zip(rows, positions, strict=True)]
-    numbers = [token_ids + filler, positions + filler, flat_slots + filler]
-    ids_B, positions_B, slots_B = to_device(numbers, torch.long, weights.device())
+    slots = [row * cache.n_slots + position for row, position in zip(rows, positions, strict=True)]
+    numbers = [each + filler for each in (token_ids, positions, slots, [1] * len(rows))]
+    return to_device(numbers, torch.long, weights.device())
+
+
+def attention_mask(positions_S: Tensor, n_slots: int, dtype: torch.dtype) -> Tensor:
+    """Added to the scores, (S, 1, 1, L): 0 up to a row's new token, -inf after it."""
+    unseen_SL = torch.arange(n_slots, device=positions_S.device) > positions_S[:, None]
+    mask_SL = torch.zeros(unseen_SL.shape, dtype=dtype, device=unseen_SL.device).masked_fill_(unseen_SL, -torch.inf)
+    return mask_SL[:, None, None]
+
+
+@torch.inference_mode()
+def decode_step(weights: DecodeWeights, cache: KVCache, numbers_4B: Tensor, runs: list[DecodeRun]) -> Tensor:
+    """Feeds one token to each of S rows, the first of numbers_4B (step_numbers), which attend in `runs`; returns the
+    logits (S, V) after them. Asks nothing of the host."""
+    S, B = runs[-1].first + runs[-1].n_rows, numbers_4B.shape[1]
+    ids_B, positions_B, slots_B, _ = numbers_4B
     x_BD, rotation = weights.embed(ids_B, positions_B)
-    runs = decode_runs(cache, rows, positions_B[:S], x_BD.dtype)
+    mask_S11L = attention_mask(positions_B[:S], max(run.n_slots for run in runs), x_BD.dtype)
     for layer, block in enumerate(weights.blocks):
         q_BNH, k_BKH, v_BKH = project(block, x_BD, rotation, weights.model.config)
         keys_RLKH, values_RLKH = cache.append_one_each(layer, slots_B[:S], k_BKH[:S], v_BKH[:S])
-        out_BNH = torch.zeros_like(q_BNH) if filler else torch.empty_like(q_BNH)
+        out_BNH = torch.zeros_like(q_BNH) if B > S else torch.empty_like(q_BNH)
         for run in runs:
             cached = slice(run.first_row, run.first_row + run.n_rows), slice(run.n_slots)
             own = slice(run.first, run.first + run.n_rows)
-            out_BNH[own] = attend(q_BNH[own, None], keys_RLKH[cached], values_RLKH[cached], run.mask_P11L)[:, 0]
+            mask_P11L = mask_S11L[own, ..., : run.n_slots]
+            out_BNH[own] = attend(q_BNH[own, None], keys_RLKH[cached], values_RLKH[cached], mask_P11L)[:, 0]
         # Residuals are added inside the products: a small model's time goes into calls, not into arithmetic.
         x_BD = product(out_BNH.flatten(1), block.wo, x_BD)
         x_BD = product(gate(block, x_BD), block.w2, x_BD)
-    for row in rows:
-        cache.lengths[row] += 1
     return product(weights.model.norm(x_BD), weights.head)[:S]

@@ -1,6 +1,7 @@
 """Generation with a key/value cache, greedy or by temperature, over any number of prompts of any lengths.
 
-Shape suffixes: B prompts, R rows, V vocabulary, D inputs and O outputs of a matrix.
+Shape suffixes: B prompts (B rows of a forward where numbers_4B has them), R rows, S rows that decode, T steps without
+the host, V vocabulary, D inputs and O outputs of a matrix.
 
 A prompt is prefilled in a row of the cache of its own, together with others that wait; one equal to the prompt before
 it is copied from there. Then all rows decode together, one token each. generate() gives the row of a response that
@@ -14,7 +15,7 @@ seen to give the same bits (interchangeable_row_counts).
 """
 
 from collections import deque
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 
@@ -24,14 +25,17 @@ from torch import Tensor
 from model.config import ModelConfig
 from model.decode import (
     ROWS_PER_TILE,
+    DecodeRun,
     DecodeWeights,
     KVCache,
+    decode_runs,
     decode_step,
     pack_matrix,
     prefill,
     product,
     row_bytes,
     rows_that_fit,
+    step_numbers,
     to_device,
 )
 from model.transformer import Transformer
@@ -39,6 +43,9 @@ from model.transformer import Transformer
 ROWS_PER_FORWARD = 16  # a multiple of 8, so that BLAS treats the rows alike at every place in the batch
 ROW_COUNTS = 1, 2, 4, 8, 12, 16, 32, 48, 64, 96  # smaller forwards that are tried
 PREFILL_TOKENS = 512  # waiting prompts are prefilled together up to this many tokens; a longer one alone
+# On CUDA. Each look for ends leaves the device idle until the host has launched the next step; each step between two
+# looks is one that an ended response may get for nothing, 1.5 on average.
+STEPS_PER_STOP_TEST = 4
 
 
 def generate(
@@ -166,6 +173,20 @@ class Response:
     generator: torch.Generator | None = None  # None: PyTorch's global one; unused when greedy
     ids: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)  # natural logs, under the distribution drawn from
+    state: Tensor | None = None  # of the generator, before numbers that may turn out not to be needed
+
+    def draw(self, n: int) -> list[float]:
+        """The generator's next n numbers: fp64, in [0, 1)."""
+        generator = torch.default_generator if self.generator is None else self.generator
+        if n > 1:
+            self.state = generator.get_state()
+        return torch.rand(n, dtype=torch.float64, generator=generator, device=generator.device).tolist()
+
+    def give_back(self, n: int, n_used: int) -> None:
+        """Of the last n numbers drawn, the generator is to give all but the first n_used again."""
+        if n_used < n:
+            (torch.default_generator if self.generator is None else self.generator).set_state(self.state)
+            self.draw(n_used)
 
 
 class RowDecoder:
@@ -198,6 +219,7 @@ class RowDecoder:
         self.cache = KVCache(self.weights.model.config, n_rows, max_tokens)
         self.row_counts = _row_counts(self.weights.model, rows_per_forward, with_head=True)
         self.tile_counts = _row_counts(self.weights.model, ROWS_PER_TILE, with_head=False)
+        self.steps_per_stop_test = STEPS_PER_STOP_TEST if self.weights.device().type == "cuda" else 1
         self.waiting: deque[tuple[int, int, list[int]]] = deque()  # (row, slots kept, ids to prefill)
         self.responses: dict[int, Response] = {}  # of the rows under way, the waiting ones included
         self.last_row = -1  # the last one decoded
@@ -217,30 +239,73 @@ class RowDecoder:
         self.responses.pop(row, None)
 
     def forward(self) -> list[int]:
-        """Runs one forward and returns the rows whose responses it ended.
+        """Runs one forward, or a few decoding steps, and returns the rows whose responses ended.
 
-        It prefills the prompts that wait longest, or, when none waits, decodes one token for each row under way (for
-        rows_per_forward of them at most, in turn). At least one row must be under way.
+        It prefills the prompts that wait longest, or, when none waits, decodes for each row under way (for
+        rows_per_forward of them at most, in turn): steps_per_stop_test tokens, or fewer where a response would grow
+        too long. What a row got after its end is discarded. At least one row must be under way.
         """
         if self.waiting:
             rows, logits_RV = self._prefill_next()
+            chosen = [choose_tokens(logits_RV, self.temperature, *self._draw_uniforms(rows, 1))]
         else:
             rows = self._next_rows()
-            token_ids = [self.responses[row].ids[-1] for row in rows]
-            logits_RV = decode_step(self.weights, self.cache, rows, token_ids, _at_least(len(rows), self.row_counts))
-            self.tokens_forwarded += len(rows)
-        uniforms = None
-        if self.temperature > 0:
-            uniforms = [_draw_uniform(self.responses[row].generator) for row in rows]
+            chosen = self._decode(rows, self._steps_without_host(rows))
+        steps = torch.stack(chosen).tolist()  # the host waits for the device, once
         ended = []
-        for row, token_id, logprob in zip(rows, *choose_tokens(logits_RV, self.temperature, uniforms), strict=True):
+        for place, row in enumerate(rows):
             response = self.responses[row]
-            response.ids.append(token_id)
-            response.logprobs.append(logprob)
-            if token_id in self.stop_ids or len(response.ids) == self.max_new_tokens:
-                del self.responses[row]
-                ended.append(row)
+            n_used = 0
+            for token_id, logprob in ((int(tokens[place]), logprobs[place]) for tokens, logprobs in steps):
+                n_used += 1
+                response.ids.append(token_id)
+                response.logprobs.append(logprob)
+                if token_id in self.stop_ids or len(response.ids) == self.max_new_tokens:
+                    del self.responses[row]
+                    ended.append(row)
+                    break
+            if self.temperature > 0:
+                response.give_back(len(steps), n_used)
+            self.cache.lengths[row] -= len(steps) - n_used
+            self.tokens_forwarded -= len(steps) - n_used
         return ended
+
+    def _decode(self, rows: list[int], n_steps: int) -> list[Tensor]:
+        """Decodes n_steps tokens for each row; what was chosen in each step, (2, S), on the device."""
+        token_ids = [self.responses[row].ids[-1] for row in rows]
+        n_rows = _at_least(len(rows), self.row_counts)
+        numbers_4B = step_numbers(self.weights, self.cache, rows, token_ids, n_rows, n_steps)
+        chosen = []
+        for uniforms_S in self._draw_uniforms(rows, n_steps):
+            runs = decode_runs(self.cache, rows, numbers_4B.device)
+            chosen.append(self._sample_step(numbers_4B, uniforms_S, runs))
+            for row in rows:
+                self.cache.lengths[row] += 1
+        self.tokens_forwarded += n_steps * len(rows)
+        return chosen
+
+    @torch.inference_mode()
+    def _sample_step(self, numbers_4B: Tensor, uniforms_S: Tensor | None, runs: list[DecodeRun]) -> Tensor:
+        """One decoding step, without the host; what it chose. numbers_4B is then that of the next step."""
+        chosen_2S = choose_tokens(decode_step(self.weights, self.cache, numbers_4B, runs), self.temperature, uniforms_S)
+        numbers_4B[0, : chosen_2S.shape[1]] = chosen_2S[0]
+        numbers_4B[1:3] += numbers_4B[3]
+        return chosen_2S
+
+    def _steps_without_host(self, rows: list[int]) -> int:
+        """Steps before the host looks for ends: none beyond the longest response. One if responses draw from one
+        generator: what the next one gets would depend on where this one ends."""
+        n_generators = len({id(self.responses[row].generator) for row in rows})
+        if self.temperature > 0 and n_generators < len(rows):
+            return 1
+        return min(self.steps_per_stop_test, *(self.max_new_tokens - len(self.responses[row].ids) for row in rows))
+
+    def _draw_uniforms(self, rows: list[int], n_steps: int) -> Sequence[Tensor | None]:
+        """For each step one number per row, fp64, all in one copy to the device; None when greedy."""
+        if self.temperature == 0:
+            return [None] * n_steps
+        numbers = [self.responses[row].draw(n_steps) for row in rows]
+        return to_device(numbers, torch.float64, self.weights.device()).unbind(1)
 
     def _prefill_next(self) -> tuple[list[int], Tensor]:
         """Prefills at least one waiting prompt; the rows and the logits (R, V) after each.
@@ -340,31 +405,22 @@ def interchangeable_row_counts(
     return (*counts, most)
 
 
-def _draw_uniform(generator: torch.Generator | None) -> float:
-    """One fp64 number in [0, 1)."""
-    device = "cpu" if generator is None else generator.device
-    return torch.rand((), dtype=torch.float64, generator=generator, device=device).item()
-
-
-def choose_tokens(logits_RV: Tensor, temperature: float, uniforms: list[float] | None) -> tuple[list[int], list[float]]:
-    """One token per row and its log-probability, log softmax(logits / temperature)[token] (E19).
+def choose_tokens(logits_RV: Tensor, temperature: float, uniforms_R: Tensor | None) -> Tensor:
+    """One token per row and its log-probability, log softmax(logits / temperature)[token] (E19): (2, R) fp64, which
+    holds both exactly.
 
     Sampling inverts the cumulative distribution at the row's uniform number: the first token at which the sum of the
     probabilities exceeds it. The sum is fp64, because in fp32 the tail of a large vocabulary vanishes in its rounding.
     """
     logits_RV = logits_RV.float() if temperature == 0 else logits_RV.float() / temperature
     logprobs_RV = logits_RV.log_softmax(-1)  # E19
-    if uniforms is None:
+    if uniforms_R is None:
         tokens_R1 = logits_RV.argmax(-1, keepdim=True)
     else:
         cumulative_RV = logprobs_RV.double().exp().cumsum(-1)
         total_R1 = cumulative_RV[:, -1:]  # 1 up to rounding
-        target_R1 = to_device(uniforms, torch.float64, total_R1.device)[:, None] * total_R1
+        target_R1 = uniforms_R[:, None] * total_R1
         # Strictly below the total: otherwise no token exceeds it. A token of probability 0 never does first.
         target_R1 = target_R1.minimum(total_R1.nextafter(torch.zeros_like(total_R1)))
         tokens_R1 = torch.searchsorted(cumulative_RV, target_R1, right=True)
-    # both in one fp64 tensor, which holds them exactly: the host waits for the device once
-    tokens, logprobs = torch.stack(
-        (tokens_R1[:, 0].double(), logprobs_RV.gather(-1, tokens_R1)[:, 0].double())
-    ).tolist()
-    return list(map(int, tokens)), logprobs
+    return torch.stack((tokens_R1[:, 0].double(), logprobs_RV.gather(-1, tokens_R1)[:, 0].double()))

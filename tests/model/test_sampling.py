@@ -7,9 +7,17 @@ import random
 import pytest
 import torch
 
-from model.decode import DecodeWeights, KVCache, decode_step, pack_matrix, prefill, product
+from model.decode import DecodeWeights, KVCache, decode_runs, decode_step, pack_matrix, prefill, product, step_numbers
+from model.dialogue_decoding import DialogueDecoder
 from model.pretrained_weights import load_pretrained
-from model.sampling import RowDecoder, choose_tokens, continue_prompts, generate, interchangeable_row_counts
+from model.sampling import (
+    RowDecoder,
+    choose_tokens,
+    continue_prompts,
+    decoder_for,
+    generate,
+    interchangeable_row_counts,
+)
 from tests.model.test_transformer import STORIES, tiny_model
 from tests.train.test_host_waits import CountWaits
 
@@ -17,6 +25,15 @@ from tests.train.test_host_waits import CountWaits
 def random_prompts(n: int, vocab_size: int, longest: int) -> list[list[int]]:
     rng = random.Random(0)
     return [[rng.randrange(vocab_size) for _ in range(rng.randint(1, longest))] for _ in range(n)]
+
+
+def logits_of_step(
+    model: torch.nn.Module, cache: KVCache, rows: list[int], token_ids: list[int], n_rows: int
+) -> torch.Tensor:
+    """The logits after one more token of each row."""
+    weights = DecodeWeights(model)
+    numbers_4B = step_numbers(weights, cache, rows, token_ids, n_rows)
+    return decode_step(weights, cache, numbers_4B, decode_runs(cache, rows, numbers_4B.device))
 
 
 def slow_greedy(
@@ -80,13 +97,7 @@ def test_a_decoding_step_equals_the_whole_forward():
     cache, prompts = KVCache(model.config, 8, 64), random_prompts(5, 61, 30)
     for row, prompt in zip(rows, prompts, strict=True):
         prefill(DecodeWeights(model), cache, [row], [prompt])
-    found = decode_step(DecodeWeights(model), cache, rows, [5, 6, 7, 8, 9], n_rows=8)
-    assert cache.lengths == [len(prompts[0]) + 1, len(prompts[1]) + 1, len(prompts[2]) + 1, 0] + [
-        len(prompts[3]) + 1,
-        len(prompts[4]) + 1,
-        0,
-        0,
-    ]
+    found = logits_of_step(model, cache, rows, [5, 6, 7, 8, 9], n_rows=8)
     with torch.no_grad():
         whole = torch.stack([model(torch.tensor([prompt + [5 + i]]))[0, -1] for i, prompt in enumerate(prompts)])
     assert torch.allclose(found, whole, rtol=1e-5, atol=1e-4)
@@ -118,7 +129,7 @@ def test_nan_of_a_finished_response_does_not_reach_the_next_one(n_kept, n_behind
             storage_RLKH[:, n_kept:20] = float("nan")
     cache.lengths = [n_kept]
     prefill(DecodeWeights(model), cache, [0], [ids[n_kept:]])
-    logits_V = decode_step(DecodeWeights(model), cache, [0], [7], n_rows=1)[0]
+    logits_V = logits_of_step(model, cache, [0], [7], n_rows=1)[0]
     with torch.no_grad():
         assert torch.allclose(logits_V, model(torch.tensor([[*ids, 7]]))[0, -1], rtol=1e-5, atol=1e-4)
 
@@ -232,19 +243,19 @@ def test_logprobs_are_those_of_the_sampling_temperature():
 
 def test_samples_follow_the_distribution():
     n, logits = 20000, torch.tensor([1.0, -2.0, 0.0, 2.5, 0.3])
-    uniforms = torch.rand(n, dtype=torch.float64, generator=torch.Generator().manual_seed(1)).tolist()
-    tokens, logprobs = choose_tokens(logits.expand(n, -1), 1.5, uniforms)
+    uniforms = torch.rand(n, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    tokens, logprobs = choose_tokens(logits.expand(n, -1), 1.5, uniforms).tolist()
     expected = (logits.double() / 1.5).softmax(-1)
     counts = torch.tensor([tokens.count(i) for i in range(5)])
     assert ((counts / n - expected).abs() < 4.5 * (expected * (1 - expected) / n).sqrt()).all()
-    assert logprobs[0] == pytest.approx(expected[tokens[0]].log().item(), abs=1e-6)
+    assert logprobs[0] == pytest.approx(expected[int(tokens[0])].log().item(), abs=1e-6)
 
 
 def test_sampling_inverts_the_cumulative_distribution():
     """Probabilities 0, 1/4, 1/2, 0, 1/4, 0: cumulative 0, 1/4, 3/4, 3/4, 1, 1. Tokens of probability 0 never come."""
     logits = torch.tensor([0.0, 0.25, 0.5, 0.0, 0.25, 0.0]).log()
     uniforms = [0.0, 0.24, 0.26, 0.74, 0.76, 1 - 2**-53]
-    tokens, logprobs = choose_tokens(logits.expand(6, -1), 1.0, uniforms)
+    tokens, logprobs = choose_tokens(logits.expand(6, -1), 1.0, torch.tensor(uniforms, dtype=torch.float64)).tolist()
     assert tokens == [1, 1, 2, 2, 4, 4]
     assert logprobs == pytest.approx([math.log(p) for p in (0.25, 0.25, 0.5, 0.5, 0.25, 0.25)], abs=1e-6)
 
@@ -253,7 +264,7 @@ def test_a_long_tail_is_sampled():
     """Half the mass on token 0, half spread evenly over 2^20 - 1 others: u = 0.75 lands in their middle."""
     logits = torch.zeros(1, 2**20)
     logits[0, 0] = math.log(2**20 - 1)
-    tokens, _ = choose_tokens(logits, 1.0, [0.75])
+    tokens, _ = choose_tokens(logits, 1.0, torch.tensor([0.75], dtype=torch.float64))
     assert tokens[0] == pytest.approx(2**19, abs=2)
 
 
@@ -341,17 +352,70 @@ def test_wrong_arguments_are_errors(prompts, changes, words):
         generate(tiny_model(), prompts, **({"max_new_tokens": 2, "eos_id": 3} | changes))
 
 
-def test_the_host_reads_once_per_token_from_the_device():
-    """One prefill of both prompts and three steps. At an earlier commit two reads each. Copies inside inference mode,
+@pytest.mark.parametrize("temperature", [0.0, 1.3])
+def test_looking_for_ends_less_often_changes_nothing(temperature):
+    """Eleven responses take turns in 8 rows, three turns each of a dialogue that draws on with its generator."""
+    model, prompts = tiny_model(), random_prompts(11, 61, 30)
+    eos_ids = set(range(0, 61, 6))  # so that most responses end early, in different steps
+
+    def sample(steps_per_stop_test: int) -> tuple:
+        decoder = RowDecoder(
+            model,
+            n_rows=8,
+            max_tokens=44,
+            max_new_tokens=13,
+            stop_ids=eos_ids,
+            temperature=temperature,
+            rows_per_forward=8,
+        )
+        decoder.steps_per_stop_test = steps_per_stop_test
+        generators = [torch.Generator().manual_seed(index) for index in range(11)]
+        responses = [continue_prompts(decoder, prompts, generators) for _ in range(3)]
+        shared = continue_prompts(decoder, prompts, torch.Generator().manual_seed(1))
+        alone = continue_prompts(decoder, prompts[:1], generators[0])
+        return responses, shared, alone, [each.get_state().tolist() for each in generators], decoder.tokens_forwarded
+
+    every_step = sample(1)
+    assert len({len(ids) for ids, _ in every_step[0][0]}) > 3
+    assert sample(4) == every_step and sample(5) == every_step
+
+
+def test_a_row_keeps_the_keys_of_its_response_only():
+    """After an end that was seen late, the next turn goes on as if it had been seen at once."""
+    model, ids = tiny_model(), random_prompts(1, 61, 12)[0]
+
+    def two_turns(steps_per_stop_test: int) -> list[tuple]:
+        stop_ids = frozenset(range(0, 61, 5))
+        decoder = DialogueDecoder(model, n_rows=1, max_tokens=60, max_new_tokens=20, stop_ids=stop_ids)
+        decoder.decoder.steps_per_stop_test = steps_per_stop_test
+        turns, prompt = [], ids
+        for _ in range(2):
+            decoder.ask(0, prompt)
+            answered = []
+            while not answered:
+                answered = decoder.step()
+            turns.append(answered[0])
+            prompt = prompt + answered[0][1] + [5, 6]
+        return [*turns, decoder.tokens_reused, decoder.tokens_forwarded, decoder.decoder.cache.lengths]
+
+    expected = two_turns(1)
+    assert 1 < len(expected[0][1]) < 20 and len(expected[0][1]) % 4 != 1
+    assert two_turns(4) == expected
+
+
+@pytest.mark.parametrize(("steps_per_stop_test", "n_reads"), [(1, 9), (4, 3)])
+def test_the_host_reads_once_per_stop_test_from_the_device(steps_per_stop_test, n_reads):
+    """One prefill of both prompts and eight steps. At an earlier commit two reads each. Copies inside inference mode,
     which are to be without a wait, are out of the counter's sight."""
     model = tiny_model().to("meta")
 
     def sample() -> None:
-        generators = [torch.Generator().manual_seed(seed) for seed in (0, 1)]
-        generate(model, [[5, 6, 7], [8, 9]], max_new_tokens=4, eos_id=None, temperature=1.0, generator=generators)
+        decoder = decoder_for(model, [[5, 6, 7], [8, 9]], max_new_tokens=9, temperature=1.0, eos_id=None)
+        decoder.steps_per_stop_test = steps_per_stop_test
+        continue_prompts(decoder, [[5, 6, 7], [8, 9]], [torch.Generator().manual_seed(seed) for seed in (0, 1)])
 
     with CountWaits():
         sample()  # the trial of row counts reads, once per shape
     with CountWaits() as waits:
         sample()
-    assert waits.counts["read"] == 4 and waits.counts["copy"] == 0
+    assert waits.counts["read"] == n_reads and waits.counts["copy"] == 0
