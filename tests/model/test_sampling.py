@@ -394,12 +394,13 @@ def test_a_row_keeps_the_keys_of_its_response_only():
             answered = []
             while not answered:
                 answered = decoder.step()
-            turns.append(answered[0])
+            turns.append((*answered[0], decoder.decoder.cache.lengths[0]))
             prompt = prompt + answered[0][1] + [5, 6]
-        return [*turns, decoder.tokens_reused, decoder.tokens_forwarded, decoder.decoder.cache.lengths]
+        return [*turns, decoder.tokens_reused, decoder.tokens_forwarded]
 
     expected = two_turns(1)
     assert 1 < len(expected[0][1]) < 20 and len(expected[0][1]) % 4 != 1
+    assert expected[0][3] == len(ids) + len(expected[0][1]) - 1  # the last id was never fed
     assert two_turns(4) == expected
 
 
