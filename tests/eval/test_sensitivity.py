@@ -5,7 +5,10 @@ import json
 import pytest
 
 from command_line import read_config
+from data.error_filter import decide_masked_turns
 from data.json_records import DataError
+from data.key_tokens import weigh_key_tokens
+from data.trajectories import read_trajectories
 from eval import sensitivity
 from eval.reports.ablation_tables import Cell
 from eval.sensitivity import ERROR_RATES, VARIANTS, commands_of, main, table_rows, write_data, write_tables
@@ -66,6 +69,17 @@ def test_shares_of_failing_trajectories(tmp_path):
     for split in ("seen", "unseen", "hard", "alike"):
         asked = [json.loads(line) for line in (tmp_path / f"data/test_{split}.jsonl").read_text().splitlines()]
         assert len(asked) == 20 and not queries & {each["messages"][0]["content"] for each in asked}
+
+
+def test_two_cells_train_on_the_same_loss_as_others():
+    """What docs/reproduction.md says beforehand: `substring` equals `full`, and `w_max_1` is MAE alone."""
+    trajectories = read_trajectories(ROOT / "assets/tiny_data/train.json")
+    masked = [
+        [[turn.masked for turn in decide_masked_turns(each, error_filter)] for each in trajectories]
+        for error_filter in ("structured", "substring")
+    ]
+    assert masked[0] == masked[1] and sum(map(sum, masked[0])) == 225
+    assert weigh_key_tokens([0, 3], 30, 1.0) == [1.0] * 30
 
 
 def test_table_by_hand(tmp_path):
