@@ -11,6 +11,7 @@ import argparse
 import hashlib
 import sys
 from collections.abc import Sequence
+from itertools import chain
 from pathlib import Path
 
 from command_line import parse_arguments, polite_stop, run_command
@@ -18,7 +19,7 @@ from data.json_records import DataError, read_json_lines, write_json_lines
 from eval.ablation import MOST
 from eval.benchmarks import BENCHMARKS
 from eval.cells import EVAL_FLAGS, finish_cells, opened, score_command
-from eval.reports.ablation_tables import METHODS, SPLITS, STANDARD, Cell, read_cells
+from eval.reports.ablation_tables import METHODS, SPLITS, STANDARD, Cell, Results, read_cells
 from eval.reports.robustness_tables import write_tables
 from printable import shown, terminal_text
 from toolbox.noise import LEVELS, add_noise
@@ -27,8 +28,8 @@ NOISE_SEED = 950
 NOISY_SPLITS = SPLITS[:2]  # of tools that the training data have, and of others
 
 
-def models_of(ablation: Path, methods: Sequence[str]) -> dict[Cell, Path]:
-    """Cell -> its model folder, for every seed with which the ablation has finished all the methods.
+def models_of(ablation: Path, methods: Sequence[str], n_seeds: int) -> dict[Cell, Path]:
+    """Cell -> its model folder: the first `n_seeds` seeds with which the ablation has finished all the methods.
 
     Raises DataError if there is none.
     """
@@ -37,49 +38,57 @@ def models_of(ablation: Path, methods: Sequence[str]) -> dict[Cell, Path]:
     seeds = [seed for seed in range(MOST["seeds"]) if all(str(Cell(method, seed)) in finished for method in methods)]
     if not seeds:
         raise DataError(f"{path}: found no seed with which {', '.join(methods)} are finished, expected at least one")
-    cells = [Cell(method, seed) for method in methods for seed in seeds]
+    cells = [Cell(method, seed) for seed in seeds[:n_seeds] for method in methods]
     return {cell: cell.folder(ablation) / ("ppo" if cell.has_irm else "sft") / "final" for cell in cells}
 
 
-def write_levels(ablation: Path, output: Path, n_prompts: int) -> None:
-    """Write DIR2/data/<level>/ with the first prompts of each split, unless they are there. Raises DataError."""
+def write_levels(ablation: Path, folder: Path, n_prompts: int) -> None:
+    """Write the file of each split, unless it is there: its first prompts, clean, then again with each level of noise.
+
+    Raises DataError.
+    """
     for split in NOISY_SPLITS:
         name = BENCHMARKS[split].path
         records = [record for _, record in read_json_lines(ablation / "data" / name, drop_partial_last_line=False)[0]]
         if len(records) < n_prompts:
             raise DataError(f"{ablation / 'data' / name}: found {len(records)} prompts, expected at least {n_prompts}")
-        for level in LEVELS:
-            path = output / "data" / level / name
-            if not path.exists():
-                write_json_lines(path, add_noise(records[:n_prompts], level, NOISE_SEED))
+        if not (folder / name).exists():
+            levels = [add_noise(records[:n_prompts], level, NOISE_SEED) for level in LEVELS]
+            write_json_lines(folder / name, chain(*levels))
 
 
-def score_levels(ablation: Path, output: Path, methods: Sequence[str], n_prompts: int, n_jobs: int) -> None:
+def split_levels(results: Results, n_prompts: int) -> dict[str, Results]:
+    """Level -> its results, indices from 0, of results on a file of write_levels."""
+    return {
+        level: {
+            method: {
+                seed: {index: rows[number * n_prompts + index] for index in range(n_prompts)}
+                for seed, rows in by_seed.items()
+            }
+            for method, by_seed in results.items()
+        }
+        for number, level in enumerate(LEVELS)
+    }
+
+
+def score_levels(ablation: Path, output: Path, settings: dict, n_jobs: int) -> None:
     """Score the cells that are missing, then write the tables. Raises DataError, OSError."""
-    models = models_of(ablation, methods)
-    settings = {"methods": [*methods], "prompts": n_prompts, "eval_flags": EVAL_FLAGS}
+    n_prompts, models = settings["prompts"], models_of(ablation, settings["methods"], settings["seeds"])
     settings["model_sha256"] = {
         str(cell): hashlib.sha256((model / "model.safetensors").read_bytes()).hexdigest()
         for cell, model in models.items()
     }
+    folders = {cell: cell.folder(output) / "eval" for cell in models}
     with opened(output, settings):
-        write_levels(ablation, output, n_prompts)
+        write_levels(ablation, output / "data", n_prompts)
         commands = {
-            cell: [
-                score_command(model, NOISY_SPLITS, output / "data" / level, cell.folder(output) / level)
-                for level in LEVELS
-            ]
-            for cell, model in models.items()
+            cell: [score_command(model, NOISY_SPLITS, output / "data", folders[cell])] for cell, model in models.items()
         }
         for line in finish_cells(output, commands, n_jobs):
             print(line, flush=True)
-        found = {
-            level: read_cells({cell: cell.folder(output) / level for cell in models}, NOISY_SPLITS, n_prompts)
-            for level in LEVELS
-        }
-        results = {split: {level: each[split] for level, (each, _) in found.items()} for split in NOISY_SPLITS}
-        path = write_tables(output, settings, found[LEVELS[0]][1], results, methods[0])
-        print(terminal_text(f"tables: {path}"))
+        splits, dtype = read_cells(folders, NOISY_SPLITS, len(LEVELS) * n_prompts)
+        results = {split: split_levels(found, n_prompts) for split, found in splits.items()}
+        print(terminal_text(f"tables: {write_tables(output, settings, dtype, results)}"))
 
 
 @polite_stop("finished cells are kept; the same command continues")
@@ -90,17 +99,19 @@ def main(arguments: Sequence[str]) -> int:
     add("--ablation", type=Path, required=True, metavar="DIR", help="folder of eval.ablation that has the models")
     add("--output", type=Path, required=True, metavar="DIR", help="folder of the cells and tables")
     add("--methods", default=f"{STANDARD},MAE+PKT", metavar="LIST", help="the first is what others are compared to")
+    add("--seeds", type=int, default=MOST["seeds"], metavar="N", help="at most the first N of the ablation's seeds")
     add("--prompts", type=int, default=400, metavar="N", help="the first N of each split (%(default)s)")
     add("--jobs", type=int, default=2, metavar="N", help="cells at a time, one core each (%(default)s)")
     flags = parse_arguments(parser, arguments)
     methods = flags.methods.split(",")
-    for name, value, most in (("prompts", flags.prompts, 10_000), ("jobs", flags.jobs, 64)):
-        if not 1 <= value <= most:
-            parser.error(f"--{name}: found {value}, expected 1 to {most}")
+    for name in ("seeds", "prompts", "jobs"):
+        if not 1 <= getattr(flags, name) <= MOST[name]:
+            parser.error(f"--{name}: found {getattr(flags, name)}, expected 1 to {MOST[name]}")
     if not set(methods) <= set(METHODS) or len(set(methods)) < len(methods):
         parser.error(f"--methods: found {shown(flags.methods)}, expected different ones of {', '.join(METHODS)}")
+    settings = {"methods": methods, "seeds": flags.seeds, "prompts": flags.prompts, "eval_flags": EVAL_FLAGS}
     folders = flags.ablation.absolute(), flags.output.absolute()
-    return run_command(lambda: score_levels(*folders, methods, flags.prompts, flags.jobs), (DataError, OSError))
+    return run_command(lambda: score_levels(*folders, settings, flags.jobs), (DataError, OSError))
 
 
 if __name__ == "__main__":

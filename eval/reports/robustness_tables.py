@@ -95,10 +95,9 @@ def method_rows(split: str, by_level: Mapping[str, Results], standard: str) -> l
 # Writing
 
 
-def write_tables(
-    output: Path, settings: Mapping, dtype: str, results: Mapping[str, Mapping[str, Results]], standard: str
-) -> Path:
+def write_tables(output: Path, settings: Mapping, dtype: str, results: Mapping[str, Mapping[str, Results]]) -> Path:
     """Write robustness.json, robustness.svg and robustness.md; returns the last. results: split -> level -> Results."""
+    standard = settings["methods"][0]
     rates = [row for split, by_level in results.items() for row in level_rows(split, by_level)]
     halves = [row for split, by_level in results.items() for row in half_rows(split, by_level)]
     falls = [row for split, by_level in results.items() for row in fall_rows(split, by_level, standard)]

@@ -8,9 +8,8 @@ from data.json_records import DataError
 from eval import robustness
 from eval.reports.ablation_tables import Cell
 from eval.reports.robustness_tables import fall_rows, half_rows, level_rows, method_rows
-from eval.robustness import main, models_of, write_levels
+from eval.robustness import main, models_of, split_levels, write_levels
 from toolbox.make import draw_split
-from toolbox.noise import LEVELS
 
 
 def rows(bits: str) -> dict[int, dict]:
@@ -65,16 +64,32 @@ def make_ablation(path) -> None:
 def test_models_and_prompts_are_those_of_the_ablation(tmp_path):
     ablation, output = tmp_path / "ablation", tmp_path / "out"
     make_ablation(ablation)
-    assert [*models_of(ablation, ["none", "MAE"])] == [Cell("none", 0), Cell("none", 2), Cell("MAE", 0), Cell("MAE", 2)]
-    assert models_of(ablation, ["IRM"]) == {Cell("IRM", 2): ablation / "seed2/IRM/ppo/final"}
+    cells = [Cell("none", 0), Cell("MAE", 0), Cell("none", 2), Cell("MAE", 2)]
+    assert [*models_of(ablation, ["none", "MAE"], 20)] == cells
+    assert [*models_of(ablation, ["none", "MAE"], 1)] == cells[:2]
+    assert models_of(ablation, ["IRM"], 20) == {Cell("IRM", 2): ablation / "seed2/IRM/ppo/final"}
     with pytest.raises(DataError, match="found no seed with which PKT are finished"):
-        models_of(ablation, ["PKT"])
+        models_of(ablation, ["PKT"], 20)
     write_levels(ablation, output, 6)
     for split in ("seen", "unseen"):
-        files = [(output / "data" / level / f"test_{split}.jsonl").read_bytes() for level in LEVELS]
-        assert files[0] == (ablation / f"data/test_{split}.jsonl").read_bytes() and len({*files}) == 5
+        lines = (output / f"test_{split}.jsonl").read_text().splitlines()
+        assert lines[:6] == (ablation / f"data/test_{split}.jsonl").read_text().splitlines() and len({*lines}) == 30
+        noises = [json.loads(line)["meta"].get("noise") for line in lines]
+        assert noises == [None] * 6 + ["tool", "parameter"] * 9 + ["both"] * 6
     with pytest.raises(DataError, match="found 6 prompts, expected at least 7"):
         write_levels(ablation, output, 7)
+
+
+def test_levels_are_parts_of_a_file():
+    found = split_levels({"none": {3: rows("1100101010")}}, 2)
+    assert {level: [row["CF"] for row in each["none"][3].values()] for level, each in found.items()} == {
+        "clean": [1, 1],
+        "slight": [0, 0],
+        "medium": [1, 0],
+        "heavy": [1, 0],
+        "union": [1, 0],
+    }
+    assert [*found["union"]["none"][3]] == [0, 1]
 
 
 def test_a_run_and_its_repetition(tmp_path, capsys, monkeypatch):
@@ -82,17 +97,18 @@ def test_a_run_and_its_repetition(tmp_path, capsys, monkeypatch):
     make_ablation(ablation)
 
     def score_command(model, splits, benchmark_dir, folder):
-        level = benchmark_dir.name
+        """All clean prompts right, and two of six at each other level."""
+        bits = [*"111111", *"110000" * 4]
+        counts = dict.fromkeys(("TS", "PI", "CF"), 14)
+        shares = {f"{name}_percent": 1400 / 30 for name in counts} | {
+            f"{name}_interval_95": [0, 100] for name in counts
+        }
         summary = {"dtype": "float32", "benchmarks": {}}
         code = "from pathlib import Path; from data.json_records import write_text as write; "
-        code += f"open({str(order)!r}, 'a').write('{level} '); "
+        code += f"open({str(order)!r}, 'a').write('cell '); "
         for split in splits:
-            right = 6 if level == "clean" else 2
-            counts = {name: right for name in ("TS", "PI", "CF")}
-            rates = {f"{name}_percent": 100 * right / 6 for name in counts}
-            intervals = {f"{name}_interval_95": [0, 100] for name in counts}
-            summary["benchmarks"][split] = {"n": 6, **counts, **rates, **intervals, "answers_sha256": level}
-            lines = [{"index": index, **dict.fromkeys(counts, int(index < right))} for index in range(6)]
+            summary["benchmarks"][split] = {"n": 30, **counts, **shares, "answers_sha256": ""}
+            lines = [{"index": index, **dict.fromkeys(counts, int(bit))} for index, bit in enumerate(bits)]
             text = "".join(json.dumps(line) + "\n" for line in lines)
             code += f"write(Path({str(folder / 'results' / f'{split}.jsonl')!r}), {text!r}); "
         return ["-c", code + f"write(Path({str(folder / 'summary.json')!r}), {json.dumps(summary)!r})"]
@@ -102,7 +118,7 @@ def test_a_run_and_its_repetition(tmp_path, capsys, monkeypatch):
     assert main(arguments) == 0
     out = capsys.readouterr().out
     assert out.startswith("finished: 0 of 4 cells\n1/4  none, seed 0: ") and "tables: " in out
-    assert order.read_text().split().count("union") == 4 and len(order.read_text().split()) == 20
+    assert order.read_text() == 4 * "cell "
     text = (output / "robustness.md").read_text()
     assert "## tiny-unseen, 6 prompts" in text and "Greedy predictions in fp32" in text
     content = json.loads((output / "robustness.json").read_text())
@@ -110,7 +126,7 @@ def test_a_run_and_its_repetition(tmp_path, capsys, monkeypatch):
     assert "heavy" in (output / "robustness.svg").read_text()
     assert main(arguments) == 0
     assert capsys.readouterr().out.startswith("already finished: 4 of 4 cells\n")
-    assert len(order.read_text().split()) == 20
+    assert order.read_text() == 4 * "cell "
     (ablation / "seed2/MAE/sft/final/model.safetensors").write_bytes(b"y")  # another model
     assert main(arguments) == 2
     assert "found model_sha256" in capsys.readouterr().err
