@@ -75,11 +75,18 @@ def difference_rows(split: str, results: Results, standard: str = STANDARD) -> l
             pairs = [paired_counts(results[standard][seed], each, metric) for seed, each in by_seed.items()]
             lost, won = (sum(column) for column in zip(*pairs))
             n_prompts, gains = _n_prompts(by_seed), [each_won - each_lost for each_lost, each_won in pairs]
-            rows.append({"split": split, "method": method, "metric": metric, "prompts": n_prompts})
+            rows.append({"split": split, "method": method, "minus": standard, "metric": metric, "prompts": n_prompts})
             rows[-1] |= {"seeds": [*by_seed], **mean_and_interval([100 * gain / n_prompts for gain in gains])}
             rows[-1] |= {"p_over_seeds": sign_flip_p_value(gains), "lost": lost, "won": won}
             rows[-1] |= {"p_over_prompts": mcnemar_p_value(lost, won)}
     return rows
+
+
+def irm_rows(split: str, results: Results) -> list[dict]:
+    """difference_rows of what IRM adds to MAE, to PKT and to both: to the same method without it."""
+    starts = {method: Cell(method, 0).start().method for method in results if "IRM" in method}
+    pairs = [{start: results[start], method: results[method]} for method, start in starts.items() if start != STANDARD]
+    return [row for pair in pairs for row in difference_rows(split, pair, next(iter(pair)))]
 
 
 def _n_prompts(by_seed: Mapping[int, Mapping[int, dict]]) -> int:
@@ -91,10 +98,10 @@ def mean_and_interval(values: Sequence[float]) -> dict:
     return {"mean": sum(values) / len(values), "interval_95": interval}
 
 
-def paper_difference(method: str, metric: str) -> str:
-    """What Table 5 prints for a method minus standard SFT on each of PAPER_BENCHMARKS, in points."""
+def paper_difference(method: str, metric: str, minus: str = STANDARD) -> str:
+    """What Table 5 prints for a method minus another one on each of PAPER_BENCHMARKS, in points."""
     published = read_published()["table5"]
-    rows = [published[METHODS.index(name)] for name in (method, STANDARD)]
+    rows = [published[METHODS.index(name)] for name in (method, minus)]
     place = METRICS.index(metric)
     return ", ".join(f"{rows[0][name][place] - rows[1][name][place]:+.1f}" for name in PAPER_BENCHMARKS)
 
@@ -136,7 +143,9 @@ def write_tables(output: Path, settings: Mapping, cells: Sequence[Cell]) -> Path
     folders = {cell: cell.folder(output) / "eval" for cell in cells}
     splits, dtype = read_cells(folders, SPLITS, settings["prompts"])
     rates = [row for split, results in splits.items() for row in rate_rows(split, results)]
-    differences = [row for split, results in splits.items() for row in difference_rows(split, results)]
+    differences = [
+        row for split, results in splits.items() for row in difference_rows(split, results) + irm_rows(split, results)
+    ]
     content = {"settings": dict(settings), "dtype": dtype, "rates": rates, "differences": differences}
     write_text(output / "ablation.json", json.dumps(content, indent=1) + "\n")
     charts = [interval_chart(metric, _bars(rates, metric)) for metric in METRICS]
@@ -165,11 +174,11 @@ def format_tables(settings: Mapping, dtype: str, rates: Sequence[Mapping], diffe
         "`--error_filter none`, without PKT `--key_tokens off`. IRM is PPO from that SFT model, prompts of 1,217 "
         f"such trajectories: `run_ppo.py {settings['ppo_flags']}`. Greedy predictions in "
         f"{DTYPE_NAMES.get(dtype, 'an unknown type')}: `run_eval.py {settings['eval_flags']}`.",
-        "Rates: mean over seeds [95 % t interval of the mean]. Differences are to the row `none` with the same seeds. "
-        "*p, seeds*: exact sign-flip test of the seeds' differences, at least 2 / 2^seeds; it asks whether another "
-        "training would show it. *p, prompts*: McNemar's exact test, the prompts of all seeds pooled; it speaks of "
-        "these trained models only. No p is corrected for the number of tests. *Paper*: the difference in Table 5 on "
-        f"{' and '.join(PAPER_BENCHMARKS)}, one seed.",
+        "Rates: mean over seeds [95 % t interval of the mean]. Differences are to the row `none`, and with IRM also to "
+        "the same method without it, with the same seeds. *p, seeds*: exact sign-flip test of the seeds' differences, "
+        "at least 2 / 2^seeds; it asks whether another training would show it. *p, prompts*: McNemar's exact test, the "
+        "prompts of all seeds pooled; it speaks of these trained models only. No p is corrected for the number of "
+        f"tests. *Paper*: the difference in Table 5 on {' and '.join(PAPER_BENCHMARKS)}, one seed.",
     ]
     for split in dict.fromkeys(row["split"] for row in rates):
         n_prompts = next(row["prompts"] for row in rates if row["split"] == split)
@@ -187,14 +196,15 @@ def _rate_table(split: str, rates: Sequence[Mapping]) -> str:
 
 
 def _difference_table(split: str, differences: Sequence[Mapping]) -> str:
-    head = ["method - none", "metric", "seeds", "points", "p, seeds", "lost", "won", "p, prompts", "paper"]
+    head = ["difference", "metric", "seeds", "points", "p, seeds", "lost", "won", "p, prompts", "paper"]
     return format_table(
         [head]
         + [
             [
-                *(row["method"], row["metric"], str(len(row["seeds"])), format_interval(row, "+.1f")),
+                *(f"{row['method']} - {row['minus']}", row["metric"], str(len(row["seeds"]))),
+                format_interval(row, "+.1f"),
                 *(f"{row['p_over_seeds']:.2g}", str(row["lost"]), str(row["won"]), f"{row['p_over_prompts']:.2g}"),
-                paper_difference(row["method"], row["metric"]),
+                paper_difference(row["method"], row["metric"], row["minus"]),
             ]
             for row in differences
             if row["split"] == split

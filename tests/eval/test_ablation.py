@@ -14,7 +14,15 @@ from command_line import read_config
 from data.json_records import DataError
 from eval.ablation import PPO_FLAGS, QUICK_PPO_FLAGS, cells_of, commands_of, main, read_flags, write_data
 from eval.cells import check_folder, opened, read_finished, run_cells, seconds_left
-from eval.reports.ablation_tables import METHODS, Cell, difference_rows, paper_difference, rate_rows, write_tables
+from eval.reports.ablation_tables import (
+    METHODS,
+    Cell,
+    difference_rows,
+    irm_rows,
+    paper_difference,
+    rate_rows,
+    write_tables,
+)
 from rl.ppo_config import PPOConfig
 from tests.support.tiny_run import ROOT
 
@@ -347,11 +355,21 @@ def test_differences_by_hand():
     assert (row["p_over_seeds"], row["p_over_prompts"], row["seeds"]) == (1, 1, [0])
 
 
+def test_what_irm_adds_by_hand():
+    """IRM over none is in difference_rows; MAE+IRM is compared with MAE, seed 2 alone: one prompt lost, none won."""
+    results = RESULTS | {"MAE+IRM": {2: rows("TPC", "...", "...", "...")}}
+    found = {(row["method"], row["minus"], row["metric"]): row for row in irm_rows("s", results)}
+    assert {key[:2] for key in found} == {("MAE+IRM", "MAE")} and len(found) == 3
+    row = found["MAE+IRM", "MAE", "CF"]
+    assert (row["lost"], row["won"], row["mean"], row["seeds"]) == (1, 0, -25, [2])
+
+
 def test_the_papers_differences_are_those_of_its_rows():
     # Table 5: standard 74.56 70.18 42.98 / 76.19 55.24 38.1; PKT CF 43.86, 48.57; all TS 87.72, 83.81
     assert paper_difference("PKT", "CF") == "+0.9, +10.5"
     assert paper_difference("MAE+PKT+IRM", "TS") == "+13.2, +7.6"
     assert paper_difference("IRM", "PI") == "+14.0, +3.8"  # 84.21 - 70.18, 59.05 - 55.24
+    assert paper_difference("PKT", "CF", minus="PKT") == "+0.0, +0.0"
 
 
 def test_the_flags_of_ppo_are_flags_of_ppo(tmp_path):
