@@ -32,6 +32,7 @@ from rl.ppo_config import PPOConfig
 from rl.ppo_loop import describe_epoch, train_ppo
 from rl.prompts import PPOPrompt, read_prompts
 from train.checkpoint import CheckpointError
+from train.compilation import check_compiler
 from train.cuda.launch import LossBackendError, agree_on_loss_backend
 from train.distributed import (
     DTYPES,
@@ -95,6 +96,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         use_deterministic_algorithms(config.deterministic)
         refuse_too_large(config, lambda: plan_ppo(config, prompts))
         world = init_world(config.device, shard_group_size=config.shard_group_size)
+        check_compiler(config.compile, world.device)
         loss_backend, reason = agree_on_loss_backend(config.loss_backend, world, shape.vocab_size)
         if world.is_main:
             idle_line = ranks_that_hold_shards_only(world.size, config.minibatch_size)

@@ -27,6 +27,7 @@ from model.pretrained_weights import check_folder, describe_eos_change, save_pre
 from model.tokenizer import load_tokenizer
 from model.transformer import describe_attention
 from train.checkpoint import CheckpointError
+from train.compilation import check_compiler
 from train.cuda.launch import LossBackendError, agree_on_loss_backend
 from train.distributed import (
     DTYPES,
@@ -84,6 +85,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         use_deterministic_algorithms(config.deterministic)
         refuse_too_large(config, lambda: plan_sft(config, encoded))
         world = init_world(config.device, shard_group_size=config.shard_group_size)
+        check_compiler(config.compile, world.device)
         loss_backend, reason = agree_on_loss_backend(config.loss_backend, world, shape.vocab_size)
         if world.is_main:
             idle_line = ranks_that_hold_shards_only(world.size, min(config.global_batch_size, len(encoded)))

@@ -194,10 +194,6 @@ class Attention(nn.Module):
         self.wv = nn.Linear(config.dim, kv_width, bias=config.qkv_bias)
         self.wo = nn.Linear(query_width, config.dim, bias=False)
 
-    def forward(self, x_BTD: Tensor, cos: Tensor, signed_sin: Tensor, segments: Segments) -> Tensor:
-        out_BTNH = attend(*self.project(x_BTD, cos, signed_sin), segments=segments)
-        return self.wo(out_BTNH.flatten(2))
-
     def project(self, x_BTD: Tensor, cos: Tensor, signed_sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Queries (B, T, N, H), keys and values (B, T, K, H); queries and keys are turned by their positions."""
         B, T, _ = x_BTD.shape
@@ -246,7 +242,16 @@ class TransformerBlock(nn.Module):
         self.ffn_norm = RMSNorm(config.dim, config.norm_eps)
 
     def forward(self, x_BTD: Tensor, cos: Tensor, signed_sin: Tensor, segments: Segments) -> Tensor:
-        x_BTD = x_BTD + self.attention(self.attention_norm(x_BTD), cos, signed_sin, segments)
+        out_BTNH = attend(*self.before_attention(x_BTD, cos, signed_sin), segments=segments)
+        return self.after_attention(x_BTD, out_BTNH)
+
+    def before_attention(self, x_BTD: Tensor, cos: Tensor, signed_sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """What attend takes in: queries (B, T, N, H), keys and values (B, T, K, H)."""
+        return self.attention.project(self.attention_norm(x_BTD), cos, signed_sin)
+
+    def after_attention(self, x_BTD: Tensor, out_BTNH: Tensor) -> Tensor:
+        """The block's output from its input and what attend returned."""
+        x_BTD = x_BTD + self.attention.wo(out_BTNH.flatten(2))
         return x_BTD + self.feed_forward(self.ffn_norm(x_BTD))
 
 

@@ -7,6 +7,7 @@ import torch
 from model.pretrained_weights import check_same_shape
 from model.tokenizer import Tokenizer
 from rl.ppo_config import PPOConfig
+from train.compilation import compile_blocks
 from train.distributed import World, load_sharded_model, load_sharded_value_model
 from train.optimizer import make_adamw
 from train.run_logging import model_fingerprint
@@ -44,6 +45,9 @@ def load_models(config: PPOConfig, tokenizer: Tokenizer, world: World, loss_back
     policy = load_sharded_model(config.model, world, **shared)
     reference = load_sharded_model(reference_dir, world, **shared, frozen=True)
     critic = load_sharded_value_model(critic_dir, world, **shared)
+    if config.compile == "on":  # the reference too: without updates it must give the policy's bits
+        for model in (policy, reference, critic):
+            compile_blocks(model)
     for model in (policy, critic):
         model.activation_checkpointing = config.activation_checkpointing == "on"
         model.train()

@@ -57,6 +57,13 @@ class RunConfig:
         choices=("on", "off"),
         free=True,
     )
+    compile: str = setting(
+        "off",
+        "have PyTorch compile what each block computes around its attention, which takes a minute at the start; changes "
+        "rounding only, but a resumed run may then differ in last bits from one in a piece (ours)",
+        choices=("on", "off"),
+        free=True,
+    )
     reduce_gradients: str = setting(
         "step",
         "when ranks add up their gradients: once per step, until then each rank keeps all of them in float32; or after "

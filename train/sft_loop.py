@@ -22,6 +22,7 @@ from data.data_report import data_report, describe_data
 from data.loss_weights import EncodedTrajectory, TextEncoder, encode_trajectory
 from data.trajectories import read_trajectories
 from printable import one_line
+from train.compilation import compile_blocks
 from train.distributed import World, gradient_square, limit_waiting, scale_gradients, set_gradient_sync, sum_over_ranks
 from train.held_out import HeldOut
 from train.optimizer import schedule_factor, set_learning_rates, warmup_steps_of
@@ -217,6 +218,8 @@ def train_sft(
     history = override_settings(output, config.override, identity, world)
     open_output(output, config, identity, world, data_report=data.report)
     model.activation_checkpointing = config.activation_checkpointing == "on"
+    if config.compile == "on":
+        compile_blocks(model)
     model.train()
     parts = {"model": (model, optimizer)}
     earlier = earlier_identities(identity, history)
