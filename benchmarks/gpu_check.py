@@ -30,12 +30,12 @@ from printable import json_line, log_text, message_line
 
 # letter -> (name, seconds on a GPU); together under 8 minutes
 STAGES = {
-    "a": ("versions", 40),
+    "a": ("versions", 35),
     "b": ("gpu_tests", 75),
     "c": ("attention", 40),
-    "d": ("transformers_logits", 45),
+    "d": ("transformers_logits", 40),
     "e": ("bundled_sft", 70),
-    "f": ("training_step", 75),
+    "f": ("training_step", 85),
     "g": ("decode", 55),
     "h": ("ppo_and_checkpoint", 45),
     "i": ("loss_kernels", 30),

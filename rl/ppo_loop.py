@@ -355,7 +355,8 @@ def step_model(
         raise TrainingError(
             f"step {step}: found {', '.join(faults)}, expected finite values, and max |ratio - 1| <= "
             f"{FIRST_UPDATE_TOLERANCE} without clipping in the first update of a rollout (computed in {config.dtype}, "
-            f"loss backend {models.loss_backend}, compile {config.compile}); stopped before the update of the {name} model"
+            f"loss backend {models.loss_backend}, compile {config.compile}); stopped before the update of the {name} "
+            "model"
         )
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)

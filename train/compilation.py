@@ -1,10 +1,11 @@
 """`--compile on`: PyTorch compiles what a block computes before and after its attention.
 
-Attention itself stays as it is: it is one kernel already, and its lengths are a list of numbers, each of which would be
-compiled in. So a program knows no length, and one serves all blocks of a model. Gradient checkpointing and FSDP work on
-whole blocks, from outside, and see no difference; parameters keep their names.
+Attention itself stays as it is: it is a kernel already, and its lengths are a list of numbers, each of which would be
+compiled in. So a program knows no length, and one serves all blocks of a model. Activation checkpointing and FSDP take
+whole blocks, from outside, and see no difference. Parameters keep their names.
 """
 
+from collections.abc import Callable
 from types import MethodType
 
 import torch
@@ -13,17 +14,29 @@ from command_line import ConfigError
 from model.transformer import TransformerBlock
 
 
-def compile_blocks(model: torch.nn.Module) -> None:
-    """Have the blocks of a Transformer or ValueModel compiled, in place, at their first use.
+def compile_blocks(model: torch.nn.Module, backend: str = "inductor") -> None:
+    """Have the blocks of a Transformer or ValueModel compiled at their first use, in place.
 
-    Once with gradients and once without. The two programs, or one that is compiled again, may round differently.
+    They are compiled once for use with gradients and once for use without. Those two programs, or one that another
+    process compiles, may round differently. backend: of torch.compile; others than the default are for tests.
     """
     before, after = (
-        torch.compile(part, dynamic=True)
-        for part in (TransformerBlock.before_attention, TransformerBlock.after_attention)
+        compiled(part, backend) for part in (TransformerBlock.before_attention, TransformerBlock.after_attention)
     )
     for block in model.layers:
         block.before_attention, block.after_attention = MethodType(before, block), MethodType(after, block)
+
+
+def compiled(part: Callable, backend: str) -> Callable:
+    """A method of a block, compiled for any number of tokens, which is dimension 1 of all its tensors."""
+    program = torch.compile(part, backend=backend)
+
+    def run(block: TransformerBlock, *tensors: torch.Tensor) -> torch.Tensor | tuple[torch.Tensor, ...]:
+        for tensor in tensors:
+            torch._dynamo.maybe_mark_dynamic(tensor, 1)
+        return program(block, *tensors)
+
+    return run
 
 
 def check_compiler(switch: str, device: torch.device) -> None:

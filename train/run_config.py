@@ -59,8 +59,8 @@ class RunConfig:
     )
     compile: str = setting(
         "off",
-        "have PyTorch compile what each block computes around its attention, which takes a minute at the start; changes "
-        "rounding only, but a resumed run may then differ in last bits from one in a piece (ours)",
+        "have PyTorch compile what each block computes around its attention: faster steps, a minute more at the start; "
+        "changes rounding only, but a resumed run may then differ from one in a piece in its last bits (ours)",
         choices=("on", "off"),
         free=True,
     )
