@@ -33,7 +33,7 @@ from benchmarks.benchmark_loss_cuda import make_inputs, make_sides, median_secon
 from benchmarks.benchmark_plan import make_batch
 from benchmarks.benchmark_train_step import ADAMW, transformers_state
 from data.batches import PackedBatch
-from model.config import PRESETS, ModelConfig, RopeScaling, config_to_hf, count_parameters
+from model.config import PRESETS, ModelConfig, config_to_hf, count_parameters
 from model.decode import DecodeWeights, KVCache, decode_runs, decode_step, prefill, step_numbers
 from model.sampling import generate
 from model.tokenizer import load_tokenizer
@@ -350,13 +350,10 @@ def transformers_logits(device: str, small: bool) -> Items:
     except ImportError:
         yield {"skipped": "transformers is not installed"}
         return
-    shapes = {"codellama": llama_shape(small, n_layers=2)}
-    llama31 = {} if small else {"vocab_size": 128256, "n_kv_heads": 8, "ffn_dim": 14336}
-    qwen = {} if small else {"vocab_size": 152064, "dim": 3584, "n_heads": 28, "n_kv_heads": 4, "ffn_dim": 18944}
-    grouped = replace(shapes["codellama"], n_kv_heads=2)
-    scaling = RopeScaling(8.0, 1.0, 4.0, 8192)
-    shapes["llama31"] = replace(grouped, rope_theta=5e5, rope_scaling=scaling, **llama31)
-    shapes["qwen25"] = replace(grouped, qkv_bias=True, norm_eps=1e-6, **qwen)
+    shapes = {name: replace(PRESETS[name], n_layers=2) for name in ("codellama_7b", "llama31_8b", "qwen25_7b")}
+    if small:
+        tiny = {"vocab_size": 500, "dim": 64, "n_heads": 4, "head_dim": 16, "ffn_dim": 172}
+        shapes = {name: replace(shape, **tiny, n_kv_heads=shape.n_kv_heads // 8 or 2) for name, shape in shapes.items()}
     for family, shape in shapes.items():
         for dtype, limit in ((torch.float32, 1e-4), (torch.bfloat16, 5e-2)):
             ours = random_model(Transformer, shape, device, dtype)

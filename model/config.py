@@ -3,7 +3,7 @@
 LLaMA, CodeLLaMA, Llama-3.1 and Qwen-2/2.5 differ only in the fields below; the code that computes is the same.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from model.folder_json import ModelFolderError
@@ -275,9 +275,18 @@ def _codellama(vocab_size: int, dim: int, n_layers: int, n_heads: int, n_kv_head
     )
 
 
-# CodeLLaMA as published. 7B and 13B know the infilling tokens (32,016 rows), 34B does not (32,000).
+# As published. CodeLLaMA 7B and 13B know the infilling tokens (32,016 rows), 34B does not (32,000).
 PRESETS: dict[str, ModelConfig] = {
     "codellama_7b": _codellama(32016, 4096, 32, 32, 32, 11008),  # 6,738,546,688 parameters
     "codellama_13b": _codellama(32016, 5120, 40, 40, 40, 13824),  # 13,016,028,160
     "codellama_34b": _codellama(32000, 8192, 48, 64, 8, 22016),  # 33,743,970,304
+    "llama31_8b": replace(  # 8,030,261,248
+        _codellama(128256, 4096, 32, 32, 8, 14336),
+        rope_theta=5e5,
+        rope_scaling=RopeScaling(8.0, 1.0, 4.0, 8192),
+        max_positions=131072,
+    ),
+    "qwen25_7b": replace(  # 7,615,616,512
+        _codellama(152064, 3584, 28, 28, 4, 18944), norm_eps=1e-6, qkv_bias=True, max_positions=131072
+    ),
 }

@@ -13,11 +13,11 @@ from model.config import ModelConfig, count_parameters
 from model.decode import row_bytes
 from model.pretrained_weights import read_config
 from model.sampling import ROWS_PER_FORWARD
-from model.transformer import Transformer
+from model.transformer import Transformer, shared_prefix_mask
 from model.value_model import ValueModel
 from rl.ppo_config import PPOConfig
 from rl.ppo_loop import count_steps
-from rl.prompts import PPOPrompt
+from rl.prompts import PPOPrompt, even_sizes
 from rl.rollout import ResponseBatch, response_logprobs, response_states, response_values
 from train.distributed import DTYPES, ranks_that_hold_shards_only
 from train.plan import (
@@ -30,7 +30,7 @@ from train.plan import (
     Plan,
     Setup,
     disk_facts,
-    host_facts,
+    host_memory,
     logits_bytes,
     loss_rows,
     memory_limit,
@@ -42,9 +42,8 @@ from train.plan import (
 def plan_ppo(config: PPOConfig, prompts: Sequence[PPOPrompt]) -> Plan:
     """The plan of `python run_ppo.py` with these settings on these prompts.
 
-    The largest micro-batch is taken to be micro_batch_size times the longest prompt with a response of full length: too
-    much where responses share a prompt.
-    Reads config.json of the model folder only. Raises ModelFolderError.
+    The largest micro-batch is taken to be micro_batch_size responses of full length to the longest prompt, which
+    responses_per_prompt of them share. Reads config.json of the model folder only. Raises ModelFolderError.
     """
     setup, shape = setup_of(config, config.dtype), read_config(config.model)
     n_ranks, device_type = setup.n_ranks, setup.device_type
@@ -69,7 +68,8 @@ def plan_ppo(config: PPOConfig, prompts: Sequence[PPOPrompt]) -> Plan:
         "parameters": (shard + critic_shard) * FP32_BYTES + shard * DTYPES[config.dtype].itemsize,  # last: reference
         "optimizer state": (shard + critic_shard) * ADAM_BYTES,
     }
-    facts += host_facts(setup, sum(resident.values()) + shard * FP32_BYTES)  # gradients of one model at a time
+    gradients = shard * FP32_BYTES  # of one model at a time
+    host, host_limit = host_memory(config, setup, sum(resident.values()) + gradients)
     if setup.offload:
         resident = dict.fromkeys(resident, 0)
     phases = [
@@ -77,14 +77,14 @@ def plan_ppo(config: PPOConfig, prompts: Sequence[PPOPrompt]) -> Plan:
         *update_phases(config, shape, longest, resident, setup),
     ]
     limit = memory_limit(config.gpu_memory_gib, device_type, n_ranks)
-    return Plan(facts, phases, reserved=RESERVED_BYTES[device_type], limit=limit)
+    return Plan(facts, phases, RESERVED_BYTES[device_type], limit, host, host_limit)
 
 
 def rollout_bytes(config: PPOConfig, shape: ModelConfig, longest: int, setup: Setup) -> dict[str, int]:
     """What sampling needs beyond the models: a whole policy, unless it is one already, and the key/value cache."""
     itemsize = DTYPES[config.dtype].itemsize
     is_whole = setup.n_ranks == 1 and config.dtype == "float32" and not setup.offload
-    n_rows = min(ROWS_PER_FORWARD, -(-config.rollout_batch_size // setup.n_ranks))
+    n_rows = min(ROWS_PER_FORWARD, rows_of_rank(config.rollout_batch_size, config, setup))
     bytes_per_row = row_bytes(shape, longest + config.max_response_tokens, itemsize)
     if config.cache_gib:
         n_rows = max(1, min(n_rows, int(config.cache_gib * GIB) // bytes_per_row))
@@ -99,14 +99,14 @@ def update_phases(
     config: PPOConfig, shape: ModelConfig, longest: int, resident: dict[str, int], setup: Setup
 ) -> list[Phase]:
     """Measuring and the update of policy and critic, traced on at most two micro-batches."""
-    n_mine = -(-config.minibatch_size // setup.n_ranks)  # responses of rank 0 in one minibatch
+    n_mine, n_shared = rows_of_rank(config.minibatch_size, config, setup), config.responses_per_prompt
     n_rows, n_calls = min(config.micro_batch_size, n_mine), min(2, -(-n_mine // config.micro_batch_size))
     n_logits = loss_rows(n_rows * config.max_response_tokens, shape.vocab_size, setup.device_type)
 
     def traced(build: Callable[[ModelConfig], torch.nn.Module], score: Callable, needs_grad: bool) -> dict[str, int]:
         def run(model: torch.nn.Module, mode: FakeTensorMode) -> None:
             with torch.set_grad_enabled(needs_grad):
-                total = score(model, full_batch(n_rows, longest, config.max_response_tokens)).sum()
+                total = score(model, full_batch(n_rows, n_shared, longest, config.max_response_tokens)).sum()
             if needs_grad:
                 total.backward()
 
@@ -140,9 +140,21 @@ def values_of(critic: torch.nn.Module, batch: ResponseBatch) -> Tensor:
     return response_values(critic, batch)
 
 
-def full_batch(n_rows: int, n_prompt: int, n_response: int) -> ResponseBatch:
-    """A packed micro-batch of n_rows prompts and responses of those lengths, in tokens; its numbers mean nothing."""
-    n_tokens, n_scored = n_rows * (n_prompt + n_response - 1), n_rows * n_response
+def rows_of_rank(n_responses: int, config: PPOConfig, setup: Setup) -> int:
+    """Responses of rank 0 among n_responses of all ranks: it has all responses to each of its prompts."""
+    n_prompts = -(-n_responses // config.responses_per_prompt)
+    return min(n_responses, -(-n_prompts // setup.n_ranks) * config.responses_per_prompt)
+
+
+def full_batch(n_rows: int, n_shared: int, n_prompt: int, n_response: int) -> ResponseBatch:
+    """A packed micro-batch of n_rows responses, n_shared to a prompt, of those lengths in tokens; its numbers mean
+    nothing.
+
+    A micro-batch whose border cuts through the responses to a prompt may hold one prompt more.
+    """
+    groups = even_sizes(n_rows, n_shared)
+    lengths = [n_prompt + size * (n_response - 1) for size in groups]
+    n_tokens, n_scored = sum(lengths), n_rows * n_response
     ids_T, index_K = torch.zeros(n_tokens, dtype=torch.int64), torch.zeros(n_scored, dtype=torch.int64)
-    lengths = [n_prompt + n_response - 1] * n_rows
-    return ResponseBatch(ids_T, ids_T, index_K, index_K, index_K, index_K, lengths, [None] * n_rows)
+    masks = [shared_prefix_mask(n_prompt, [n_response - 1] * size) if size > 1 else None for size in groups]
+    return ResponseBatch(ids_T, ids_T, index_K, index_K, index_K, index_K, lengths, masks)

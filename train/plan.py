@@ -93,6 +93,8 @@ class Plan:
     phases: list[Phase]
     reserved: int  # bytes that nothing below sees: RESERVED_BYTES
     limit: int  # bytes that one rank may use
+    host: int = 0  # bytes of host memory that the ranks of this machine offload to together
+    host_limit: int = 0  # bytes of this machine's memory; 0 = not known
 
     @property
     def peak(self) -> int:
@@ -101,8 +103,13 @@ class Plan:
 
     @property
     def fits(self) -> bool:
-        """Whether the peak is within the limit."""
-        return self.peak <= self.limit
+        """Whether the peak and what is offloaded are within their limits."""
+        return self.peak <= self.limit and self.fits_host
+
+    @property
+    def fits_host(self) -> bool:
+        """Whether the host has the memory for what is offloaded, as far as that is known."""
+        return not self.host_limit or self.host <= self.host_limit
 
 
 def planned_ranks(plan_ranks: int) -> int:
@@ -123,8 +130,23 @@ def memory_limit(gpu_memory_gib: float, device_type: str, n_ranks: int) -> int:
     if gpu_memory_gib:
         return int(gpu_memory_gib * GIB)
     if device_type == "cpu":
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // n_ranks
+        return machine_memory() // n_ranks
     return torch.cuda.get_device_properties(0).total_memory if torch.cuda.is_available() else 80 * GIB
+
+
+def machine_memory() -> int:
+    """Bytes of this machine's memory."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def host_memory(config: RunConfig, setup: Setup, bytes_per_rank: int) -> tuple[int, int]:
+    """`host` and `host_limit` of a Plan whose ranks offload so much; without torchrun all ranks are on this machine.
+
+    A plan that is only printed, for a GPU that --gpu_memory_gib describes, is one for another machine.
+    """
+    is_elsewhere = config.plan == "on" and config.gpu_memory_gib > 0
+    n_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", setup.n_ranks))
+    return n_ranks * bytes_per_rank * setup.offload, 0 if is_elsewhere else machine_memory()
 
 
 def setup_of(config: RunConfig, dtype: str) -> Setup:
@@ -166,7 +188,7 @@ def trace_peak(
         parts = {part: int(parts[part] + (parts[part] - few[part]) * steps) for part in parts}
     if setup.offload:
         del parts["parameters"]
-        block = count_parameters(shape) - count_parameters(replace(shape, n_layers=shape.n_layers - 1))
+        block = count_parameters(replace(shape, n_layers=shape.n_layers + 1)) - count_parameters(shape)
         parts["gathered parameters"] += setup.shard(block) * FP32_BYTES  # on the way from the host
     return parts
 
@@ -259,12 +281,12 @@ def plan_sft(config: SFTConfig, encoded: Sequence[EncodedTrajectory]) -> Plan:
         f"{config.epochs} x {steps} = {config.epochs * steps} steps; {sum(map(len, encoded)):,} tokens per epoch; "
         f"largest micro-batch {len(batch.input_ids_T):,} tokens, {batch.trained_tokens:,} of them trained",
         *disk_facts(n_parameters * (FP32_BYTES + ADAM_BYTES), n_parameters * FP32_BYTES, config.keep_checkpoints),
-        *host_facts(setup, setup.shard(n_parameters) * (2 * FP32_BYTES + ADAM_BYTES)),
     ]
     if line := ranks_that_hold_shards_only(n_ranks, min(config.global_batch_size, len(encoded))):
         facts.append(line)
     limit = memory_limit(config.gpu_memory_gib, device_type, n_ranks)
-    return Plan(facts, phases, reserved=RESERVED_BYTES[device_type], limit=limit)
+    host, host_limit = host_memory(config, setup, setup.shard(n_parameters) * (2 * FP32_BYTES + ADAM_BYTES))
+    return Plan(facts, phases, RESERVED_BYTES[device_type], limit, host, host_limit)
 
 
 def plan_step(shape: ModelConfig, batch: PackedBatch, n_micro_batches: int, setup: Setup) -> list[Phase]:
@@ -321,25 +343,25 @@ def disk_facts(checkpoint_bytes: int, final_bytes: int, keep_checkpoints: int) -
     return [line + f"{needed / GIB:.3f} GiB ({keep_checkpoints} kept and one being written)"]
 
 
-def host_facts(setup: Setup, n_bytes: int) -> list[str]:
-    """A line on what a rank offloads. Pinned blocks are rounded up to powers of two: about half as much again."""
-    if not setup.offload:
-        return []
-    return [f"host memory of a rank: {n_bytes / GIB:.2f} GiB of shards, gradients and optimizer state, and rounding"]
-
-
 def plan_lines(plan: Plan) -> list[str]:
     """The plan as text: facts, GiB per rank by part and phase, and the verdict."""
     parts = list(dict.fromkeys(part for phase in plan.phases for part in phase.bytes_by_part))
     width = max(map(len, [*parts, "total"])) + 2
     widths = [max(len(phase.name), 8) + 2 for phase in plan.phases]
     names = [phase.name for phase in plan.phases]
-    lines = [*plan.facts, "GiB per rank".ljust(width) + "".join(map(str.rjust, names, widths))]
+    host_line = f"host memory of all ranks here: {plan.host / GIB:.2f} GiB before rounding"
+    if plan.host_limit:
+        host_line += f"; limit {plan.host_limit / GIB:.2f} GiB: {'fits' if plan.fits_host else 'does not fit'}"
+    lines = [
+        *plan.facts,
+        *([host_line] if plan.host else []),
+        "GiB per rank".ljust(width) + "".join(map(str.rjust, names, widths)),
+    ]
     rows = {part: [phase.bytes_by_part.get(part, 0) for phase in plan.phases] for part in parts}
     for name, cells in (rows | {"total": [phase.total for phase in plan.phases]}).items():
         lines.append(name.ljust(width) + "".join(f"{n / GIB:{w}.3f}" for n, w in zip(cells, widths, strict=True)))
     reserve = f", {plan.reserved / GIB:.0f} GiB of it reserved for CUDA and NCCL" if plan.reserved else ""
-    verdict = "fits" if plan.fits else "does not fit"
+    verdict = "fits" if plan.peak <= plan.limit else "does not fit"
     return [*lines, f"peak {plan.peak / GIB:.3f} GiB per rank{reserve}; limit {plan.limit / GIB:.3f} GiB: {verdict}"]
 
 
@@ -358,6 +380,11 @@ def refuse_too_large(config: RunConfig, make_plan: Callable[[], Plan]) -> None:
     """
     if config.gpu_memory_gib > 0 or device_type_of(config.device) == "cuda":
         plan = make_plan()
+        if not plan.fits_host:
+            raise ConfigError(
+                f"--offload: found a plan of {plan.host / GIB:.2f} GiB of host memory, expected at most "
+                f"{plan.host_limit / GIB:.2f}, this machine's; --plan prints it"
+            )
         if not plan.fits:
             raise ConfigError(
                 f"--gpu_memory_gib: found a plan of {plan.peak / GIB:.3f} GiB per rank, expected at most "

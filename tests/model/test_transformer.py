@@ -338,16 +338,23 @@ def test_init_weights_is_reproducible_and_scaled():
 
 @pytest.mark.parametrize(
     "name, expected",
-    [("codellama_7b", 6_738_546_688), ("codellama_13b", 13_016_028_160), ("codellama_34b", 33_743_970_304)],
+    [
+        ("codellama_7b", 6_738_546_688),
+        ("codellama_13b", 13_016_028_160),
+        ("codellama_34b", 33_743_970_304),
+        ("llama31_8b", 8_030_261_248),
+        ("qwen25_7b", 7_615_616_512),
+    ],
 )
 def test_presets_have_the_published_size(name, expected):
     config = PRESETS[name]
     assert count_parameters(config) == expected
     with torch.device("meta"):
         assert sum(p.numel() for p in Transformer(config).parameters()) == expected
-    assert config.rope_theta == 1e6
-    is_34b = name == "codellama_34b"
-    assert (config.vocab_size, config.n_kv_heads) == ((32000, 8) if is_34b else (32016, config.n_heads))
+    assert config.rope_theta == (5e5 if name == "llama31_8b" else 1e6)
+    if name.startswith("codellama"):
+        is_34b = name == "codellama_34b"
+        assert (config.vocab_size, config.n_kv_heads) == ((32000, 8) if is_34b else (32016, config.n_heads))
 
 
 @pytest.mark.parametrize(

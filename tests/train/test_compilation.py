@@ -77,38 +77,39 @@ def test_a_compiler_is_tried_only_where_it_is_needed(monkeypatch):
 # To machine code
 
 
-def assert_close_metrics(found, expected, rel):
+def assert_close_metrics(found, expected, **tolerance):
     assert len(found) == len(expected) > 0
     for row, other in zip(found, expected, strict=True):
         assert row.keys() == other.keys()
         for name in (name for name in row if not name.startswith("time/")):
-            assert row[name] == pytest.approx(other[name], rel=rel, abs=1e-6), name
+            assert row[name] == pytest.approx(other[name], **tolerance), name
 
 
 @pytest.mark.very_slow
-@pytest.mark.parametrize("ranks", [1, 2])
-@pytest.mark.parametrize("checkpointing", ["off", "on"])
+@pytest.mark.parametrize(("ranks", "checkpointing"), [(1, "off"), (2, "on")])
 def test_compiled_sft_has_the_losses_and_gradient_norms_of_eager(tmp_path, ranks, checkpointing):
-    """2 steps, then 2 more of a run that has been compiled so far: one may be resumed as the other."""
+    """The compiled run is resumed as an eager one after 4 steps."""
     flags = {"learning_rate": 1e-3, "activation_checkpointing": checkpointing}
-    for name, parts in {"eager": [(4, "off")], "compiled": [(4, "on")], "both": [(2, "on"), (4, "off")]}.items():
-        for steps, switch in parts:
-            line = arguments(tmp_path / name, max_steps=steps, compile=switch, **flags)
-            code, _, err = run("run_sft", line, ranks)
-            assert code == 0, err
-    for name in ("compiled", "both"):
-        assert_close_metrics(metrics_of(tmp_path / name), metrics_of(tmp_path / "eager"), rel=1e-5)
+    for name, steps, switch in (("eager", 5, "off"), ("compiled", 4, "on"), ("compiled", 5, "off")):
+        line = arguments(tmp_path / name, max_steps=steps, compile=switch, **flags)
+        code, _, err = run("run_sft", line, ranks)
+        assert code == 0, err
+    assert_close_metrics(metrics_of(tmp_path / "compiled"), metrics_of(tmp_path / "eager"), rel=1e-5)
 
 
 @pytest.mark.very_slow
-@pytest.mark.parametrize("ranks", [1, 2])
-def test_compiled_ppo_has_the_figures_of_eager(tmp_path, ranks):
-    """Measuring without gradients and the update with them are two programs; the first ratio is checked by the run."""
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_compiled_ppo_has_the_figures_of_eager(tmp_path, dtype):
+    """Measuring without gradients and the update with them are two programs; the run checks that the first ratio is 1.
+
+    In bf16 a compiled program rounds in fewer places, so that only the checks of the run are to pass.
+    """
     for switch in ("off", "on"):
-        line = ppo_arguments(tmp_path / switch, max_steps=2, responses_per_prompt=2, compile=switch)
-        code, _, err = run("run_ppo", line, ranks)
+        line = ppo_arguments(tmp_path / switch, max_steps=2, responses_per_prompt=2, compile=switch, dtype=dtype)
+        code, _, err = run("run_ppo", line)
         assert code == 0, err
-    assert_close_metrics(metrics_of(tmp_path / "on"), metrics_of(tmp_path / "off"), rel=1e-4)
+    if dtype == "float32":  # the absolute bound is for differences of log-probabilities, which are only rounding
+        assert_close_metrics(metrics_of(tmp_path / "on"), metrics_of(tmp_path / "off"), rel=1e-4, abs=1e-5)
 
 
 @pytest.mark.very_slow

@@ -14,6 +14,8 @@ import run_ppo
 import run_sft
 from benchmarks.benchmark_plan import make_batch, measure, shape_of
 from model.sampling import RowDecoder, continue_prompts, decoder_for, generate
+from rl.plan import full_batch, rows_of_rank
+from rl.ppo_config import PPOConfig
 from tests.support.processes import free_port, spawn
 from tests.support.tiny_run import run_here
 from train import plan as train_plan
@@ -84,11 +86,33 @@ class TestCommand:
         assert run_sft.main(arguments) == 0
         printed = capsys.readouterr().out
         # 1,948,224 parameters x (weight 4 + gradient 4 + means 8) = 31,171,584 bytes
-        assert "host memory of a rank: 0.03 GiB of shards, gradients and optimizer state" in printed
+        assert "host memory of all ranks here: 0.03 GiB before rounding; limit" in printed
         table = table_of(printed)
         assert table["optimizer state"] == table["parameters"] == table["gradients"] == [0.0, 0.0]
         assert table["gathered parameters"][0] >= 0.007  # all of them, for one rank keeps what it gathered
         assert not setup_of(SFTConfig(offload="on", device="cpu"), "float32").offload  # host memory is all there is
+
+    def test_a_host_without_room_for_what_is_offloaded_is_refused(
+        self, one_layer_without_weights, tmp_path, monkeypatch, capsys
+    ):
+        """(922 + 4 x 192 + 3 x 512 + 2) x 192 + 192 = 619,968 parameters x 16 bytes = 9,919,488 on both ranks."""
+        monkeypatch.setattr(train_plan, "machine_memory", lambda: 9_900_000)
+        flags = ["--device", "cuda", "--offload", "on", "--plan_ranks", "2"]
+        plan = ["--plan", "--model", str(one_layer_without_weights), *flags]
+        assert run_sft.main(plan) == 2
+        assert (
+            "host memory of all ranks here: 0.01 GiB before rounding; limit 0.01 GiB: does not fit"
+            in capsys.readouterr().out
+        )
+        assert run_sft.main([*plan, "--gpu_memory_gib", "80"]) == 0  # planned for another machine
+        monkeypatch.setattr(train_plan, "machine_memory", lambda: 9_920_000)
+        assert run_sft.main(plan) == 0
+        monkeypatch.setattr(train_plan, "machine_memory", lambda: 10**6)
+        with pytest.raises(SystemExit) as ended:
+            run_sft.main([*flags, "--gpu_memory_gib", "80", "--output", str(tmp_path / "run")])
+        error = capsys.readouterr().err
+        assert ended.value.code == 2 and error.count("\n") == 1 and not (tmp_path / "run").exists()
+        assert error.startswith("--offload: found a plan of 0.03 GiB of host memory, expected at most 0.00, this")
 
     def test_the_reference_of_a_bf16_run_takes_half(self, folder_without_weights, capsys):
         arguments = ["--plan", "--model", str(folder_without_weights), "--dtype", "bfloat16"]
@@ -172,6 +196,24 @@ class TestTrace:
         spawn(measure_rank, (n_ranks, free_port(), str(tmp_path)), n_ranks)
         measured = max(json.loads(path.read_text())["above_start_mb"] for path in tmp_path.iterdir())
         assert planned == pytest.approx(measured, rel=0.15)
+
+
+class TestSharedPrompts:
+    def test_a_prompt_is_planned_once_for_its_responses(self):
+        """7 responses of 5 tokens, 3 to a prompt of 10: groups of 3, 2 and 2 of 4 tokens that are fed each."""
+        batch = full_batch(7, 3, 10, 5)
+        assert batch.segment_lengths == [10 + 12, 10 + 8, 10 + 8] and len(batch.input_ids_T) == 58
+        assert len(batch.target_ids_K) == 35 and [mask.shape[0] for mask in batch.segment_masks] == [22, 18, 18]
+        alone = full_batch(2, 1, 10, 5)
+        assert alone.segment_lengths == [14, 14] and alone.segment_masks == [None, None]
+
+    @pytest.mark.parametrize(
+        ("n_ranks", "n_shared", "expected"), [(1, 1, 8), (4, 1, 2), (4, 4, 4), (3, 2, 4), (2, 8, 8)]
+    )
+    def test_a_rank_has_all_responses_to_a_prompt(self, n_ranks, n_shared, expected):
+        """Of 8."""
+        config = PPOConfig(responses_per_prompt=n_shared)
+        assert rows_of_rank(8, config, Setup(n_ranks)) == expected
 
 
 class TestLimit:
