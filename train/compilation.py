@@ -29,7 +29,10 @@ def compile_blocks(model: torch.nn.Module, backend: str = "inductor") -> None:
 
 def compiled(part: Callable, backend: str) -> Callable:
     """A method of a block, compiled for any number of tokens, which is dimension 1 of all its tensors."""
-    program = torch.compile(part, backend=backend)
+    # a fused chain of bf16 operators rounds after each, as eager does: which chains are fused depends on gradients, and
+    # PPO's first ratio must be 1
+    options = {"emulate_precision_casts": True} if backend == "inductor" else None
+    program = torch.compile(part, backend=backend, options=options)
 
     def run(block: TransformerBlock, *tensors: torch.Tensor) -> torch.Tensor | tuple[torch.Tensor, ...]:
         for tensor in tensors:

@@ -102,7 +102,7 @@ def test_compiled_sft_has_the_losses_and_gradient_norms_of_eager(tmp_path, ranks
 def test_compiled_ppo_has_the_figures_of_eager(tmp_path, dtype):
     """Measuring without gradients and the update with them are two programs; the run checks that the first ratio is 1.
 
-    In bf16 a compiled program rounds in fewer places, so that only the checks of the run are to pass.
+    In bf16 one value that is rounded the other way moves all later figures, so that only the checks of the run count.
     """
     for switch in ("off", "on"):
         line = ppo_arguments(tmp_path / switch, max_steps=2, responses_per_prompt=2, compile=switch, dtype=dtype)
