@@ -64,11 +64,12 @@ class DecodeWeights:
 
     On a CPU they are a copy, except matrices that need neither packing nor joining. On other devices joined matrices
     take the place of the model's own, whose parameters become views of them: there is no second copy.
+    cuda_graphs: on CUDA, a RowDecoder on these weights records its steps (model/step_graphs.py).
     Raises ValueError when the model's parameters are sharded: decoding reads them without a collective.
     """
 
     @torch.no_grad()
-    def __init__(self, model: Transformer) -> None:
+    def __init__(self, model: Transformer, *, cuda_graphs: bool = False) -> None:
         if type(model.layers[0].attention.wq.weight) is not nn.Parameter:
             raise ValueError(
                 "the model is sharded, expected one with whole parameters (train.distributed.gathered_model)"
@@ -86,6 +87,7 @@ class DecodeWeights:
             for block in model.layers
         ]
         self.head = pack_matrix(model.head_weight().detach())
+        self.has_graphs = cuda_graphs and self.device().type == "cuda"
 
     def embed(self, ids_T: Tensor, positions_T: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor]]:
         """Rows (T, D) of the embedding, and the cos and sin that turn queries and keys, (T, 1, H) each."""
@@ -238,9 +240,14 @@ def rows_that_fit(n_rows: int, bytes_per_row: int, cache_bytes: int, device: tor
     return max(1, min(n_rows, cache_bytes // bytes_per_row)) if cache_bytes else n_rows
 
 
+def slots_after_step(cache: KVCache, row: int) -> int:
+    """Slots that a row's attention reads after one new token."""
+    return (cache.lengths[row] // SLOTS_PER_STEP + 1) * SLOTS_PER_STEP
+
+
 def decode_runs(cache: KVCache, rows: list[int], device: torch.device) -> list[DecodeRun]:
     """The runs in which `rows` attend after one new token each."""
-    n_slots_S = [(cache.lengths[row] // SLOTS_PER_STEP + 1) * SLOTS_PER_STEP for row in rows]
+    n_slots_S = [slots_after_step(cache, row) for row in rows]
     is_joint = device.type != "cpu" or torch.get_num_threads() == 1
     runs, first = [], 0
     for end in range(1, len(rows) + 1):
@@ -323,20 +330,23 @@ def prefill(
 
 @torch.inference_mode()
 def step_numbers(
-    weights: DecodeWeights, cache: KVCache, rows: list[int], token_ids: list[int], n_rows: int, n_steps: int = 1
+    weights: DecodeWeights, cache: KVCache, rows: list[int], token_ids: list[int | None], n_rows: int, n_steps: int = 1
 ) -> Tensor:
     """What n_steps decoding steps of `rows`, which are ascending, begin with: (4, B) on the device, in one copy.
 
     Token, position, slot counted over all rows, and what a step adds to the last two. The forward has n_rows rows;
-    those beyond the given ones only fill the shape. Reserves the slots. The caller counts the tokens in `lengths`.
+    those beyond the given ones only fill the shape. A row without a token takes part without effect: it writes one slot
+    beyond its length. Reserves the slots; the caller counts the tokens in `lengths`.
     """
-    for row in rows:
-        cache.wipe_beyond(row)
-        cache.make_room(row, n_steps)
+    moves = [int(token_id is not None) for token_id in token_ids]
+    for row, move in zip(rows, moves, strict=True):
+        if move:
+            cache.wipe_beyond(row)
+        cache.make_room(row, n_steps if move else 1)
     filler = [0] * (n_rows - len(rows))
     positions = [cache.lengths[row] for row in rows]
     slots = [row * cache.n_slots + position for row, position in zip(rows, positions, strict=True)]
-    numbers = [each + filler for each in (token_ids, positions, slots, [1] * len(rows))]
+    numbers = [each + filler for each in ([token_id or 0 for token_id in token_ids], positions, slots, moves)]
     return to_device(numbers, torch.long, weights.device())
 
 

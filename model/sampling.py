@@ -35,9 +35,11 @@ from model.decode import (
     product,
     row_bytes,
     rows_that_fit,
+    slots_after_step,
     step_numbers,
     to_device,
 )
+from model.step_graphs import StepGraphs
 from model.transformer import Transformer
 
 ROWS_PER_FORWARD = 16  # a multiple of 8, so that BLAS treats the rows alike at every place in the batch
@@ -220,6 +222,9 @@ class RowDecoder:
         self.row_counts = _row_counts(self.weights.model, rows_per_forward, with_head=True)
         self.tile_counts = _row_counts(self.weights.model, ROWS_PER_TILE, with_head=False)
         self.steps_per_stop_test = STEPS_PER_STOP_TEST if self.weights.device().type == "cuda" else 1
+        self.graphs = None
+        if self.weights.has_graphs:
+            self.graphs = StepGraphs(self.row_counts[-1], self.weights.device())
         self.waiting: deque[tuple[int, int, list[int]]] = deque()  # (row, slots kept, ids to prefill)
         self.responses: dict[int, Response] = {}  # of the rows under way, the waiting ones included
         self.last_row = -1  # the last one decoded
@@ -250,11 +255,12 @@ class RowDecoder:
             chosen = [choose_tokens(logits_RV, self.temperature, *self._draw_uniforms(rows, 1))]
         else:
             rows = self._next_rows()
-            chosen = self._decode(rows, self._steps_without_host(rows))
+            chosen = self._decode(rows)
         steps = torch.stack(chosen).tolist()  # the host waits for the device, once
         ended = []
         for place, row in enumerate(rows):
-            response = self.responses[row]
+            if (response := self.responses.get(row)) is None:
+                continue
             n_used = 0
             for token_id, logprob in ((int(tokens[place]), logprobs[place]) for tokens, logprobs in steps):
                 n_used += 1
@@ -270,18 +276,27 @@ class RowDecoder:
             self.tokens_forwarded -= len(steps) - n_used
         return ended
 
-    def _decode(self, rows: list[int], n_steps: int) -> list[Tensor]:
-        """Decodes n_steps tokens for each row; what was chosen in each step, (2, S), on the device."""
-        token_ids = [self.responses[row].ids[-1] for row in rows]
+    def _decode(self, rows: list[int]) -> list[Tensor]:
+        """Decodes tokens for the rows; what was chosen in each step, (2, S), on the device."""
+        answering = [row for row in rows if row in self.responses]
+        n_steps = self._steps_without_host(answering)
+        token_ids = [self.responses[row].ids[-1] if row in self.responses else None for row in rows]
         n_rows = _at_least(len(rows), self.row_counts)
         numbers_4B = step_numbers(self.weights, self.cache, rows, token_ids, n_rows, n_steps)
+        if self.graphs is not None:
+            self.graphs.load(numbers_4B, self.cache.n_slots)
         chosen = []
         for uniforms_S in self._draw_uniforms(rows, n_steps):
-            runs = decode_runs(self.cache, rows, numbers_4B.device)
-            chosen.append(self._sample_step(numbers_4B, uniforms_S, runs))
-            for row in rows:
+            if self.graphs is None:
+                runs = decode_runs(self.cache, rows, numbers_4B.device)
+                chosen.append(self._sample_step(numbers_4B, uniforms_S, runs))
+            else:
+                n_slots = max(slots_after_step(self.cache, row) for row in answering)
+                run = DecodeRun(0, rows[0], len(rows), n_slots)
+                chosen.append(self.graphs.step(self._sample_step, uniforms_S, run, n_rows))
+            for row in answering:
                 self.cache.lengths[row] += 1
-        self.tokens_forwarded += n_steps * len(rows)
+        self.tokens_forwarded += n_steps * len(answering)
         return chosen
 
     @torch.inference_mode()
@@ -304,7 +319,8 @@ class RowDecoder:
         """For each step one number per row, fp64, all in one copy to the device; None when greedy."""
         if self.temperature == 0:
             return [None] * n_steps
-        numbers = [self.responses[row].draw(n_steps) for row in rows]
+        idle = Response(torch.Generator())
+        numbers = [self.responses.get(row, idle).draw(n_steps) for row in rows]
         return to_device(numbers, torch.float64, self.weights.device()).unbind(1)
 
     def _prefill_next(self) -> tuple[list[int], Tensor]:
@@ -348,9 +364,18 @@ class RowDecoder:
         return rows, logits_RV[to_device(logit_rows, torch.long, logits_RV.device)]
 
     def _next_rows(self) -> list[int]:
+        """The rows of the next decoding step, ascending. With graphs it has idle ones too: each place in the forward
+        belongs to one row of the cache."""
         rows = sorted(self.responses)  # neighbours attend in one call
-        if len(rows) > self.row_counts[-1]:
-            rows = ([row for row in rows if row > self.last_row] or rows)[: self.row_counts[-1]]
+        most = self.row_counts[-1]
+        if self.graphs is not None:
+            later = [row for row in rows if row > self.last_row] or rows
+            first = later[0] // most * most
+            self.last_row = first + most - 1
+            n_rows = _at_least(max(row for row in later if row <= self.last_row) - first + 1, self.row_counts)
+            return list(range(first, min(first + n_rows, len(self.cache.lengths))))
+        if len(rows) > most:
+            rows = ([row for row in rows if row > self.last_row] or rows)[:most]
             self.last_row = rows[-1]
         return rows
 
