@@ -16,10 +16,9 @@ import statistics
 import subprocess
 import tempfile
 import time
-import warnings
 import xml.etree.ElementTree as xml
 from argparse import Namespace
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from importlib.metadata import distributions
 from math import inf
@@ -32,10 +31,21 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from benchmarks.benchmark_loss_cuda import make_inputs, make_sides, median_seconds, roof_rates, run_step
 from benchmarks.benchmark_plan import make_batch
 from benchmarks.benchmark_train_step import ADAMW, transformers_state
+from benchmarks.gpu_decode_stage import decode
+from benchmarks.gpu_measures import (
+    Items,
+    at_most,
+    compute_dtype,
+    count_calls,
+    llama_shape,
+    must_be,
+    needs_cuda,
+    peak_gib,
+    random_model,
+    seconds_of,
+)
 from data.batches import PackedBatch
 from model.config import PRESETS, ModelConfig, config_to_hf, count_parameters
-from model.decode import DecodeWeights, KVCache, decode_runs, decode_step, prefill, step_numbers
-from model.sampling import generate
 from model.tokenizer import load_tokenizer
 from model.transformer import Segments, Transformer, attend, describe_attention
 from model.value_model import ValueModel
@@ -67,11 +77,9 @@ TINY_MODEL, TINY_DATA = ROOT / "assets" / "tiny_model", ROOT / "assets" / "tiny_
 # dense bf16 operations per second, from NVIDIA's data sheets
 PEAK_FLOPS = {"H100 PCIe": 756e12, "H100": 989e12, "H200": 989e12, "A100": 312e12}
 
-Items = Iterator[dict]
-
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Items, models, clocks
+# Which stage
 
 
 def run(name: str, device: str, small: bool) -> Items:
@@ -85,95 +93,6 @@ def run(name: str, device: str, small: bool) -> Items:
     stages = (versions, gpu_tests, attention, transformers_logits, bundled_sft, training_step, decode)
     stages += (ppo_and_checkpoint, loss_kernels)
     yield from {stage.__name__: stage for stage in stages}[name](device, small)
-
-
-def at_most(name: str, found: float, limit: float) -> dict:
-    """A figure that must not exceed the limit; nan does."""
-    fault = {} if found <= limit else {"fault": f"{name}: found {found:.3g}, expected at most {limit:.3g}"}
-    return {name: found} | fault
-
-
-def must_be(name: str, is_true: bool) -> dict:
-    """A promise and whether it holds."""
-    return {name: bool(is_true)} | ({} if is_true else {"fault": f"{name}: found no, expected yes"})
-
-
-def needs_cuda(device: str, *what: str) -> Items:
-    """On the CPU: what it cannot show."""
-    if device == "cpu":
-        yield from ({"not_run": f"{each}: needs a CUDA device"} for each in what)
-
-
-def compute_dtype(device: str) -> torch.dtype:
-    """What a device is best at."""
-    return torch.bfloat16 if device == "cuda" else torch.float32
-
-
-def random_model(build: type, shape: ModelConfig, device: str, dtype: torch.dtype = torch.float32) -> torch.nn.Module:
-    """A model with the same random weights in every call, those of norms and biases not trivial."""
-    with torch.device("meta"):
-        model = build(shape)
-    model = model.to(dtype).to_empty(device=device)
-    torch.manual_seed(0)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.normal_(0.0, 0.02) if parameter.ndim == 2 else parameter.normal_(1.0, 0.1)
-    return model
-
-
-def llama_shape(small: bool, n_layers: int, dim: int = 4096, **changes: object) -> ModelConfig:
-    """CodeLLaMA with n_layers layers of width dim; in miniature 64 wide."""
-    full = PRESETS["codellama_7b"]
-    dim, head_dim = (64, 16) if small else (dim, full.head_dim)
-    heads = {"n_heads": dim // head_dim, "n_kv_heads": dim // head_dim, "head_dim": head_dim}
-    sizes = {"dim": dim, "n_layers": n_layers, "ffn_dim": dim * full.ffn_dim // full.dim}
-    vocabulary = {"vocab_size": 500} if small else {}
-    return replace(full, **(heads | sizes | vocabulary | changes))
-
-
-def seconds_of(call: Callable[[], object], device: str) -> float:
-    """Of one call, the device's work included."""
-    wait = torch.cuda.synchronize if device == "cuda" else int
-    wait()
-    began = time.perf_counter()
-    call()
-    wait()
-    return time.perf_counter() - began
-
-
-def count_calls(call: Callable[[], object], device: str) -> dict:
-    """Kernels that a call launches and times that it waits for the device; on the CPU its operators."""
-    activities = [torch.profiler.ProfilerActivity.CPU]
-    if device == "cuda":
-        activities.append(torch.profiler.ProfilerActivity.CUDA)
-    with torch.profiler.profile(activities=activities) as profile:
-        call()
-    counts = {event.key: event.count for event in profile.key_averages()}
-    if device == "cpu":
-        return {"operators": sum(n for name, n in counts.items() if name.startswith("aten::"))}
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        torch.cuda.set_sync_debug_mode("warn")
-        try:
-            call()
-        finally:
-            torch.cuda.set_sync_debug_mode("default")
-    launches = ("cudaLaunchKernel", "cuLaunchKernel")
-    return {
-        "kernels": sum(n for name, n in counts.items() if name.startswith(launches))
-        or "unknown: the profiler saw none",
-        "synchronizations": sum("synchroniz" in str(each.message) for each in caught),
-    }
-
-
-def peak_gib(device: str) -> float | None:
-    """Highest allocation since the last call; None on the CPU, which does not count."""
-    if device == "cpu":
-        return None
-    torch.cuda.synchronize()
-    peak = torch.cuda.max_memory_allocated() / GIB
-    torch.cuda.reset_peak_memory_stats()
-    return peak
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -480,47 +399,6 @@ def matmul_rate(device: str, small: bool) -> float:
     size = 128 if small else 8192
     left, right = torch.randn(2, size, size, device=device).to(torch.bfloat16)
     return 2 * size**3 / min(seconds_of(lambda: left @ right, device) for _ in range(5))
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# g decode
-
-
-def decode(device: str, small: bool) -> Items:
-    """decode_step of a random 7B model: ms, tokens/s, share of the rate at which the device copies."""
-    shape, dtype = llama_shape(small, n_layers=2 if small else 32), compute_dtype(device)
-    model = random_model(Transformer, shape, device, dtype).requires_grad_(False).eval()
-    torch.manual_seed(3)
-    prompts = [torch.randint(3, shape.vocab_size, (20 + 3 * n,)).tolist() for n in range(16)]
-    batched, alone = (generate(model, each, max_new_tokens=8, eos_id=None) for each in (prompts, prompts[:1]))
-    yield must_be("greedy_output_independent_of_batching", batched[0] == alone[0])
-    source, target = torch.zeros(2, 2**20 if small else 2**30, dtype=torch.int8, device=device)
-    copy_rate = 2 * source.nbytes / min(seconds_of(lambda: target.copy_(source), device) for _ in range(5))
-    weight_bytes = sum(each.nbytes for each in model.parameters()) - model.tok_embeddings.weight.nbytes
-    yield {"copy_gb_per_s": copy_rate / 1e9, "weight_gb": weight_bytes / 1e9}
-    weights = DecodeWeights(model)
-    for n_rows in (1, 8) if small else (1, 8, 16, 64):
-        cache, rows, ids = KVCache(shape, n_rows, 256), list(range(n_rows)), [7] * n_rows
-        for row in rows:
-            prefill(weights, cache, [row], [list(range(3, 35))])
-
-        def step(cache: KVCache = cache, rows: list[int] = rows, ids: list[int] = ids) -> None:
-            numbers_4B = step_numbers(weights, cache, rows, ids, len(rows))
-            decode_step(weights, cache, numbers_4B, decode_runs(cache, rows, numbers_4B.device))
-
-        for _ in range(2 if small else 4):
-            step()
-        seconds = statistics.median(seconds_of(step, device) for _ in range(2 if small else 16))
-        yield {
-            f"rows_{n_rows}": {
-                "ms": 1000 * seconds,
-                "tokens_per_s": n_rows / seconds,
-                "weights_share_of_copy_rate": weight_bytes / seconds / copy_rate,
-                **count_calls(step, device),
-            }
-        }
-    yield {"not_run": "CUDA graph: decoding has none yet"}
-    yield from needs_cuda(device, "kernels and synchronizations", "bf16")
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -114,6 +114,11 @@ class EvalConfig:
     seed: int = setting(0, "seed of every random generator and of the tools; greedy calls do not depend on it", low=0)
     dtype: str = setting("float32", "compute type", choices=("float32", "bfloat16"))
     device: str = setting("auto", "auto takes CUDA where present", choices=("auto", "cpu", "cuda"))
+    cuda_graphs: str = setting(
+        "off",
+        "on CUDA, record the steps of decoding and launch each as one: less work of the host; not yet run on a GPU",
+        choices=("on", "off"),
+    )
 
     def validate(self) -> None:
         """Checks that need more than one field's bounds; raises ValueError naming the field."""

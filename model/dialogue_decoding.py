@@ -13,6 +13,7 @@ token differ in the last bits from those of one long prefill.
 
 import torch
 
+from model.decode import DecodeWeights
 from model.sampling import ROWS_PER_FORWARD, Response, RowDecoder
 from model.transformer import Transformer
 
@@ -26,7 +27,7 @@ class DialogueDecoder:
 
     def __init__(
         self,
-        model: Transformer,
+        model: Transformer | DecodeWeights,
         *,
         n_rows: int,
         max_tokens: int,

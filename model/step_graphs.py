@@ -4,6 +4,10 @@ A graph repeats the kernels of a step on the addresses that they were recorded w
 therefore in buffers that stay where they are; so must weights and cache. Graphs belong to a RowDecoder, which holds
 both: a policy that is gathered again gets new weights, a new decoder and new graphs.
 
+All rows attend in one call, over the slots that the longest needs. A row's bits then have to be independent of the
+masked slots beyond its own: PyTorch's memory-efficient kernel, which takes a mask, goes through the keys in order, so
+they add zeros. The stage g of benchmarks/gpu_check.py compares the bits.
+
 Shape suffixes: B rows of a forward, S the first of them, which have a row in the cache.
 """
 
@@ -26,7 +30,7 @@ class StepGraphs:
         self.numbers_4B = torch.zeros(4, most_rows, dtype=torch.long, device=device)
         self.uniforms_B = torch.zeros(most_rows, dtype=torch.float64, device=device)
         self.chosen_2B = torch.zeros(2, most_rows, dtype=torch.float64, device=device)
-        self.replays: dict[tuple, Callable[[], None] | None] = {}
+        self.replays: dict[DecodeRun, Callable[[], None] | None] = {}
         self.storage_slots = 0
         self.pool = None  # memory that all graphs share: what a replay leaves is copied out before the next one
 
@@ -40,7 +44,8 @@ class StepGraphs:
 
     @torch.inference_mode()
     def step(self, sample_step: SampleStep, uniforms_S: Tensor | None, run: DecodeRun, n_rows: int) -> Tensor:
-        """sample_step on the buffers' first n_rows rows, all attending in one run; returns a copy of its result."""
+        """sample_step on the buffers' first n_rows rows, all of the run and those that only fill the shape; returns a
+        copy of its result."""
         S = run.n_rows
         uniforms = None
         if uniforms_S is not None:
@@ -50,14 +55,13 @@ class StepGraphs:
         def step() -> None:
             self.chosen_2B[:, :S] = sample_step(self.numbers_4B[:, :n_rows], uniforms, [run])
 
-        key = (run, n_rows)
-        if key not in self.replays:
+        if run not in self.replays:
             step()
-            self.replays[key] = None
+            self.replays[run] = None
         else:
-            if self.replays[key] is None:
-                self.replays[key] = self._record(step)
-            self.replays[key]()
+            if self.replays[run] is None:
+                self.replays[run] = self._record(step)
+            self.replays[run]()
         return self.chosen_2B[:, :S].clone()
 
     def _record(self, step: Callable[[], None]) -> Callable[[], None]:

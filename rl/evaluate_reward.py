@@ -26,6 +26,7 @@ from data.error_filter import ERROR_FILTERS
 from data.formats.table import TRAINING_FORMATS
 from data.json_records import DataError, write_json_lines
 from data.trained_format import AUTO_FORMAT, choose_format
+from model.decode import DecodeWeights
 from model.pretrained_weights import load_pretrained, read_config
 from model.sampling import generate
 from model.tokenizer import Tokenizer, check_vocabulary_fits, load_tokenizer
@@ -66,7 +67,7 @@ def response_seed(seed: int, prompt: PPOPrompt, sample: int) -> int:
 
 
 def evaluate_reward(
-    model: Transformer,
+    model: Transformer | DecodeWeights,
     tokenizer: Tokenizer,
     prompts: Sequence[PPOPrompt],
     sampling: Sampling,

@@ -171,6 +171,13 @@ class PPOConfig(RunConfig):
         choices=("auto", "cuda", "torch"),
         free=True,
     )
+    cuda_graphs: str = setting(
+        "off",
+        "on CUDA, record the steps of decoding and launch each as one: less work of the host; not yet run on a GPU "
+        "(ours)",
+        choices=("on", "off"),
+        free=True,
+    )
     # run folder and watching
     checkpoint_every: int = setting(
         50,

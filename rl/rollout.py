@@ -30,6 +30,7 @@ from torch import Tensor
 
 from data.formats.prompt_format import find_stop_ids
 from data.formats.table import FORMATS, end_of_turn_ids
+from model.decode import DecodeWeights
 from model.sampling import continue_prompts, decoder_for
 from model.tokenizer import Tokenizer
 from model.transformer import shared_prefix_mask
@@ -115,7 +116,7 @@ def sample_responses(
     mine = responses_of_rank(world, len(iteration.prompts), config.responses_per_prompt)
     prompts = [iteration.prompts[index].prompt_ids for index in mine]
     decoder = decoder_for(
-        gathered,
+        DecodeWeights(gathered, cuda_graphs=config.cuda_graphs == "on"),
         prompts,
         max_new_tokens=config.max_response_tokens,
         temperature=config.temperature,

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from data.tool_calls import render_tool_call
+from model.decode import DecodeWeights
 from model.tokenizer import Tokenizer
 from printable import cut, message_line, one_line
 from rl.advantages import explained_variance_from_sums, explained_variance_sums, kl_estimates, masked_sums
@@ -175,11 +176,12 @@ class Watch(RunWatch):
         if not held_out:
             return
         gathered = gathered_model(models.policy, self.world, dtype=self.config.dtype)
+        weights = DecodeWeights(gathered, cuda_graphs=self.config.cuda_graphs == "on")
         mine = list(range(self.world.rank, len(held_out), self.world.size))
         line: dict[str, object] = {"step": step}
         for name, temperature in (("greedy", 0.0), ("sampled", self.config.temperature)):
             rows = evaluate_reward(
-                gathered,
+                weights,
                 models.tokenizer,
                 [held_out[index] for index in mine],
                 Sampling(temperature, self.config.max_response_tokens, samples_per_prompt=1, seed=self.config.seed),

@@ -44,6 +44,7 @@ from eval.predict.endpoint import (
 from eval.predict.generate import LocalModel, join_journals, read_response
 from eval.predict.journals import describe_resume
 from eval.records import Record
+from model.decode import DecodeWeights
 from model.dialogue_decoding import DialogueDecoder
 from model.tokenizer import Tokenizer
 from model.transformer import Transformer
@@ -265,7 +266,7 @@ def run_dialogues_with_model(
     stop_texts = FORMATS[settings.prompt_format].stop_strings
     stop_ids = find_stop_ids(stop_texts, local.tokenizer)
     decoder = decoder or DialogueDecoder(
-        local.model,
+        DecodeWeights(local.model, cuda_graphs=local.cuda_graphs),
         n_rows=settings.batch_size,
         max_tokens=room,
         max_new_tokens=settings.max_new_tokens,

@@ -21,6 +21,7 @@ from eval.predict.cut_output import cut_at
 from eval.predict.journals import Journal, describe_resume, journal_file, journal_files, read_rows
 from eval.predict.prediction_files import prediction_of
 from eval.records import Record
+from model.decode import DecodeWeights
 from model.sampling import generate_as_ended
 from model.tokenizer import Tokenizer
 from model.transformer import Transformer
@@ -201,6 +202,7 @@ class LocalModel:
     tokenizer: Tokenizer
     rank: int
     world_size: int
+    cuda_graphs: bool = False  # record the steps of decoding (model/step_graphs.py)
 
 
 def encode_record(record: Record, prompt_format: str, tokenizer: Tokenizer) -> list[int]:
@@ -240,11 +242,11 @@ def generated_rows(
     that leaves less than `max_new_tokens` of the model's positions gets the empty output with
     `"stop": "prompt_too_long"`. A row does not depend on batch_size or ranks. Raises PromptError, before the first row.
     """
-    model, tokenizer = local.model, local.tokenizer
+    weights, tokenizer = DecodeWeights(local.model, cuda_graphs=local.cuda_graphs), local.tokenizer
     prompts = {query.index: encode_record(query, prompt_format, tokenizer) for query in queries}
     continued = {query.index for query in queries if query.text}
     stop_ids = find_stop_ids(stop_texts, tokenizer)
-    room = model.config.max_positions - max_new_tokens
+    room = local.model.config.max_positions - max_new_tokens
 
     def rows_of(batch: list[int]) -> Iterator[dict]:
         fitting = [index for index in batch if len(prompts[index]) <= room]
@@ -254,7 +256,7 @@ def generated_rows(
         if not fitting:
             return
         ids = [prompts[index] for index in fitting]
-        for position, response_ids in generate_as_ended(model, ids, max_new_tokens=max_new_tokens, eos_id=stop_ids):
+        for position, response_ids in generate_as_ended(weights, ids, max_new_tokens=max_new_tokens, eos_id=stop_ids):
             index = fitting[position]
             output, stop = read_response(
                 response_ids,

@@ -90,7 +90,7 @@ def make_source(
     if not config.endpoint:
         model, tokenizer = load_model(config, device)
         identity = {"model_sha256": folder_sha256(Path(config.model)), "dtype": config.dtype, "device": device.type}
-        return LocalModel(model, tokenizer, rank, world_size), identity
+        return LocalModel(model, tokenizer, rank, world_size, config.cuda_graphs == "on"), identity
     if world_size > 1:
         raise ConfigError(
             f"--endpoint: found {world_size} processes, expected one; --endpoint_concurrency asks side by side"

@@ -155,7 +155,7 @@ def test_without_a_device_the_stage_says_so():
 
 
 def test_checks_of_figures():
-    from benchmarks.gpu_stages import at_most, must_be
+    from benchmarks.gpu_measures import at_most, must_be
 
     assert at_most("x", 1.0, 1.0) == {"x": 1.0} and must_be("y", True) == {"y": True}
     assert at_most("x", 1.5, 1.0)["fault"] == "x: found 1.5, expected at most 1"
@@ -214,7 +214,7 @@ def test_every_stage_in_miniature(tmp_path):
     assert "gpu_tests" not in results or torch.cuda.is_available()
     assert all(line["ok"] is True and not line["error"] for line in results.values())
     assert results["bundled_sft"]["figures"]["resumed_weights_equal"] is True
-    assert results["decode"]["figures"]["greedy_output_independent_of_batching"] is True
+    assert results["decode"]["figures"]["eager_greedy_output_independent_of_batching"] is True
     assert results["ppo_and_checkpoint"]["figures"]["checkpoint_equal_after_load"] is True
     assert "our kernels: needs a CUDA device" in results["loss_kernels"]["not_run"]
     assert summary["ok"] is True and not summary["summary"]["failed"]
