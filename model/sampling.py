@@ -68,10 +68,10 @@ def generate(
     own generator and prompt alone, not on what else is sampled, in which order or on which rank. logprobs are
     natural logs under the distribution drawn from, at temperature 1 when greedy (E19).
 
-    should_continue(finished_B) is asked before every forward; once it answers False the unfinished responses are
-    returned as they are. The weights of a model are packed in every call (model/decode.py); DecodeWeights in its place
-    save that. Raises ValueError for an empty prompt, a setting out of range, a list of generators of another length
-    than prompts, or a sharded model.
+    should_continue(finished_B) is asked before every forward, on CUDA before every fourth; once it answers False the
+    unfinished responses are returned as they are. The weights of a model are packed in every call (model/decode.py);
+    DecodeWeights in its place save that. Raises ValueError for an empty prompt, a setting out of range, a list of
+    generators of another length than prompts, or a sharded model.
     """
     decoder = decoder_for(model, prompts, max_new_tokens=max_new_tokens, temperature=temperature, eos_id=eos_id)
     return continue_prompts(decoder, prompts, generator, should_continue)
@@ -261,12 +261,10 @@ class RowDecoder:
         for place, row in enumerate(rows):
             if (response := self.responses.get(row)) is None:
                 continue
-            n_used = 0
-            for token_id, logprob in ((int(tokens[place]), logprobs[place]) for tokens, logprobs in steps):
-                n_used += 1
-                response.ids.append(token_id)
-                response.logprobs.append(logprob)
-                if token_id in self.stop_ids or len(response.ids) == self.max_new_tokens:
+            for n_used, (tokens, logprobs) in enumerate(steps, start=1):
+                response.ids.append(int(tokens[place]))
+                response.logprobs.append(logprobs[place])
+                if response.ids[-1] in self.stop_ids or len(response.ids) == self.max_new_tokens:
                     del self.responses[row]
                     ended.append(row)
                     break
@@ -319,8 +317,8 @@ class RowDecoder:
         """For each step one number per row, fp64, all in one copy to the device; None when greedy."""
         if self.temperature == 0:
             return [None] * n_steps
-        idle = Response(torch.Generator())
-        numbers = [self.responses.get(row, idle).draw(n_steps) for row in rows]
+        none = [0.0] * n_steps  # for idle rows
+        numbers = [self.responses[row].draw(n_steps) if row in self.responses else none for row in rows]
         return to_device(numbers, torch.float64, self.weights.device()).unbind(1)
 
     def _prefill_next(self) -> tuple[list[int], Tensor]:

@@ -102,8 +102,8 @@ def sample_responses(
     """(response_ids, logprobs at the sampling temperature) of this rank's prompts, from the policy as it is now.
 
     The policy's parameters are gathered once for all tokens, a collective; the copy is freed on return. Decoding itself
-    is local, so ranks need not decode equally many tokens. must_stop() is asked before every token: once it is True,
-    unfinished responses are returned short, to be discarded.
+    is local, so ranks need not decode equally many tokens. must_stop() is asked before every token, on CUDA before
+    every fourth: once it is True, unfinished responses are returned short, to be discarded.
     Raises TrainingError, on every rank alike, for weights that are not finite.
     """
     gathered = gathered_model(models.policy, world, dtype=config.dtype)
