@@ -151,7 +151,7 @@ def _rate_table(rates: Sequence[Mapping]) -> str:
         found = [cells[method, level, metric] for metric in METRICS]
         table.append([method, level, str(len(found[0]["seeds"]))])
         for row in found:
-            table[-1] += [f"{row['mean']:.1f} {_bounds(row['prompts_95'], '.1f')}", _bounds(row["interval_95"], ".1f")]
+            table[-1] += [f"{row['mean']:.1f} {_bounds(row['prompts_95'])}", _bounds(row["interval_95"])]
     return format_table(table)
 
 
@@ -164,8 +164,9 @@ def _half_table(halves: Sequence[Mapping]) -> str:
     return format_table(table)
 
 
-def _bounds(interval: Sequence[float] | None, form: str) -> str:
-    return f"[{', '.join(f'{bound:{form}}' for bound in interval)}]" if interval else ""
+def _bounds(interval: Sequence[float] | None) -> str:
+    """An interval of a percentage, cut to what a share can be; "" for none."""
+    return f"[{', '.join(f'{min(max(bound, 0), 100):.1f}' for bound in interval)}]" if interval else ""
 
 
 def _fall_table(falls: Sequence[Mapping], standard: str) -> str:
