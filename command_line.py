@@ -34,6 +34,12 @@ PATIENCE_SECONDS = 1.0  # of a rank above 0 before it writes its error: torchrun
 _STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 _NOT_TEXT = re.compile(r"[\x00-\x1f\x7f-\x9f\ud800-\udfff]")
 _TYPE_NAMES = {int: "a whole number", float: "a number", str: "text"}
+# argparse's words for a wrong value, and ours
+_ARGPARSE_WORDS = (
+    (re.compile(r"argument (.+?): invalid int value: (.*)", re.DOTALL), r"\1: found \2, expected a whole number"),
+    (re.compile(r"argument (.+?): invalid float value: (.*)", re.DOTALL), r"\1: found \2, expected a number"),
+    (re.compile(r"argument (.+?): invalid choice: (.*) \(choose from (.*)\)", re.DOTALL), r"\1: found \2, expected \3"),
+)
 
 
 class ConfigError(ValueError):
@@ -170,6 +176,8 @@ def parse_arguments(parser: argparse.ArgumentParser, arguments: Sequence[str] | 
     """
 
     def end(message: str) -> NoReturn:
+        for pattern, words in _ARGPARSE_WORDS:
+            message = pattern.sub(words, message)
         sys.stderr.write(message_line(f"{parser.prog}: {message} (see --help)") + "\n")
         raise SystemExit(EXIT_BAD_INPUT)
 

@@ -151,7 +151,12 @@ def make_prompts(config: PPOConfig, path: str, tokenizer: Tokenizer) -> tuple[li
     """
     context = read_model_config(config.model).max_positions
     max_prompt_tokens = config.max_prompt_tokens or context - config.max_response_tokens
-    if max_prompt_tokens < 1 or max_prompt_tokens + config.max_response_tokens > context:
+    if config.max_response_tokens >= context:
+        raise ConfigError(
+            f"--max_response_tokens: found {config.max_response_tokens}, expected fewer than {context}, the context of "
+            f"{config.model}"
+        )
+    if max_prompt_tokens + config.max_response_tokens > context:
         raise ConfigError(
             f"--max_prompt_tokens: found {max_prompt_tokens} with {config.max_response_tokens} "
             f"response tokens, expected at most {context} together, the context of {config.model}"

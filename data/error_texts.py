@@ -58,6 +58,7 @@ _TABLES = {
     "exception": r"""
         # The class in front: KeyError: 'x', HTTPError('..'), java.lang.NullPointerException: ..
         (?-i:(?:\w+\.)*[A-Z]\w+(?:Error|Exception|Timeout|Interrupt))(?:\(| ?:|$)
+        (?-i:(?:\w+\.)*(?:TooManyRedirects|InvalidURL|(?:Missing|Invalid)Schema|StopIteration))(?:\(|: )
         (?:\w+\.)+\w*(?:error|exception|timeout)(?:\(|: )
         (?:uncaught|unhandled) (?:\(in promise\) )?\w*(?:error|exception)\b
         exception in thread\b
@@ -83,6 +84,8 @@ _TABLES = {
         cannot (?:unpack|convert|concatenate|reshape|pickle|cast|reindex|infer|unmarshal|deserialize)\b
         '[<>=!]{1,2}' not supported between
         must be (?:real number|str|string|int|integer|bytes|list|dict|float|a (?:string|number|list|dict)|an int)\b
+        type object {QUOTED} has no attribute|descriptor {QUOTED} (?:requires|for|needs|of)\b
+        expected \w+ instance, \w+ found
         sequence item \d+: |expected (?:str|string|bytes|int|\w+ or \w+)\b.{0,60}(?:\bgot|\bnot|\bbut)\b
         invalid literal for|could not convert|not enough values|too many values|unhashable type|unknown format code
         (?:\w+ ){0,2}(?:index|indices) (?:out of range|must be (?:an? )?(?:int|slice))|index -?\d+ is out of bounds

@@ -24,7 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from command_line import parse_arguments, run_command
-from data.json_records import DataError, kind_of, parse_json, write_json_lines, write_text
+from data.json_records import DataError, check_text, kind_of, parse_json, write_json_lines, write_text
 from data.tool_documents import normalize_tools
 from printable import shown, terminal_text
 
@@ -59,9 +59,12 @@ class BfclRecord:
 def read_file(source: Path, name: str) -> str:
     """The text of a file of the wheel, or of the folder that it was unpacked into. Raises DataError."""
     where = f"{source}/{name}"
+    path = source / name if source.is_dir() else source
+    if path.exists() and not path.is_file():  # reading a pipe or a device may not end
+        raise DataError(f"{path}: found no regular file, expected the wheel bfcl-eval {VERSION}")
     try:
         if source.is_dir():
-            with (source / name).open("rb") as file:
+            with path.open("rb") as file:
                 content = file.read(MAX_FILE_BYTES + 1)
         else:
             with zipfile.ZipFile(source) as wheel, wheel.open(name) as file:
@@ -92,6 +95,7 @@ def read_rows(source: Path, name: str) -> list[tuple[str, dict]]:
         if line.strip():
             where = f"{source}/{name}:{number}"
             row = parse_json(line, where)
+            check_text(json.dumps(row, ensure_ascii=False), where)
             if not isinstance(row, dict):
                 raise DataError(f"{where}: found {kind_of(row)}, expected an object")
             rows.append((where, row))

@@ -5,6 +5,8 @@ or Infinity, no integer of thousands of digits, no bottomless nesting. What is m
 `file:line: found ..., expected ...`.
 """
 
+import contextlib
+import errno
 import gzip
 import json
 import os
@@ -291,19 +293,23 @@ def write_text(path: Path, text: str) -> None:
 def write_bytes(path: Path, content: bytes) -> None:
     """Write next to `path`, flush to disk, then move it there, so that a kill leaves the old file or the new one.
 
-    Nothing is written through a link: what has the name of the unfinished file is removed first. Raises OSError.
+    Nothing is written through a link: what has the name of the unfinished file is removed first. Raises OSError, which
+    names `path`.
     """
+    if path.is_dir():  # among them the empty name, "..", "/"
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
     unfinished = path.with_name(path.name + ".unfinished")
-    unfinished.unlink(missing_ok=True)
     try:
+        unfinished.unlink(missing_ok=True)
         with open(unfinished, "xb") as file:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
         os.replace(unfinished, path)
-    except OSError:  # a full disk has more use for the room
-        unfinished.unlink(missing_ok=True)
-        raise
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            unfinished.unlink(missing_ok=True)  # a full disk has more use for the room
+        raise OSError(error.errno, error.strerror or str(error), str(path)) from None
 
 
 class JsonLinesFile:

@@ -23,7 +23,7 @@ import numpy
 import torch
 from torch import Tensor
 
-from command_line import parse_arguments, run_command
+from command_line import parse_arguments, polite_stop, run_command
 from model.config import ModelConfig, config_from_hf, count_parameters
 from model.folder_json import ModelFolderError
 from model.pretrained_weights import WEIGHTS_FILE, check_folder, hf_name, write_safetensors
@@ -417,11 +417,15 @@ def import_gguf(path: Path, output: Path) -> str:
         folder.rename(output)  # over an empty folder, or to a new name
     except ModelFolderError as error:  # about a file of the folder, which is not there any more
         raise ModelFolderError(f"{path}: {str(error).replace(f'{folder}/', '')}") from None
+    except OSError as error:  # a full disk names no file
+        error.filename = error.filename or str(output)
+        raise
     finally:
         shutil.rmtree(folder, ignore_errors=True)
     return f"{count_parameters(config)} parameters, {tokenizer.vocab_size} tokens"
 
 
+@polite_stop("nothing is written")
 def main(arguments: Sequence[str] | None = None) -> int:
     """Exit code 0, or 2 with one line on stderr for bad input."""
     parser = argparse.ArgumentParser(prog="python -m model.import_gguf", description=__doc__.split("\n")[0])

@@ -212,7 +212,7 @@ def load_tokenizer(model_dir_or_file: str | Path) -> Tokenizer:
             raise ModelFolderError(f"{path}: found no tokenizer, expected tokenizer.model or tokenizer.json{hint}")
         path = found[0]
     elif not path.is_file():
-        raise ModelFolderError(f"{path}: no such file or folder, expected a tokenizer")
+        raise ModelFolderError(f"{path}: found no such file or folder, expected a tokenizer")
     return JsonTokenizer(path) if path.suffix == ".json" else SentencePieceTokenizer(path)
 
 

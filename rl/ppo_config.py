@@ -6,7 +6,7 @@ from command_line import setting
 from data.formats.table import TRAINING_FORMATS
 from data.trained_format import AUTO_FORMAT
 from train.optimizer import SCHEDULES
-from train.run_config import RunConfig
+from train.run_config import MAX_GIB, RunConfig
 from train.run_history import check_override
 
 # what `--override` may name: settings of the optimisation, never of data, model, format or loss
@@ -95,6 +95,7 @@ class PPOConfig(RunConfig):
         "bound of a rank's key/value cache in GiB: fewer responses are sampled at a time, with the same result; 0 = on "
         "CUDA what is free, on the CPU no bound (ours)",
         low=0.0,
+        high=MAX_GIB,
         free=True,
     )
     temperature: float = setting(

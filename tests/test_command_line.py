@@ -349,7 +349,16 @@ def test_a_small_program_ends_in_one_line(capsys):
     with pytest.raises(SystemExit) as ended:
         parse_arguments(parser, ["--n", "three"])
     assert ended.value.code == 2
-    assert capsys.readouterr().err == "tool: argument --n: invalid int value: 'three' (see --help)\n"
+    assert capsys.readouterr().err == "tool: --n: found 'three', expected a whole number (see --help)\n"
+    parser.add_argument("--share", type=float)
+    parser.add_argument("--kind", choices=("a", "b"))
+    for arguments, words in (
+        (["--share", "x\x1b"], r"--share: found 'x\x1b', expected a number"),
+        (["--kind", "c (choose from d)"], "--kind: found 'c (choose from d)', expected 'a', 'b'"),
+    ):
+        with pytest.raises(SystemExit):
+            parse_arguments(parser, arguments)
+        assert capsys.readouterr().err == f"tool: {words} (see --help)\n"
 
     def missing():
         raise FileNotFoundError("f: found\nno such file")

@@ -14,8 +14,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from itertools import chain
 from pathlib import Path
 
-from command_line import parse_arguments, run_command
-from data.json_records import write_json_lines, write_text
+from command_line import MAX_WHOLE_NUMBER, parse_arguments, run_command
+from data.json_records import write_bytes, write_json_lines, write_text
 from toolbox.alike import draw_alike_examples, draw_alike_trajectories
 from toolbox.tokenizer import train_tokenizer
 from toolbox.world import draw_multi_tasks, draw_test_examples, draw_trajectories
@@ -23,6 +23,7 @@ from toolbox.world import draw_multi_tasks, draw_test_examples, draw_trajectorie
 TRAIN_SEED, SEEN_SEED, UNSEEN_SEED, MULTI_SEED = 11, 12, 13, 14
 TEST_SEEDS = {"seen": SEEN_SEED, "unseen": UNSEEN_SEED, "hard": 15, "alike": 16}  # of the bundled single-turn tests
 TRAIN_COUNT, TEST_COUNT = 1217, 300
+MOST = 1_000_000  # records of one file, which is made in memory
 # Multi-turn tasks: (unseen tools, requests in the query, tasks), 200 in all. A training query holds 1, 2 or 3 requests
 # in 70, 22 and 8 of 100 cases; here long ones are more frequent, since they need more turns.
 MULTI_MIX = ((False, 1, 60), (False, 2, 60), (False, 3, 30), (True, 1, 20), (True, 2, 20), (True, 3, 10))
@@ -68,7 +69,7 @@ def make(settings: argparse.Namespace) -> None:
     else:
         model, tests = settings.output / "tiny_model", settings.output / "tiny_data"
         model.mkdir(parents=True, exist_ok=True)
-        (model / "tokenizer.model").write_bytes(train_tokenizer())
+        write_bytes(model / "tokenizer.model", train_tokenizer())
         write_trajectories(tests / "train.json", draw_trajectories(seed, settings.trajectories))
         for split, test_seed in TEST_SEEDS.items():
             write_json_lines(tests / f"test_{split}.jsonl", draw_split(split, test_seed, TEST_COUNT))
@@ -77,23 +78,29 @@ def make(settings: argparse.Namespace) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line; returns the exit code."""
-    parser = argparse.ArgumentParser(description="Write the bundled toolbox tokenizer, trajectories and tests.")
+    parser = argparse.ArgumentParser(
+        prog="python -m toolbox.make", description="Write the bundled toolbox tokenizer, trajectories and tests."
+    )
     parser.add_argument(
         "--output", type=Path, default=Path("assets"), help="folder that gets tiny_model/ and tiny_data/"
     )
     parser.add_argument("--trajectories", type=int, default=TRAIN_COUNT, help="number of trajectories")
     parser.add_argument("--seed", type=int, default=TRAIN_SEED, help="seed of the trajectories or tests")
-    parser.add_argument("--only_trajectories", type=Path, help="write just the trajectories to this file")
-    parser.add_argument("--only_tests", type=Path, help="write just --tests single-turn prompts to this file")
+    only = parser.add_mutually_exclusive_group()
+    only.add_argument("--only_trajectories", type=Path, help="write just the trajectories to this file")
+    only.add_argument("--only_tests", type=Path, help="write just --tests single-turn prompts to this file")
     parser.add_argument("--tests", type=int, default=2 * TEST_COUNT, help="number of prompts of --only_tests")
     parser.add_argument(
         "--split", choices=(*TEST_SEEDS, "both"), default="both", help="of --only_tests; both: half seen, half unseen"
     )
     parser.add_argument("--alike", action="store_true", help="--only_trajectories about tools that look alike")
     settings = parse_arguments(parser, arguments)
-    for name in ("trajectories", "tests"):
-        if getattr(settings, name) < 1:
-            parser.error(f"--{name}: found {getattr(settings, name)}, expected at least 1")
+    for name, low, most in (("trajectories", 1, MOST), ("tests", 1, MOST), ("seed", 0, MAX_WHOLE_NUMBER)):
+        if not low <= getattr(settings, name) <= most:
+            parser.error(f"--{name}: found {getattr(settings, name)}, expected {low} to {most}")
+    for name, needed in (("alike", "only_trajectories"), ("split", "only_tests"), ("tests", "only_tests")):
+        if getattr(settings, name) != parser.get_default(name) and getattr(settings, needed) is None:
+            parser.error(f"--{name}: found it without --{needed}, expected both")
     return run_command(lambda: make(settings), (OSError,))
 
 

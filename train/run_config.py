@@ -4,6 +4,9 @@ from dataclasses import dataclass
 
 from command_line import setting
 
+MAX_GIB = 2.0**20  # a number of bytes that fits into 64 bits
+MAX_RANKS = 4096  # to plan for
+
 
 @dataclass(slots=True)
 class RunConfig:
@@ -84,11 +87,14 @@ class RunConfig:
         choices=("on", "off"),
         free=True,
     )
-    plan_ranks: int = setting(0, "ranks to plan for; 0 = those of torchrun, or 1 (ours)", low=0, free=True)
+    plan_ranks: int = setting(
+        0, "ranks to plan for; 0 = those of torchrun, or 1 (ours)", low=0, high=MAX_RANKS, free=True
+    )
     gpu_memory_gib: float = setting(
         0.0,
         "memory of one rank in GiB: a run whose plan needs more ends before step 1; 0 = the device's (ours)",
         low=0.0,
+        high=MAX_GIB,
         free=True,
     )
     # run folder

@@ -19,6 +19,7 @@ import torch
 from command_line import run_identity
 from data.batches import PackedBatch, drop_unusable, prepared_batches
 from data.data_report import data_report, describe_data
+from data.json_records import DataError
 from data.loss_weights import EncodedTrajectory, TextEncoder, encode_trajectory
 from data.trajectories import read_trajectories
 from printable import one_line
@@ -67,7 +68,10 @@ def encode_data(config: SFTConfig, tokenizer: TextEncoder) -> tuple[list[Encoded
         )
         for trajectory in trajectories
     ]
-    kept, notes = drop_unusable(encoded, config.max_tokens)
+    try:
+        kept, notes = drop_unusable(encoded, config.max_tokens)
+    except DataError as error:
+        raise DataError(f"{config.data}: {error}") from None
     notes += describe_data(trajectories, encoded, kept, config.error_filter)
     return kept, data_report(trajectories, encoded, kept, notes, max_tokens=config.max_tokens)
 

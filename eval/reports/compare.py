@@ -8,13 +8,12 @@ smaller differences. For DE and CE, which count errors, lower is better.
 """
 
 import argparse
-import json
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from command_line import parse_arguments, run_command
-from data.json_records import DataError, check_regular_file, read_json_lines
+from data.json_records import DataError, check_regular_file, read_json_lines, read_json_object
 from eval.benchmarks import benchmark_of
 from eval.dialogues.metrics import MAX_TURNS
 from eval.predict.prediction_files import read_dtype, read_predictions
@@ -27,15 +26,12 @@ from printable import shown, terminal_text
 def read_run(run_dir: Path) -> dict:
     """summary.json of a run of run_eval.py. Raises DataError if it is missing or has another shape."""
     path = run_dir / "summary.json"
-    check_regular_file(path)
-    try:
-        run = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise DataError(f"{path}: found {error.strerror or error}, expected the summary of a run_eval.py run") from None
-    except (ValueError, RecursionError):
-        raise DataError(f"{path}: found no valid JSON, expected the summary of a run_eval.py run") from None
-    benchmarks = run.get("benchmarks") if isinstance(run, dict) else None
-    if not isinstance(benchmarks, dict) or not all(map(_is_summary, benchmarks.values())):
+    if not path.is_file():
+        raise DataError(f"{path}: found no such file, expected the summary of a run_eval.py run")
+    run = read_json_object(path)
+    benchmarks = run.get("benchmarks")
+    has_dtype = isinstance(run.get("dtype"), str | None)
+    if not has_dtype or not isinstance(benchmarks, dict) or not all(map(_is_summary, benchmarks.values())):
         raise DataError(f"{path}: found other contents, expected the summary of a run_eval.py run")
     return run
 
@@ -50,13 +46,16 @@ def _is_summary(summary: object) -> bool:
         and has_counts
         and all(
             type(summary.get(metric)) is int
-            and isinstance(summary[f"{metric}_percent"], (int, float))
             and isinstance(summary[f"{metric}_interval_95"], list)
             and len(summary[f"{metric}_interval_95"]) == 2
-            and all(isinstance(bound, (int, float)) for bound in summary[f"{metric}_interval_95"])
+            and all(map(_is_percentage, (summary[f"{metric}_percent"], *summary[f"{metric}_interval_95"])))
             for metric in metrics
         )
     )
+
+
+def _is_percentage(value: object) -> bool:
+    return type(value) in (int, float) and 0 <= value <= 100
 
 
 def read_results(run_dir: Path, run: dict) -> dict[str, dict[int, dict]]:
@@ -71,7 +70,7 @@ def read_results(run_dir: Path, run: dict) -> dict[str, dict[int, dict]]:
             if (
                 type(row.get("index")) is not int
                 or row["index"] in rows
-                or not all(row.get(metric) in (0, 1) for metric in metrics)
+                or not all(type(row.get(metric)) is int and row[metric] in (0, 1) for metric in metrics)
             ):
                 raise DataError(
                     f"{path}:{line}: found another row, expected an index once and {', '.join(metrics)}, each 0 or 1"
@@ -79,6 +78,11 @@ def read_results(run_dir: Path, run: dict) -> dict[str, dict[int, dict]]:
             rows[row["index"]] = row
         if len(rows) != summary["n"]:
             raise DataError(f"{path}: found {len(rows)} rows, expected {summary['n']} as in summary.json")
+        for metric in metrics:
+            if (count := sum(row[metric] for row in rows.values())) != summary[metric]:
+                raise DataError(
+                    f"{path}: found {count} rows with {metric}, expected {summary[metric]} as in summary.json"
+                )
         results[name] = rows
     return results
 
@@ -111,7 +115,7 @@ def format_examples(
         path = f"predictions/{benchmark}.jsonl"
         outputs = [read_predictions(run_dir / path)[0] for run_dir in (run_dirs[0], run_dirs[-1])] if won else []
         first, second = ({each.index: each.output.strip() for each in found} for found in outputs or ([], []))
-        for index in won[:: max(1, len(won) // count)][:count] if count else []:
+        for index in won[:: max(1, len(won) // count)][:count]:
             lines += [
                 f"{benchmark}, record {index}",
                 f"  {names[0]}: {shown(first.get(index, ''), 200)}, {rows[index].get('reason')}",
@@ -136,7 +140,11 @@ def compare(flags: argparse.Namespace, names: Sequence[str]) -> None:
             for line in unattainable_rates(summary)
         ]
     table = format_comparison(names, runs, results if flags.mcnemar or flags.answers is not None else None)
-    examples = format_examples(names, flags.runs, results, flags.examples) if flags.examples else []
+    if flags.examples:
+        none = [f"no call that {names[-1]} has right and {names[0]} wrong"]
+        examples = format_examples(names, flags.runs, results, flags.examples) or none
+    else:
+        examples = []
     for notice in notices:
         print(terminal_text(notice), file=sys.stderr)
     print(table)
@@ -152,7 +160,9 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument(
         "runs", type=Path, nargs="+", metavar="RUN", help="folder with a summary.json; with --answers a prediction file"
     )
-    parser.add_argument("--names", help="comma-separated column names (default: the folders' or files' names)")
+    parser.add_argument(
+        "--names", help="comma-separated column names (default: the folders' or files' names, or their paths)"
+    )
     parser.add_argument("--mcnemar", action="store_true", help="also McNemar's exact test, from the runs' results")
     parser.add_argument(
         "--examples",
@@ -167,6 +177,8 @@ def main(arguments: Sequence[str]) -> int:
     )
     flags = parse_arguments(parser, arguments)
     names = flags.names.split(",") if flags.names else [run.name for run in flags.runs]
+    if not flags.names and len(set(names)) < len(names):
+        names = [str(run) for run in flags.runs]
     if flags.examples < 0 or (flags.examples and flags.answers is not None):
         parser.error(f"--examples: found {flags.examples}, expected 0 or more, and folders instead of --answers")
     if len(names) != len(flags.runs):

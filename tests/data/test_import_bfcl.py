@@ -203,6 +203,26 @@ def test_what_is_no_wheel(tmp_path, capsys):
         assert code == 2 and said.count("\n") == 1 and f"expected the wheel bfcl-eval {VERSION}" in said
 
 
+def test_a_pipe_is_not_waited_for(tmp_path, capsys):
+    os.mkfifo(tmp_path / "w.whl")
+    folder = tmp_path / "d" / f"bfcl_eval-{VERSION}.dist-info"
+    folder.mkdir(parents=True)
+    os.mkfifo(folder / "METADATA")
+    for source in ("w.whl", "d"):
+        code, said = run(tmp_path / source, tmp_path / "out", capsys)
+        assert (
+            code == 2 and said.count("\n") == 1 and "found no regular file" in said and not (tmp_path / "out").exists()
+        )
+
+
+@pytest.mark.parametrize("place", ["query", "value", "name"])
+def test_text_that_is_no_unicode(tmp_path, capsys, place):
+    name, query, value = ("bad\ud800" if place == each else each for each in ("name", "query", "value"))
+    record = (row("z", [tool(name, x=TEXT)], query), {name: {"x": [value]}})
+    code, said = run(write_wheel(tmp_path / "w.whl", wheel_files([RECORDS[1], record])), tmp_path / "out", capsys)
+    assert code == 2 and said.count("\n") == 1 and "lone surrogate" in said and not (tmp_path / "out").exists()
+
+
 def test_a_file_that_unpacks_to_too_much(tmp_path, capsys):
     files = {**wheel_files(RECORDS), f"{FOLDER}/BFCL_v4_multiple.json": " " * (33 << 20)}
     code, said = run(write_wheel(tmp_path / "w.whl", files), tmp_path / "out", capsys)

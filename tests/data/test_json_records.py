@@ -5,6 +5,7 @@ import json
 import os
 import resource
 import shutil
+from pathlib import Path
 
 import pytest
 
@@ -155,6 +156,21 @@ def test_a_file_is_replaced_whole_and_never_through_a_link(tmp_path):
     path.symlink_to(victim)  # the name itself is a link: replaced, not written through
     write_text(path, "newer")
     assert (path.read_text(), path.is_symlink(), victim.read_text()) == ("newer", False, "precious")
+
+
+@pytest.mark.parametrize("name", ["", ".", "..", "folder"])
+def test_a_folder_is_not_written_to_and_the_error_names_it(tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    Path("folder").mkdir()
+    with pytest.raises(IsADirectoryError) as caught:
+        write_text(Path(name), "x")
+    assert caught.value.filename == str(Path(name)) and os.listdir() == ["folder"]
+
+
+def test_an_error_names_the_file_and_not_the_unfinished_one(tmp_path):
+    (tmp_path / "page.html.unfinished").mkdir()
+    with pytest.raises(OSError, match=r"page\.html'$"):
+        write_text(tmp_path / "page.html", "x")
 
 
 def test_a_write_that_fails_leaves_the_old_file_alone(tmp_path):

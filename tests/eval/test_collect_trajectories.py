@@ -328,7 +328,7 @@ def test_toolbox_is_known_by_its_documents():
         ({"max_turns": 10}, "--max_turns: found 10, expected 1 to 9"),
         ({"temperature": -1}, "--temperature: found -1.0, expected 0 to 100"),
         ({"instability_rate": 0.6, "call_failure_rate": 0.6}, "--instability_rate: found more than 1"),
-        ({"tool_executor": "recorded"}, "--tool_executor: invalid choice: 'recorded'"),
+        ({"tool_executor": "recorded"}, "--tool_executor: found 'recorded', expected"),
         ({"prompt_format": "openai"}, "--prompt_format: found openai without --endpoint"),
         ({"endpoint": "localhost"}, "--endpoint: found 'localhost', expected the base of an API"),
         ({"nonsense": 1}, "--nonsense"),

@@ -215,6 +215,45 @@ def test_comparison_warns_and_refuses(two_runs, capsys):
         assert "found other contents" in capsys.readouterr().err
 
 
+def test_a_summary_that_is_no_json_object_of_ours_is_one_line(two_runs, capsys):
+    path = two_runs[1] / "summary.json"
+    whole = path.read_text()
+    for text, words in (
+        (whole.replace('"CF_percent": 62.5', '"CF_percent": NaN'), "found NaN"),
+        (whole.replace('"CF_percent": 62.5', '"CF_percent": 1e999'), "found other contents"),
+        (whole.replace("{", '{"benchmarks": {}, ', 1), "twice in one object"),
+        (whole.replace("{", '{"dtype": ["float32"], ', 1), "found other contents"),
+        ("[]", "found a list"),
+        ("", "expected JSON"),
+    ):
+        path.write_text(text)
+        assert text != whole and compare_main([str(run) for run in two_runs]) == 2
+        error = capsys.readouterr().err
+        assert error.count("\n") == 1 and words in error, error
+
+
+def test_results_that_contradict_the_summary_are_refused(two_runs, capsys):
+    results = two_runs[1] / "results/tiny-seen.jsonl"
+    whole = results.read_text()
+    for text, words in (
+        (whole.replace('"CF": 0', '"CF": 1', 1), "found 6 rows with CF, expected 5 as in summary.json"),
+        (whole.replace('"CF": 0', '"CF": false', 1), ":1: found another row"),
+    ):
+        results.write_text(text)
+        assert compare_main([*map(str, two_runs), "--mcnemar"]) == 2 and words in capsys.readouterr().err
+
+
+def test_runs_of_one_name_are_told_apart_and_no_example_is_said(two_runs, capsys, monkeypatch):
+    monkeypatch.chdir(two_runs[0].parent)
+    two_runs[0].rename("eval")
+    Path("other").mkdir()
+    two_runs[1].rename("other/eval")
+    assert compare_main(["eval", "other/eval"]) == 0
+    assert "| other/eval vs eval |" in capsys.readouterr().out
+    assert compare_main(["eval", "eval", "--examples", "1", "--names", "x,y"]) == 0
+    assert capsys.readouterr().out.endswith("\nno call that y has right and x wrong\n")
+
+
 def test_paired_rows_must_be_the_same_records():
     runs = [run_of(tiny_seen=summarize_results(rows_of([3, 0])))] * 2
     results = [{"tiny-seen": {0: {"TS": 1}, 1: {"TS": 0}}}, {"tiny-seen": {0: {"TS": 1}, 2: {"TS": 0}}}]

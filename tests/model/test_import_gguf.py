@@ -3,6 +3,8 @@
 import json
 import os
 import struct
+import subprocess
+import sys
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -17,6 +19,7 @@ from tests.support.tiny_run import tiny_model
 
 pytest.importorskip("tokenizers", reason="needs requirements-optional.txt")
 HAS_GGUF = pytest.mark.skipif(find_spec("gguf") is None, reason="needs requirements-optional.txt: gguf")
+ROOT = Path(__file__).resolve().parents[2]
 N_HEADS, N_KV_HEADS, HEAD_DIM = 4, 2, 8
 
 
@@ -282,6 +285,31 @@ def test_where_it_does_not_write(model, tmp_path, capsys):
     os.mkfifo(tmp_path / "pipe")
     assert main([str(tmp_path / "pipe"), str(tmp_path / "new")]) == 2
     assert not (tmp_path / "new").exists()
+
+
+STOPPED = """
+import errno, os, signal, sys
+from model import import_gguf
+
+def write(*_):
+    if sys.argv.pop() == "stop":
+        os.kill(os.getpid(), signal.SIGTERM)
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+import_gguf.write_safetensors = write
+sys.exit(import_gguf.main(sys.argv[1:-1]))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("end", "code"), [("stop", 143), ("full", 2)])
+def test_stopped_or_out_of_disk_it_leaves_nothing(model, tmp_path, end, code):
+    (tmp_path / "m.gguf").write_bytes(gguf_bytes(METADATA, tensors_of(model)))
+    command = [sys.executable, "-c", STOPPED, tmp_path / "m.gguf", tmp_path / "out", end]
+    ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    words = "nothing is written" if end == "stop" else f"{tmp_path / 'out'}: found No space left on device"
+    assert (ended.returncode, ended.stderr.count("\n")) == (code, 1) and words in ended.stderr, ended.stderr
+    assert os.listdir(tmp_path) == ["m.gguf"]
 
 
 @HAS_GGUF

@@ -89,7 +89,7 @@ def test_prompts_longer_than_the_context(tmp_path):
     )
     expect_refusal(
         tmp_path,
-        r"--max_prompt_tokens: found -44 with 124 response tokens, expected at most 80",
+        r"--max_response_tokens: found 124, expected fewer than 80, the context of",
         model=folder,
         max_response_tokens=124,
     )
@@ -144,6 +144,9 @@ def test_a_critic_or_reference_of_another_shape(tmp_path, role):
             {"responses_per_prompt": 2, "temperature": 0},
             "--responses_per_prompt: found 2 with temperature 0, expected 1: greedy responses to a prompt are the same",
         ),
+        ({"cache_gib": 2e7}, "--cache_gib: found 20000000.0, expected at most 1048576"),
+        ({"gpu_memory_gib": 2e7}, "--gpu_memory_gib: found 20000000.0, expected at most 1048576"),
+        ({"plan_ranks": 10**12}, "--plan_ranks: found 1000000000000, expected at most 4096"),
         ({"kl_horizon": 3}, "--kl_horizon: found 3.0, expected at least rollout_batch_size = 4"),
         ({"clip_range": 0}, "--clip_range"),
         ({"gamma": 1.5}, "--gamma"),

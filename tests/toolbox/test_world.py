@@ -77,14 +77,31 @@ def test_prompts_of_one_split(tmp_path):
 
 def test_an_output_that_cannot_be_and_a_wrong_count_are_one_line(tmp_path, capsys):
     for flag in ("--only_tests", "--only_trajectories"):
-        assert make_toolbox([flag, str(tmp_path), "--tests", "1", "--trajectories", "1"]) == 2
+        assert make_toolbox([flag, str(tmp_path), "--trajectories", "1"]) == 2
         error = capsys.readouterr().err
         assert error.count("\n") == 1 and str(tmp_path) in error
     for flag in ("--tests", "--trajectories"):
         with pytest.raises(SystemExit, match="2"):
             make_toolbox(["--only_tests", str(tmp_path / "x"), flag, "0"])
-        assert f"{flag}: found 0, expected at least 1" in capsys.readouterr().err
+        assert f"{flag}: found 0, expected 1 to 1000000" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--output", "OUT", "--alike"], "--alike: found it without --only_trajectories"),
+        (["--output", "OUT", "--split", "hard"], "--split: found it without --only_tests"),
+        (["--only_trajectories", "OUT", "--tests", "5"], "--tests: found it without --only_tests"),
+        (["--only_trajectories", "OUT", "--only_tests", "OUT"], "not allowed with argument"),
+        (["--only_tests", "OUT", "--seed", "-1"], "--seed: found -1, expected 0 to"),  # Random(-1) is Random(1)
+    ],
+)
+def test_flags_that_would_do_nothing_are_refused(tmp_path, capsys, flags, words):
+    with pytest.raises(SystemExit, match="2"):
+        make_toolbox([flag.replace("OUT", str(tmp_path / "x")) for flag in flags])
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and words in error and not list(tmp_path.iterdir())
 
 
 def test_no_held_out_pair_is_ever_trained_on(trajectories):

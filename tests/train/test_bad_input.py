@@ -81,7 +81,7 @@ def test_unparsable_calls_can_be_masked_instead(tmp_path):
 
 
 def test_nothing_left_to_train(tmp_path):
-    expect_refusal(tmp_path, r"found 22 trajectories, 22 longer than 5 tokens", max_tokens=5)
+    expect_refusal(tmp_path, r"^\S+: found 22 trajectories, 22 longer than 5 tokens", max_tokens=5)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
