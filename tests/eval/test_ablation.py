@@ -12,7 +12,8 @@ import pytest
 
 from command_line import read_config
 from data.json_records import DataError
-from eval.ablation import PPO_FLAGS, QUICK_PPO_FLAGS, cells_of, commands_of, main, read_flags, write_data
+from eval import ablation
+from eval.ablation import PPO_FLAGS, QUICK_PPO_FLAGS, cells_of, commands_of, main, read_flags, write_data, write_prompts
 from eval.cells import check_folder, opened, read_finished, run_cells, seconds_left
 from eval.reports.ablation_tables import (
     METHODS,
@@ -25,6 +26,7 @@ from eval.reports.ablation_tables import (
 )
 from rl.ppo_config import PPOConfig
 from tests.support.tiny_run import ROOT
+from toolbox.make import draw_split
 
 SMALL = ["--quick", "--seeds", "1", "--ppo_seeds", "0", "--prompts", "6", "--trajectories", "8", "--output"]
 NONE, MAE, IRM, MAE_IRM = Cell("none", 0), Cell("MAE", 0), Cell("IRM", 0), Cell("MAE+IRM", 0)
@@ -76,6 +78,15 @@ def test_data_are_held_out_and_all_different(tmp_path):
         (tmp_path / "data" / name).unlink()
         write_data(tmp_path, 200, 5, alike=False)
         assert (tmp_path / "data" / name).read_bytes() == before
+
+
+def test_more_prompts_than_the_world_has_are_refused_before_any_cell(tmp_path, monkeypatch):
+    prompts = [*draw_split("seen", 5, 3)]
+    monkeypatch.setattr(ablation, "draw_split", lambda *_: [*prompts, *prompts])
+    trained = {"conversations": [{"role": "user", "content": prompts[0]["messages"][0]["content"]}]}
+    with pytest.raises(DataError, match="--prompts: found 3, expected at most 2, all that tiny-seen has"):
+        write_prompts(tmp_path, [trained], 3)
+    assert not [*tmp_path.iterdir()]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
