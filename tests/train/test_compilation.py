@@ -38,6 +38,7 @@ def steps_of(model, world):
     return figures, {name: local_part(tensor) for name, tensor in model.state_dict().items()}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_one_compilation_serves_all_blocks_and_lengths(world, checkpointing):
     """Sharded, with another number of tokens in each step; a block has two parts."""
