@@ -26,8 +26,8 @@ from printable import shown, terminal_text
 def read_run(run_dir: Path) -> dict:
     """summary.json of a run of run_eval.py. Raises DataError if it is missing or has another shape."""
     path = run_dir / "summary.json"
-    if not path.is_file():
-        raise DataError(f"{path}: found no such file, expected the summary of a run_eval.py run")
+    if not path.exists():
+        raise DataError(f"{path}: found No such file or directory, expected the summary of a run_eval.py run")
     run = read_json_object(path)
     benchmarks = run.get("benchmarks")
     has_dtype = isinstance(run.get("dtype"), str | None)
