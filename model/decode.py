@@ -44,17 +44,17 @@ PACKED_NUMBERS = 2**18  # matrices of at least 1 MB in fp32 are packed; smaller 
 class Matrix:
     """A matrix (O, D), or several with the same input one below the other, as products with few rows want it."""
 
-    weight_OD: Tensor  # packed: in oneDNN's blocked layout for this processor
+    weight: Tensor  # packed: in oneDNN's blocked layout for this processor; else transposed, (D, O)
     bias_O: Tensor | None
     is_packed: bool
 
 
 @dataclass(frozen=True, slots=True)
 class BlockWeights:
-    attention_norm: nn.Module
+    attention_norm_D: Tensor
     qkv: Matrix
     wo: Matrix
-    ffn_norm: nn.Module
+    ffn_norm_D: Tensor
     gate_up: Matrix
     w2: Matrix
 
@@ -77,15 +77,16 @@ class DecodeWeights:
         self.model = model
         self.blocks = [
             BlockWeights(
-                block.attention_norm,
+                block.attention_norm.weight.detach(),
                 join_matrices([block.attention.wq, block.attention.wk, block.attention.wv]),
                 pack_matrix(block.attention.wo.weight.detach()),
-                block.ffn_norm,
+                block.ffn_norm.weight.detach(),
                 join_matrices([block.feed_forward.w1, block.feed_forward.w3]),
                 pack_matrix(block.feed_forward.w2.weight.detach()),
             )
             for block in model.layers
         ]
+        self.norm_D = model.norm.weight.detach()
         self.head = pack_matrix(model.head_weight().detach())
         self.has_graphs = cuda_graphs and self.device().type == "cuda"
 
@@ -96,7 +97,7 @@ class DecodeWeights:
         return x_TD, (cos[0], signed_sin[0])
 
     def device(self) -> torch.device:
-        return self.head.weight_OD.device
+        return self.head.weight.device
 
 
 def to_device(numbers: list, dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -123,7 +124,8 @@ def pack_matrix(weight_OD: Tensor, bias_O: Tensor | None = None) -> Matrix:
         and torch.backends.mkldnn.is_available()
         and hasattr(torch.ops.mkldnn, "_linear_pointwise")
     )
-    return Matrix(torch.ops.mkldnn._reorder_linear_weight(weight_OD) if is_packed else weight_OD, bias_O, is_packed)
+    weight = torch.ops.mkldnn._reorder_linear_weight(weight_OD) if is_packed else weight_OD.t()
+    return Matrix(weight, bias_O, is_packed)
 
 
 def product(x_BD: Tensor, matrix: Matrix, added_BO: Tensor | None = None) -> Tensor:
@@ -131,12 +133,11 @@ def product(x_BD: Tensor, matrix: Matrix, added_BO: Tensor | None = None) -> Ten
     if len(x_BD) > ROWS_PER_TILE:
         return torch.cat([product(tile, matrix) for tile in x_BD.split(ROWS_PER_TILE)])
     if not matrix.is_packed:
-        if added_BO is None:
-            return F.linear(x_BD, matrix.weight_OD, matrix.bias_O)
-        return torch.addmm(added_BO, x_BD, matrix.weight_OD.t())
+        added = matrix.bias_O if added_BO is None else added_BO
+        return x_BD.mm(matrix.weight) if added is None else torch.addmm(added, x_BD, matrix.weight)
     if added_BO is None:
-        return torch.ops.mkldnn._linear_pointwise(x_BD, matrix.weight_OD, matrix.bias_O, "none", [], "")
-    return torch.ops.mkldnn._linear_pointwise.binary(x_BD, added_BO, matrix.weight_OD, matrix.bias_O, "add")
+        return torch.ops.mkldnn._linear_pointwise(x_BD, matrix.weight, matrix.bias_O, "none", [], "")
+    return torch.ops.mkldnn._linear_pointwise.binary(x_BD, added_BO, matrix.weight, matrix.bias_O, "add")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -206,11 +207,13 @@ class KVCache:
         keys_RLKH[row, start:end], values_RLKH[row, start:end] = k_TKH, v_TKH
         return keys_RLKH[row : row + 1, :end], values_RLKH[row : row + 1, :end]
 
-    def append_one_each(self, layer: int, flat_slots_S: Tensor, k_SKH: Tensor, v_SKH: Tensor) -> tuple[Tensor, Tensor]:
-        """Writes one new key and value for each of S rows, at slots counted over all rows; returns the storage."""
+    def append_one_each(
+        self, layer: int, slots: tuple[Tensor, Tensor], k_SKH: Tensor, v_SKH: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Writes one new key and value for each of S rows, at (its row, its position), S each; returns the storage."""
         keys_RLKH, values_RLKH = self._storage(layer, k_SKH)
-        keys_RLKH.flatten(0, 1).index_copy_(0, flat_slots_S, k_SKH)
-        values_RLKH.flatten(0, 1).index_copy_(0, flat_slots_S, v_SKH)
+        keys_RLKH.index_put_(slots, k_SKH)
+        values_RLKH.index_put_(slots, v_SKH)
         return keys_RLKH, values_RLKH
 
     def _storage(self, layer: int, like: Tensor) -> tuple[Tensor, Tensor]:
@@ -218,8 +221,10 @@ class KVCache:
         for layers in (self.keys_RLKH, self.values_RLKH):
             old_RLKH = layers[layer]
             if old_RLKH is None or old_RLKH.shape[1] < self.n_slots:
+                n_kv_heads, head_dim = like.shape[-2:]
                 # zeros, because slots beyond a row's length are read, with weight zero
-                layers[layer] = like.new_zeros(len(self.lengths), self.n_slots, *like.shape[-2:])
+                storage_RKLH = like.new_zeros(len(self.lengths), n_kv_heads, self.n_slots, head_dim)
+                layers[layer] = storage_RKLH.transpose(1, 2)  # attention reads the slots of a head one after the other
                 if old_RLKH is not None:
                     layers[layer][:, : old_RLKH.shape[1]] = old_RLKH
         return self.keys_RLKH[layer], self.values_RLKH[layer]
@@ -265,15 +270,41 @@ def decode_runs(cache: KVCache, rows: list[int], device: torch.device) -> list[D
 def project(block: BlockWeights, x_BD: Tensor, rotation: tuple[Tensor, Tensor], config: ModelConfig) -> list[Tensor]:
     """Turned queries (B, N, H), turned keys and values (B, K, H) of rows whose positions made `rotation`."""
     n_turned = config.n_heads + config.n_kv_heads
-    qkv_BOH = product(block.attention_norm(x_BD), block.qkv).unflatten(1, (-1, config.head_dim))
+    normed_BD = torch.rms_norm(x_BD, (config.dim,), block.attention_norm_D, config.norm_eps)  # E15
+    qkv_BOH = product(normed_BD, block.qkv).view(len(x_BD), -1, config.head_dim)
     turned_BOH = apply_rope(qkv_BOH[:, :n_turned], *rotation)
     return [turned_BOH[:, : config.n_heads], turned_BOH[:, config.n_heads :], qkv_BOH[:, n_turned:]]
 
 
-def gate(block: BlockWeights, x_BD: Tensor) -> Tensor:
+def gate(block: BlockWeights, x_BD: Tensor, config: ModelConfig) -> Tensor:
     """What w2 takes in, (B, F)."""
-    gate_BF, up_BF = product(block.ffn_norm(x_BD), block.gate_up).chunk(2, dim=1)
-    return F.silu(gate_BF) * up_BF  # E18
+    normed_BD = torch.rms_norm(x_BD, (config.dim,), block.ffn_norm_D, config.norm_eps)  # E15
+    gate_BF, up_BF = product(normed_BD, block.gate_up).chunk(2, dim=1)
+    return F.silu(gate_BF).mul_(up_BF)  # E18
+
+
+def logits_of(weights: DecodeWeights, x_BD: Tensor) -> Tensor:
+    """(B, V)."""
+    config = weights.model.config
+    return product(torch.rms_norm(x_BD, (config.dim,), weights.norm_D, config.norm_eps), weights.head)  # E15
+
+
+def attend_one_each(
+    q_SNH: Tensor, keys_RLKH: Tensor, values_RLKH: Tensor, mask_S11L: Tensor, runs: list[DecodeRun]
+) -> list[Tensor]:
+    """attend for one query of each row, (P, N * H) for each run. To SDPA the query heads of a key/value head are one
+    head's queries, and there is nothing to transpose: with few rows a call costs as much as its arithmetic."""
+    n_kv_heads, outputs = keys_RLKH.shape[2], []
+    for run in runs:
+        own, cached = slice(run.first, run.first + run.n_rows), slice(run.first_row, run.first_row + run.n_rows)
+        out_PKXH = F.scaled_dot_product_attention(
+            q_SNH[own].unflatten(1, (n_kv_heads, -1)),
+            keys_RLKH[cached, : run.n_slots].transpose(1, 2),
+            values_RLKH[cached, : run.n_slots].transpose(1, 2),
+            attn_mask=mask_S11L[own, ..., : run.n_slots],
+        )  # E17
+        outputs.append(out_PKXH.flatten(1))
+    return outputs
 
 
 @dataclass(frozen=True, slots=True)
@@ -312,20 +343,19 @@ def prefill(
     positions = [start + offset for start, ids in zip(starts, token_ids, strict=True) for offset in range(len(ids))]
     numbers = to_device([flat_ids + filler, positions + filler], torch.long, weights.device())
     x_TD, rotation = weights.embed(*numbers)
-    spans = spans_of(cache, rows, token_ids, x_TD.device)
+    spans, config = spans_of(cache, rows, token_ids, x_TD.device), weights.model.config
     for layer, block in enumerate(weights.blocks):
-        q_TNH, k_TKH, v_TKH = project(block, x_TD, rotation, weights.model.config)
+        q_TNH, k_TKH, v_TKH = project(block, x_TD, rotation, config)
         out_TNH = torch.zeros_like(q_TNH) if filler else torch.empty_like(q_TNH)
         for new in spans:
             keys_1LKH, values_1LKH = cache.append(layer, new.row, k_TKH[new.span], v_TKH[new.span])
             out_TNH[new.span] = attend(q_TNH[None, new.span], keys_1LKH, values_1LKH, new.mask_TL)[0]
         x_TD = x_TD + product(out_TNH.flatten(1), block.wo)
-        x_TD = x_TD + product(gate(block, x_TD), block.w2)
+        x_TD = x_TD + product(gate(block, x_TD, config), block.w2)
     for row, ids in zip(rows, token_ids, strict=True):
         cache.lengths[row] += len(ids)
     # one row at a time: a shape that does not depend on what else is prefilled
-    last = [weights.model.norm(x_TD[new.span.stop - 1 : new.span.stop]) for new in spans]
-    return torch.cat([product(x_1D, weights.head) for x_1D in last])
+    return torch.cat([logits_of(weights, x_TD[new.span.stop - 1 : new.span.stop]) for new in spans])
 
 
 @torch.inference_mode()
@@ -334,9 +364,9 @@ def step_numbers(
 ) -> Tensor:
     """What n_steps decoding steps of `rows`, which are ascending, begin with: (4, B) on the device, in one copy.
 
-    Token, position, slot counted over all rows, and what a step adds to the last two. The forward has n_rows rows;
-    those beyond the given ones only fill the shape. A row without a token takes part without effect: it writes one slot
-    beyond its length. Reserves the slots; the caller counts the tokens in `lengths`.
+    Token, position, row of the cache, and what a step adds to the position. The forward has n_rows rows; those beyond
+    the given ones only fill the shape. A row without a token takes part without effect: it writes one slot beyond its
+    length. Reserves the slots; the caller counts the tokens in `lengths`.
     """
     moves = [int(token_id is not None) for token_id in token_ids]
     for row, move in zip(rows, moves, strict=True):
@@ -345,8 +375,7 @@ def step_numbers(
         cache.make_room(row, n_steps if move else 1)
     filler = [0] * (n_rows - len(rows))
     positions = [cache.lengths[row] for row in rows]
-    slots = [row * cache.n_slots + position for row, position in zip(rows, positions, strict=True)]
-    numbers = [each + filler for each in ([token_id or 0 for token_id in token_ids], positions, slots, moves)]
+    numbers = [each + filler for each in ([token_id or 0 for token_id in token_ids], positions, rows, moves)]
     return to_device(numbers, torch.long, weights.device())
 
 
@@ -362,19 +391,18 @@ def decode_step(weights: DecodeWeights, cache: KVCache, numbers_4B: Tensor, runs
     """Feeds one token to each of S rows, the first of numbers_4B (step_numbers), which attend in `runs`; returns the
     logits (S, V) after them. Asks nothing of the host."""
     S, B = runs[-1].first + runs[-1].n_rows, numbers_4B.shape[1]
-    ids_B, positions_B, slots_B, _ = numbers_4B
+    ids_B, positions_B, rows_B, _ = numbers_4B
+    config, slots = weights.model.config, (rows_B[:S], positions_B[:S])
     x_BD, rotation = weights.embed(ids_B, positions_B)
     mask_S11L = attention_mask(positions_B[:S], max(run.n_slots for run in runs), x_BD.dtype)
     for layer, block in enumerate(weights.blocks):
-        q_BNH, k_BKH, v_BKH = project(block, x_BD, rotation, weights.model.config)
-        keys_RLKH, values_RLKH = cache.append_one_each(layer, slots_B[:S], k_BKH[:S], v_BKH[:S])
-        out_BNH = torch.zeros_like(q_BNH) if B > S else torch.empty_like(q_BNH)
-        for run in runs:
-            cached = slice(run.first_row, run.first_row + run.n_rows), slice(run.n_slots)
-            own = slice(run.first, run.first + run.n_rows)
-            mask_P11L = mask_S11L[own, ..., : run.n_slots]
-            out_BNH[own] = attend(q_BNH[own, None], keys_RLKH[cached], values_RLKH[cached], mask_P11L)[:, 0]
+        q_BNH, k_BKH, v_BKH = project(block, x_BD, rotation, config)
+        keys_RLKH, values_RLKH = cache.append_one_each(layer, slots, k_BKH[:S], v_BKH[:S])
+        outputs = attend_one_each(q_BNH[:S], keys_RLKH, values_RLKH, mask_S11L, runs)
+        if B > S:
+            outputs.append(q_BNH[S:].flatten(1))  # anything
+        out_BD = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
         # Residuals are added inside the products: a small model's time goes into calls, not into arithmetic.
-        x_BD = product(out_BNH.flatten(1), block.wo, x_BD)
-        x_BD = product(gate(block, x_BD), block.w2, x_BD)
-    return product(weights.model.norm(x_BD), weights.head)[:S]
+        x_BD = product(out_BD, block.wo, x_BD)
+        x_BD = product(gate(block, x_BD, config), block.w2, x_BD)
+    return logits_of(weights, x_BD)[:S]

@@ -302,7 +302,7 @@ class RowDecoder:
         """One decoding step, without the host; what it chose. numbers_4B is then that of the next step."""
         chosen_2S = choose_tokens(decode_step(self.weights, self.cache, numbers_4B, runs), self.temperature, uniforms_S)
         numbers_4B[0, : chosen_2S.shape[1]] = chosen_2S[0]
-        numbers_4B[1:3] += numbers_4B[3]
+        numbers_4B[1] += numbers_4B[3]
         return chosen_2S
 
     def _steps_without_host(self, rows: list[int]) -> int:
