@@ -155,7 +155,8 @@ class DecodeRun:
 
 
 class KVCache:
-    """Keys and values per layer, (R, L, K, H) each, and the number of filled slots per row.
+    """Keys and values per layer, (R, L, K, H) each, and the number of filled slots per row. In memory the slots of a
+    head lie one after the other, as attention reads them.
 
     Storage is allocated by the first forward, in its dtype and on its device, and grows with the longest row, at least
     twofold each time: a limit of 16384 tokens costs nothing while no row comes near it. Raises ValueError when a row
@@ -224,7 +225,7 @@ class KVCache:
                 n_kv_heads, head_dim = like.shape[-2:]
                 # zeros, because slots beyond a row's length are read, with weight zero
                 storage_RKLH = like.new_zeros(len(self.lengths), n_kv_heads, self.n_slots, head_dim)
-                layers[layer] = storage_RKLH.transpose(1, 2)  # attention reads the slots of a head one after the other
+                layers[layer] = storage_RKLH.transpose(1, 2)
                 if old_RLKH is not None:
                     layers[layer][:, : old_RLKH.shape[1]] = old_RLKH
         return self.keys_RLKH[layer], self.values_RLKH[layer]
@@ -284,7 +285,7 @@ def gate(block: BlockWeights, x_BD: Tensor, config: ModelConfig) -> Tensor:
 
 
 def logits_of(weights: DecodeWeights, x_BD: Tensor) -> Tensor:
-    """(B, V)."""
+    """Logits (B, V) of the last block's output."""
     config = weights.model.config
     return product(torch.rms_norm(x_BD, (config.dim,), weights.norm_D, config.norm_eps), weights.head)  # E15
 
@@ -292,8 +293,11 @@ def logits_of(weights: DecodeWeights, x_BD: Tensor) -> Tensor:
 def attend_one_each(
     q_SNH: Tensor, keys_RLKH: Tensor, values_RLKH: Tensor, mask_S11L: Tensor, runs: list[DecodeRun]
 ) -> list[Tensor]:
-    """attend for one query of each row, (P, N * H) for each run. To SDPA the query heads of a key/value head are one
-    head's queries, and there is nothing to transpose: with few rows a call costs as much as its arithmetic."""
+    """attend for one query of each row, (P, N * H) for each run.
+
+    For SDPA the X query heads of a key/value head are X queries of one head. Against attend this saves transposes: with
+    few rows, calls cost as much time as arithmetic.
+    """
     n_kv_heads, outputs = keys_RLKH.shape[2], []
     for run in runs:
         own, cached = slice(run.first, run.first + run.n_rows), slice(run.first_row, run.first_row + run.n_rows)
@@ -400,7 +404,7 @@ def decode_step(weights: DecodeWeights, cache: KVCache, numbers_4B: Tensor, runs
         keys_RLKH, values_RLKH = cache.append_one_each(layer, slots, k_BKH[:S], v_BKH[:S])
         outputs = attend_one_each(q_BNH[:S], keys_RLKH, values_RLKH, mask_S11L, runs)
         if B > S:
-            outputs.append(q_BNH[S:].flatten(1))  # anything
+            outputs.append(q_BNH[S:].flatten(1))  # fills the shape
         out_BD = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
         # Residuals are added inside the products: a small model's time goes into calls, not into arithmetic.
         x_BD = product(out_BD, block.wo, x_BD)
