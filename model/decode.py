@@ -2,7 +2,8 @@
 
 Shape suffixes: R rows of the cache (one sequence each), L slots of a row, K key/value heads, H head dim, N query heads,
 D model dim and inputs of a matrix, O its outputs, F feed-forward dim, V vocabulary, T new tokens of all rows of a
-prefill, B rows of a decoding forward, S the first of them, which have a row in the cache, P rows of a run.
+prefill, B rows of a decoding forward, S the first of them, which have a row in the cache, P rows of a run,
+X query heads of a key/value head.
 
 `prefill` feeds any number of tokens to each of some rows, `decode_step` one token to each of many. The numbers that a
 step reads are on the device (`step_numbers`), so that steps can follow each other without the host. Both read
