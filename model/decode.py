@@ -66,29 +66,31 @@ class DecodeWeights:
     On a CPU they are a copy, except matrices that need neither packing nor joining. On other devices joined matrices
     take the place of the model's own, whose parameters become views of them: there is no second copy.
     cuda_graphs: on CUDA, a RowDecoder on these weights records its steps (model/step_graphs.py).
+    for_one_row: on a CPU, products of one row take less time and those of several rows more. It goes with
+    rows_per_forward 1 (model/sampling.py), for a single stream.
     Raises ValueError when the model's parameters are sharded: decoding reads them without a collective.
     """
 
     @torch.no_grad()
-    def __init__(self, model: Transformer, *, cuda_graphs: bool = False) -> None:
+    def __init__(self, model: Transformer, *, cuda_graphs: bool = False, for_one_row: bool = False) -> None:
         if type(model.layers[0].attention.wq.weight) is not nn.Parameter:
             raise ValueError(
                 "the model is sharded, expected one with whole parameters (train.distributed.gathered_model)"
             )
-        self.model = model
+        self.model, self.for_one_row = model, for_one_row
         self.blocks = [
             BlockWeights(
                 block.attention_norm.weight.detach(),
-                join_matrices([block.attention.wq, block.attention.wk, block.attention.wv]),
-                pack_matrix(block.attention.wo.weight.detach()),
+                join_matrices([block.attention.wq, block.attention.wk, block.attention.wv], for_one_row),
+                pack_matrix(block.attention.wo.weight.detach(), None, for_one_row),
                 block.ffn_norm.weight.detach(),
-                join_matrices([block.feed_forward.w1, block.feed_forward.w3]),
-                pack_matrix(block.feed_forward.w2.weight.detach()),
+                join_matrices([block.feed_forward.w1, block.feed_forward.w3], for_one_row),
+                pack_matrix(block.feed_forward.w2.weight.detach(), None, for_one_row),
             )
             for block in model.layers
         ]
         self.norm_D = model.norm.weight.detach()
-        self.head = pack_matrix(model.head_weight().detach())
+        self.head = pack_matrix(model.head_weight().detach(), None, for_one_row)
         self.has_graphs = cuda_graphs and self.device().type == "cuda"
 
     def embed(self, ids_T: Tensor, positions_T: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor]]:
@@ -106,20 +108,27 @@ def to_device(numbers: list, dtype: torch.dtype, device: torch.device) -> Tensor
     return torch.tensor(numbers, dtype=dtype, pin_memory=device.type == "cuda").to(device, non_blocking=True)
 
 
-def join_matrices(layers: list[nn.Linear]) -> Matrix:
+def join_matrices(layers: list[nn.Linear], for_one_row: bool) -> Matrix:
     """Layers with the same input as one matrix."""
     weight_OD = torch.cat([layer.weight for layer in layers])
     bias_O = None if layers[0].bias is None else torch.cat([layer.bias for layer in layers])
     if weight_OD.device.type != "cpu":
         for layer, part_OD in zip(layers, weight_OD.split([layer.out_features for layer in layers]), strict=True):
             layer.weight.data = part_OD
-    return pack_matrix(weight_OD, bias_O)
+    return pack_matrix(weight_OD, bias_O, for_one_row)
 
 
-def pack_matrix(weight_OD: Tensor, bias_O: Tensor | None = None) -> Matrix:
-    """Packed where that is faster: large fp32 matrices on a CPU. The rule is fixed, since packing changes last bits."""
+def pack_matrix(weight_OD: Tensor, bias_O: Tensor | None = None, for_one_row: bool = False) -> Matrix:
+    """Packed where that is faster: large fp32 matrices on a CPU. The rule is fixed, since packing changes last bits.
+
+    for_one_row: not packed, but with the longer of its two sides contiguous, which the product of one row reads at the
+    rate of memory.
+    """
+    if for_one_row and weight_OD.device.type == "cpu" and weight_OD.shape[0] > weight_OD.shape[1]:
+        return Matrix(weight_OD.t().contiguous(), bias_O, is_packed=False)
     is_packed = (
-        weight_OD.device.type == "cpu"
+        not for_one_row
+        and weight_OD.device.type == "cpu"
         and weight_OD.dtype == torch.float32
         and weight_OD.numel() >= PACKED_NUMBERS
         and torch.backends.mkldnn.is_available()

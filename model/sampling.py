@@ -129,7 +129,7 @@ def continue_prompts(
     """generate() with a decoder of the caller's own, all rows of which are free.
 
     Output is the same, bit for bit, for every batching at one value of the decoder's rows_per_forward; across values
-    it may differ where two tokens nearly tie. 1 suits a single long answer.
+    it may differ where two tokens nearly tie. 1 suits a single long answer, on a CPU with weights made for_one_row.
     """
     if isinstance(generator, list) and len(generator) != len(prompts):
         raise ValueError(f"{len(generator)} generators for {len(prompts)} prompts, expected one each")
@@ -219,8 +219,8 @@ class RowDecoder:
         self.weights = model if isinstance(model, DecodeWeights) else DecodeWeights(model)
         self.max_new_tokens, self.stop_ids, self.temperature = max_new_tokens, frozenset(stop_ids), temperature
         self.cache = KVCache(self.weights.model.config, n_rows, max_tokens)
-        self.row_counts = _row_counts(self.weights.model, rows_per_forward, with_head=True)
-        self.tile_counts = _row_counts(self.weights.model, ROWS_PER_TILE, with_head=False)
+        self.row_counts = _row_counts(self.weights, rows_per_forward, with_head=True)
+        self.tile_counts = _row_counts(self.weights, ROWS_PER_TILE, with_head=False)
         self.steps_per_stop_test = STEPS_PER_STOP_TEST if self.weights.device().type == "cuda" else 1
         self.graphs = None
         if self.weights.has_graphs:
@@ -383,17 +383,22 @@ def _at_least(n: int, counts: tuple[int, ...]) -> int:
     return min(count for count in counts if count >= n) if n else 0
 
 
-def _row_counts(model: Transformer, most: int, *, with_head: bool) -> tuple[int, ...]:
-    weight = model.head_weight()
-    return interchangeable_row_counts(
-        model.config, weight.dtype, weight.device, torch.get_num_threads(), most, with_head
-    )
+def _row_counts(weights: DecodeWeights, most: int, *, with_head: bool) -> tuple[int, ...]:
+    head, config = weights.model.head_weight(), weights.model.config
+    n_threads, for_one_row = torch.get_num_threads(), weights.for_one_row
+    return interchangeable_row_counts(config, head.dtype, head.device, n_threads, most, with_head, for_one_row)
 
 
 @lru_cache(maxsize=64)
 @torch.no_grad()
 def interchangeable_row_counts(
-    config: ModelConfig, dtype: torch.dtype, device: torch.device, n_threads: int, most: int, with_head: bool = True
+    config: ModelConfig,
+    dtype: torch.dtype,
+    device: torch.device,
+    n_threads: int,
+    most: int,
+    with_head: bool = True,
+    for_one_row: bool = False,
 ) -> tuple[int, ...]:
     """Numbers of rows, up to `most`, whose matrix products equal those of `most` rows bit for bit; ends with `most`.
 
@@ -414,7 +419,7 @@ def interchangeable_row_counts(
     for n_outputs, n_inputs, has_bias in sorted(shapes):
         block_OD = torch.randn(min(n_outputs, 1024), n_inputs, generator=generator)
         weight_OD = block_OD.repeat(-(-n_outputs // 1024), 1)[:n_outputs].to(device, dtype)
-        matrix = pack_matrix(weight_OD, weight_OD[:, 0].clone() if has_bias else None)
+        matrix = pack_matrix(weight_OD, weight_OD[:, 0].clone() if has_bias else None, for_one_row)
         x_RD = torch.randn(most, n_inputs, generator=generator).to(device, dtype)
         full_RO = product(x_RD, matrix)
         counts = [

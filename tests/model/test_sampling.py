@@ -143,21 +143,37 @@ def test_greedy_does_not_depend_on_batching_where_matrices_are_packed():
     assert together == [generate(model, [prompt], max_new_tokens=4, eos_id=None)[0] for prompt in prompts]
 
 
-def test_a_packed_matrix_gives_the_product_of_an_fp64_one():
+@pytest.mark.parametrize("for_one_row", [False, True])
+def test_a_matrix_in_any_layout_gives_the_product_of_an_fp64_one(for_one_row):
     generator = torch.Generator().manual_seed(2)
     weight_OD, x_BD, added_BO = (
         torch.randn(*shape, generator=generator) for shape in ((600, 500), (150, 500), (9, 600))
     )
-    matrix = pack_matrix(weight_OD, weight_OD[:, 0].clone())
+    matrix = pack_matrix(weight_OD, weight_OD[:, 0].clone(), for_one_row)
     exact_BO = x_BD.double() @ weight_OD.double().T
     assert torch.allclose(product(x_BD, matrix).double(), exact_BO + weight_OD[:, 0].double(), atol=2e-4)
-    sums_BO = product(x_BD[:9], pack_matrix(weight_OD), added_BO)
+    sums_BO = product(x_BD[:9], pack_matrix(weight_OD, None, for_one_row), added_BO)
     assert torch.allclose(sums_BO.double(), exact_BO[:9] + added_BO.double(), atol=2e-4)
 
 
 def test_small_matrices_are_not_packed():
     """The bundled model's rollouts keep their last bits: fixed by size, not by a stopwatch."""
     assert not pack_matrix(torch.zeros(922, 192)).is_packed and not pack_matrix(torch.zeros(192, 512)).is_packed
+
+
+@pytest.mark.parametrize(("shape", "contiguous_side"), [((3, 2), 0), ((2, 3), 1)])
+def test_for_one_row_the_longer_side_is_contiguous(shape, contiguous_side):
+    weight = pack_matrix(torch.arange(6.0).view(shape), None, True).weight.t()
+    assert torch.equal(weight, torch.arange(6.0).view(shape)) and weight.stride(contiguous_side) == 1
+
+
+def test_for_one_row_a_prompt_has_the_same_response_alone_and_prefilled_with_others():
+    model = tiny_model(dim=576, n_layers=2, n_heads=9, n_kv_heads=3, head_dim=64, ffn_dim=1536, vocab_size=512)
+    weights, prompts = DecodeWeights(model, for_one_row=True), random_prompts(3, 512, 60)
+    settings = {"max_tokens": 70, "max_new_tokens": 4, "stop_ids": (), "temperature": 0.0, "rows_per_forward": 1}
+    together = continue_prompts(RowDecoder(weights, n_rows=3, **settings), prompts)
+    alone = [continue_prompts(RowDecoder(weights, n_rows=1, **settings), [prompt])[0] for prompt in prompts]
+    assert together == alone
 
 
 def test_row_counts_give_equal_bits():

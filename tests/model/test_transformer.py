@@ -18,7 +18,7 @@ from model.config import (
     config_to_hf,
     count_parameters,
 )
-from model.decode import DecodeWeights, KVCache, decode_step, prefill
+from model.decode import DecodeWeights, KVCache, decode_runs, decode_step, prefill, step_numbers
 from model.pretrained_weights import load_pretrained
 from model.transformer import FeedForward, RMSNorm, Transformer, apply_rope, rope_cos_sin, rope_inverse_frequencies
 
@@ -236,8 +236,11 @@ def test_cache_equals_full_forward(chunks):
 def test_cache_of_rows_that_decode_together_equals_full_forward():
     model = tiny_model()
     ids_BT = torch.randint(0, 61, (3, 12), generator=torch.Generator().manual_seed(3))
-    cache = KVCache(model.config, 3, 12)
-    found = [decode_step(DecodeWeights(model), cache, [0, 1, 2], ids_BT[:, t].tolist(), n_rows=3) for t in range(12)]
+    weights, cache, rows, found = DecodeWeights(model), KVCache(model.config, 3, 12), [0, 1, 2], []
+    for t in range(12):
+        numbers_4B = step_numbers(weights, cache, rows, ids_BT[:, t].tolist(), n_rows=4)
+        found.append(decode_step(weights, cache, numbers_4B, decode_runs(cache, rows, numbers_4B.device)))
+        cache.lengths = [t + 1] * 3
     with torch.no_grad():
         assert torch.allclose(torch.stack(found, dim=1), model(ids_BT), rtol=1e-5, atol=2e-5)
 
