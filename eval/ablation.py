@@ -9,19 +9,20 @@ bad input, or a program that failed (one line on stderr); 130 or 143 stopped by 
 
 import argparse
 import hashlib
+import json
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
 
 from command_line import parse_arguments, polite_stop, run_command
-from data.json_records import DataError, write_json_lines
+from data.json_records import DataError
 from eval.benchmarks import BENCHMARKS
-from eval.cells import EVAL_FLAGS, ROOT, finish_cells, opened, score_command
+from eval.cells import EVAL_FLAGS, ROOT, finish_cells, opened, score_command, write_once
 from eval.reports.ablation_tables import METHODS, SPLITS, Cell, write_tables
 from printable import terminal_text
 from toolbox.alike import draw_alike_trajectories
-from toolbox.make import TRAIN_SEED, draw_split, write_trajectories
+from toolbox.make import TRAIN_SEED, draw_split, trajectories_text
 from toolbox.world import draw_trajectories
 
 BASE = ROOT / "assets/tiny_model/model.safetensors"
@@ -67,20 +68,19 @@ def commands_of(output: Path, cell: Cell, ppo_flags: str) -> list[list[str]]:
 def write_data(output: Path, n_prompts: int, n_trajectories: int, alike: bool) -> None:
     """Write DIR/data, unless it is there: ppo.json, train.json, which is its start, and prompts of each split.
 
-    All prompts are different, and none is a query of ppo.json.
+    All prompts are different, and none is a query of ppo.json. Raises DataError if a file there is another one.
     """
     folder, n_all = output / "data", max(n_trajectories, FULL["trajectories"])
     records = [*(draw_alike_trajectories if alike else draw_trajectories)(TRAIN_SEED, n_all)]
     for name, n_records in (("ppo.json", n_all), ("train.json", n_trajectories)):
-        if not (folder / name).exists():
-            write_trajectories(folder / name, records[:n_records])
+        write_once(folder / name, trajectories_text(records[:n_records]))
     write_prompts(folder, records, n_prompts)
 
 
 def write_prompts(folder: Path, records: Iterable[Mapping], n_prompts: int) -> None:
     """Write the files of the four splits, unless they are there. All prompts differ; none is a query of `records`.
 
-    Raises DataError where the world has not that many.
+    Raises DataError where the world has not that many, and if a file there is another one.
     """
     met = {turn["content"] for record in records for turn in record["conversations"] if turn["role"] == "user"}
     for number, split in enumerate(SPLITS):
@@ -90,8 +90,7 @@ def write_prompts(folder: Path, records: Iterable[Mapping], n_prompts: int) -> N
         prompts = [*islice(new, n_prompts)]
         if len(prompts) < n_prompts:
             raise DataError(f"--prompts: found {n_prompts}, expected at most {len(prompts)}, all that {split} has")
-        if not path.exists():
-            write_json_lines(path, prompts)
+        write_once(path, "".join(json.dumps(prompt) + "\n" for prompt in prompts))
 
 
 # ---------------------------------------------------------------------------------------------------------------------

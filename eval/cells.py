@@ -6,6 +6,7 @@ DIR/cells.jsonl which cells are finished: a run that was stopped or killed leave
 
 import fcntl
 import json
+import math
 import os
 import subprocess
 import sys
@@ -51,7 +52,7 @@ def check_folder(output: Path, settings: Mapping, may_grow: Collection[str] = ()
     found = read_json_object(path)
     for name, value in settings.items():
         grows = name in may_grow and type(found.get(name)) is int and found[name] <= value
-        if found.get(name) != value and not grows:
+        if json.dumps(found.get(name)) != json.dumps(value) and not grows:  # true is not 1
             expected = f"{'at most ' if name in may_grow else ''}{shown(value)} as in this command"
             raise DataError(
                 f"{path}: found {name} {shown(found.get(name))}, expected {expected}; "
@@ -76,13 +77,23 @@ def opened(output: Path, settings: Mapping, may_grow: Collection[str] = ()) -> I
         yield
 
 
+def write_once(path: Path, text: str) -> None:
+    """Write the file, unless it is there. Raises DataError if it is another one: the data of cells would differ."""
+    if not path.exists():
+        write_text(path, text)
+    elif path.read_bytes() != text.encode():
+        found = "found another text, expected what this command draws"
+        raise DataError(f"{path}: {found}; remove it, or give another --output")
+
+
 def read_finished(path: Path, cells: Sequence[Cell]) -> dict[Cell, float]:
     """Cell -> seconds, from the journal of finished cells; a line that a kill has cut is removed. Raises DataError."""
     if not path.exists():
         return {}
     rows, by_name = read_json_lines(path, drop_partial_last_line=True)[0], {str(cell): cell for cell in cells}
     for line, row in rows:
-        if str(row.get("cell")) not in by_name or type(row.get("seconds")) is not float:
+        seconds = row.get("seconds")
+        if str(row.get("cell")) not in by_name or type(seconds) is not float or not 0.0 <= seconds < math.inf:
             raise DataError(f"{path}:{line}: found {shown(row)}, expected a cell of this run and its seconds")
     write_json_lines(path, [row for _, row in rows])
     return {by_name[row["cell"]]: row["seconds"] for _, row in rows}

@@ -17,13 +17,13 @@ from pathlib import Path
 from command_line import parse_arguments, polite_stop, run_command
 from data.json_records import DataError, write_text
 from eval.ablation import BASE, SFT_FLAGS, write_prompts
-from eval.cells import EVAL_FLAGS, finish_cells, opened, score_command
+from eval.cells import EVAL_FLAGS, finish_cells, opened, score_command, write_once
 from eval.predict.prediction_files import DTYPE_NAMES
 from eval.rates import METRICS, rates
 from eval.reports.ablation_tables import SPLITS, Cell, Results, difference_rows, read_cells
 from eval.reports.report import format_table
 from printable import terminal_text
-from toolbox.make import TRAIN_COUNT, TRAIN_SEED, write_trajectories
+from toolbox.make import TRAIN_COUNT, TRAIN_SEED, trajectories_text
 from toolbox.world import draw_trajectories
 
 FULL = "full"  # run_sft.py with its defaults: w_max 9, turn_mean, structured; 17 % of trajectories have failing calls
@@ -56,9 +56,7 @@ def write_data(output: Path, n_prompts: int) -> None:
     """Write DIR/data, unless it is there: train_<share>.json, and prompts that none of them has. Raises DataError."""
     drawn = {share: [*draw_trajectories(TRAIN_SEED, TRAIN_COUNT, rate)] for share, rate in ERROR_RATES.items()}
     for share, records in drawn.items():
-        path = output / "data" / f"train_{share}.json"
-        if not path.exists():
-            write_trajectories(path, records)
+        write_once(output / "data" / f"train_{share}.json", trajectories_text(records))
     write_prompts(output / "data", chain(*drawn.values()), n_prompts)
 
 

@@ -29,10 +29,10 @@ MOST = 1_000_000  # records of one file, which is made in memory
 MULTI_MIX = ((False, 1, 60), (False, 2, 60), (False, 3, 30), (True, 1, 20), (True, 2, 20), (True, 3, 10))
 
 
-def write_trajectories(path: Path, records: Iterable[dict]) -> None:
+def trajectories_text(records: Iterable[dict]) -> str:
     """A JSON list, one record per line, so that diffs and error lines point at a record."""
     lines = ",\n".join(json.dumps(record) for record in records)
-    write_text(path, f"[\n{lines}\n]\n")
+    return f"[\n{lines}\n]\n"
 
 
 def draw_split(split: str, seed: int, count: int) -> Iterator[dict]:
@@ -60,7 +60,7 @@ def make(settings: argparse.Namespace) -> None:
     seed, count = settings.seed, settings.tests
     if settings.only_trajectories:
         draw = draw_alike_trajectories if settings.alike else draw_trajectories
-        write_trajectories(settings.only_trajectories, draw(seed, settings.trajectories))
+        write_text(settings.only_trajectories, trajectories_text(draw(seed, settings.trajectories)))
     elif settings.only_tests and settings.split == "both":
         halves = draw_split("seen", seed, count - count // 2), draw_split("unseen", seed + 1, count // 2)
         write_json_lines(settings.only_tests, chain(*halves))
@@ -70,7 +70,7 @@ def make(settings: argparse.Namespace) -> None:
         model, tests = settings.output / "tiny_model", settings.output / "tiny_data"
         model.mkdir(parents=True, exist_ok=True)
         write_bytes(model / "tokenizer.model", train_tokenizer())
-        write_trajectories(tests / "train.json", draw_trajectories(seed, settings.trajectories))
+        write_text(tests / "train.json", trajectories_text(draw_trajectories(seed, settings.trajectories)))
         for split, test_seed in TEST_SEEDS.items():
             write_json_lines(tests / f"test_{split}.jsonl", draw_split(split, test_seed, TEST_COUNT))
         write_json_lines(tests / "test_multi.jsonl", draw_multi_split())

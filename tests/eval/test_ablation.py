@@ -78,6 +78,10 @@ def test_data_are_held_out_and_all_different(tmp_path):
         (tmp_path / "data" / name).unlink()
         write_data(tmp_path, 200, 5, alike=False)
         assert (tmp_path / "data" / name).read_bytes() == before
+        (tmp_path / "data" / name).write_bytes(before[:-2])
+        with pytest.raises(DataError, match=f"{name}: found another text, expected what this command draws"):
+            write_data(tmp_path, 200, 5, alike=False)
+        (tmp_path / "data" / name).write_bytes(before)
 
 
 def test_more_prompts_than_the_world_has_are_refused_before_any_cell(tmp_path, monkeypatch):
