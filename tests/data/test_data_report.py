@@ -127,9 +127,9 @@ def test_nothing_trained_is_one_line_with_the_reasons(tmp_path):
     with pytest.raises(DataError) as raised:
         notes_of(tmp_path, *records)
     assert str(raised.value) == (
-        "found 3 trajectories, 0 longer than 8192 tokens and 3 without a trained turn (turns: 2 x "
-        "parameter_hallucination, parameter not documented; 2 x weight 0 in the data; 1 x tool_hallucination, tool not "
-        "offered), expected at least one to train on"
+        f"{tmp_path / 'data.jsonl'}: found 3 trajectories, 0 longer than 8192 tokens and 3 without a trained turn "
+        "(turns: 2 x parameter_hallucination, parameter not documented; 2 x weight 0 in the data; 1 x "
+        "tool_hallucination, tool not offered), expected at least one to train on"
     )
 
 

@@ -618,7 +618,8 @@ def uses():
                 node.attr in OF_OS or node.attr.startswith(("execv", "execl", "spawn"))
             ):
                 found.add((node.attr, where))
-            if isinstance(node, ast.Name) and node.id in ("eval", "exec", "compile", "__import__"):
+            is_read = isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load)  # a setting may be called compile
+            if is_read and node.id in ("eval", "exec", "compile", "__import__"):
                 found.add((f"name {node.id}", where))
     return found
 
