@@ -197,7 +197,7 @@ def read_records(source: Path) -> tuple[list[BfclRecord], int, int]:
             test_queries.add(query_of(row, where)[-1]["content"])
             for tool in field_of(row, "function", list, where):
                 test_tools |= {field_of(tool, key, str, where) for key in ("name", "description")}
-    records, n_tools, n_queries = [], 0, 0
+    records, n_tools, n_queries, identities = [], 0, 0, set()
     for category in CATEGORIES:
         rows = read_rows(source, f"{FOLDER}/BFCL_v4_{category}.json")
         answers = read_rows(source, f"{FOLDER}/possible_answer/BFCL_v4_{category}.json")
@@ -208,6 +208,9 @@ def read_records(source: Path) -> tuple[list[BfclRecord], int, int]:
                 record = read_record(row, answer, where)
             except RecursionError:
                 raise DataError(f"{where}: found objects nested too deeply, expected fewer levels") from None
+            if record.id in identities:
+                raise DataError(f"{where}: found the id {shown(record.id)} a second time, expected each once")
+            identities.add(record.id)
             functions = [tool["function"] for tool in record.tools]
             if any({each["name"], str(each.get("description"))} & test_tools for each in functions):
                 n_tools += 1

@@ -21,6 +21,7 @@ from eval.reports.training_page import describe_training, training_section
 from printable import terminal_text
 from svg import CHART_PATTERNS, CHART_STYLE, DARK, DARK_AREAS, HATCH, LIGHT, LIGHT_AREAS, STYLE
 
+PAGE_START = "<!DOCTYPE html>"
 POLICY = "default-src 'none'; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'"
 PAGE_STYLE = """
 * { box-sizing: border-box; }
@@ -77,7 +78,7 @@ def render_page(folders: Sequence[RunFolder]) -> str:
     body = [training_section(folder, identifier) for identifier, folder in parts]
     body += [evaluations_section(evaluations, "evaluations")] if evaluations else []
     title = html_text("Runs: " + ", ".join(folder.name for folder in folders))
-    return f"""<!DOCTYPE html>
+    return f"""{PAGE_START}
 <html lang="en">
 <head>
 <meta charset="utf-8">
@@ -141,6 +142,8 @@ def main(arguments: Sequence[str]) -> int:
     flags = parse_arguments(parser, arguments)
 
     def command() -> None:
+        if flags.html.exists() and not flags.html.read_bytes().startswith(PAGE_START.encode()):
+            raise DataError(f"{flags.html}: found a file that is no HTML page, expected a new one or a page to replace")
         write_text(flags.html, render_page(read_run_folders(flags.runs)))
         print(f"page: {terminal_text(str(flags.html))}")
 

@@ -151,6 +151,12 @@ def test_a_record_of_very_many_answers_is_cut(tmp_path, capsys, monkeypatch):
     assert len(load_tiny(tmp_path / "out" / "heldout.json")[0].gold) == 64
 
 
+def test_an_id_that_occurs_twice_is_refused(tmp_path, capsys):
+    wheel = write_wheel(tmp_path / "w.whl", wheel_files([*RECORDS[:2], RECORDS[1]]))
+    assert main([str(wheel), str(tmp_path / "out")]) == 2
+    assert "found the id 'b' a second time" in capsys.readouterr().err and not (tmp_path / "out").exists()
+
+
 def test_a_tool_set_is_never_on_both_sides():
     def record(number):
         tools = [{"type": "function", "function": {"name": f"t{number % 40}"}}]

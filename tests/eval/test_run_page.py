@@ -236,6 +236,16 @@ def test_folders_of_real_runs_lack_nothing(tmp_path):
 HOSTILE = "</pre></title><script>alert(1)</script><img src=x onerror=alert(1)>'\"&amp;\u202e\x1b[2J\x00"
 
 
+def test_only_a_page_is_replaced(tmp_path, capsys):
+    run, page = write_sft(tmp_path / "sft"), tmp_path / "page.html"
+    metrics = (run / "metrics.jsonl").read_bytes()
+    assert main([str(run), "--html", str(run / "metrics.jsonl")]) == 2
+    assert "found a file that is no HTML page" in capsys.readouterr().err
+    assert (run / "metrics.jsonl").read_bytes() == metrics
+    for _ in range(2):
+        assert main([str(run), "--html", str(page)]) == 0 and page.read_text().startswith("<!DOCTYPE html>")
+
+
 def test_hostile_text_is_text(tmp_path):
     names = ["<script>alert(1)</script>".replace("/", "_"), "b"]
     paths = [
