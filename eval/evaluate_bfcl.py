@@ -309,7 +309,7 @@ def _score_by_ast(calls: Sequence[ToolCall], example: Record) -> CallScore:
             if levels[1]
             else "wrong parameters: not those of the document"
         )
-    return CallScore(*levels, reason=reason)
+    return CallScore(reason, *levels)
 
 
 @dataclass(frozen=True, slots=True)
@@ -452,22 +452,10 @@ def evaluate_bfcl(examples: Sequence[Record], predicted: Sequence[PredictedCalls
     """
     rows = []
     for example, prediction in zip(examples, predicted, strict=True):
-        score = (
-            score_bfcl_calls(prediction.calls, example, variant)
-            if not prediction.fault
-            else CallScore(TS=False, PI=False, CF=False, reason=prediction.fault)
-        )
-        rows.append(
-            {
-                "index": example.index,
-                "id": example.id,
-                "category": example.meta["category"],
-                "TS": int(score.TS),
-                "PI": int(score.PI),
-                "CF": int(score.CF),
-                "reason": score.reason,
-            }
-        )
+        fault = prediction.fault
+        score = CallScore(fault) if fault else score_bfcl_calls(prediction.calls, example, variant)
+        row = {"index": example.index, "id": example.id, "category": example.meta["category"]}
+        rows.append({**row, **score.as_row()})
     return rows
 
 

@@ -147,7 +147,7 @@ def score_rotbench_call(name: str, arguments: object, example: Record, rules: st
     if rules not in RULES:
         raise ValueError(f"found rules {rules!a}, expected one of {', '.join(RULES)}")
     if not arguments and (rules == "official" or not isinstance(arguments, dict)):  # 1
-        return CallScore(TS=False, PI=False, CF=False, reason="empty arguments: wrong by RoTBench's first rule")
+        return CallScore("empty arguments: wrong by RoTBench's first rule")
     level, current, left = 0, name, arguments
     for answer in example.gold:
         gold = answer.calls[0]
@@ -168,7 +168,7 @@ def score_rotbench_call(name: str, arguments: object, example: Record, rules: st
         if has_free_values or left == {key: value for key, value in gold.arguments.items() if value != "None"}:  # 5
             level = 3
             break
-    return CallScore(TS=level >= 1, PI=level >= 2, CF=level == 3, reason=_reason(name, arguments, example, level))
+    return CallScore(_reason(name, arguments, example, level), TS=level >= 1, PI=level >= 2, CF=level == 3)
 
 
 def _reason(name: str, arguments: object, example: Record, level: int) -> str:
@@ -196,22 +196,9 @@ def evaluate_rotbench(examples: Sequence[Record], calls: Sequence[PredictedCall]
     """
     rows = []
     for example, call in zip(examples, calls, strict=True):
-        score = (
-            score_rotbench_call(call.name, call.arguments, example, rules)
-            if not call.fault
-            else CallScore(TS=False, PI=False, CF=False, reason=call.fault)
-        )
-        rows.append(
-            {
-                "index": example.index,
-                "id": example.id,
-                "scenario": example.meta["scenario"],
-                "TS": int(score.TS),
-                "PI": int(score.PI),
-                "CF": int(score.CF),
-                "reason": score.reason,
-            }
-        )
+        fault = call.fault
+        score = CallScore(fault) if fault else score_rotbench_call(call.name, call.arguments, example, rules)
+        rows.append({"index": example.index, "id": example.id, "scenario": example.meta["scenario"], **score.as_row()})
     return rows
 
 

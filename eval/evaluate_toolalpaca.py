@@ -168,12 +168,12 @@ def score_toolalpaca_call(name: str, arguments: object, example: Record, variant
     if variant not in VARIANTS:
         raise ValueError(f"found variant {variant!a}, expected one of {', '.join(VARIANTS)}")
     if variant == "rotbench_rules" and not arguments:
-        return CallScore(TS=False, PI=False, CF=False, reason="empty arguments: wrong by RoTBench's first rule")
+        return CallScore("empty arguments: wrong by RoTBench's first rule")
     if not isinstance(arguments, dict):
         # RoTBench's scorer compares the names first, and stops at arguments that have no keys.
         has_tool = variant == "rotbench_rules" and name == example.gold[0].calls[0].name
         found = type(arguments).__name__
-        return CallScore(has_tool, False, False, reason=f"unparsable: found {found} as arguments, expected an object")
+        return CallScore(f"unparsable: found {found} as arguments, expected an object", TS=has_tool)
     answers = example.gold
     if variant == "any_call":
         answers = [GoldAnswer((call,), order_free=False) for call in example.meta["gold_calls"]]
@@ -195,22 +195,9 @@ def evaluate_toolalpaca(examples: Sequence[Record], calls: Sequence[PredictedCal
     """
     rows = []
     for example, call in zip(examples, calls, strict=True):
-        score = (
-            score_toolalpaca_call(call.name, call.arguments, example, variant)
-            if not call.fault
-            else CallScore(TS=False, PI=False, CF=False, reason=call.fault)
-        )
-        rows.append(
-            {
-                "index": example.index,
-                "id": example.id,
-                "api": example.meta["api"],
-                "TS": int(score.TS),
-                "PI": int(score.PI),
-                "CF": int(score.CF),
-                "reason": score.reason,
-            }
-        )
+        fault = call.fault
+        score = CallScore(fault) if fault else score_toolalpaca_call(call.name, call.arguments, example, variant)
+        rows.append({"index": example.index, "id": example.id, "api": example.meta["api"], **score.as_row()})
     return rows
 
 

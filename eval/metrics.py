@@ -37,12 +37,16 @@ class GoldAnswer:
 
 @dataclass(frozen=True, slots=True)
 class CallScore:
-    """Result of one record; `reason` is "" for a correct answer, else `<error category>: <detail>`."""
+    """Result of one record."""
 
-    TS: bool
-    PI: bool
-    CF: bool
-    reason: str
+    reason: str  # "" for a correct answer, else `<error category>: <detail>`
+    TS: bool = False
+    PI: bool = False
+    CF: bool = False
+
+    def as_row(self) -> dict:
+        """Its part of a results row: TS, PI, CF (0 or 1), reason."""
+        return {"TS": int(self.TS), "PI": int(self.PI), "CF": int(self.CF), "reason": self.reason}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -197,7 +201,7 @@ def score_calls(
     else:
         accepted = " or ".join(dict.fromkeys(_names(answer.calls) for answer in answers))
         reason = f"wrong tool: {_names(calls)}, expected {accepted}"
-    return CallScore(TS=bool(with_tool), PI=bool(with_parameters), CF=is_correct, reason=reason)  # E21
+    return CallScore(reason, TS=bool(with_tool), PI=bool(with_parameters), CF=is_correct)  # E21
 
 
 # ---------------------------------------------------------------------------------------------------------------------
