@@ -15,12 +15,11 @@ import json
 import re
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 from data.formats.call_text import check_count
 from data.formats.nexusraven import split_calls
-from data.formats.table import FORMATS, parse_output
+from data.formats.table import FORMATS
 from data.import_bfcl import with_json_types
 from data.json_records import DataError
 from data.tool_calls import ToolCall, ToolCallError
@@ -32,7 +31,7 @@ from eval.bfcl_source import arithmetic, read_source_calls
 from eval.evaluator_command_line import CALL_PREDICTIONS, add_rules, evaluator_parser, read_flags, run_evaluator
 from eval.metrics import CallScore, GoldAnswer, GoldCall, can_pair, is_same_tool, score_calls
 from eval.predict.prediction_files import Prediction
-from eval.predict.react_output import REACT, read_call, read_call_predictions
+from eval.predict.react_output import PredictedCalls, read_call_predictions, read_calls
 from eval.rates import rate_summary, rates, summarize_results
 from eval.records import Record, Scores, ScoreSettings, field_of, limited, read_lines
 from eval.sandbox.run import SandboxError, run_python
@@ -312,32 +311,8 @@ def _score_by_ast(calls: Sequence[ToolCall], example: Record) -> CallScore:
     return CallScore(reason, *levels)
 
 
-@dataclass(frozen=True, slots=True)
-class PredictedCalls:
-    """What a prediction calls, or why it calls nothing."""
-
-    calls: tuple[ToolCall, ...]
-    fault: str  # "" or the reason for the results row, beginning with its error category
-
-
-def read_calls(prediction: Prediction) -> PredictedCalls:
-    """All calls of a prediction; never raises for what a model wrote."""
-    if prediction.format == REACT or prediction.stop == "prompt_too_long":
-        call = read_call(prediction)
-        if not call.fault and not isinstance(call.arguments, dict):
-            return PredictedCalls((), f"unparsable: found {type(call.arguments).__name__} as arguments")
-        return (
-            PredictedCalls((), call.fault) if call.fault else PredictedCalls((ToolCall(call.name, call.arguments),), "")
-        )
-    try:
-        return PredictedCalls(tuple(parse_output(prediction.output, prediction.format)), "")
-    except ToolCallError as error:
-        cut = " (output cut at max_new_tokens)" if prediction.stop == "max_new_tokens" else ""
-        return PredictedCalls((), f"unparsable: {error}{cut}")
-
-
 def read_calls_as_bfcl(prediction: Prediction) -> PredictedCalls:
-    """The same by BFCL's parser where the format's calls are Python source; what Python refuses is read as above."""
+    """As read_calls, but by BFCL's parser where the format's calls are Python source that Python accepts."""
     if prediction.format not in _SOURCES or prediction.stop == "prompt_too_long":
         return read_calls(prediction)
     try:

@@ -10,15 +10,14 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from data.formats.table import parse_output
 from data.json_records import DataError
-from data.tool_calls import ToolCallError
 from data.tool_documents import normalize_tools, offered_names
 from data.trajectories import Message
 from eval.benchmarks import benchmark_of
 from eval.evaluator_command_line import evaluator_parser, read_flags, run_evaluator
-from eval.metrics import GoldAnswer, GoldCall, equal_strict, score_calls
+from eval.metrics import CallScore, GoldAnswer, GoldCall, equal_strict, score_calls
 from eval.predict.prediction_files import Prediction, read_matched
+from eval.predict.react_output import read_calls
 from eval.rates import summarize_results
 from eval.records import Record, Scores, ScoreSettings, field_of, limited, read_lines
 
@@ -98,16 +97,12 @@ def evaluate_tiny(examples: Sequence[Record], predictions: Sequence[Prediction])
 
 
 def _score(example: Record, prediction: Prediction) -> dict:
-    row = {"index": example.index, "id": example.id, "TS": 0, "PI": 0, "CF": 0}
-    if prediction.stop == "prompt_too_long":
-        return {**row, "reason": "no output: the prompt does not fit the model's positions"}
-    try:
-        calls = parse_output(prediction.output, prediction.format)
-    except ToolCallError as error:
-        cut = " (output cut at max_new_tokens)" if prediction.stop == "max_new_tokens" else ""
-        return {**row, "reason": f"unparsable: {error}{cut}"}
-    score = score_calls(calls, example.gold, values_equal=equal_strict)
-    return {**row, "TS": int(score.TS), "PI": int(score.PI), "CF": int(score.CF), "reason": score.reason}
+    predicted = read_calls(prediction)
+    if predicted.fault:
+        score = CallScore(predicted.fault)
+    else:
+        score = score_calls(predicted.calls, example.gold, values_equal=equal_strict)
+    return {"index": example.index, "id": example.id, **score.as_row()}
 
 
 def score_tiny(records: Sequence[Record], predictions: Path, settings: ScoreSettings) -> Scores:

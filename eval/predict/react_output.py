@@ -14,7 +14,7 @@ from pathlib import Path
 
 from data.formats.table import parse_output
 from data.json_records import DataError, read_json_list
-from data.tool_calls import ToolCallError
+from data.tool_calls import ToolCall, ToolCallError
 from eval.predict.prediction_files import Prediction, match_predictions, read_matched
 from eval.records import limited_indices
 
@@ -69,6 +69,30 @@ def read_call(prediction: Prediction) -> PredictedCall:
         cut = " (output cut at max_new_tokens)" if prediction.stop == "max_new_tokens" else ""
         return PredictedCall("", None, f"unparsable: {error}{cut}")
     return PredictedCall(call.name, call.arguments, fault="")
+
+
+@dataclass(frozen=True, slots=True)
+class PredictedCalls:
+    """What a prediction calls, or why it calls nothing."""
+
+    calls: tuple[ToolCall, ...]
+    fault: str  # "" or the reason for the results row, beginning with its error category
+
+
+def read_calls(prediction: Prediction) -> PredictedCalls:
+    """All calls of a prediction; never raises for what a model wrote."""
+    if prediction.format == REACT or prediction.stop == "prompt_too_long":
+        call = read_call(prediction)
+        if not call.fault and not isinstance(call.arguments, dict):
+            return PredictedCalls((), f"unparsable: found {type(call.arguments).__name__} as arguments")
+        return (
+            PredictedCalls((), call.fault) if call.fault else PredictedCalls((ToolCall(call.name, call.arguments),), "")
+        )
+    try:
+        return PredictedCalls(tuple(parse_output(prediction.output, prediction.format)), "")
+    except ToolCallError as error:
+        cut = " (output cut at max_new_tokens)" if prediction.stop == "max_new_tokens" else ""
+        return PredictedCalls((), f"unparsable: {error}{cut}")
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -23,13 +23,13 @@ from eval.evaluate_bfcl import (
     main,
     match_results,
     passes_ast_types,
-    read_calls,
     read_calls_as_bfcl,
     run_calls,
     score_bfcl_calls,
     summarize_bfcl,
 )
 from eval.predict.prediction_files import Prediction
+from eval.predict.react_output import read_calls
 from eval.rates import METRICS
 
 REAL = Path(__file__).resolve().parents[3] / "shared/data/benchmarks/bfcl_v3_exec/2024-12-19_5bd63a96"
