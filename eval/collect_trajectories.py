@@ -31,7 +31,7 @@ from data.json_records import DataError, open_lock, read_json_lines, read_json_l
 from data.tool_documents import normalize_tools
 from data.trained_format import AUTO_FORMAT, choose_format
 from data.trajectories import Message, read_trajectories
-from eval.dialogues.journal import DialogueJournal, RecordedDialogue, match_dialogues, read_dialogues
+from eval.dialogues.journal import DialogueJournal, RecordedDialogue, read_dialogues
 from eval.dialogues.local_tools import TOOLBOX
 from eval.dialogues.metrics import MAX_TURNS
 from eval.dialogues.play import (
@@ -46,6 +46,7 @@ from eval.evaluate_rotbench import load_rotbench
 from eval.evaluate_tooleyes import load_tooleyes
 from eval.predict.endpoint import Endpoint, check_key_variable, check_url, make_endpoint
 from eval.predict.generate import LocalModel, answers_sha256, check_settings, folder_sha256
+from eval.predict.prediction_files import match_predictions
 from eval.records import Record, field_of
 from eval.reports.error_statistics import classify_turns, format_turns, summarize_turns
 from eval.sandbox.run import end_sandboxes
@@ -239,7 +240,7 @@ def collect(flags: argparse.Namespace) -> str:
         print(terminal_text(notice), file=sys.stderr)
     asked = tasks[: flags.limit]
     found = [dialogue for dialogue in read_dialogues(path)[0] if dialogue.index < len(asked)]
-    dialogues = match_dialogues(found, len(asked), None, path=path)
+    dialogues = match_predictions(found, len(asked), None, path=path, what="dialogues")
     written = authors_records(
         tasks[: flags.limit],
         dialogues,

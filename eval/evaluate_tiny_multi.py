@@ -14,10 +14,11 @@ from pathlib import Path
 from data.json_records import DataError
 from data.tool_documents import normalize_tools
 from eval.benchmarks import BENCHMARKS
-from eval.dialogues.journal import RecordedDialogue, match_dialogues, read_dialogues
+from eval.dialogues.journal import RecordedDialogue, read_dialogues
 from eval.dialogues.metrics import score_dialogues
 from eval.evaluate_tiny import user_messages
 from eval.evaluator_command_line import evaluator_parser, read_flags, run_evaluator
+from eval.predict.prediction_files import dropped_notice, match_predictions
 from eval.rates import rate_summary
 from eval.records import Record, Scores, ScoreSettings, field_of, limited, read_lines
 
@@ -82,10 +83,10 @@ def add_right_answers(
 def score_tiny_multi(records: Sequence[Record], predictions: Path, settings: ScoreSettings) -> Scores:
     """Rows, summary and notices for a file of dialogues. Raises DataError, `file:line`."""
     found, dropped = read_dialogues(predictions)
-    dialogues = match_dialogues(found, len(records), settings.limit, path=predictions)
+    dialogues = match_predictions(found, len(records), settings.limit, path=predictions, what="dialogues")
     records = limited(records, settings.limit)
     rows, summary = add_right_answers(*score_dialogues(dialogues, records, settings.max_turns), dialogues, records)
-    return Scores(rows, summary, [f"{predictions}: dropped a partial last line"] if dropped else [])
+    return Scores(rows, summary, dropped_notice(predictions, dropped))
 
 
 def main(arguments: Sequence[str]) -> int:

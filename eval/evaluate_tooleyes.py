@@ -19,21 +19,14 @@ from data.tool_calls import ToolCallError
 from data.tool_documents import normalize_tools
 from data.trajectories import Message
 from eval.benchmarks import BENCHMARKS
-from eval.dialogues.journal import RecordedDialogue, match_dialogues, read_dialogues
+from eval.dialogues.journal import RecordedDialogue, read_dialogues
 from eval.dialogues.metrics import score_dialogues
 from eval.evaluator_command_line import evaluator_parser, read_flags, run_evaluator
+from eval.predict.prediction_files import dropped_notice, match_predictions
 from eval.records import Record, Scores, ScoreSettings, field_of, limited, read_list
 
 LIBRARY = "ToolEyes/Tool_Library/"  # before the name of a tool set in a record's path
-SCENARIOS = {
-    "TG": "Text Generation",
-    "DU": "Data Understanding",
-    "RS": "Real-Time Search",
-    "PL": "Personal Life",
-    "IR": "Information Retrieval",
-    "AM": "Application Manipulation",
-    "FT": "Financial Transactions",
-}
+SCENARIOS = ("TG", "DU", "RS", "PL", "IR", "AM", "FT")  # eval/evaluate_rotbench.py has their names
 # What its loop writes in the model's place, after the ninth turn and where the model itself raised an exception.
 FORCED_ENDS = (
     "Thought: I cannot solve this task due to trying too many times.\nAction: finish\n",
@@ -170,9 +163,9 @@ def score_tooleyes(records: Sequence[Record], predictions: Path, settings: Score
     lines, _ = read_json_lines(predictions, drop_partial_last_line=True)
     is_official = bool(lines) and "conversations" in lines[0][1]
     found, dropped = read_official_dialogues(predictions, records) if is_official else read_dialogues(predictions)
-    dialogues = match_dialogues(found, len(records), settings.limit, path=predictions)
-    notices = [f"{predictions}: dropped a partial last line"] if dropped else []
-    return Scores(*score_dialogues(dialogues, limited(records, settings.limit), settings.max_turns), notices)
+    dialogues = match_predictions(found, len(records), settings.limit, path=predictions, what="dialogues")
+    rows, summary = score_dialogues(dialogues, limited(records, settings.limit), settings.max_turns)
+    return Scores(rows, summary, dropped_notice(predictions, dropped))
 
 
 def main(arguments: Sequence[str]) -> int:

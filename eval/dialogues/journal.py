@@ -11,14 +11,13 @@
 A kill leaves at most one partial line per journal, which is dropped; any number of ranks can continue.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from data.formats.table import DEFAULT_FORMAT, PROMPT_FORMATS
 from data.json_records import DataError, kind_of, read_json_lines, write_json_lines
 from eval.predict.journals import Journal, journal_file, journal_files, read_index, read_rows
-from eval.records import limited_indices
 from printable import shown
 
 END_REASONS = ("finish", "max_turns", "prompt_too_long", "refused")
@@ -69,27 +68,6 @@ def read_dialogues(path: Path) -> tuple[list[RecordedDialogue], bool]:
             )
         dialogues[dialogue.index] = dialogue
     return list(dialogues.values()), has_dropped
-
-
-def match_dialogues(
-    dialogues: Sequence[RecordedDialogue], count: int, limit: int | None, *, path: Path
-) -> list[RecordedDialogue]:
-    """The dialogues of records 0, 1, ... in order: one for each of `limit` (None: all) of `count` records.
-
-    Raises DataError for an index outside the benchmark, or if a record has no dialogue.
-    """
-    by_index = {dialogue.index: dialogue for dialogue in dialogues}
-    for dialogue in dialogues:
-        if not 0 <= dialogue.index < count:
-            raise DataError(f"{path}:{dialogue.line}: found index {dialogue.index}, expected 0 to {count - 1}")
-    needed = limited_indices(count, limit)
-    missing = [index for index in needed if index not in by_index]
-    if missing:
-        raise DataError(
-            f"{path}: found {len(needed) - len(missing)} of {len(needed)} dialogues, expected all (first missing "
-            f"index {missing[0]})"
-        )
-    return [by_index[index] for index in needed]
 
 
 def _dialogue(row: dict, line: int, where: str) -> RecordedDialogue:

@@ -3,16 +3,19 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 from data.formats.table import DEFAULT_FORMAT, PROMPT_FORMATS
 from data.json_records import DataError, read_json_lines, read_json_object
 from eval.predict.journals import read_index
 from eval.records import limited_indices
 
-# Why generation ended, written as "stop" by generate_predictions; files of other origin need not have it.
-# "refused": an endpoint answered this request, and only such, with an error; the output is empty.
 DTYPE_NAMES = {"float32": "fp32", "bfloat16": "bf16"}  # in tables
+# Why generation ended, written as "stop" by run_eval.py; files of other origin need not have it.
+# "refused": an endpoint answered this request, and only such, with an error; the output is empty.
 STOP_REASONS = ("end", "max_new_tokens", "prompt_too_long", "refused")
+
+Each = TypeVar("Each")  # Prediction, or RecordedDialogue of eval/dialogues/journal.py
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,14 +61,14 @@ def read_dtype(path: Path) -> str:
 
 
 def match_predictions(
-    predictions: Sequence[Prediction], count: int, limit: int | None, *, path: Path
-) -> list[Prediction]:
+    predictions: Sequence[Each], count: int, limit: int | None, *, path: Path, what: str = "predictions"
+) -> list[Each]:
     """The predictions of records 0, 1, ... in order: exactly one for each of the benchmark's `count` records.
 
-    With a `limit`, one for each of the records that limited_indices names; those of others are left aside. Raises
-    DataError for a record twice, an index outside the benchmark, or records without prediction.
+    With a `limit`, one for each of the records that limited_indices names; those of others are left aside. `what` they
+    are, for messages. Raises DataError for a record twice, an index outside the benchmark, or records without one.
     """
-    by_index: dict[int, Prediction] = {}
+    by_index: dict[int, Each] = {}
     for prediction in predictions:
         if not 0 <= prediction.index < count:
             raise DataError(f"{path}:{prediction.line}: found index {prediction.index}, expected 0 to {count - 1}")
@@ -80,7 +83,7 @@ def match_predictions(
     missing = [index for index in needed if index not in by_index]
     if missing:
         raise DataError(
-            f"{path}: found {len(needed) - len(missing)} of {len(needed)} predictions, expected all "
+            f"{path}: found {len(needed) - len(missing)} of {len(needed)} {what}, expected all "
             f"(first missing index {missing[0]})"
         )
     return [by_index[index] for index in needed]

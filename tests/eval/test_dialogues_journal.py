@@ -13,12 +13,12 @@ from eval.dialogues.journal import (
     DialogueJournal,
     RecordedDialogue,
     close_journals,
-    match_dialogues,
     read_dialogues,
     read_journals,
     rewrite_journals,
 )
 from eval.predict.journals import journal_file, journal_files
+from eval.predict.prediction_files import match_predictions
 from tests.support.dialogue_doubles import FINISH, WEATHER, answer_right, call, play, task
 
 CALL = {"name": "f", "arguments": {"a": 1}, "feedback": "x", "executor": "local"}
@@ -54,12 +54,12 @@ def test_dialogues_are_read(tmp_path):
     assert has_dropped and [dialogue.index for dialogue in dialogues] == [1, 0]
     assert dialogues[0] == RecordedDialogue(1, [FAULTY], "max_turns", "", "tl", 1)
     assert dialogues[1].turns == [TURN, LAST] and dialogues[1].format == "react"
-    first, second = match_dialogues(dialogues, 2, None, path=path)
+    first, second = match_predictions(dialogues, 2, None, path=path)
     assert (first.index, second.index) == (0, 1)
-    assert [each.index for each in match_dialogues(dialogues, 2, 1, path=path)] == [0]
+    assert [each.index for each in match_predictions(dialogues, 2, 1, path=path)] == [0]
     for count, text in ((1, "found index 1, expected 0 to 0"), (3, "found 2 of 3 dialogues, expected all .*index 2")):
         with pytest.raises(DataError, match=text):
-            match_dialogues(dialogues, count, None, path=path)
+            match_predictions(dialogues, count, None, path=path, what="dialogues")
 
 
 @pytest.mark.parametrize(
