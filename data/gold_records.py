@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from data.json_records import DataError, parse_json, read_json_lines
+from data.json_records import DataError, field_of, parse_json, read_json_lines
 from data.tool_calls import ToolCall, ToolCallError, render_tool_call
 from data.tool_documents import normalize_tools
 from data.trajectories import Message
@@ -44,14 +44,14 @@ def read_gold_records(path: str | Path, *, unparsable_calls: str) -> Iterator[Go
     lines, _ = read_json_lines(Path(path), drop_partial_last_line=False)
     for index, (line, record) in enumerate(lines):
         where = f"{path}:{line}"
-        tools = normalize_tools(take_field(record, "tools", list, where), f"{where}: tools")
-        messages = [_user_message(message, where) for message in take_field(record, "messages", list, where)]
+        tools = normalize_tools(field_of(record, "tools", list, where), f"{where}: tools")
+        messages = [_user_message(message, where) for message in field_of(record, "messages", list, where)]
         if not messages:
             raise DataError(f"{where}: found no message, expected at least the user's request")
         identity = record.get("id", index)
         if isinstance(identity, bool) or not isinstance(identity, (str, int)):
             raise DataError(f"{where}: id: found {type(identity).__name__}, expected a string or an integer")
-        gold_calls, n_unparsable = _single_calls(take_field(record, "gold", list, where), unparsable_calls, where)
+        gold_calls, n_unparsable = _single_calls(field_of(record, "gold", list, where), unparsable_calls, where)
         yield GoldRecord(str(identity), where, tools, messages, gold_calls, n_unparsable)
 
 
@@ -59,7 +59,7 @@ def _single_calls(answers: list, unparsable_calls: str, where: str) -> tuple[tup
     """The gold calls, and how many more could not be written down ("mask" only)."""
     gold_calls, n_unparsable = [], 0
     for answer in answers:
-        calls = take_field(answer, "calls", list, f"{where}: gold")
+        calls = field_of(answer, "calls", list, f"{where}: gold")
         if len(calls) != 1 or isinstance(calls[0], dict) and calls[0].get("wildcards"):
             continue
         call, fault = read_gold_call(calls[0], f"{where}: gold")
@@ -73,29 +73,15 @@ def _single_calls(answers: list, unparsable_calls: str, where: str) -> tuple[tup
 
 
 def _user_message(message: object, where: str) -> Message:
-    role = take_field(message, "role", str, f"{where}: messages")
+    role = field_of(message, "role", str, f"{where}: messages")
     if role != "user":
         raise DataError(f"{where}: found a message of role {role!a}, expected user messages only")
-    return Message("user", take_field(message, "content", str, f"{where}: messages"))
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Fields of a record, also for rl.check_rewards
-
-
-def take_field(record: object, name: str, kind: type, where: str) -> object:
-    """`record[name]`. Raises DataError unless `record` is an object that has it with type `kind`."""
-    if not isinstance(record, dict):
-        raise DataError(f"{where}: found {type(record).__name__}, expected an object with {name!a}")
-    if not isinstance(record.get(name), kind):
-        found = type(record[name]).__name__ if name in record else "nothing"
-        raise DataError(f"{where}: found {found} as {name!a}, expected {kind.__name__}")
-    return record[name]
+    return Message("user", field_of(message, "content", str, f"{where}: messages"))
 
 
 def read_gold_call(record: object, where: str) -> tuple[ToolCall, str | None]:
     """(call, None) of {"name", "arguments"}; (call, reason) if it cannot be written down, so that no text equals it."""
-    call = ToolCall(take_field(record, "name", str, where), take_field(record, "arguments", dict, where))
+    call = ToolCall(field_of(record, "name", str, where), field_of(record, "arguments", dict, where))
     try:
         render_tool_call(call)
     except ToolCallError as error:

@@ -139,6 +139,16 @@ def decode_value(text: str, position: int, where: str) -> tuple[object, int]:
         raise DataError(f"{where}: found an integer of too many digits, expected fewer") from None
 
 
+def field_of(row: object, name: str, kind: type, where: str) -> object:
+    """`row[name]`, which must be of type `kind`. Raises DataError, prefixed by `where`."""
+    if not isinstance(row, dict):
+        raise DataError(f"{where}: found {type(row).__name__}, expected an object with {name!a}")
+    if not isinstance(row.get(name), kind):
+        found = type(row[name]).__name__ if name in row else "nothing"
+        raise DataError(f"{where}: found {found} as {name!a}, expected {kind.__name__}")
+    return row[name]
+
+
 def _read_text(path: str | Path) -> str:
     return _decode(_read_bytes(path), path)
 

@@ -27,7 +27,7 @@ import torch
 from command_line import parse_arguments, polite_stop, run_command
 from data.formats.prompt_format import PromptError
 from data.formats.table import COMPLETION_FORMATS, PROMPT_FORMATS, encode_prompt
-from data.json_records import DataError, open_lock, read_json_lines, read_json_list, write_text
+from data.json_records import DataError, field_of, open_lock, read_json_lines, read_json_list, write_text
 from data.tool_documents import normalize_tools
 from data.trained_format import AUTO_FORMAT, choose_format
 from data.trajectories import Message, read_trajectories
@@ -47,7 +47,7 @@ from eval.evaluate_tooleyes import load_tooleyes
 from eval.predict.endpoint import Endpoint, check_key_variable, check_url, make_endpoint
 from eval.predict.generate import LocalModel, answers_sha256, check_settings, folder_sha256
 from eval.predict.prediction_files import match_predictions
-from eval.records import Record, field_of
+from eval.records import Record
 from eval.reports.error_statistics import classify_turns, format_turns, summarize_turns
 from eval.sandbox.run import end_sandboxes
 from model.pretrained_weights import ModelFolderError, load_pretrained

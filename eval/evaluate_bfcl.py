@@ -21,7 +21,7 @@ from data.formats.call_text import check_count
 from data.formats.nexusraven import split_calls
 from data.formats.table import FORMATS
 from data.import_bfcl import with_json_types
-from data.json_records import DataError
+from data.json_records import DataError, field_of
 from data.tool_calls import ToolCall, ToolCallError
 from data.tool_documents import normalize_tools
 from data.trajectories import Message
@@ -33,7 +33,7 @@ from eval.metrics import CallScore, GoldAnswer, GoldCall, can_pair, is_same_tool
 from eval.predict.prediction_files import Prediction
 from eval.predict.react_output import PredictedCalls, read_call_predictions, read_calls
 from eval.rates import rate_summary, rates, summarize_results
-from eval.records import Record, Scores, ScoreSettings, field_of, limited, read_lines
+from eval.records import Record, Scores, ScoreSettings, limited, read_lines
 from eval.sandbox.run import SandboxError, run_python
 from printable import shown
 

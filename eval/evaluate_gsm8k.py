@@ -13,12 +13,12 @@ from collections.abc import Sequence
 from decimal import Decimal, InvalidOperation
 from pathlib import Path
 
-from data.json_records import DataError
+from data.json_records import DataError, field_of
 from eval.benchmarks import BENCHMARKS
 from eval.evaluator_command_line import evaluator_parser, read_flags, run_evaluator
 from eval.predict.prediction_files import Prediction, read_matched
 from eval.rates import summarize_results
-from eval.records import Record, Scores, ScoreSettings, field_of, limited, read_lines
+from eval.records import Record, Scores, ScoreSettings, limited, read_lines
 
 SHOWN_CHARACTERS = 40  # longest quotation of a number in a reason
 MARKED_NUMBER = re.compile(r"#### (\-?[0-9\.\,]+)")  # the benchmark's own rule

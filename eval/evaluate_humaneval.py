@@ -18,13 +18,13 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from data.json_records import DataError, read_json_lines
+from data.json_records import DataError, field_of, read_json_lines
 from eval.benchmarks import BENCHMARKS
 from eval.evaluator_command_line import evaluator_parser, read_flags, run_evaluator
 from eval.predict.cut_output import cut_at
 from eval.predict.prediction_files import Prediction, dropped_notice, match_predictions, read_matched
 from eval.rates import count_errors, rate_summary
-from eval.records import Record, Scores, ScoreSettings, field_of, limited, read_lines
+from eval.records import Record, Scores, ScoreSettings, limited, read_lines
 from eval.sandbox.run import CheckResult, run_check, run_python
 
 SECONDS, MEMORY_MIB = 3.0, 512  # the benchmark's time limit; it sets no limit of memory by default

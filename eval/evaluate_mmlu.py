@@ -14,13 +14,13 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from data.json_records import DataError, read_json_lines
+from data.json_records import DataError, field_of, read_json_lines
 from eval.benchmarks import BENCHMARKS
 from eval.evaluator_command_line import evaluator_parser, read_flags, run_evaluator
 from eval.predict.choices import choose_letter
 from eval.predict.prediction_files import Prediction, dropped_notice, match_predictions
 from eval.rates import rates, summarize_results
-from eval.records import Record, Scores, ScoreSettings, field_of, limited
+from eval.records import Record, Scores, ScoreSettings, limited
 
 SHOTS, LETTERS = 5, "ABCD"
 METRICS = ("accuracy",)

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from data.json_records import DataError
+from data.json_records import DataError, field_of
 from data.tool_calls import ToolCall, ToolCallError
 from data.tool_documents import normalize_tools
 from data.trajectories import Message
@@ -25,7 +25,7 @@ from eval.metrics import CallScore, GoldAnswer, GoldCall, equal_python, score_ca
 from eval.predict.prediction_files import Prediction
 from eval.predict.react_output import PredictedCall, parse_react, read_call, read_call_predictions
 from eval.rates import rates, summarize_results
-from eval.records import Record, Scores, ScoreSettings, field_of, limited, read_list
+from eval.records import Record, Scores, ScoreSettings, limited, read_list
 
 RULES = ("official", "fair")
 EQUALITY = dict.fromkeys(RULES, equal_python)  # of values, for eval/reports/error_statistics.py

@@ -10,7 +10,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from data.json_records import DataError
+from data.json_records import DataError, field_of
 from data.tool_documents import normalize_tools, offered_names
 from data.trajectories import Message
 from eval.benchmarks import benchmark_of
@@ -19,7 +19,7 @@ from eval.metrics import CallScore, GoldAnswer, GoldCall, equal_strict, score_ca
 from eval.predict.prediction_files import Prediction, read_matched
 from eval.predict.react_output import read_calls
 from eval.rates import summarize_results
-from eval.records import Record, Scores, ScoreSettings, field_of, limited, read_lines
+from eval.records import Record, Scores, ScoreSettings, limited, read_lines
 
 EQUALITY = {"": equal_strict}  # of values, for eval/reports/error_statistics.py
 

@@ -11,7 +11,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from data.json_records import DataError
+from data.json_records import DataError, field_of
 from data.tool_documents import normalize_tools
 from eval.benchmarks import BENCHMARKS
 from eval.dialogues.journal import RecordedDialogue, read_dialogues
@@ -20,7 +20,7 @@ from eval.evaluate_tiny import user_messages
 from eval.evaluator_command_line import evaluator_parser, read_flags, run_evaluator
 from eval.predict.prediction_files import dropped_notice, match_predictions
 from eval.rates import rate_summary
-from eval.records import Record, Scores, ScoreSettings, field_of, limited, read_lines
+from eval.records import Record, Scores, ScoreSettings, limited, read_lines
 
 
 def load_tiny_multi(path: Path) -> list[Record]:

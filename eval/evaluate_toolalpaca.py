@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from data.json_records import DataError
+from data.json_records import DataError, field_of
 from data.tool_calls import ToolCall
 from data.tool_documents import normalize_tools
 from data.trajectories import Message
@@ -25,7 +25,7 @@ from eval.metrics import CallScore, GoldAnswer, GoldCall, equal_json, equal_leni
 from eval.predict.prediction_files import Prediction
 from eval.predict.react_output import PredictedCall, read_call, read_call_predictions
 from eval.rates import rates, summarize_results
-from eval.records import Record, Scores, ScoreSettings, field_of, limited, read_list
+from eval.records import Record, Scores, ScoreSettings, limited, read_list
 
 MASKED_API_KEY = "MASKED_API_KEY"  # in place of the keys that the gold answers were published with
 

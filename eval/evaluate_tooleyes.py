@@ -14,7 +14,7 @@ from functools import cache
 from pathlib import Path
 
 from data.formats.table import parse_output
-from data.json_records import DataError, read_json_lines
+from data.json_records import DataError, field_of, read_json_lines
 from data.tool_calls import ToolCallError
 from data.tool_documents import normalize_tools
 from data.trajectories import Message
@@ -23,7 +23,7 @@ from eval.dialogues.journal import RecordedDialogue, read_dialogues
 from eval.dialogues.metrics import score_dialogues
 from eval.evaluator_command_line import evaluator_parser, read_flags, run_evaluator
 from eval.predict.prediction_files import dropped_notice, match_predictions
-from eval.records import Record, Scores, ScoreSettings, field_of, limited, read_list
+from eval.records import Record, Scores, ScoreSettings, limited, read_list
 
 LIBRARY = "ToolEyes/Tool_Library/"  # before the name of a tool set in a record's path
 SCENARIOS = ("TG", "DU", "RS", "PL", "IR", "AM", "FT")  # eval/evaluate_rotbench.py has their names

@@ -88,13 +88,3 @@ def _some(rows: list, path: Path) -> list:
     if not rows:
         raise DataError(f"{path}: found no record, expected at least one")
     return rows
-
-
-def field_of(row: object, name: str, kind: type, where: str) -> object:
-    """`row[name]`, which must be of type `kind`. Raises DataError, prefixed by `where`."""
-    if not isinstance(row, dict):
-        raise DataError(f"{where}: found {type(row).__name__}, expected an object with {name!a}")
-    if not isinstance(row.get(name), kind):
-        found = type(row[name]).__name__ if name in row else "nothing"
-        raise DataError(f"{where}: found {found} as {name!a}, expected {kind.__name__}")
-    return row[name]

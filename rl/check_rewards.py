@@ -15,8 +15,8 @@ from pathlib import Path
 
 from command_line import parse_arguments, run_command
 from data.formats.table import dialogue_segments, render_output
-from data.gold_records import read_gold_call, take_field
-from data.json_records import DataError, parse_json
+from data.gold_records import read_gold_call
+from data.json_records import DataError, field_of, parse_json
 from data.tool_calls import ToolCall, ToolCallError, render_tool_call
 from data.tool_documents import accepts_any_parameter, normalize_tools, offered_names, tool_parameters
 from data.trajectories import Message
@@ -154,16 +154,16 @@ def _changed(value: object) -> object:
 
 def explain(record: object, where: str) -> str:
     """The reward of {"tools", "gold": [{"name", "arguments"}], "output"} in a few lines. Raises DataError."""
-    tools = normalize_tools(take_field(record, "tools", list, where), f"{where}: tools")
+    tools = normalize_tools(field_of(record, "tools", list, where), f"{where}: tools")
     gold_calls = []
-    for entry in take_field(record, "gold", list, where):
+    for entry in field_of(record, "gold", list, where):
         call, fault = read_gold_call(entry, f"{where}: gold")
         if fault is not None:
             raise DataError(f"{where}: gold: {fault}")
         gold_calls.append(call)
     if not gold_calls:
         raise DataError(f"{where}: found no gold call, expected at least one")
-    result = tool_call_reward(take_field(record, "output", str, where), gold_calls, tools)
+    result = tool_call_reward(field_of(record, "output", str, where), gold_calls, tools)
     return "\n".join(
         [
             f"reward        {result.reward:g}",

@@ -22,11 +22,12 @@ FILE = '''"""Echo: the model repeats a word. File in, file out, no model.
 
 import sys
 
+from data.json_records import field_of
 from eval.benchmarks import BENCHMARKS
 from eval.evaluator_command_line import evaluator_parser, read_flags, run_evaluator
 from eval.predict.prediction_files import read_matched
 from eval.rates import summarize_results
-from eval.records import Record, Scores, field_of, read_lines
+from eval.records import Record, Scores, read_lines
 
 STOP_TEXTS = ("\\n",)
 
