@@ -251,10 +251,13 @@ def tensor_files(model_dir: Path) -> dict[str, Path]:
     if not model_dir.is_dir():
         raise ModelFolderError(f"{model_dir}: no such folder, expected a model in Hugging Face layout")
     single, index = model_dir / WEIGHTS_FILE, model_dir / INDEX_FILE
-    weight_map = _read_weight_map(index) if index.exists() else None
-    if weight_map is not None and not single.is_file():
+    has_single = os.path.lexists(single)
+    if has_single and not single.is_file():  # never other weights instead of those whose link is broken
+        raise ModelFolderError(f"{single}: found a broken link, a folder or a pipe, expected a file")
+    weight_map = _read_weight_map(index) if os.path.lexists(index) else None
+    if weight_map is not None and not has_single:
         return _files_of_index(index, weight_map)
-    paths = [single] if single.is_file() else sorted(model_dir.glob("*.safetensors"))
+    paths = [single] if has_single else sorted(model_dir.glob("*.safetensors"))
     paths = [path for path in paths if path.name != VALUE_HEAD_FILE and path.is_file()]
     if not paths:
         others = sorted(p.name for pattern in ("*.bin", "*.pth", "*.pt", "*.gguf") for p in model_dir.glob(pattern))
@@ -290,6 +293,9 @@ def _files_of_index(index: Path, weight_map: dict[str, str]) -> dict[str, Path]:
     wrong = [f"{name} ({f})" for name, f in weight_map.items() if name not in held[f]]
     if wrong:
         raise ModelFolderError(f"{index}: tensors that are not in the file the index names: {listed(wrong)}")
+    wrong = [f"{name} ({f})" for f, names in held.items() for name in sorted(names) if weight_map.get(name) != f]
+    if wrong:
+        raise ModelFolderError(f"{index}: tensors in a file for which the index does not name them: {listed(wrong)}")
     return {name: index.parent / f for name, f in weight_map.items()}
 
 

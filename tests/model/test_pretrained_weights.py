@@ -92,6 +92,43 @@ def test_several_files_without_an_index(folder):
         load_pretrained(folder)
 
 
+@pytest.mark.parametrize("extra", ["a tensor of the other shard", "a tensor that the index lacks", "all tensors"])
+def test_a_shard_with_tensors_that_the_index_does_not_name_there(folder, extra):
+    """An older file under a shard's name: the index could pick half a model from each."""
+    tensors = load_file(folder / WEIGHTS_FILE)
+    (folder / WEIGHTS_FILE).unlink()
+    names, other = list(tensors), {name: tensor + 1 for name, tensor in tensors.items()}
+    files = {name: "a.safetensors" if name in names[:4] else "b.safetensors" for name in names}
+    (folder / INDEX_FILE).write_text(json.dumps({"weight_map": files}))
+    second = {name: tensors[name] for name in names[4:]}
+    save_file({name: tensors[name] for name in names[:4]}, folder / "a.safetensors")
+    save_file(second, folder / "b.safetensors")
+    assert same(load_pretrained(folder), tiny_model())
+    added = {"all tensors": other, "a tensor that the index lacks": {"ghost": torch.ones(3)}}
+    save_file(second | added.get(extra, {names[0]: other[names[0]]}), folder / "b.safetensors")
+    message = load_error(folder)
+    assert f"{INDEX_FILE}: tensors in a file for which the index does not name them: " in message
+    assert f"{'ghost' if 'lacks' in extra else names[0]} (b.safetensors)" in message
+
+
+@pytest.mark.parametrize("kind", ["broken link", "folder", "pipe"])
+@pytest.mark.parametrize("has_index", [True, False])
+def test_old_shards_do_not_replace_a_file_that_cannot_be_read(folder, kind, has_index):
+    single, names = folder / WEIGHTS_FILE, list(load_file(folder / WEIGHTS_FILE))
+    single.rename(folder / "old.safetensors")
+    if has_index:
+        (folder / INDEX_FILE).write_text(json.dumps({"weight_map": dict.fromkeys(names, "old.safetensors")}))
+    assert same(load_pretrained(folder), tiny_model())
+    {"broken link": lambda path: path.symlink_to("absent"), "folder": Path.mkdir, "pipe": os.mkfifo}[kind](single)
+    assert "model.safetensors: found a broken link, a folder or a pipe, expected a file" in load_error(folder)
+
+
+def test_a_broken_link_is_no_missing_index(folder):
+    (folder / WEIGHTS_FILE).rename(folder / "one.safetensors")
+    (folder / INDEX_FILE).symlink_to("absent")
+    assert f"{INDEX_FILE}: no such file" in load_error(folder)
+
+
 def test_export_replaces_an_older_export_and_nothing_else(folder):
     save_pretrained_streamed(tiny_model(qkv_bias=True), folder, max_shard_bytes=5000)
     assert same(load_pretrained(folder), tiny_model(qkv_bias=True))
