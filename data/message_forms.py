@@ -49,7 +49,7 @@ _BEFORE_CALL = re.compile(r"(?:(?:API-Request|Action|Call|Function call|Tool cal
 _NAME_KEYS = ("name", "tool", "tool_name", "toolName", "function", "function_name", "api_name", "action")
 _SURE_KEYS = ("arguments", "kwargs", "action_input", "tool_input", "tool_args", "tool_arguments")  # of a call only
 _DOCUMENTS_IN_TEXT = re.compile(r"<tools>|<functions>|[\"']parameters[\"']\s*:|[\"']arguments[\"']\s*:\s*\{")
-_WEIGHT_WORDS = re.compile(r"(?:^|_)(?:weights?|train|trainable|training|loss|mask|masked|grad|gradient)(?:_|\Z)")
+WEIGHT_WORDS = re.compile(r"(?:^|_)(?:weights?|train|trainable|training|loss|mask|masked|grad|gradient)(?:_|\Z)")
 
 
 def is_blank(value: object) -> bool:
@@ -147,6 +147,7 @@ def _sharegpt_messages(entries: list[tuple[str, dict]]) -> list[tuple[str, dict]
         if kind != "call":
             messages.append((where, {**rest, "role": kind, "content": content}))
             continue
+        refuse_misplaced(entry, where)
         calls = parse_json(content, where) if isinstance(content, str) else content
         calls = calls if isinstance(calls, list) else [calls]
         text = None
@@ -163,6 +164,8 @@ def _sharegpt_messages(entries: list[tuple[str, dict]]) -> list[tuple[str, dict]
 
 def _openai_messages(entry: dict, where: str) -> Iterator[tuple[str, dict]]:
     """The message as today's OpenAI messages: one, or one per Anthropic `tool_result` block and one for the rest."""
+    if entry.get("role") != "assistant":
+        refuse_misplaced(entry, where)
     content = entry.get("content")
     parts = content if isinstance(content, list) and all(isinstance(part, dict) for part in content) else []
     results = [index for index, part in enumerate(parts) if part.get("type") == "tool_result"]
@@ -182,6 +185,14 @@ def _openai_messages(entry: dict, where: str) -> Iterator[tuple[str, dict]]:
         calls = [{**call, "function": {k: v for k, v in call["function"].items() if k != "input"}} for call in calls]
         entry = with_tool_calls({**entry, "content": rest or None} if calls else entry, calls, where)
     yield where, entry
+
+
+def refuse_misplaced(entry: dict, where: str) -> None:
+    """Raise DataError if a message that is not the assistant's has calls or tools under a key: they are not read."""
+    for key in ("tool_calls", "function_call", *_TOOL_KEYS):
+        if not is_blank(entry.get(key)):
+            wanted = "the tools at the record" if key in _TOOL_KEYS else "calls on an assistant's message"
+            raise DataError(f"{where}: found the key {key!r} on a message of another role, expected {wanted}")
 
 
 def with_tool_calls(entry: dict, calls: list[dict], where: str) -> dict:
@@ -265,7 +276,7 @@ def message_weight(entry: dict, where: str) -> int:
     """
     said = {key: entry[key] for key in WEIGHT_KEYS if entry.get(key) is not None}
     for key, value in entry.items():
-        if key not in WEIGHT_KEYS and _WEIGHT_WORDS.search(key) and isinstance(value, (bool, int, float, list)):
+        if key not in WEIGHT_KEYS and WEIGHT_WORDS.search(key) and isinstance(value, (bool, int, float, list)):
             raise DataError(f"{where}: found the key {shown(key)}, expected 'weight', 'train' or 'loss'")
     for key, value in said.items():
         if not isinstance(value, (bool, int, float)) or value not in (0, 1):

@@ -15,6 +15,7 @@ from pathlib import Path
 from data.json_records import DataError, check_text, decode_value, kind_of, parse_json, read_records
 from data.message_forms import (
     WEIGHT_KEYS,
+    WEIGHT_WORDS,
     call_parts,
     is_blank,
     is_empty_text,
@@ -24,6 +25,7 @@ from data.message_forms import (
     openai_record,
     refuse_call_in_text,
     refuse_documents_in_text,
+    refuse_misplaced,
     result_id,
     role_and_content,
     unread_text_keys,
@@ -32,7 +34,7 @@ from data.message_forms import (
 )
 from data.tool_calls import ToolCall, ToolCallError, render_tool_call
 from data.tool_documents import normalize_tools
-from printable import shown
+from printable import one_line, shown
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,10 +122,11 @@ def _read_record(record: object, form: str, source: str, index: int, mask: bool)
     if not isinstance(record[key], list) or not record[key]:
         found = "an empty list" if record[key] == [] else kind_of(record[key])
         raise DataError(f"{source}: {key}: found {found}, expected a list of messages ({name})")
-    for weight_key in WEIGHT_KEYS:
-        if record.get(weight_key) not in (None, True, 1):
+    for weight_key, value in record.items():
+        is_list = WEIGHT_WORDS.search(weight_key) and isinstance(value, list)  # one weight per message
+        if is_list or weight_key in WEIGHT_KEYS and value not in (None, True, 1):
             raise DataError(
-                f"{source}: {weight_key}: found {shown(record[weight_key])} at the record, expected it at messages"
+                f"{source}: {one_line(weight_key, 80)}: found {shown(value)} at the record, expected it at messages"
             )
     left_out: Counter[str] = Counter()
     if form == "authors":
@@ -189,6 +192,8 @@ def _read_authors_messages(
             raise DataError(f"{where}: found {kind_of(entry)}, expected a message object")
         role, content = role_and_content(entry)
         _check_order(role, previous, where, {"system", "user", "assistant", "function"})
+        if role != "assistant":
+            refuse_misplaced(entry, where)
         if role == "system":
             tools = _tools_of_system_message(content, where)
         else:
@@ -309,8 +314,7 @@ def _openai_calls(
         if fault:
             check_text(content, place)
         message = _assistant_message(content, call, fault, weight, place, mask)
-        is_spoken = index == 0 and call is not None  # the text belongs to the first of parallel calls
-        result.append((identity, replace(message, thought=text) if is_spoken else message))
+        result.append((identity, message if index else replace(message, thought=text)))  # the text is the first's
     return result
 
 

@@ -20,6 +20,7 @@ from dataclasses import dataclass
 import torch
 
 from data.batches import PackedBatch, drop_unusable, pack
+from data.data_report import describe_data
 from data.formats.prompt_format import find_stop_ids
 from data.formats.table import FORMATS, dialogue_segments, end_of_turn_ids, parse_output
 from data.gold_records import is_gold_file, read_gold_records
@@ -82,6 +83,8 @@ def read_held_out(config: SFTConfig, tokenizer: Tokenizer) -> tuple[HeldOut | No
         kept, notes = drop_unusable([row for _, _, row in encoded], config.max_tokens)
     except DataError as error:
         raise DataError(f"{config.eval_data}: {error}") from None
+    trajectories, all_rows = [trajectory for trajectory, _, _ in encoded], [row for _, _, row in encoded]
+    notes += describe_data(trajectories, all_rows, kept, config.error_filter)[1:]  # its first line is the last one here
     kept_rows = set(map(id, kept))
     for trajectory, golds, row in encoded:
         if id(row) not in kept_rows:

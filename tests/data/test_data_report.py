@@ -104,6 +104,14 @@ def test_half_masked_is_no_warning_and_text_turns_do_not_count(tmp_path):
     assert not any("warning" in note for note in notes_of(tmp_path, record(UNKNOWN), error_filter="none"))
 
 
+def test_text_beside_a_call_that_does_not_parse_is_counted(tmp_path):
+    broken = record(GOOD)
+    broken["messages"][1] |= {"content": "Let me look.", "tool_calls": [{"function": {"name": "f", "arguments": "{"}}]}
+    notes = notes_of(tmp_path, record(GOOD), broken, unparsable_calls="mask")
+    assert "turns masked by error_filter=structured: unparsable 1" in notes
+    assert any(note.startswith("1 turns have text next to the call") for note in notes)
+
+
 def test_what_is_not_used_is_counted(tmp_path):
     padded = record(GOOD)
     padded["messages"][1] = {

@@ -240,6 +240,12 @@ def test_text_beside_a_call_is_kept(tmp_path):
     ]
 
 
+def test_text_beside_a_call_that_does_not_parse_is_kept_too(tmp_path):
+    record = asked({"content": "Let me look.", "tool_calls": [call("{")]}, ANSWER)
+    message = read(tmp_path, record, unparsable_calls="mask").messages[1]
+    assert (message.call, message.content, message.thought) == (None, "find_book({)", "Let me look.")
+
+
 def test_text_under_other_keys_is_counted(tmp_path):
     record = asked({"tool_calls": [call()], "reasoning_content": "Hm.", "refusal": None}, ANSWER)
     assert read(tmp_path, record).left_out == {"texts under 'reasoning_content' of an assistant message": 1}
@@ -422,6 +428,33 @@ def test_empty_assistant_messages_are_refused_or_context(tmp_path, content):
         (asked({"content": "x", "loss_mask": 0}), "the key 'loss_mask'"),
         (asked({"content": "x", "trainable": False}), "the key 'trainable'"),
         (openai(ASK, END, weight=0), "weight: found 0 at the record"),
+        (openai(ASK, END, loss_mask=[0, 0]), "loss_mask: found [0, 0] at the record"),
+        (openai({**ASK, "tool_calls": [call()]}, END), "messages[0]: found the key 'tool_calls' on a message"),
+        (openai({**ASK, "function_call": call()["function"]}, END), "messages[0]: found the key 'function_call' on a"),
+        (
+            openai({"role": "system", "content": "Be kind.", "tools": TOOLS}, ASK, END, tools=None),
+            "messages[0]: found the key 'tools' on a message of another role, expected the tools at the record",
+        ),
+        (
+            {
+                "conversations": [
+                    {"role": "system", "content": json.dumps(TOOLS)},
+                    {**ASK, "function_call": call()["function"]},
+                    {"role": "assistant", "content": "find_book\n{}"},
+                ]
+            },
+            "conversations[1]: found the key 'function_call' on a message",
+        ),
+        (
+            {
+                "tools": TOOLS,
+                "conversations": [
+                    {"from": "human", "value": "x"},
+                    {"from": "function_call", "value": json.dumps(call()["function"]), "tool_calls": [call({})]},
+                ],
+            },
+            "conversations[1]: found the key 'tool_calls' on a message",
+        ),
         (
             openai(
                 {"role": "system", "content": f"<tools>{json.dumps(TOOLS[0])}</tools>"},

@@ -51,7 +51,23 @@ def test_parts_of_a_turn_by_hand(tmp_path):
         assert list(held_out.rows[0].parts[:15]) == [*name, *["arguments"] * 8, "eos"]
         assert len(held_out.rows[0].parts) == held_out.rows[0].encoded.trained_tokens
         counts = "28 trained tokens (key 3, name 3, arguments 18, text 2, eos 2)"  # with finish(answer="...")
-        assert notes == [f"held-out data: 1 trajectories, {counts}, 2 calls"]
+        assert notes == [
+            "held-out data: turns masked by error_filter=structured: tool_call_failure 1",
+            f"held-out data: 1 trajectories, {counts}, 2 calls",
+        ]
+
+
+def test_what_is_masked_or_not_used_is_counted(tmp_path):
+    """Every third of the 22 trajectories has a call with a parameter that its tool lacks; one more is all masked."""
+    records = json.loads(tiny_files()[1].read_text())
+    turns = [{"role": "assistant", "content": "nope\n{}"}, {"role": "function", "content": "x"}]
+    records.append({"id": "all masked", "conversations": [*records[0]["conversations"][:2], *turns]})
+    (tmp_path / "data.json").write_text(json.dumps(records))
+    notes = read_held_out(SFTConfig(eval_data=str(tmp_path / "data.json")), load_tokenizer(tiny_files()[0]))[1]
+    assert notes[:2] == [
+        "held-out data: dropped 1 of 23 trajectories, without a trained turn: all masked",
+        "held-out data: turns masked by error_filter=structured: parameter_hallucination 8, tool_hallucination 1",
+    ]
 
 
 def test_parts_in_a_format_with_text_before_the_name(tmp_path):
