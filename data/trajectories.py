@@ -123,8 +123,8 @@ def _read_record(record: object, form: str, source: str, index: int, mask: bool)
         found = "an empty list" if record[key] == [] else kind_of(record[key])
         raise DataError(f"{source}: {key}: found {found}, expected a list of messages ({name})")
     for weight_key, value in record.items():
-        is_list = WEIGHT_WORDS.search(weight_key) and isinstance(value, list)  # one weight per message
-        if is_list or weight_key in WEIGHT_KEYS and value not in (None, True, 1):
+        numbers = [each for each in value if isinstance(each, (int, float))] if isinstance(value, list) else []
+        if numbers and WEIGHT_WORDS.search(weight_key) or weight_key in WEIGHT_KEYS and value not in (None, True, 1):
             raise DataError(
                 f"{source}: {one_line(weight_key, 80)}: found {shown(value)} at the record, expected it at messages"
             )

@@ -361,6 +361,11 @@ def test_other_weights_are_refused(tmp_path, keys, words):
     assert words in fault_of(tmp_path, asked({"tool_calls": [call()], **keys}, ANSWER))
 
 
+def test_a_list_of_words_at_the_record_is_no_list_of_weights(tmp_path):
+    record = openai(ASK, END, training_sources=["web"], loss_notes=[])
+    assert [message.weight for message in read(tmp_path, record).messages] == [1, 1]
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Refused
 
