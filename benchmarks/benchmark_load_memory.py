@@ -74,26 +74,20 @@ def measure(way: str, folder: Path) -> None:
         torch.distributed.destroy_process_group()
 
 
-def run(way: str, folder: Path) -> dict[str, float]:
-    """Starts the measuring process(es) and returns the figures of the one that used most."""
+def run_ranks(arguments: list[str], n_ranks: int, variables: dict[str, str]) -> dict[str, float]:
+    """Runs a module of Python on n_ranks processes; the last line, JSON, of the one with the most `above_start_mb`."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
-    world = 2 if way == "sharded" else 1
-    command = [sys.executable, "-m", "benchmarks.benchmark_load_memory", "--measure", way, "--folder", str(folder)]
+    group = variables | {"WORLD_SIZE": str(n_ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    command = [sys.executable, "-m", *arguments]
     processes = [
-        subprocess.Popen(
-            command,
-            stdout=subprocess.PIPE,
-            text=True,
-            env=os.environ
-            | {"RANK": str(rank), "WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port},
-        )
-        for rank in range(world)
+        subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=os.environ | group | {"RANK": str(rank)})
+        for rank in range(n_ranks)
     ]
     outputs = [process.communicate()[0] for process in processes]
     if any(process.returncode for process in processes):
-        raise RuntimeError(f"the measuring process of '{way}' failed")
+        raise RuntimeError(f"a process of {' '.join(arguments)} failed")
     return max((json.loads(output.splitlines()[-1]) for output in outputs), key=lambda r: r["above_start_mb"])
 
 
@@ -116,7 +110,8 @@ def main() -> None:
         print(f"checkpoint {count_parameters(config) * 4 / MB:.0f} MB in fp32, largest tensor {largest:.0f} MB")
         labels = {"ours": "ours, one process", "naive": "naive, one process", "sharded": "ours, each of 2 ranks"}
         for way, label in labels.items():
-            result = run(way, folder)
+            arguments = ["benchmarks.benchmark_load_memory", "--measure", way, "--folder", str(folder)]
+            result = run_ranks(arguments, 2 if way == "sharded" else 1, {})
             bound = result["local_mb"] + largest
             peak = result["above_start_mb"]
             print(

@@ -27,9 +27,8 @@ import time
 
 import torch
 
-from benchmarks.benchmark_rollout import CONFIG_135M, TINY_MODEL, random_prompts
+from benchmarks.benchmark_rollout import make_model, random_prompts
 from model.dialogue_decoding import DialogueDecoder
-from model.pretrained_weights import load_pretrained
 from model.sampling import generate
 from model.transformer import Transformer
 
@@ -56,14 +55,6 @@ class Dialogues:
             first = 3 if is_reworded and response[0] != 3 else response[0]
             ids += [first, *response[1:], *feedback]
         return ids
-
-
-def make_model(name: str, seed: int) -> Transformer:
-    if name == "tiny":
-        return load_pretrained(TINY_MODEL).eval()
-    model = Transformer(CONFIG_135M)
-    model.init_weights(torch.Generator().manual_seed(seed))
-    return model.eval()
 
 
 # ---------------------------------------------------------------------------------------------------------------------

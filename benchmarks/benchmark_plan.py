@@ -11,16 +11,13 @@ Shape suffixes: T tokens, K trained ones.
 
 import argparse
 import json
-import os
-import socket
-import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
 
 import torch
 
-from benchmarks.benchmark_load_memory import MB, resident_mb
+from benchmarks.benchmark_load_memory import MB, resident_mb, run_ranks
 from data.batches import PackedBatch
 from model.config import PRESETS, ModelConfig, count_parameters
 from model.transformer import Transformer
@@ -95,21 +92,11 @@ def measure(size: str, n_tokens: int, n_micro_batches: int) -> None:
 
 def measured_mb(size: str, n_ranks: int, n_tokens: int, n_micro_batches: int) -> float:
     """The most that one of n_ranks processes took."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    command = [sys.executable, "-m", "benchmarks.benchmark_plan", "--measure", size, "--tokens", str(n_tokens)]
-    command += ["--micro_batches", str(n_micro_batches)]
-    group = {"WORLD_SIZE": str(n_ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": "1"}
-    group |= {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_ARENA_MAX": "1"}  # freed blocks leave the process at once
-    processes = [
-        subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=os.environ | group | {"RANK": str(rank)})
-        for rank in range(n_ranks)
-    ]
-    outputs = [process.communicate()[0] for process in processes]
-    if any(process.returncode for process in processes):
-        raise RuntimeError("a measuring process failed")
-    return max(json.loads(output.splitlines()[-1])["above_start_mb"] for output in outputs)
+    arguments = ["benchmarks.benchmark_plan", "--measure", size, "--tokens", str(n_tokens)]
+    arguments += ["--micro_batches", str(n_micro_batches)]
+    variables = {"OMP_NUM_THREADS": "1"}
+    variables |= {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_ARENA_MAX": "1"}  # freed blocks leave the process at once
+    return run_ranks(arguments, n_ranks, variables)["above_start_mb"]
 
 
 def main() -> None:

@@ -65,19 +65,23 @@ N_ROLLOUT, ROLLOUT_BATCH = 64, 8
 # Models and prompts
 
 
+def make_model(name: str, seed: int) -> Transformer:
+    if name == "tiny":
+        return load_pretrained(TINY_MODEL).eval()
+    model = Transformer(CONFIG_135M)
+    model.init_weights(torch.Generator().manual_seed(seed))
+    return model.eval()
+
+
 def make_models(name: str, seed: int) -> tuple[Transformer, torch.nn.Module]:
     """Ours and transformers' with the same weights."""
     from transformers import AutoModelForCausalLM
 
-    if name == "tiny":
-        model = load_pretrained(TINY_MODEL)
-    else:
-        model = Transformer(CONFIG_135M)
-        model.init_weights(torch.Generator().manual_seed(seed))
+    model = make_model(name, seed)
     with tempfile.TemporaryDirectory() as folder:
         save_pretrained(model, folder)
         peer = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="sdpa")
-    return model.eval(), peer.eval()
+    return model, peer.eval()
 
 
 def random_prompts(lengths: list[int], vocab_size: int, seed: int) -> list[list[int]]:
