@@ -53,6 +53,7 @@ from eval.sandbox.run import end_sandboxes
 from model.pretrained_weights import ModelFolderError, load_pretrained
 from model.tokenizer import check_vocabulary_fits, load_tokenizer
 from printable import json_line, terminal_text
+from toolbox.make import trajectories_text
 from toolbox.world import build_toolbox
 
 USER_ROLES = ("system", "user")  # what a query may begin with; the teacher says the rest
@@ -203,14 +204,9 @@ def authors_records(
     return WrittenFile(records, dict(counts))
 
 
-def write_records(path: Path, records: Sequence[dict]) -> None:
-    """A JSON list, one record per line, whole or not at all."""
-    write_text(path, "[\n" + ",\n".join(json.dumps(record) for record in records) + "\n]\n")
-
-
 def collect(flags: argparse.Namespace) -> str:
     """Do what the flags ask; the statistics to show. Raises DataError, PromptError, ModelFolderError, OSError."""
-    tasks = read_queries(flags.queries)
+    tasks = read_queries(flags.queries)[: flags.limit]
     flags.prompt_format, line = choose_format(flags.prompt_format, None if flags.endpoint else flags.model)
     if line:
         print(terminal_text(line), file=sys.stderr)
@@ -233,26 +229,20 @@ def collect(flags: argparse.Namespace) -> str:
         except BlockingIOError:
             raise DataError(f"{flags.output}: found another process at work on it, expected none") from None
         check_settings(path, settings, resume="auto", is_writer=True)
-        notices = complete_dialogues(
-            path, tasks[: flags.limit], player_of(flags, teacher), prompt_format=flags.prompt_format, rank=0
-        )
+        notices = complete_dialogues(path, tasks, player_of(flags, teacher), prompt_format=flags.prompt_format, rank=0)
     for notice in notices:
         print(terminal_text(notice), file=sys.stderr)
-    asked = tasks[: flags.limit]
-    found = [dialogue for dialogue in read_dialogues(path)[0] if dialogue.index < len(asked)]
-    dialogues = match_predictions(found, len(asked), None, path=path, what="dialogues")
+    found = [dialogue for dialogue in read_dialogues(path)[0] if dialogue.index < len(tasks)]
+    dialogues = match_predictions(found, len(tasks), None, path=path, what="dialogues")
     written = authors_records(
-        tasks[: flags.limit],
-        dialogues,
-        keeps_unfinished=flags.unfinished == "keep",
-        keeps_unparsable=flags.unparsable == "keep",
+        tasks, dialogues, keeps_unfinished=flags.unfinished == "keep", keeps_unparsable=flags.unparsable == "keep"
     )
     if not written.records:
         raise DataError(
             f"{path}: found no dialogue to write among {len(dialogues)} ({_shown(written.counts)}), "
             "expected at least one that ends with finish"
         )
-    write_records(flags.output, written.records)
+    write_text(flags.output, trajectories_text(written.records))
     return describe(flags, written, len(dialogues))
 
 

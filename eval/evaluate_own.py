@@ -37,16 +37,12 @@ def load_own(path: Path) -> list[Record]:
     questions = [
         (trajectory, position)
         for trajectory in read_trajectories(path, unparsable_calls="mask")
-        for position in _questions(trajectory)
+        for position, reason in _calls(trajectory)
+        if not reason
     ]
     if not questions:
         raise DataError(f"{path}: found no call that can be asked for, expected at least one")
     return [_record(index, *question) for index, question in enumerate(questions)]
-
-
-def _questions(trajectory: Trajectory) -> list[int]:
-    """The positions of the messages to ask for."""
-    return [position for position, reason in _calls(trajectory) if not reason]
 
 
 def _calls(trajectory: Trajectory) -> list[tuple[int, str]]:

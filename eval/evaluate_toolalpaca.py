@@ -11,7 +11,7 @@ variants side by side (docs/evaluation.md).
 import json
 import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -181,11 +181,8 @@ def score_toolalpaca_call(name: str, arguments: object, example: Record, variant
         gold = example.gold[0].calls[0]
         free = frozenset(key for key in example.meta["authentication"] if key in gold.arguments)
         answers = [GoldAnswer((replace(gold, wildcards=free),), order_free=False)]
-    return score_calls([ToolCall(name, arguments)], answers, values_equal=_equality_of(variant))
-
-
-def _equality_of(variant: str) -> Callable[[object, object], bool]:
-    return {"rotbench_rules": equal_python, "lenient_values": equal_lenient}.get(variant, equal_json)
+    values_equal = {"rotbench_rules": equal_python, "lenient_values": equal_lenient}.get(variant, equal_json)
+    return score_calls([ToolCall(name, arguments)], answers, values_equal=values_equal)
 
 
 def evaluate_toolalpaca(examples: Sequence[Record], calls: Sequence[PredictedCall], variant: str) -> list[dict]:

@@ -119,7 +119,7 @@ def update_phases(
     return [
         Phase("measure", resident | traced(Transformer, logprobs_of, False)),
         Phase("policy update", resident | traced(Transformer, logprobs_of, True)),
-        Phase("critic update", resident | traced(ValueModel, values_of, True)),
+        Phase("critic update", resident | traced(ValueModel, response_values, True)),
     ]
 
 
@@ -133,11 +133,6 @@ def parameter_counts(shape: ModelConfig) -> tuple[int, int]:
 def logprobs_of(policy: torch.nn.Module, batch: ResponseBatch) -> Tensor:
     """Log-probabilities of the responses, (K,), as the update computes them."""
     return response_logprobs(response_states(policy, batch), policy, batch, temperature=1.0)
-
-
-def values_of(critic: torch.nn.Module, batch: ResponseBatch) -> Tensor:
-    """Values of the responses' states, (K,)."""
-    return response_values(critic, batch)
 
 
 def rows_of_rank(n_responses: int, config: PPOConfig, setup: Setup) -> int:
