@@ -17,7 +17,6 @@ from pathlib import Path
 
 from charts import write_run_plot
 from command_line import ConfigError, fail, polite_stop, read_config, run_identity
-from data.formats.prompt_format import PromptError
 from data.json_records import DataError
 from data.trained_format import choose_format, read_trained_format, training_record
 from model.config import ModelFolderError
@@ -31,12 +30,10 @@ from rl.plan import plan_ppo
 from rl.ppo_config import PPOConfig
 from rl.ppo_loop import describe_epoch, train_ppo
 from rl.prompts import PPOPrompt, read_prompts
-from train.checkpoint import CheckpointError
 from train.compilation import check_compiler
-from train.cuda.launch import LossBackendError, agree_on_loss_backend
+from train.cuda.launch import agree_on_loss_backend
 from train.distributed import (
     DTYPES,
-    DeviceError,
     World,
     close_world,
     init_world,
@@ -45,24 +42,11 @@ from train.distributed import (
 )
 from train.plan import refuse_too_large, report_plan
 from train.progress import command, log_on_main, unused_folder
-from train.run_control import TrainingError, lock_folder
+from train.run_control import USER_ERRORS, lock_folder
 from train.run_history import finished_step, mark_finished, without_overridden
-from train.run_logging import RunFolderError, check_run_folder, file_sha256, log_line, model_fingerprint
+from train.run_logging import check_run_folder, file_sha256, log_line, model_fingerprint
 from train.seeding import use_deterministic_algorithms
 from train.tensorboard import check_tensorboard
-
-USER_ERRORS = (
-    ConfigError,
-    DataError,
-    DeviceError,
-    LossBackendError,
-    ModelFolderError,
-    PromptError,
-    RunFolderError,
-    CheckpointError,
-    TrainingError,
-    OSError,
-)
 
 
 @polite_stop("checkpoints are kept; the same command continues")

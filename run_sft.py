@@ -17,21 +17,16 @@ from pathlib import Path
 import torch
 
 from charts import write_run_plot
-from command_line import ConfigError, fail, polite_stop, read_config, run_identity
+from command_line import fail, polite_stop, read_config, run_identity
 from data.batches import step_batches, steps_per_epoch
-from data.formats.prompt_format import PromptError
-from data.json_records import DataError
 from data.trained_format import choose_format, training_record
-from model.config import ModelFolderError
 from model.pretrained_weights import check_folder, describe_eos_change, save_pretrained_streamed
 from model.tokenizer import load_tokenizer
 from model.transformer import describe_attention
-from train.checkpoint import CheckpointError
 from train.compilation import check_compiler
-from train.cuda.launch import LossBackendError, agree_on_loss_backend
+from train.cuda.launch import agree_on_loss_backend
 from train.distributed import (
     DTYPES,
-    DeviceError,
     World,
     close_world,
     init_world,
@@ -43,26 +38,13 @@ from train.held_out import read_held_out
 from train.optimizer import make_adamw
 from train.plan import plan_sft, refuse_too_large, report_plan
 from train.progress import command, log_on_main, unused_folder
-from train.run_control import TrainingError, lock_folder
+from train.run_control import USER_ERRORS, lock_folder
 from train.run_history import finished_step, mark_finished, without_overridden
-from train.run_logging import RunFolderError, check_run_folder, file_sha256, log_line, model_fingerprint
+from train.run_logging import check_run_folder, file_sha256, log_line, model_fingerprint
 from train.seeding import use_deterministic_algorithms
 from train.sft_config import SFTConfig
 from train.sft_loop import SFTData, encode_data, train_sft
 from train.tensorboard import check_tensorboard
-
-USER_ERRORS = (
-    ConfigError,
-    DataError,
-    DeviceError,
-    LossBackendError,
-    ModelFolderError,
-    PromptError,
-    RunFolderError,
-    CheckpointError,
-    TrainingError,
-    OSError,
-)
 
 
 @polite_stop("checkpoints are kept; the same command continues")

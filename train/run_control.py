@@ -18,8 +18,10 @@ from typing import Self, TextIO
 
 import torch
 
-from command_line import changed_settings, error_line
+from command_line import ConfigError, changed_settings, error_line
+from data.formats.prompt_format import PromptError
 from data.json_records import DataError, check_same_file, open_lock
+from model.config import ModelFolderError
 from train.checkpoint import (
     CheckpointError,
     CheckpointSaver,
@@ -28,7 +30,8 @@ from train.checkpoint import (
     newest_good_checkpoint,
     remove_leftovers,
 )
-from train.distributed import World, any_rank, gather_objects, global_sum, reshard_all, wait_for_all
+from train.cuda.launch import LossBackendError
+from train.distributed import DeviceError, World, any_rank, gather_objects, global_sum, reshard_all, wait_for_all
 from train.run_config import RunConfig
 from train.run_logging import (
     RunFolderError,
@@ -45,6 +48,21 @@ BUSY = "{}: found another process at work on it, expected none; end it or wait f
 
 class TrainingError(RuntimeError):
     """Training cannot continue (non-finite values, no trained tokens in a batch). One line; checkpoints stay."""
+
+
+# what run_sft.py and run_ppo.py end with one line on, and exit code 2
+USER_ERRORS = (
+    ConfigError,
+    DataError,
+    DeviceError,
+    LossBackendError,
+    ModelFolderError,
+    PromptError,
+    RunFolderError,
+    CheckpointError,
+    TrainingError,
+    OSError,
+)
 
 
 @dataclass(frozen=True, slots=True)
