@@ -17,6 +17,7 @@ from data.tool_calls import ToolCall
 from data.tool_documents import IMPLICIT_TOOLS
 from eval.confidence import Z_95, wilson_interval
 from eval.dialogues.journal import EXECUTORS, RecordedDialogue
+from eval.rates import rate_summary
 from eval.records import Record
 
 MAX_TURNS = 9  # outputs of a model per dialogue (paper, section 4.3; the same in ToolEyes' own loop)
@@ -146,19 +147,11 @@ def dialogue_rates(rows: Sequence[Mapping]) -> dict:
     for metric in ("DE", "CE"):
         errors = [row[metric] for row in rows]
         interval = clustered_interval(errors, calls, Z_95)  # E35
-        summary |= _rate(metric, sum(errors), sum(calls), interval)
+        summary |= {metric: sum(errors), f"{metric}_percent": round(100 * sum(errors) / (sum(calls) or 1), 2)}
+        summary[f"{metric}_interval_95"] = [round(100 * bound, 2) for bound in interval]
     for metric in ("VA", "DE_dialogues", "CE_dialogues"):
-        count = sum(row[metric] for row in rows)
-        summary |= _rate(metric, count, n, wilson_interval(count, n, Z_95))  # E20
+        summary |= rate_summary(metric, sum(row[metric] for row in rows), n)  # E20
     return summary
-
-
-def _rate(metric: str, count: int, n: int, interval: tuple[float, float]) -> dict:
-    return {
-        metric: count,
-        f"{metric}_percent": round(100 * count / n, 2) if n else 0.0,
-        f"{metric}_interval_95": [round(100 * bound, 2) for bound in interval],
-    }
 
 
 def clustered_interval(errors: Sequence[int], calls: Sequence[int], z: float) -> tuple[float, float]:
