@@ -174,11 +174,12 @@ def format_tables(settings: Mapping, dtype: str, rates: Sequence[Mapping], diffe
         "`--error_filter none`, without PKT `--key_tokens off`. IRM is PPO from that SFT model, prompts of 1,217 "
         f"such trajectories: `run_ppo.py {settings['ppo_flags']}`. Greedy predictions in "
         f"{DTYPE_NAMES.get(dtype, 'an unknown type')}: `run_eval.py {settings['eval_flags']}`.",
-        "Rates: mean over seeds [95 % t interval of the mean]. Differences are to the row `none`, and with IRM also to "
-        "the same method without it, with the same seeds. *p, seeds*: exact sign-flip test of the seeds' differences, "
-        "at least 2 / 2^seeds; it asks whether another training would show it. *p, prompts*: McNemar's exact test, the "
-        "prompts of all seeds pooled; it speaks of these trained models only. No p is corrected for the number of "
-        f"tests. *Paper*: the difference in Table 5 on {' and '.join(PAPER_BENCHMARKS)}, one seed.",
+        "Rates: mean over seeds [95 % t interval of the mean, which may reach beyond 100]. Differences are to the row "
+        "`none`, and with IRM also to the same method without it, with the same seeds. *p, seeds*: exact sign-flip "
+        "test of the seeds' differences, at least 2 / 2^seeds; it asks whether another training would show it. *p, "
+        "prompts*: McNemar's exact test, the prompts of all seeds pooled; it speaks of these trained models only. No p "
+        f"is corrected for the number of tests. *Paper*: the difference in Table 5 on {' and '.join(PAPER_BENCHMARKS)}, "
+        "one seed.",
     ]
     for split in dict.fromkeys(row["split"] for row in rates):
         n_prompts = next(row["prompts"] for row in rates if row["split"] == split)
