@@ -178,8 +178,8 @@ def format_tables(settings: Mapping, dtype: str, rates: Sequence[Mapping], diffe
         "`none`, and with IRM also to the same method without it, with the same seeds. *p, seeds*: exact sign-flip "
         "test of the seeds' differences, at least 2 / 2^seeds; it asks whether another training would show it. *p, "
         "prompts*: McNemar's exact test, the prompts of all seeds pooled; it speaks of these trained models only. No p "
-        f"is corrected for the number of tests. *Paper*: the difference in Table 5 on {' and '.join(PAPER_BENCHMARKS)}, "
-        "one seed.",
+        "is corrected for the number of tests. *Paper*: the difference in Table 5 on "
+        f"{' and '.join(PAPER_BENCHMARKS)}, one seed.",
     ]
     for split in dict.fromkeys(row["split"] for row in rates):
         n_prompts = next(row["prompts"] for row in rates if row["split"] == split)
