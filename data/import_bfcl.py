@@ -16,6 +16,7 @@ import argparse
 import hashlib
 import itertools
 import json
+import lzma
 import sys
 import zipfile
 import zlib
@@ -74,7 +75,7 @@ def read_file(source: Path, name: str) -> str:
         return content.decode("utf-8")
     except UnicodeDecodeError:
         raise DataError(f"{where}: found bytes that are not UTF-8, expected text") from None
-    except (KeyError, zipfile.BadZipFile, EOFError, OSError, RuntimeError, zlib.error) as error:
+    except (KeyError, zipfile.BadZipFile, EOFError, OSError, RuntimeError, zlib.error, lzma.LZMAError) as error:
         reason = error.strerror if isinstance(error, OSError) and error.strerror else type(error).__name__
         raise DataError(f"{where}: found no readable file ({reason}), expected the wheel bfcl-eval {VERSION}") from None
 
@@ -208,6 +209,10 @@ def read_records(source: Path) -> tuple[list[BfclRecord], int, int]:
                 record = read_record(row, answer, where)
             except RecursionError:
                 raise DataError(f"{where}: found objects nested too deeply, expected fewer levels") from None
+            except OverflowError:
+                raise DataError(
+                    f"{where}: found a whole number too large for a float, expected a smaller one"
+                ) from None
             if record.id in identities:
                 raise DataError(f"{where}: found the id {shown(record.id)} a second time, expected each once")
             identities.add(record.id)

@@ -49,6 +49,7 @@ _BEFORE_CALL = re.compile(r"(?:(?:API-Request|Action|Call|Function call|Tool cal
 _NAME_KEYS = ("name", "tool", "tool_name", "toolName", "function", "function_name", "api_name", "action")
 _SURE_KEYS = ("arguments", "kwargs", "action_input", "tool_input", "tool_args", "tool_arguments")  # of a call only
 _DOCUMENTS_IN_TEXT = re.compile(r"<tools>|<functions>|[\"']parameters[\"']\s*:|[\"']arguments[\"']\s*:\s*\{")
+_EMPTY_JSON = ("null", "[]", "{}")  # where a column of JSON texts has nothing
 WEIGHT_WORDS = re.compile(r"(?:^|_)(?:weights?|train|trainable|training|loss|mask|masked|grad|gradient)(?:_|\Z)")
 
 
@@ -190,7 +191,8 @@ def _openai_messages(entry: dict, where: str) -> Iterator[tuple[str, dict]]:
 def refuse_misplaced(entry: dict, where: str) -> None:
     """Raise DataError if a message that is not the assistant's has calls or tools under a key: they are not read."""
     for key in ("tool_calls", "function_call", *_TOOL_KEYS):
-        if not is_blank(entry.get(key)):
+        value = entry.get(key)
+        if not is_blank(value) and value not in _EMPTY_JSON:
             wanted = "the tools at the record" if key in _TOOL_KEYS else "calls on an assistant's message"
             raise DataError(f"{where}: found the key {key!r} on a message of another role, expected {wanted}")
 

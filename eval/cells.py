@@ -19,6 +19,7 @@ from pathlib import Path
 from data.json_records import (
     DataError,
     JsonLinesFile,
+    check_regular_file,
     open_lock,
     read_json_lines,
     read_json_object,
@@ -79,6 +80,7 @@ def opened(output: Path, settings: Mapping, may_grow: Collection[str] = ()) -> I
 
 def write_once(path: Path, text: str) -> None:
     """Write the file, unless it is there. Raises DataError if it is another one: the data of cells would differ."""
+    check_regular_file(path)
     if not path.exists():
         write_text(path, text)
     elif path.read_bytes() != text.encode():

@@ -9,17 +9,19 @@ SIGINT or SIGTERM.
 
 import argparse
 import hashlib
+import json
 import sys
 from collections.abc import Sequence
 from itertools import chain
 from pathlib import Path
 
 from command_line import parse_arguments, polite_stop, run_command
-from data.json_records import DataError, read_json_lines, write_json_lines
+from data.json_records import DataError, check_regular_file, read_json_lines
 from eval.ablation import MOST
 from eval.benchmarks import BENCHMARKS
-from eval.cells import EVAL_FLAGS, finish_cells, opened, score_command
+from eval.cells import EVAL_FLAGS, finish_cells, opened, score_command, write_once
 from eval.reports.ablation_tables import METHODS, SPLITS, STANDARD, Cell, Results, read_cells
+from eval.reports.compare import read_run
 from eval.reports.robustness_tables import write_tables
 from printable import shown, terminal_text
 from toolbox.noise import LEVELS, add_noise
@@ -34,7 +36,7 @@ def models_of(ablation: Path, methods: Sequence[str], n_seeds: int) -> dict[Cell
     Raises DataError if there is none.
     """
     path = ablation / "cells.jsonl"
-    finished = {row.get("cell") for _, row in read_json_lines(path, drop_partial_last_line=True)[0]}
+    finished = {str(row.get("cell")) for _, row in read_json_lines(path, drop_partial_last_line=True)[0]}
     seeds = [seed for seed in range(MOST["seeds"]) if all(str(Cell(method, seed)) in finished for method in methods)]
     if not seeds:
         raise DataError(f"{path}: found no seed with which {', '.join(methods)} are finished, expected at least one")
@@ -42,19 +44,28 @@ def models_of(ablation: Path, methods: Sequence[str], n_seeds: int) -> dict[Cell
     return {cell: cell.folder(ablation) / ("ppo" if cell.has_irm else "sft") / "final" for cell in cells}
 
 
+def check_prompts(ablation: Path, cell: Cell) -> None:
+    """Raise DataError unless the ablation's prompts are those on which it has scored the cell. Raises OSError."""
+    scored = read_run(cell.folder(ablation) / "eval")["benchmarks"]
+    for split in NOISY_SPLITS:
+        path = ablation / "data" / BENCHMARKS[split].path
+        check_regular_file(path)
+        if hashlib.sha256(path.read_bytes()).hexdigest() != scored.get(split, {}).get("answers_sha256"):
+            raise DataError(f"{path}: found other prompts than those of the ablation's {cell}, expected the same")
+
+
 def write_levels(ablation: Path, folder: Path, n_prompts: int) -> None:
     """Write the file of each split, unless it is there: its first prompts, clean, then again with each level of noise.
 
-    Raises DataError.
+    Raises DataError, also if a file there is another one.
     """
     for split in NOISY_SPLITS:
         name = BENCHMARKS[split].path
         records = [record for _, record in read_json_lines(ablation / "data" / name, drop_partial_last_line=False)[0]]
         if len(records) < n_prompts:
             raise DataError(f"{ablation / 'data' / name}: found {len(records)} prompts, expected at least {n_prompts}")
-        if not (folder / name).exists():
-            levels = [add_noise(records[:n_prompts], level, NOISE_SEED) for level in LEVELS]
-            write_json_lines(folder / name, chain(*levels))
+        levels = [add_noise(records[:n_prompts], level, NOISE_SEED) for level in LEVELS]
+        write_once(folder / name, "".join(json.dumps(record) + "\n" for record in chain(*levels)))
 
 
 def split_levels(results: Results, n_prompts: int) -> dict[str, Results]:
@@ -74,6 +85,9 @@ def split_levels(results: Results, n_prompts: int) -> dict[str, Results]:
 def score_levels(ablation: Path, output: Path, settings: dict, n_jobs: int) -> None:
     """Score the cells that are missing, then write the tables. Raises DataError, OSError."""
     n_prompts, models = settings["prompts"], models_of(ablation, settings["methods"], settings["seeds"])
+    for cell, model in models.items():
+        check_regular_file(model / "model.safetensors")
+        check_prompts(ablation, cell)
     settings["model_sha256"] = {
         str(cell): hashlib.sha256((model / "model.safetensors").read_bytes()).hexdigest()
         for cell, model in models.items()

@@ -132,6 +132,16 @@ def _variables(colors: dict[str, str], tints: Sequence[str]) -> str:
     return " ".join(f"--{name}: {value};" for name, value in ({**colors, "mark": tints[3]}).items())
 
 
+def check_replaceable(page: Path) -> None:
+    """Raise DataError if `page` is there and no HTML page. Reads its start alone, and no pipe, which may not end."""
+    is_page = not page.exists()
+    if page.is_file():
+        with page.open("rb") as file:
+            is_page = file.read(len(PAGE_START)) == PAGE_START.encode()
+    if not is_page:
+        raise DataError(f"{page}: found no HTML page, expected a new file or a page to replace")
+
+
 def main(arguments: Sequence[str]) -> int:
     """Command line; exit code 0, or 2 after one line on stderr."""
     parser = argparse.ArgumentParser(prog="python -m eval.run_page", description="One HTML page that shows runs.")
@@ -142,8 +152,7 @@ def main(arguments: Sequence[str]) -> int:
     flags = parse_arguments(parser, arguments)
 
     def command() -> None:
-        if flags.html.exists() and not flags.html.read_bytes().startswith(PAGE_START.encode()):
-            raise DataError(f"{flags.html}: found a file that is no HTML page, expected a new one or a page to replace")
+        check_replaceable(flags.html)
         write_text(flags.html, render_page(read_run_folders(flags.runs)))
         print(f"page: {terminal_text(str(flags.html))}")
 

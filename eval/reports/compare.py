@@ -37,7 +37,7 @@ def read_run(run_dir: Path) -> dict:
 
 
 def _is_summary(summary: object) -> bool:
-    if not isinstance(summary, dict) or "answers_sha256" not in summary:
+    if not isinstance(summary, dict) or not isinstance(summary.get("answers_sha256"), str):
         return False
     metrics = metrics_of(summary)
     has_counts = type(summary.get("n")) is int and summary["n"] > 0 and type(summary.get("n_calls", 0)) is int

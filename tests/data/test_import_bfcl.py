@@ -209,6 +209,25 @@ def test_what_is_no_wheel(tmp_path, capsys):
         assert code == 2 and said.count("\n") == 1 and f"expected the wheel bfcl-eval {VERSION}" in said
 
 
+def test_a_damaged_lzma_stream(tmp_path, capsys):
+    path = tmp_path / "w.whl"
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_LZMA) as wheel:
+        wheel.writestr(f"bfcl_eval-{VERSION}.dist-info/METADATA", METADATA)
+        start = wheel.infolist()[0].header_offset + 30 + len(f"bfcl_eval-{VERSION}.dist-info/METADATA") + 9
+    content = bytearray(path.read_bytes())
+    content[start : start + 8] = b"\xff" * 8  # after the nine bytes of the stream's properties
+    path.write_bytes(content)
+    code, said = run(path, tmp_path / "out", capsys)
+    assert code == 2 and said.count("\n") == 1 and "found no readable file (LZMAError)" in said
+
+
+def test_a_number_that_no_float_holds(tmp_path, capsys):
+    record = (row("z", [AREA], "q"), {"area": {"side": [10**400]}})
+    code, said = run(write_wheel(tmp_path / "w.whl", wheel_files([RECORDS[1], record])), tmp_path / "out", capsys)
+    assert code == 2 and said.count("\n") == 1 and ":2: found a whole number too large for a float" in said
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_pipe_is_not_waited_for(tmp_path, capsys):
     os.mkfifo(tmp_path / "w.whl")
     folder = tmp_path / "d" / f"bfcl_eval-{VERSION}.dist-info"

@@ -613,6 +613,14 @@ def test_the_authors_form_loses_nothing_in_silence(tmp_path):
     assert (decision.masked, decision.rule) == (True, "the data says is_error")
 
 
+def test_a_text_of_nothing_on_a_message_of_another_role(tmp_path):
+    record = asked({"content": None, "tool_calls": [call()]}, ANSWER)
+    for text in ("null", "[]", "{}"):
+        padded = {key: text for key in ("tool_calls", "function_call", "tools", "functions")}
+        messages = [each if each["role"] == "assistant" else {**each, **padded} for each in record["messages"]]
+        assert read(tmp_path, {**record, "messages": messages}).messages == EXPECTED
+
+
 def test_a_value_of_any_depth_is_blank_or_not():
     """The reader of JSON takes about 990 levels; half as many overflowed a recursive check."""
     for leaf, blank in (("", True), (None, True), (0, False), (False, False), ("x", False)):

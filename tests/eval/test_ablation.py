@@ -1,6 +1,7 @@
 """eval.ablation: which cells, how they are run, stopped and resumed, with tiny programs; one real cell; the tables."""
 
 import json
+import os
 import shutil
 import signal
 import subprocess
@@ -14,7 +15,7 @@ from command_line import read_config
 from data.json_records import DataError
 from eval import ablation
 from eval.ablation import PPO_FLAGS, QUICK_PPO_FLAGS, cells_of, commands_of, main, read_flags, write_data, write_prompts
-from eval.cells import check_folder, opened, read_finished, run_cells, seconds_left
+from eval.cells import check_folder, opened, read_finished, run_cells, seconds_left, write_once
 from eval.reports.ablation_tables import (
     METHODS,
     Cell,
@@ -82,6 +83,12 @@ def test_data_are_held_out_and_all_different(tmp_path):
         with pytest.raises(DataError, match=f"{name}: found another text, expected what this command draws"):
             write_data(tmp_path, 200, 5, alike=False)
         (tmp_path / "data" / name).write_bytes(before)
+
+
+def test_a_pipe_in_the_place_of_data_is_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "train.json")
+    with pytest.raises(DataError, match=r"train\.json: found no regular file"):
+        write_once(tmp_path / "train.json", "[]")
 
 
 def test_more_prompts_than_the_world_has_are_refused_before_any_cell(tmp_path, monkeypatch):

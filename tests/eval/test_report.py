@@ -223,6 +223,7 @@ def test_a_summary_that_is_no_json_object_of_ours_is_one_line(two_runs, capsys):
         (whole.replace('"CF_percent": 62.5', '"CF_percent": 1e999'), "found other contents"),
         (whole.replace("{", '{"benchmarks": {}, ', 1), "twice in one object"),
         (whole.replace("{", '{"dtype": ["float32"], ', 1), "found other contents"),
+        (whole.replace('"answers_sha256": "', '"answers_sha256": 1, "other": "', 1), "found other contents"),
         ("[]", "found a list"),
         ("", "expected JSON"),
     ):

@@ -1,6 +1,8 @@
 """eval.robustness: which models, which prompts, the tables; one run with programs that only write results."""
 
+import hashlib
 import json
+import os
 
 import pytest
 
@@ -56,9 +58,16 @@ def make_ablation(path) -> None:
         (final / "model.safetensors").write_bytes(b"x")
     (path / "cells.jsonl").write_text("".join(json.dumps({"cell": str(cell), "seconds": 1.0}) + "\n" for cell in cells))
     (path / "data").mkdir()
+    counts = {"n": 1, "TS": 1, "TS_percent": 100, "TS_interval_95": [0, 100]}
+    summary = {"dtype": "float32", "benchmarks": {}}
     for split in ("seen", "unseen"):
         lines = "".join(json.dumps(example) + "\n" for example in draw_split(split, 5, 6))
         (path / f"data/test_{split}.jsonl").write_text(lines)
+        sha256 = hashlib.sha256(lines.encode()).hexdigest()
+        summary["benchmarks"][f"tiny-{split}"] = {**counts, "answers_sha256": sha256}
+    for cell in cells:
+        (cell.folder(path) / "eval").mkdir()
+        (cell.folder(path) / "eval/summary.json").write_text(json.dumps(summary))
 
 
 def test_models_and_prompts_are_those_of_the_ablation(tmp_path):
@@ -78,6 +87,30 @@ def test_models_and_prompts_are_those_of_the_ablation(tmp_path):
         assert noises == [None] * 6 + ["tool", "parameter"] * 9 + ["both"] * 6
     with pytest.raises(DataError, match="found 6 prompts, expected at least 7"):
         write_levels(ablation, output, 7)
+    (output / "test_seen.jsonl").write_text("{}\n")
+    with pytest.raises(DataError, match=r"test_seen\.jsonl: found another text"):
+        write_levels(ablation, output, 6)
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "words"),
+    [
+        ("data/test_seen.jsonl", "{}\n" * 6, "found other prompts than those of the ablation's none, seed 0"),
+        ("data/test_unseen.jsonl", None, "found no regular file"),
+        ("seed0/none/sft/final/model.safetensors", None, "found no regular file"),
+        ("seed0/none/eval/summary.json", "{}", "expected the summary of a run_eval.py run"),
+        ("cells.jsonl", '{"cell": ["none, seed 0"]}\n', "found no seed with which none are finished"),
+    ],
+)
+def test_a_damaged_ablation_is_one_line(tmp_path, capsys, name, text, words):
+    """text: what is in the file, None for a pipe."""
+    make_ablation(tmp_path)
+    (tmp_path / name).unlink()
+    (tmp_path / name).write_text(text) if text else os.mkfifo(tmp_path / name)
+    flags = ["--ablation", str(tmp_path), "--output", str(tmp_path / "out"), "--methods", "none", "--prompts", "6"]
+    assert main(flags) == 2
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1 and words in err and not (tmp_path / "out").exists()
 
 
 def test_levels_are_parts_of_a_file():

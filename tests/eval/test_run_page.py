@@ -1,6 +1,7 @@
 """eval/run_page.py: its numbers by another reading, hostile text, missing and damaged files, determinism, access."""
 
 import json
+import os
 import re
 from html.parser import HTMLParser
 from pathlib import Path
@@ -240,8 +241,13 @@ def test_only_a_page_is_replaced(tmp_path, capsys):
     run, page = write_sft(tmp_path / "sft"), tmp_path / "page.html"
     metrics = (run / "metrics.jsonl").read_bytes()
     assert main([str(run), "--html", str(run / "metrics.jsonl")]) == 2
-    assert "found a file that is no HTML page" in capsys.readouterr().err
+    assert "found no HTML page" in capsys.readouterr().err
     assert (run / "metrics.jsonl").read_bytes() == metrics
+    os.mkfifo(tmp_path / "pipe")
+    for odd in (tmp_path, tmp_path / "pipe", Path("/dev/zero")):
+        assert main([str(run), "--html", str(odd)]) == 2
+        err = capsys.readouterr().err
+        assert err.count("\n") == 1 and "found no HTML page" in err
     for _ in range(2):
         assert main([str(run), "--html", str(page)]) == 0 and page.read_text().startswith("<!DOCTYPE html>")
 
