@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # The test suite in its own environment. Arguments go to pytest:
-#   ./test.sh                      format, lint, all tests on two cores
+#   ./test.sh                      format, lint, all tests, sized for two cores
 #   ./test.sh -m "not slow"        the same without the slow tests: the daily loop
 #   ./test.sh tests/x/test_y.py    one file, in one process, without format and lint
 #   ./test.sh --fresh              build the CUDA emulation and run the kernel mutants again (no cache)
@@ -21,4 +21,5 @@ done
 "$python" -m ruff format --check . || { echo "the format differs: run .venv/bin/ruff format ." >&2; exit 1; }
 "$python" -m ruff check . || { echo "the linter objects, see above; .venv/bin/ruff check --fix . mends some" >&2; exit 1; }
 unset PYTHONDONTWRITEBYTECODE  # without bytecode each process of the suite compiles the repository again
-exec "$python" -m pytest -n 2 --dist loadfile --no-loadscope-reorder "$@"
+# One process more than cores: tests of ranks, kills and timeouts wait for long.
+exec "$python" -m pytest -n 3 --dist loadfile --no-loadscope-reorder "$@"
