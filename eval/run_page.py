@@ -133,11 +133,12 @@ def _variables(colors: dict[str, str], tints: Sequence[str]) -> str:
 
 
 def check_replaceable(page: Path) -> None:
-    """Raise DataError if `page` is there and no HTML page. Reads its start alone, and no pipe, which may not end."""
+    """Raise DataError if `page` is there and neither empty nor an HTML page. Reads its start alone, and no pipe, which
+    may not end."""
     is_page = not page.exists()
     if page.is_file():
         with page.open("rb") as file:
-            is_page = file.read(len(PAGE_START)) == PAGE_START.encode()
+            is_page = file.read(len(PAGE_START)) in (b"", PAGE_START.encode())
     if not is_page:
         raise DataError(f"{page}: found no HTML page, expected a new file or a page to replace")
 
