@@ -2,6 +2,7 @@
 
 import json
 import threading
+from contextlib import suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 from eval.predict.endpoint import Endpoint
@@ -26,8 +27,9 @@ class Server:
                 self.send_response(status)
                 for name, value in {"Content-Length": str(len(content)), **headers}.items():
                     self.send_header(name, value)
-                self.end_headers()
-                self.wfile.write(content)
+                with suppress(ConnectionError):  # a client that was too slow, or stopped, has gone
+                    self.end_headers()
+                    self.wfile.write(content)
 
             def log_message(self, *arguments):
                 pass
